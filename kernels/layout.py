@@ -1,0 +1,92 @@
+"""Column layouts shared by whoever fills the tables (schedule, policy), runs them (guided_step) and reads them (report).
+
+All three tables are float64: they hold a few scalars per sample, float64 keeps step counts exact and makes every decision agree
+with a float64 reference. Latents, model outputs and the update itself are float32 or narrower.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+NEVER = 2**30  # a row that no schedule reaches
+HISTORY = 3  # most history buffers (lags) a linear scheduler of diffusers needs
+
+
+class Row(IntEnum):
+    """One row per denoiser evaluation: m = P x + Q e;  x' = A x + B m + sum_j H_j history[j] + N z;  y = S' x'.
+
+    H_j weighs history *slot* j, not lag j: the schedule compiler knows which slot holds which lag at each row, so no tensor is
+    ever rotated. After the update m is written to slot STORE (-1: hold, nothing is written). S and TIMESTEP describe this row's own
+    model input; the step that produces it reads them from the next row. Statistic = d * 1 | W_EPSILON | W_X0. A schedule of K
+    evaluations has K + 1 rows, the last with ACTIVE = 0.
+    """
+
+    P = 0
+    Q = 1
+    A = 2
+    B = 3
+    H0 = 4
+    H1 = 5
+    H2 = 6
+    N = 7
+    S = 8
+    TIMESTEP = 9
+    OBSERVE = 10
+    STORE = 11
+    W_EPSILON = 12
+    W_X0 = 13
+    ACTIVE = 14
+
+
+class Rule(IntEnum):
+    """One row per sample: when the guard's guidance ends. See ALGORITHMS in the documentation of `fastguard.policy`."""
+
+    KIND = 0  # RuleKind
+    SWITCH_ROW = 1  # first row at which the sample switches anyway (static transition or deadline); NEVER if there is none
+    GATE = 2  # caught if d >= GATE (the smallest float32 d with sqrt(d / elements) >= tau)
+    GATE_STEPS = 3  # observations in which the gate may catch; 0 = no gate
+    MIN_STEP = 4  # observation index before which minima (drops) are ignored
+    FLOOR = 5  # 1 - min_drop: a minimum counts only below FLOOR * maximum up to and including it
+    RHO = 6  # drop rule: fires below RHO * maximum so far
+    MAGNITUDE = 7  # Magnitude
+
+
+class State(IntEnum):
+    """One row per sample, updated by every step. Rows count denoiser evaluations from 0; -1 = has not happened."""
+
+    STEP = 0  # next row to run, relative to BASE
+    BASE = 1  # first row of this sample's schedule in the row table
+    PHASE = 2  # Phase
+    OBSERVATIONS = 3  # observations made so far
+    LAST = 4  # statistic of the last observation; NaN before
+    BEFORE_LAST = 5
+    MAXIMUM = 6  # largest statistic so far (NaN ignored); -inf before
+    LAST_ROW = 7  # row of the last observation
+    TRANSITION_STEP = 8
+    MINIMUM_STEP = 9
+    MARGIN = 10  # relative depth of the minimum or drop that fired; NaN if none did
+    GATE_STEP = 11  # row at which the gate caught the sample
+    GATE_D = 12  # largest d among the gate's observations; -inf before
+    FORCED = 13  # 1 if a dynamic rule was overruled by SWITCH_ROW
+    NON_FINITE = 14  # first row with a non-finite d
+
+
+class RuleKind(IntEnum):
+    NONE = 0
+    MINIMUM = 1
+    DROP = 2
+
+
+class Magnitude(IntEnum):
+    OUTPUT = 0
+    EPSILON = 1
+    X0 = 2
+
+
+class Phase(IntEnum):
+    """Guidance is `guidance[b, step, 0]` in BEFORE, `guidance[b, step, 1]` in all other phases."""
+
+    PLAIN = 0  # not guarded, or released by the gate
+    UNDECIDED = 1  # plain guidance while the gate looks
+    BEFORE = 2
+    AFTER = 3
