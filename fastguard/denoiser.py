@@ -1,0 +1,40 @@
+"""One batched denoiser call per step: both branches of classifier-free guidance, or only the one that is needed.
+
+diffusers' pipelines on the allow-list (`fastguard.families`) hand the denoiser a batch of 2B rows, [unconditional, conditional].
+Where the policy knows in advance that one branch will not be used, only its B rows are run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+Branches = str  # "both" | "uncond" | "cond"
+
+
+def select_branch(tree: Any, branch: Branches, batch: int) -> Any:
+    """Keep one half of every tensor in `tree` whose leading size is 2 * batch; everything else passes through unchanged.
+
+    `tree` may nest tuples, lists and mappings: ControlNet residuals, `added_cond_kwargs`, IP-Adapter embeddings. Tensors of
+    another leading size (timestep, IP-Adapter masks) belong to no branch.
+    """
+    if isinstance(tree, torch.Tensor):
+        if tree.ndim == 0 or tree.shape[0] != 2 * batch:
+            return tree
+        return tree[:batch] if branch == "uncond" else tree[batch:]
+    if isinstance(tree, Mapping):
+        return {key: select_branch(value, branch, batch) for key, value in tree.items()}
+    if isinstance(tree, (tuple, list)):
+        return type(tree)(select_branch(value, branch, batch) for value in tree)
+    return tree
+
+
+def placeholder(output: torch.Tensor, rows: int) -> torch.Tensor:
+    """A [rows, C, 1, ...] stand-in for the model output, for the pipeline's own guidance arithmetic, whose result is ignored.
+
+    The pipeline chunks and combines it as always (two to four operations a step), at the cost of `rows * C` numbers.
+    """
+    corner = output[(slice(None), slice(None), *(slice(0, 1) for _ in output.shape[2:]))]
+    return corner if output.shape[0] == rows else corner.repeat(2, *(1 for _ in output.shape[1:]))

@@ -1,0 +1,46 @@
+"""What the guard has to know about a pipeline class."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Arguments = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A group of pipeline classes whose denoising loops look alike.
+
+    pipelines: class names in diffusers.
+    denoiser: name of the component called once a step with [2B, C, ...] rows, as `denoiser(sample, timestep, ...)`.
+    sample_argument: the keyword under which some pipelines pass the sample.
+    rewrites_latents: the loop itself changes the latents between two steps (inpaint blending), so each step starts from what the
+        pipeline hands over and not from what the last step left in the buffers.
+    """
+
+    name: str
+    pipelines: tuple[str, ...]
+    denoiser: str = "unet"
+    sample_argument: str = "sample"
+    rewrites_latents: bool = False
+
+    def guided(self, pipe: Any, arguments: Arguments) -> bool:
+        """Whether the pipeline runs both branches right now. Callbacks may change it in the middle of a call."""
+        return bool(pipe.do_classifier_free_guidance)
+
+    def guidance_scale(self, pipe: Any, arguments: Arguments) -> float:
+        """The guidance scale in force right now."""
+        return float(pipe.guidance_scale)
+
+    def guidance_rescale(self, pipe: Any, arguments: Arguments) -> float:
+        return float(getattr(pipe, "guidance_rescale", 0.0) or 0.0)
+
+    def refusal(self, arguments: Arguments) -> str | None:
+        """Why this call cannot be guarded although the class can; names the argument."""
+        return None
+
+    def own_step(self, arguments: Arguments) -> str | None:
+        """Why the scheduler's own step() must run in this call (it returns something that the table does not hold)."""
+        return None

@@ -1,0 +1,29 @@
+"""PixArt-alpha and PixArt-Sigma: the transformer also predicts a variance (channels beyond the latents'), which is not guided."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastguard.families.base import Arguments, Family
+
+
+class _PixArt(Family):
+    # These pipelines keep neither value on themselves: a callback cannot change them.
+    def guided(self, pipe: Any, arguments: Arguments) -> bool:
+        return self.guidance_scale(pipe, arguments) > 1.0
+
+    def guidance_scale(self, pipe: Any, arguments: Arguments) -> float:
+        return float(arguments["guidance_scale"])
+
+    def own_step(self, arguments: Arguments) -> str | None:
+        if arguments.get("num_inference_steps") == 1:
+            return "num_inference_steps=1: the pipeline reads pred_original_sample from the scheduler"
+        return None
+
+
+PIXART = _PixArt(
+    name="pixart",
+    pipelines=("PixArtAlphaPipeline", "PixArtSigmaPipeline"),
+    denoiser="transformer",
+    sample_argument="hidden_states",
+)

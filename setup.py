@@ -1,0 +1,45 @@
+"""Packaging. `kernels/` at the top level is imported as `fastguard.kernels` only.
+
+A PyPI package named `kernels` exists (diffusers and transformers import it), so ours must never be importable under that name.
+`fastguard/kernels` is a committed symlink for editable installs and for running from the repository root; `package_dir` serves
+regular builds.
+"""
+
+from setuptools import setup
+
+TEST = ["pytest>=8", "pytest-xdist>=3.6", "pytest-benchmark>=5", "hypothesis>=6.100", "peft>=0.17"]
+PLOT = ["matplotlib>=3.9"]
+
+setup(
+    name="fastguard",
+    version="0.1.0",
+    description="Memorization guard and accelerator for Hugging Face diffusers: one fused op per denoising step",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=["fastguard", "fastguard.families", "fastguard.testbed", "fastguard.kernels"],
+    package_dir={"fastguard.kernels": "kernels"},
+    package_data={"fastguard": ["py.typed"], "fastguard.testbed": ["*.json", "model/**/*", "data/**/*"]},
+    include_package_data=False,
+    install_requires=[
+        "torch>=2.6",
+        "triton>=3.2; platform_system == 'Linux'",
+        "diffusers>=0.35",
+        "transformers>=4.55",
+        "accelerate>=1.0",
+        "safetensors>=0.4",
+        "numpy>=1.26",
+        "Pillow>=10",
+        "tqdm>=4.66",
+        "typer>=0.12",
+    ],
+    extras_require={
+        "plot": PLOT,
+        "xformers": ["xformers>=0.0.30"],
+        "demo": PLOT,
+        "test": TEST + PLOT + ["tilelens>=3.1; python_version >= '3.10'"],
+        "dev": TEST + PLOT + ["tilelens>=3.1", "ruff>=0.9", "mypy>=1.14"],
+    },
+    entry_points={"console_scripts": ["fastguard = fastguard.cli:app"]},
+)
