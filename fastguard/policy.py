@@ -16,7 +16,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from fastguard import checks
 from fastguard.files import read_json, write_json
@@ -25,7 +25,7 @@ from fastguard.plan import Plan, lower
 __all__ = ["DEADLINE", "PRESETS", "Plan", "Policy", "lower", "policy"]
 
 T = TypeVar("T")
-PerSample = T | list[T]  # a list holds one value per image of the batch
+PerSample: TypeAlias = "T | list[T]"  # a list holds one value per image of the batch
 Number = float | int
 
 DEADLINE = 300.0
@@ -178,8 +178,8 @@ _FIELDS: dict[str, dict[str, Any]] = {
 }
 
 PRESETS = {name: Policy(name=name, **fields) for name, fields in _FIELDS.items()}
-"""`cfg` plain guidance; the paper's methods (`stp`, `dtp`, with opposite guidance `og+`); `paper-` without the deadline; `released-dtp`
-what the authors' released script does (one branch too many: g = 1 before the transition)."""
+"""`cfg` plain guidance; the paper's methods (`stp`, `dtp`, with opposite guidance `og+`); `paper-` without
+the deadline; `released-dtp` what the authors' released script really runs (g = 1 before the transition)."""
 
 
 def policy(source: str | os.PathLike[str] | Policy, **overrides: Any) -> Policy:
