@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
@@ -120,6 +120,19 @@ class Policy:
                 f"policy {self.name!r} has per-image lists of {length} values, but the batch has {batch} images"
             )
         return [Policy(**_pick(values, i)) for i in range(length)]
+
+    @classmethod
+    def stack(cls, policies: Sequence[Policy]) -> Policy:
+        """One policy for a batch, image b under policies[b]. ValueError if there are none or one holds per-image lists already."""
+        if not policies:
+            raise ValueError("policies=[]: must hold at least one policy")
+        each = [p._values() for p in policies]
+        for b, values in enumerate(each):
+            if (length := checks.common_length(values)) is not None:
+                raise ValueError(
+                    f"policies[{b}] already holds per-image lists of {length} values: must be for one image"
+                )
+        return cls(**{key: [values[key] for values in each] for key in each[0]})
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON values: a list is per image, {"per_step": [...]} is per denoiser row."""

@@ -42,7 +42,7 @@ class ImageReport:
     forced               the deadline ended the guard, not the rule
     non_finite           first row whose d was NaN or infinite
     denoiser_rows        rows of the denoiser's batch that this image cost; plain guidance: two per evaluation
-    path, reason         which code ran ("step", "loop", "stock"), and why if it was not the fastest
+    path, reason         which code ran, and why it was not the fused op alone ("own step": the scheduler is not linear)
     """
 
     policy: Policy
@@ -109,16 +109,11 @@ class Report(Sequence[ImageReport]):
     """A sequence of `ImageReport`, one per image of a call. The device is read once, when the report is first looked at."""
 
     def __init__(
-        self,
-        plan: Plan,
-        numbers: torch.Tensor,
-        branches: Sequence[str],
-        path: str,
-        reason: str | None,
+        self, plan: Plan, numbers: torch.Tensor, denoiser_rows: int, path: str, reason: str | None
     ) -> None:
         """Use `Report.read`. numbers: float64 [len(State) + K, B] on any device."""
         self.path, self.reason = path, reason
-        self._plan, self._numbers, self._branches = plan, numbers, tuple(branches)
+        self._plan, self._numbers, self._denoiser_rows = plan, numbers, denoiser_rows
         self._ready = (
             torch.cuda.current_stream(numbers.device).record_event() if numbers.is_cuda else None
         )
@@ -133,17 +128,21 @@ class Report(Sequence[ImageReport]):
         *,
         path: str,
         reason: str | None = None,
-        branches: Sequence[str] | None = None,
+        steps: int | None = None,
+        rows_run: int | None = None,
     ) -> Report:
         """Report on a finished (or interrupted) call, without waiting for the device: the buffers are copied on it.
 
-        state    float64 [>= B, len(State)] and trace float32 [>= K, >= B], as `guided_step` left them
-        plan     as `lower` made it
-        branches what ran at each row, if not what the plan asked for
+        state     float64 [>= B, len(State)] and trace float32 [>= K, >= B], as `guided_step` left them
+        plan      as `lower` made it
+        steps     rows that ran; all K unless given
+        rows_run  denoiser rows per image; what the plan asked for in those steps unless given
         """
         rows, batch = len(plan.timesteps), len(plan.policies)
         numbers = torch.cat([state[:batch].double().T, trace[:rows, :batch].double()])
-        return cls(plan, numbers, plan.branches if branches is None else branches, path, reason)
+        if rows_run is None:
+            rows_run = sum(2 if branch == "both" else 1 for branch in plan.branches[:steps])
+        return cls(plan, numbers, rows_run, path, reason)
 
     @property
     def images(self) -> tuple[ImageReport, ...]:
@@ -160,7 +159,6 @@ class Report(Sequence[ImageReport]):
     def _image(self, b: int, state: list[float], trace: list[float]) -> ImageReport:
         policy: Any = self._plan.policies[b]
         times, elements = self._plan.timesteps, self._plan.elements
-        done = self._branches[: int(state[State.STEP])]
 
         def row(column: State) -> int | None:
             return int(state[column]) if state[column] >= 0 else None
@@ -176,8 +174,10 @@ class Report(Sequence[ImageReport]):
         return ImageReport(
             policy=policy,
             timesteps=times,
+            # NaN is what a row leaves that did not run both branches, unless the op says that d itself was not finite.
             d_curve=tuple(
-                d if k < len(done) and done[k] == "both" else None for k, d in enumerate(trace)
+                None if math.isnan(d) and not 0 <= state[State.NON_FINITE] <= k else d
+                for k, d in enumerate(trace)
             ),
             elements=elements,
             transition_step=row(State.TRANSITION_STEP),
@@ -188,7 +188,7 @@ class Report(Sequence[ImageReport]):
             gate=gate,
             forced=bool(state[State.FORCED]),
             non_finite=row(State.NON_FINITE),
-            denoiser_rows=sum(2 if branch == "both" else 1 for branch in done),
+            denoiser_rows=self._denoiser_rows,
             path=self.path,
             reason=self.reason,
         )
