@@ -1,0 +1,280 @@
+"""One call of a guarded pipeline on the step path: what happens between the stock loop and the fused op.
+
+The stock `__call__` runs unchanged on a copy of the pipeline that holds shadows of its scheduler and denoiser. Per step it calls
+
+    scheduler.scale_model_input(x)  ->  the next model input, already written by the last step where nothing changed it since
+    denoiser(...)                   ->  one batched call; its output is kept here, the pipeline sees a placeholder
+    scheduler.step(..., x)          ->  the fused op: decision, guidance, update; x' goes back to the pipeline
+
+Where the scheduler is not linear the op only decides and guides, and the scheduler's own step() runs on the guided output.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+
+from fastguard.denoiser import placeholder, select_branch
+from fastguard.families import Family
+from fastguard.kernels.layout import Row
+from fastguard.loop import Loop
+from fastguard.plan import Plan, lower
+from fastguard.policy import Policy
+from fastguard.report import Report
+from fastguard.schedule import Schedule, compile_schedule
+
+
+class Call:
+    """State of one generation. `scheduler` and `denoiser` are the originals behind the pipeline's shadows."""
+
+    def __init__(
+        self, policy: Policy, family: Family, arguments: Mapping[str, Any], scheduler: Any, denoiser: Any
+    ) -> None:
+        self.policy, self.family, self.arguments = policy, family, arguments
+        self.scheduler, self.denoiser = scheduler, denoiser
+        self.pipe: Any = None  # set by the caller: the copy on which the stock loop runs
+        # Somebody may look at, keep or change the latents between two steps.
+        self.observed = family.rewrites_latents or any(
+            arguments.get(name) is not None for name in ("callback_on_step_end", "callback")
+        )
+        self.row = 0
+        self.rows_run = 0  # denoiser rows per image so far
+        self.schedule: Schedule | None = None
+        self.plan: Plan | None = None
+        self.loop: Loop | None = None
+        self._timesteps_arguments: tuple[tuple, dict] = ((), {})
+        self._returned: torch.Tensor | None = None
+        self._returned_version = 0
+        self._outputs: tuple[torch.Tensor, torch.Tensor | None] | None = None
+
+    # What the shadows call -------------------------------------------------------------------------------------------------
+
+    def set_timesteps(self, *args: Any, **kwargs: Any) -> Any:
+        """Remember the arguments: the table is compiled from the same call made on the host, without reading the device back."""
+        self._timesteps_arguments = (args, kwargs)
+        return self.scheduler.set_timesteps(*args, **kwargs)
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
+        schedule = self._compiled(timestep)
+        if not schedule.linear:
+            return self.scheduler.scale_model_input(sample, timestep, *args, **kwargs)
+        if (ready := self._ready_input(sample)) is not None:
+            return ready
+        scale = float(schedule.rows[self.row, Row.S])
+        return sample if scale == 1.0 else sample * scale
+
+    def denoise(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the denoiser on the branches that this row needs, keep its output, return a placeholder of the full batch."""
+        name = self.family.sample_argument
+        sample = args[0] if args else kwargs[name]
+        timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
+        self._compiled(timestep)
+        if (ready := self._ready_input(sample)) is not None:
+            args, kwargs = (ready, *args[1:]) if args else args, kwargs if args else {**kwargs, name: ready}
+        rows = sample.shape[0]
+        guided = self.family.guided(self.pipe, self.arguments)
+        batch = rows // 2 if guided else rows
+        branches = self._planned(sample, batch).branches[self.row] if guided else "cond"
+        if guided and branches != "both":
+            args, kwargs = select_branch(args, branches, batch), select_branch(kwargs, branches, batch)
+
+        result = self.denoiser(*args, **kwargs)
+        output = result[0]
+        self._outputs = tuple(output.chunk(2)) if guided and branches == "both" else (output, None)
+        self.rows_run += output.shape[0] // batch
+        stand_in = placeholder(output, rows)
+        return (stand_in, *result[1:]) if isinstance(result, tuple) else type(result)(stand_in)
+
+    def step(self, model_output: Any, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self._outputs is None:
+            raise RuntimeError("scheduler.step was called without a denoiser call before it")
+        if self.loop is None:
+            self._start(sample, kwargs)
+        elif not self._unchanged(sample):
+            self.loop.load_latents(sample)
+        self._follow_guidance_scale(sample)
+
+        channels = sample.shape[1]  # a model may predict more than the latents' channels (a variance)
+        uncond, cond = (None if t is None else t[:, :channels] for t in self._outputs)
+        before = self.row
+        self.loop.advance(uncond, cond, self._noise(sample, uncond.dtype, kwargs.get("generator")))
+        self.row += 1
+        self._outputs = None
+        if not self.schedule.linear:
+            guided = self._rescaled(self.loop.x.to(uncond.dtype), cond)
+            return self.scheduler.step(guided, timestep, sample, *args, **kwargs)
+
+        self._keep_step_index(before + 1)
+        latents = self.loop.latents(fresh=self.observed)
+        self._returned, self._returned_version = latents, _version(latents)
+        return (latents,) if not kwargs.get("return_dict", True) else _Step(prev_sample=latents)
+
+    # Start of a generation -------------------------------------------------------------------------------------------------
+
+    def _compiled(self, timestep: Any) -> Schedule:
+        """The table of this call, compiled at the first thing the loop asks for."""
+        if self.schedule is None:
+            accepted = inspect.signature(self.scheduler.step).parameters
+            step_kwargs = {"eta": self.arguments["eta"]} if "eta" in accepted and "eta" in self.arguments else {}
+            self._begin = _begin_index(self.scheduler, timestep)
+            self._compile(step_kwargs)
+        return self.schedule
+
+    def _compile(self, step_kwargs: Mapping[str, Any]) -> None:
+        self._step_kwargs = dict(step_kwargs)
+        own_step = self.family.own_step(self.arguments)
+        if own_step is None and self.family.guidance_rescale(self.pipe, self.arguments) > 0.0:
+            own_step = "guidance_rescale"
+        self.schedule = compile_schedule(
+            self._on_host(), step_kwargs=self._step_kwargs, begin_index=self._begin, own_step=own_step
+        )
+
+    def _on_host(self) -> Any:
+        """The scheduler with its timesteps in host memory: itself, or a copy on which set_timesteps is repeated."""
+        if not isinstance(self.scheduler.timesteps, torch.Tensor) or self.scheduler.timesteps.device.type == "cpu":
+            return self.scheduler
+        host = copy.copy(self.scheduler)
+        args, kwargs = self._timesteps_arguments
+        names = list(inspect.signature(host.set_timesteps).parameters)
+        bound = {**dict(zip(names, args, strict=False)), **kwargs, "device": "cpu"}
+        host.set_timesteps(**bound)
+        return host
+
+    def _planned(self, sample: torch.Tensor, batch: int) -> Plan:
+        if self.plan is None:
+            per_prompt = self.arguments.get("num_images_per_prompt") or 1
+            channels = self.pipe.vae.config.latent_channels
+            self._samples = _expand(self.policy, batch, per_prompt)
+            self._elements = channels * sample[0, 0].numel()
+            self.plan = self._lower()
+        return self.plan
+
+    def _lower(self) -> Plan:
+        self._scale = self.family.guidance_scale(self.pipe, self.arguments)
+        plan = lower(
+            self._samples,
+            timesteps=self.schedule.rows[:-1, Row.TIMESTEP],
+            observe=self.schedule.rows[:-1, Row.OBSERVE],
+            guidance_scale=self._scale,
+            elements=self._elements,
+        )
+        return plan
+
+    def _start(self, latents: torch.Tensor, kwargs: Mapping[str, Any]) -> None:
+        relevant = {k: v for k, v in kwargs.items() if k not in ("generator", "return_dict")}
+        if relevant != self._step_kwargs:
+            self._compile(relevant)
+        halves = 2 if self._outputs[1] is not None or self.family.guided(self.pipe, self.arguments) else 1
+        plan = self._planned(latents, latents.shape[0])
+        self.loop = Loop(self.schedule, plan, latents, halves=halves)
+
+    # Within a step ---------------------------------------------------------------------------------------------------------
+
+    def _ready_input(self, sample: torch.Tensor) -> torch.Tensor | None:
+        """The model input that the last step wrote, if nothing can have changed the latents since."""
+        if self.loop is None or self.observed or not self.schedule.linear:
+            return None
+        ready = self.loop.model_input
+        return ready if ready.shape == sample.shape else None
+
+    def _unchanged(self, sample: torch.Tensor) -> bool:
+        return sample is self._returned and (not self.observed or _version(sample) == self._returned_version)
+
+    def _follow_guidance_scale(self, latents: torch.Tensor) -> None:
+        """A callback may change the guidance scale: the rows still to come take the new one, counters and history stay."""
+        if self.family.guidance_scale(self.pipe, self.arguments) != self._scale:
+            self.plan = self._lower()
+            self.loop.load_plan(self.plan)
+
+    def _noise(self, latents: torch.Tensor, dtype: torch.dtype, generator: Any) -> torch.Tensor | None:
+        """The same draw from the same generators as the stock scheduler makes in this row."""
+        if not self.schedule.linear or not self.schedule.draws[self.row]:
+            return None
+        dtype = self.schedule.noise_dtype or dtype
+        return randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=dtype)
+
+    def _rescaled(self, guided: torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor:
+        """guidance_rescale of Lin et al. 2023 (arXiv 2305.08891, section 3.4): pull the standard deviation back to cond's."""
+        phi = self.family.guidance_rescale(self.pipe, self.arguments)
+        if phi <= 0.0 or cond is None:
+            return guided
+        dims = tuple(range(1, guided.ndim))
+        rescaled = guided * (cond.std(dim=dims, keepdim=True) / guided.std(dim=dims, keepdim=True))
+        return phi * rescaled + (1 - phi) * guided
+
+    def _keep_step_index(self, row: int) -> None:
+        """Inpaint pipelines call scheduler.add_noise, which looks at the step index that the scheduler's own step() would have kept."""
+        if hasattr(self.scheduler, "_step_index"):
+            self.scheduler._step_index = self._begin + row
+
+    # After it --------------------------------------------------------------------------------------------------------------
+
+    def report(self) -> Report | None:
+        """What happened, or None if the loop never ran. Reads nothing from the device yet."""
+        if self.loop is None:
+            return None
+        return Report.read(
+            state=self.loop.state,
+            trace=self.loop.trace,
+            plan=self.plan,
+            rows_run=self.rows_run,
+            steps=self.row,
+            path="fused" if self.schedule.linear else "own step",
+            reason=self.schedule.reason,
+        )
+
+
+class _Step(dict):
+    """What scheduler.step returns by default: `prev_sample` as attribute, key and first item."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(
+                f"scheduler.step: {name!r} is not computed on the fused path; only prev_sample is"
+            ) from None
+
+    def __getitem__(self, key: Any) -> Any:
+        return super().__getitem__("prev_sample" if key == 0 else key)
+
+
+def _version(tensor: torch.Tensor) -> int:
+    try:
+        return tensor._version
+    except RuntimeError:  # inference tensors count no versions: then every change must be taken for one
+        return -1
+
+
+def _expand(policy: Policy, batch: int, per_prompt: int) -> list[Policy]:
+    """Policies per image: lists may be as long as the batch of images or as the list of prompts."""
+    try:
+        return policy.samples(batch)
+    except ValueError:
+        if per_prompt == 1 or batch % per_prompt:
+            raise
+    return [p for p in policy.samples(batch // per_prompt) for _ in range(per_prompt)]
+
+
+def _begin_index(scheduler: Any, timestep: Any) -> int:
+    """Row of the schedule at which this loop begins (image-to-image and denoising_start begin late).
+
+    The loop's timesteps are views of `scheduler.timesteps`, so their offset tells without reading the device.
+    """
+    begin = getattr(scheduler, "_begin_index", None)
+    if begin is not None:
+        return int(begin)
+    timesteps = scheduler.timesteps
+    if isinstance(timestep, torch.Tensor) and isinstance(timesteps, torch.Tensor):
+        same = timestep.untyped_storage().data_ptr() == timesteps.untyped_storage().data_ptr()
+        if same:
+            return (timestep.storage_offset() - timesteps.storage_offset()) // max(timesteps.stride(0), 1)
+    matches = [i for i, t in enumerate(timesteps) if float(t) == float(torch.as_tensor(timestep).flatten()[0])]
+    if not matches:
+        raise ValueError(f"timestep={timestep!r}: must be one of scheduler.timesteps")
+    return matches[0]

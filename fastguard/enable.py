@@ -1,0 +1,186 @@
+"""Attach the guard to one pipeline object, and take it off again."""
+
+from __future__ import annotations
+
+import copyreg
+import dataclasses
+import functools
+import inspect
+import logging
+import os
+import threading
+from collections.abc import Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from fastguard.call import Call
+from fastguard.families import Family, find
+from fastguard.policy import Policy, policy as make_policy
+from fastguard.report import Report
+from fastguard.shadow import shadow
+
+logger = logging.getLogger("fastguard")
+
+_ATTRIBUTE = "_fastguard_guard"
+
+
+def enable(pipe: Any, policy: str | Policy | Sequence[str | Policy] = "og+dtp", **overrides: Any) -> Guard:
+    """Guard `pipe` in place: the same calls, the same outputs, under `policy`. Also a context manager.
+
+    pipe       a diffusers pipeline on the allow-list (`fastguard.families`)
+    policy     a preset's name, a policy, a path to a policy file, or a list of them: one per image (or per prompt) of every call
+    overrides  fields of the policy to replace, e.g. gate=0.02
+
+    Enabling a guarded pipeline again replaces its policy. FASTGUARD_DISABLE=1 in the environment makes every call a stock call.
+    TypeError for a pipeline that is not supported, ValueError for a bad policy.
+    """
+    base = _stock_class(type(pipe))
+    family = find(base)
+    chosen = _one_policy(policy, overrides)
+    warning = chosen.ungated_warning()
+    guard = pipe.__dict__.get(_ATTRIBUTE)
+    if warning and not (guard and guard.policy == chosen):
+        logger.warning(warning)
+    if guard is None:
+        guard = pipe.__dict__[_ATTRIBUTE] = Guard(pipe, family, chosen)
+        pipe.__class__ = _enabled_class(base)
+    else:
+        guard.policy = chosen
+    return guard
+
+
+class Guard:
+    """The guard of one pipeline: its policy, the report of the last call, and the way back."""
+
+    def __init__(self, pipe: Any, family: Family, policy: Policy) -> None:
+        self.policy = policy
+        self.family = family
+        self._pipe = pipe
+        self._last: Report | None = None
+        self._thread = threading.local()
+
+    @property
+    def report(self) -> Report | None:
+        """What happened, per image, in the last call made by this thread (or, if it made none, by any)."""
+        return getattr(self._thread, "last", None) or self._last
+
+    def disable(self) -> None:
+        """Give the pipeline its stock class back. Nothing else was ever changed."""
+        self._pipe.__dict__.pop(_ATTRIBUTE, None)
+        self._pipe.__class__ = _stock_class(type(self._pipe))
+
+    def __enter__(self) -> Guard:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.disable()
+
+    def run(self, stock_call: Any, args: tuple, kwargs: dict) -> Any:
+        """One call of the pipeline: the stock loop on a copy of the pipeline that holds shadows."""
+        pipe, family = self._pipe, self.family
+        arguments = inspect.signature(stock_call).bind(pipe, *args, **kwargs)
+        arguments.apply_defaults()
+        values = {**arguments.arguments, **arguments.arguments.get("kwargs", {})}
+        if reason := family.refusal(values):
+            raise ValueError(reason)
+        with _exclusive(pipe.scheduler) as scheduler:
+            denoiser = getattr(pipe, family.denoiser)
+            call = Call(self.policy, family, values, scheduler, denoiser)
+            twin = object.__new__(type(pipe))
+            twin.__dict__.update(pipe.__dict__)
+            twin.__dict__["_fastguard_origin"] = pipe
+            twin.__dict__["scheduler"] = shadow(
+                scheduler,
+                {
+                    "step": call.step,
+                    "scale_model_input": call.scale_model_input,
+                    "set_timesteps": call.set_timesteps,
+                },
+            )
+            twin.__dict__[family.denoiser] = shadow(denoiser, {"__call__": call.denoise})
+            # Offloading replaces the pipeline's hooks at the end of a call: they belong to the original.
+            twin.__dict__["maybe_free_model_hooks"] = pipe.maybe_free_model_hooks
+            held_back = twin.__dict__.copy()
+            call.pipe = twin
+            if hasattr(pipe, "_interrupt"):
+                pipe._interrupt = False
+            try:
+                return stock_call(twin, *args, **kwargs)
+            finally:
+                self._last = self._thread.last = call.report()
+                # What the call noted on itself (num_timesteps, guidance scale ...) stays readable, as in a stock call.
+                for name, value in twin.__dict__.items():
+                    if held_back.get(name, held_back) is not value:
+                        pipe.__dict__[name] = value
+
+
+def _one_policy(policy: Any, overrides: dict[str, Any]) -> Policy:
+    if isinstance(policy, (str, os.PathLike, Policy)):
+        return make_policy(policy, **overrides)
+    if not isinstance(policy, Sequence) or not policy:
+        raise ValueError(f"policy={policy!r}: must be a preset, a policy, a path, or a list of them, one per image")
+    each = [make_policy(one, **overrides) for one in policy]
+    names = [field.name for field in dataclasses.fields(Policy)]
+    return Policy(**{name: [getattr(one, name) for one in each] for name in names})
+
+
+@functools.lru_cache(maxsize=256)
+def _enabled_class(base: type) -> type:
+    """A subclass of `base` with its very name and module: model_index.json, isinstance and AutoPipeline see no difference."""
+    stock_call = base.__call__
+
+    @functools.wraps(stock_call)
+    def __call__(self, *args, **kwargs):
+        guard = self.__dict__.get(_ATTRIBUTE)
+        if guard is None:
+            return stock_call(self, *args, **kwargs)
+        if os.environ.get("FASTGUARD_DISABLE", "0") not in ("", "0"):
+            logger.info("FASTGUARD_DISABLE is set: stock call")
+            return stock_call(self, *args, **kwargs)
+        return guard.run(stock_call, args, kwargs)
+
+    def interrupt(self):
+        # During a call the loop runs on a copy; who interrupts may hold the original.
+        return self._interrupt or getattr(self.__dict__.get("_fastguard_origin"), "_interrupt", False)
+
+    def __reduce_ex__(self, protocol):
+        # Copies and pickles are stock pipelines: a guard is never inherited silently.
+        make, args, state, *rest = object.__reduce_ex__(self, max(protocol, 2))
+        state = {key: value for key, value in state.items() if key != _ATTRIBUTE}
+        return (copyreg.__newobj__, (base, *args[1:]), state, *rest)
+
+    namespace = {
+        "__call__": __call__,
+        "__reduce_ex__": __reduce_ex__,
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "_fastguard_stock": base,
+    }
+    if hasattr(base, "interrupt"):
+        namespace["interrupt"] = property(interrupt)
+    return type(base)(base.__name__, (base,), namespace)
+
+
+def _stock_class(cls: type) -> type:
+    return cls.__dict__.get("_fastguard_stock", cls)
+
+
+_busy: set[int] = set()
+_busy_lock = threading.Lock()
+
+
+@contextmanager
+def _exclusive(scheduler: Any):
+    """The scheduler itself, or a copy while another call is using it: schedulers keep the state of a loop on themselves."""
+    with _busy_lock:
+        free = id(scheduler) not in _busy
+        _busy.add(id(scheduler))
+    if not free:
+        yield type(scheduler).from_config(scheduler.config)
+        return
+    try:
+        yield scheduler
+    finally:
+        with _busy_lock:
+            _busy.discard(id(scheduler))
