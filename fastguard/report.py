@@ -176,7 +176,9 @@ class Report(Sequence[ImageReport]):
             timesteps=times,
             # NaN is what a row leaves that did not run both branches, unless the op says that d itself was not finite.
             d_curve=tuple(
-                None if math.isnan(d) and not 0 <= state[State.NON_FINITE] <= k else d
+                None
+                if math.isnan(d) and not 0 <= state[State.NON_FINITE] <= k < state[State.STEP]
+                else d
                 for k, d in enumerate(trace)
             ),
             elements=elements,
