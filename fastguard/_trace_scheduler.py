@@ -1,0 +1,271 @@
+"""Run a private copy of a diffusers scheduler on basis vectors and record what it does, row by row.
+
+Every sample, model output and noise draw is one *lane*: a column that is 1 in its own tensor and 0 in all others. Row k is stepped
+from a fresh lane x_k, not from the previous result, so the coefficients of x_{k+1} on x_j, e_j and z_j (j <= k) can be read off one
+by one and nothing has to be fitted to nearly parallel trajectories. Some further columns carry random numbers through the real
+trajectory; they show later whether the recorded coefficients tell the whole story (they do not if a step clamps).
+
+Lanes are float64 and every scheduler scalar stays what stock computes (0-dim float32 times a float64 lane is float64), so the
+coefficients hold stock's own rounding of log, exp and linalg.solve and no further one. A `TorchFunctionMode` keeps lanes from being
+cast down and answers `torch.randn`; its stack is per thread, the global generator is never touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch.overrides import TorchFunctionMode
+
+PROBES = 32  # random columns
+
+# What a scheduler remembers of a run, as it stands after set_timesteps (lists keep their length).
+RUN_STATE: dict[str, Any] = {
+    "_step_index": None,
+    "counter": 0,
+    "lower_order_nums": 0,
+    "cur_model_output": 0,
+    "cur_sample": None,
+    "sample": None,
+    "last_sample": None,
+    "last_noise": None,
+    "prev_derivative": None,
+    "dt": None,
+    "ets": [],
+    "derivatives": [],
+    "model_outputs": [None],
+    "timestep_list": [None],
+    "is_scale_input_called": False,
+}
+
+
+@dataclass
+class Trace:
+    """Lanes of K rows: columns [0, K) are x_j, [K, 2K) e_j, [2K, 3K) z_j; the probes are random columns."""
+
+    out: np.ndarray  # [K, 3K] coefficients of x_{k+1}
+    converted: (
+        np.ndarray
+    )  # [K, 2] (P, Q) of the output as the scheduler keeps it; NaN where it keeps none
+    scale: np.ndarray  # [K] factor of scale_model_input
+    sigma: np.ndarray  # [K] noise level as the scheduler names it (sigma, or the timestep where it has none); NaN unknown
+    starts: np.ndarray  # [K] bool: the evaluation begins a block (it is no mid-stage)
+    draws: tuple[int, ...]  # noise draws per row
+    noise_dtype: torch.dtype | None  # dtype of the draws; None: the model's
+    probe_x: np.ndarray  # [K + 1, PROBES] the real trajectory of the random columns
+    probe_e: np.ndarray  # [K, PROBES]
+    probe_z: np.ndarray  # [K, PROBES]
+    problem: str | None = None  # why the rows cannot be trusted
+
+
+@dataclass
+class _Lanes(TorchFunctionMode):
+    """Keeps lanes in float64 and answers torch.randn with the next noise lane."""
+
+    shape: torch.Size
+    noise: Callable[[], torch.Tensor]
+    dtypes: list[torch.dtype | None] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.randn:
+            self.dtypes.append(kwargs.get("dtype"))
+            return self.noise()
+        if func in _OTHER_DRAWS:
+            raise RuntimeError(f"it draws noise by torch.{func.__name__}")
+        result = func(*args, **kwargs)
+        if func in _CASTS and args[0].shape == self.shape and args[0].dtype == torch.float64:
+            return args[0]
+        return result
+
+
+_CASTS = {torch.Tensor.to, torch.Tensor.float, torch.Tensor.half, torch.Tensor.type}
+_OTHER_DRAWS = {
+    torch.rand,
+    torch.randn_like,
+    torch.rand_like,
+    torch.normal,
+    torch.bernoulli,
+    torch.randint,
+}
+
+
+def own_state(scheduler: Any) -> dict[str, Any]:
+    """The scheduler's attributes as they stand before a run, without methods that someone wrapped on the instance."""
+    state = {}
+    for name, value in vars(scheduler).items():
+        if callable(value) and hasattr(type(scheduler), name):
+            continue
+        if name in RUN_STATE:
+            start = RUN_STATE[name]
+            value = start * len(value or []) if isinstance(start, list) else start
+        state[name] = value
+    return state
+
+
+def private_copy(scheduler: Any) -> Any:
+    """A copy at the start of its run that shares no tensor with the original; its tensors are on the CPU."""
+    twin = object.__new__(type(scheduler))
+    twin.__dict__.update({name: _clone(value) for name, value in own_state(scheduler).items()})
+    return twin
+
+
+def _clone(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, list):
+        return [_clone(item) for item in value]
+    if isinstance(value, (np.ndarray, set)):
+        return value.copy()
+    return value  # numbers, strings, functions and the frozen config
+
+
+def first_row(scheduler: Any, begin_index: int) -> int:
+    return begin_index or getattr(scheduler, "begin_index", None) or 0
+
+
+def trace(scheduler: Any, step_kwargs: Mapping[str, Any], begin_index: int) -> Trace:
+    """Step a private copy through all rows from `begin_index` on. Never raises for what the scheduler does: see `problem`."""
+    with torch.no_grad(), torch.inference_mode(False), torch.device("cpu"):
+        twin = private_copy(scheduler)
+        timesteps = twin.timesteps[begin_index:]
+        return _trace(twin, timesteps, step_kwargs, lambda: private_copy(scheduler))
+
+
+def _trace(
+    twin: Any, timesteps: torch.Tensor, step_kwargs: Mapping[str, Any], fresh: Callable[[], Any]
+) -> Trace:
+    rows = len(timesteps)
+    lanes = 3 * rows
+    shape = torch.Size((1, 1, 1, lanes + PROBES))
+    rng = np.random.default_rng(0)
+    e = rng.standard_normal((rows, PROBES))
+    z = rng.standard_normal((rows, PROBES))
+    result = Trace(
+        out=np.zeros((rows, lanes)),
+        converted=np.full((rows, 2), np.nan),
+        scale=np.ones(rows),
+        sigma=np.full(rows, np.nan),
+        starts=np.ones(rows, dtype=bool),
+        draws=(0,) * rows,
+        noise_dtype=None,
+        probe_x=np.zeros((rows + 1, PROBES)),
+        probe_e=e,
+        probe_z=z,
+    )
+    result.probe_x[0] = rng.standard_normal(PROBES) * float(getattr(twin, "init_noise_sigma", 1.0))
+
+    def lane(column: int, probes: np.ndarray) -> torch.Tensor:
+        tensor = torch.zeros(shape, dtype=torch.float64)
+        tensor[..., column] = 1.0
+        tensor[..., lanes:] = torch.from_numpy(probes)
+        return tensor
+
+    draws = [0] * rows
+    row = 0
+
+    def noise() -> torch.Tensor:
+        draws[row] += 1
+        return lane(2 * rows + row, z[row])
+
+    mode = _Lanes(shape, noise)
+    for row, t in enumerate(timesteps):
+        x, e_row = lane(row, result.probe_x[row]), lane(rows + row, e[row])
+        try:
+            with mode:
+                scaled = twin.scale_model_input(x, t) if hasattr(twin, "scale_model_input") else x
+                if hasattr(twin, "_init_step_index") and twin.step_index is None:
+                    twin._init_step_index(t)
+        except Exception as error:  # a foreign scheduler may raise anything
+            result.problem = result.problem or f"scale_model_input failed at row {row}: {error}"
+            break
+        result.scale[row] = float(scaled[..., row])
+        if not torch.allclose(scaled, result.scale[row] * x, rtol=1e-12, atol=0.0):
+            result.problem = result.problem or "scale_model_input is more than a factor"
+        result.sigma[row] = _sigma(twin, t)
+        result.starts[row] = _starts_block(twin)
+        if result.problem is None:
+            try:
+                with mode:
+                    after = twin.step(e_row, t, x, **step_kwargs, return_dict=False)[0]
+            except Exception as error:
+                result.problem = f"step failed at row {row}: {type(error).__name__}: {error}"
+        if result.problem is not None:  # go on for scale, sigma and starts alone
+            if getattr(twin, "step_index", None) is not None:
+                twin._step_index += 1
+            continue
+        if hasattr(twin, "order_list"):  # single-step DPM: the block's base is the sample it keeps
+            result.starts[row] = twin.sample is x
+        values = after.reshape(-1).numpy()
+        if not np.isfinite(values).all():
+            result.problem = f"step is not finite at row {row}"
+            continue
+        result.out[row] = values[:lanes]
+        result.probe_x[row + 1] = values[lanes:]
+        result.converted[row] = _kept_output(twin, shape, row, rows)
+    result.draws = tuple(draws)
+    if max(draws, default=0) > 1 and result.problem is None:
+        result.problem = f"it draws noise {max(draws)} times in one row"
+    if any(draws):
+        result.noise_dtype = _noise_dtype(fresh(), timesteps, step_kwargs)
+    return result
+
+
+def _sigma(twin: Any, t: torch.Tensor) -> float:
+    """Noise level of the row about to run: sigma where the scheduler has sigmas, else its timestep."""
+    index = getattr(twin, "step_index", None)
+    if index is not None and getattr(twin, "sigmas", None) is not None:
+        midway = not getattr(twin, "state_in_first_order", True) and hasattr(
+            twin, "sigmas_interpol"
+        )
+        return float((twin.sigmas_interpol if midway else twin.sigmas)[index])
+    return float(t)
+
+
+def _starts_block(twin: Any) -> bool:
+    """False where the row about to run is a mid-stage of Heun, KDPM2 or of PNDM's Runge-Kutta steps."""
+    runge_kutta = getattr(twin, "prk_timesteps", None)
+    if runge_kutta is not None and twin.counter < len(runge_kutta):
+        return twin.counter % 4 == 0
+    return bool(getattr(twin, "state_in_first_order", True))
+
+
+def _kept_output(twin: Any, shape: torch.Size, row: int, rows: int) -> tuple[float, float]:
+    """(P, Q) of the converted output m = P x + Q e that the scheduler keeps for later rows; NaN if it keeps none."""
+    lists = [value[-1:] for value in vars(twin).values() if isinstance(value, list)]
+    for kept in [item for items in lists for item in items] + list(vars(twin).values()):
+        if not isinstance(kept, torch.Tensor) or kept.shape != shape:
+            continue
+        values = kept.reshape(-1)[: 3 * rows].numpy()
+        others = np.delete(values, [row, rows + row])
+        if not others.any() and (
+            values[rows + row] != 0.0 or any(kept is item for items in lists for item in items)
+        ):
+            return float(values[row]), float(values[rows + row])
+    return np.nan, np.nan
+
+
+def _noise_dtype(
+    twin: Any, timesteps: torch.Tensor, step_kwargs: Mapping[str, Any]
+) -> torch.dtype | None:
+    """Dtype that stock draws in when sample and model output are float16; None if it is theirs."""
+    shape = torch.Size((1, 1, 1, 1))
+    zero = torch.zeros(shape, dtype=torch.float16)
+    mode = _Lanes(shape, lambda: zero)
+    for t in timesteps:
+        try:
+            with mode:
+                if hasattr(twin, "scale_model_input"):
+                    twin.scale_model_input(zero, t)
+                twin.step(zero, t, zero, **step_kwargs, return_dict=False)
+        except Exception:
+            return None
+        if mode.dtypes:
+            return None if mode.dtypes[0] in (None, torch.float16) else mode.dtypes[0]
+    return None

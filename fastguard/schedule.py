@@ -1,0 +1,249 @@
+"""Compile a diffusers scheduler into a table of coefficients, one row per denoiser evaluation.
+
+    m  = P x + Q e;    x' = A x + B m + sum_j H_j history[j] + N z;    history[STORE] = m
+
+The table is not written by hand: the real scheduler is run on basis vectors (`_trace_scheduler`), its coefficients are folded into
+the form above (`_fold`), and the result is checked against the scheduler's own run on random numbers. A scheduler that is not linear
+in sample, model outputs and noise (thresholding, clipping), or that needs more than three remembered tensors, gets a table that
+passes the guided output through, and its own step() runs outside. See `python -m fastguard.schedule` for all of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastguard._fold import Folded, fold, free_form
+from fastguard._noise_level import weights
+from fastguard._trace_scheduler import Trace, first_row, own_state, trace
+from fastguard.kernels.layout import HISTORY, Row
+
+LARGEST_RESIDUAL = 1e-6
+CACHED = 64  # schedules kept; one of 50 rows is 7 kB
+
+_IGNORED_ARGUMENTS = {"generator", "return_dict"}
+_cache: OrderedDict[bytes, Schedule] = OrderedDict()
+_cache_lock = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What one denoising run does, per denoiser evaluation (row). Shared between callers: do not write into its tensors.
+
+    rows         float64 [K + 1, len(Row)], CPU; the last row is inactive (ACTIVE = 0, S = 1, TIMESTEP = 0)
+    timesteps    [K], the scheduler's own values and dtype, CPU
+    history      history buffers in use, 0..3
+    draws        noise draws per row as stock makes them, also where the coefficient is 0; all 0 if not linear: step() draws then
+    noise_dtype  dtype in which stock draws; None: that of the model's output
+    residual     largest |x' - stock's x'| / max|x'| over all rows in float64; NaN if not linear
+    form         what m is: "epsilon" (the guided output e itself, whatever the model predicts), "x0", "converted" (as the scheduler
+                 converts the output), "free" (read from the coefficients) or "own step"
+    linear       False: P = 0, Q = 1, A = 0, B = 1, so that x' = e goes to the scheduler's own step(); S, TIMESTEP, OBSERVE and W_*
+                 are valid all the same
+    reason       why it is not linear
+    """
+
+    rows: torch.Tensor
+    timesteps: torch.Tensor
+    history: int
+    draws: tuple[int, ...]
+    residual: float
+    form: str
+    linear: bool
+    reason: str | None
+    noise_dtype: torch.dtype | None = None
+
+    def with_own_step(self, reason: str) -> Schedule:
+        """The same rows without an update: x' = e, for callers that must run the scheduler's own step() on the guided output."""
+        if not self.linear:
+            return self
+        rows = self.rows.clone()
+        rows[:, [Row.P, Row.A, *range(Row.H0, Row.H0 + HISTORY), Row.N]] = 0.0
+        rows[:, [Row.Q, Row.B]] = 1.0
+        rows[:, Row.STORE] = -1.0
+        draws = (0,) * len(self.draws)
+        return Schedule(rows, self.timesteps, 0, draws, float("nan"), "own step", False, reason)
+
+
+def compile_schedule(
+    scheduler: Any, *, step_kwargs: Mapping[str, Any] | None = None, begin_index: int = 0
+) -> Schedule:
+    """Table of `scheduler`, whose timesteps are set; rows from `begin_index` (or the scheduler's own begin_index) on.
+
+    step_kwargs are the extra arguments that the caller would pass to step() (eta, s_churn, ...); a generator among them is ignored
+    and not consumed. The scheduler is neither run nor changed. Results are cached by value, any number of threads may call.
+    """
+    arguments = {
+        name: value for name, value in (step_kwargs or {}).items() if name not in _IGNORED_ARGUMENTS
+    }
+    begin = first_row(scheduler, begin_index)
+    key = _key(scheduler, arguments, begin)
+    with _cache_lock:
+        if key in _cache:
+            _cache.move_to_end(key)
+            return _cache[key]
+    schedule = _compile(scheduler, arguments, begin)
+    with _cache_lock:
+        schedule = _cache.setdefault(key, schedule)
+        while len(_cache) > CACHED:
+            _cache.popitem(last=False)
+    return schedule
+
+
+def _compile(scheduler: Any, arguments: Mapping[str, Any], begin: int) -> Schedule:
+    recorded = trace(scheduler, arguments, begin)
+    timesteps = scheduler.timesteps[begin:].detach().to("cpu", copy=True)
+    own = Schedule(
+        rows=_rows_without_update(scheduler, recorded, timesteps),
+        timesteps=timesteps,
+        history=0,
+        draws=(0,) * len(timesteps),
+        residual=float("nan"),
+        form="own step",
+        linear=False,
+        reason=_known_reason(scheduler, arguments) or recorded.problem,
+    )
+    if own.reason is not None:
+        return own
+    try:
+        form, folded = _best_fold(recorded, own.rows)
+    except ValueError as error:
+        return replace(own, reason=str(error))
+    rows = _with_update(own.rows, folded)
+    residual = _residual(rows, recorded)
+    if not residual <= LARGEST_RESIDUAL:
+        return replace(
+            own, reason=f"not linear in sample, output and noise (residual {residual:.1e})"
+        )
+    return Schedule(
+        rows=rows,
+        timesteps=timesteps,
+        history=folded.history,
+        draws=recorded.draws,
+        residual=residual,
+        form=form,
+        linear=True,
+        reason=None,
+        noise_dtype=recorded.noise_dtype,
+    )
+
+
+def _known_reason(scheduler: Any, arguments: Mapping[str, Any]) -> str | None:
+    config = scheduler.config
+    for name in ("thresholding", "clip_sample"):
+        if config.get(name):
+            return f"{name}=True is not linear"
+    if config.get("skip_prk_steps") is False:
+        return "Runge-Kutta steps (skip_prk_steps=False) need five remembered tensors"
+    for name, value in arguments.items():
+        if not isinstance(value, (int, float, str, bool, type(None))):
+            return f"step argument {name} is a {type(value).__name__}, not a number"
+    return None
+
+
+def _best_fold(recorded: Trace, rows: torch.Tensor) -> tuple[str, Folded]:
+    """The first form that fits: the output itself, the scheduler's own conversion, whatever the coefficients say."""
+    output = np.tile([0.0, 1.0], (len(recorded.out), 1))
+    x0 = np.allclose(recorded.converted[:, 1] ** 2, rows[:-1, Row.W_X0].numpy(), rtol=1e-4)
+    forms = {
+        "epsilon": output,
+        "x0" if x0 else "converted": recorded.converted,
+        "free": free_form(recorded),
+    }
+    reason = "not linear, or a row looks back at more than one tensor per earlier row"
+    for name, form in forms.items():
+        folded = fold(recorded, form)
+        if folded is not None and folded.history <= HISTORY:
+            return name, folded
+        if folded is not None:
+            reason = f"it needs {folded.history} remembered tensors, {HISTORY} are supported"
+    raise ValueError(reason)
+
+
+def _rows_without_update(scheduler: Any, recorded: Trace, timesteps: torch.Tensor) -> torch.Tensor:
+    rows = torch.zeros(len(timesteps) + 1, len(Row), dtype=torch.float64)
+    rows[:, Row.S] = 1.0
+    rows[:, Row.STORE] = -1.0
+    rows[:, [Row.Q, Row.B]] = 1.0
+    body = rows[:-1]
+    body[:, Row.ACTIVE] = 1.0
+    body[:, Row.S] = torch.from_numpy(recorded.scale)
+    body[:, Row.TIMESTEP] = timesteps.double()
+    epsilon, x0 = weights(scheduler, recorded.sigma)
+    body[:, Row.W_EPSILON], body[:, Row.W_X0] = torch.from_numpy(epsilon), torch.from_numpy(x0)
+    seen: set[float] = set()
+    for k, (level, starts) in enumerate(
+        zip(recorded.sigma.tolist(), recorded.starts.tolist(), strict=True)
+    ):
+        body[k, Row.OBSERVE] = float(starts and level not in seen)
+        if starts:
+            seen.add(level)
+    return rows
+
+
+def _with_update(rows: torch.Tensor, folded: Folded) -> torch.Tensor:
+    rows = rows.clone()
+    body = rows[:-1]
+    for column in ("p", "q", "a", "b", "n"):
+        body[:, Row[column.upper()]] = torch.from_numpy(getattr(folded, column))
+    for k, (slots, store) in enumerate(zip(folded.slots, folded.store, strict=True)):
+        body[k, Row.STORE] = store
+        for j, slot in slots.items():
+            body[k, Row.H0 + slot] = folded.lags[k, j]
+    return rows
+
+
+def _residual(rows: torch.Tensor, recorded: Trace) -> float:
+    """Largest relative difference of one table row from the scheduler's step on the random columns, each from stock's own x_k."""
+    worst, history = 0.0, np.zeros((HISTORY, recorded.probe_x.shape[1]))
+    for k, row in enumerate(rows[:-1].numpy()):
+        x, e, z, after = (
+            recorded.probe_x[k],
+            recorded.probe_e[k],
+            recorded.probe_z[k],
+            recorded.probe_x[k + 1],
+        )
+        m = row[Row.P] * x + row[Row.Q] * e
+        mine = (
+            row[Row.A] * x
+            + row[Row.B] * m
+            + row[Row.H0 : Row.H0 + HISTORY] @ history
+            + row[Row.N] * z
+        )
+        if row[Row.STORE] >= 0:
+            history[int(row[Row.STORE])] = m
+        worst = max(worst, float(np.abs(mine - after).max() / np.abs(after).max()))
+    return worst
+
+
+def _key(scheduler: Any, arguments: Mapping[str, Any], begin: int) -> bytes:
+    digest = hashlib.sha1(usedforsecurity=False)
+    kind = type(scheduler)
+    digest.update(
+        repr(
+            (
+                id(kind),
+                kind.__qualname__,
+                begin,
+                sorted(arguments.items(), key=lambda pair: pair[0]),
+            )
+        ).encode()
+    )
+    for name, value in sorted(own_state(scheduler).items()):
+        digest.update(name.encode())
+        if isinstance(value, torch.Tensor):
+            value = value.detach().cpu().contiguous()
+            digest.update(repr((value.dtype, value.shape)).encode())
+            digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+        elif isinstance(value, np.ndarray):
+            digest.update(repr((value.dtype, value.shape)).encode() + value.tobytes())
+        else:
+            digest.update(repr(value).encode())
+    return digest.digest()
