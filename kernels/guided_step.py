@@ -1,0 +1,419 @@
+"""Everything between two denoiser calls as one operation: norm of the guidance, decision, guided output, scheduler step.
+
+For every sample b of the batch, with k = state[b, STEP], row r = rows[state[b, BASE] + k] and delta = c - u:
+
+    d = ||delta||^2                                            trace[k, b] = d
+    g = guidance[b, k, 0 before the transition | 1 otherwise]  (`decide`: the transition of Jain et al., CVPR 2025, arXiv 2411.16738)
+    e = u + g delta
+    m = P x + Q e
+    x = A x + B m + sum_j H_j history[j] + N noise             history[STORE] = m
+    model_input = S_next x                                     timestep_out = TIMESTEP_next,  state[b, STEP] = k + 1
+
+Rows are filled by `fastguard.schedule`, rules, guidance and the first state by `fastguard.policy`; `layout` names the columns.
+
+Numbers: d, e, m and x are float32 whatever the model's dtype; decisions are float64 scalars of the float32 d. d is summed in an
+order that depends on the latent's size (and memory format) alone, and every elementwise result is rounded the same way wherever
+the sample lies, so a sample's bits do not depend on its batch. A sample whose row has ACTIVE = 0 is not touched at all.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import layout
+from .layout import Row, State
+
+BACKENDS = ("torch", "triton")
+PART = 16384  # the twin sums d in parts of PART elements: below torch's grain of 32,768, under which a sum is never split by threads
+
+
+def guided_step(
+    uncond: Tensor,
+    cond: Tensor | None,
+    *,
+    x: Tensor,
+    history: Tensor,
+    model_input: Tensor | None,
+    trace: Tensor,
+    state: Tensor,
+    rows: Tensor,
+    rules: Tensor,
+    guidance: Tensor,
+    noise: Tensor | None = None,
+    timestep_out: Tensor | None = None,
+    scratch: Tensor | None = None,
+    backend: str | None = None,
+) -> None:
+    """Run one step of the module's formula in place; changes x, history, model_input, trace, state, timestep_out and scratch.
+
+    Args:
+        uncond, cond: denoiser outputs u and c, [B, C, *S], float16 | bfloat16 | float32, any batch stride. cond = None: only one
+            branch ran, it is passed as `uncond`, then e = u and trace[k, b] = NaN.
+        x: latents, float32 [B, C, *S], contiguous or channels_last.
+        history: float32 [L, B, C, *S], L = 0 to 3 slots, each in x's memory format.
+        model_input: next denoiser input, [B or 2B, C, *S] in x's memory format, any of the three dtypes; None: not written.
+        trace: float32 [>= steps, B], d of every step.
+        state, rows, rules: float64 [B, len(State)], [R, len(Row)], [B, len(Rule)].
+        guidance: float32 [B, >= steps, 2], g before the transition and after it.
+        noise: [B, C, *S] of any of the three dtypes, read where N != 0.
+        timestep_out: [B or 2B], any number dtype, the next row's timestep.
+        scratch: workspace from `scratch_for(x)`, reused between calls; None: allocated by this call.
+        backend: "triton" | "torch"; None: triton on CUDA and ROCm, torch elsewhere (environment variable FASTGUARD_BACKEND overrides).
+
+    Raises:
+        ValueError: a shape, dtype or memory format other than the above.
+    """
+    _check(uncond, cond, x, history, model_input, trace, state, rows, rules, guidance, noise, timestep_out)
+    backend = choose_backend(x, backend)
+    torch.ops.fastguard.guided_step(
+        uncond, cond, x, history, model_input, trace, state, rows, rules, guidance, noise, timestep_out, scratch, backend
+    )
+
+
+def choose_backend(x: Tensor, backend: str | None = None) -> str:
+    """The one place that chooses: the argument, else FASTGUARD_BACKEND, else the device."""
+    backend = backend or os.environ.get("FASTGUARD_BACKEND")
+    if backend is None:
+        return "triton" if x.device.type == "cuda" else "torch"
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; allowed: {', '.join(BACKENDS)}")
+    return backend
+
+
+def scratch_for(x: Tensor) -> Tensor:
+    """Workspace that `guided_step` can reuse for every step on latents like x: float32, one dimension, contents irrelevant."""
+    return x.new_empty(2 * x.shape[0] * _width(x.numel() // x.shape[0]))
+
+
+def history_for(x: Tensor, slots: int) -> Tensor:
+    """[slots, *x.shape] zeros, every slot in x's memory format."""
+    return torch.empty_strided((slots, *x.shape), (x.numel(), *x.stride()), dtype=torch.float32, device=x.device).zero_()
+
+
+def decide(where: Callable[..., Any], state: Sequence[Any], rule: Sequence[Any], row: Sequence[Any], d: Any, both: bool) -> Any:
+    """State machine of one step: (state, rule, row, d) -> (new state, whether guidance[b, k, 0] applies).
+
+    The only definition of the decisions. It runs on Python floats, torch columns and Triton scalars alike: `where` is the select
+    of that world, the sequences are indexed by `layout`'s columns, and all is float64, so every world decides the same.
+    `both` (a Python bool) = both branches ran, so d is known. A NaN compares false: it never fires a rule nor raises a maximum.
+    """
+    (k, base, phase, j, last, before_last, maximum, last_row, transition, minimum, margin, gate_step, gate_d, forced, non_finite) = state
+    (kind, switch_row, gate, gate_steps, min_step, floor, rho, magnitude) = rule
+    if both:
+        non_finite = where(((d - d) != 0) & (non_finite < 0), k, non_finite)
+        observe = row[layout.Row.OBSERVE] != 0
+        weight = where(magnitude == layout.Magnitude.EPSILON, row[layout.Row.W_EPSILON], row[layout.Row.W_X0])
+        statistic = d * where(magnitude == layout.Magnitude.OUTPUT, 1.0, weight)
+
+        looking = observe & (phase == layout.Phase.UNDECIDED) & (j < gate_steps)
+        caught = looking & (d >= gate)
+        gate_d = where(looking & (d > gate_d), d, gate_d)
+        gate_step = where(caught, k, gate_step)
+        phase = where(looking & (j + 1 >= gate_steps), layout.Phase.PLAIN, phase)
+        phase = where(caught, layout.Phase.BEFORE, phase)
+
+        guarded = observe & (phase == layout.Phase.BEFORE)
+        dip = (j >= 2) & (last < before_last) & (last < statistic) & (j - 1 >= min_step) & (last < floor * maximum)
+        dip = guarded & (kind == layout.RuleKind.MINIMUM) & dip
+        neighbour = where(before_last < statistic, before_last, statistic)
+        peak = where(statistic > maximum, statistic, maximum)
+        drop = guarded & (kind == layout.RuleKind.DROP) & (j >= min_step) & (statistic < rho * peak)
+        minimum = where(dip, last_row, minimum)
+        # Where a rule fired its denominator is positive; elsewhere it may be 0, at which Python raises, hence the 1.
+        margin = where(dip, 1.0 - last / where(dip, neighbour, 1.0), margin)
+        margin = where(drop, 1.0 - statistic / where(drop, rho * peak, 1.0), margin)
+        transition = where(dip | drop, k, transition)
+        phase = where(dip | drop, layout.Phase.AFTER, phase)
+
+        before_last = where(observe, last, before_last)
+        last = where(observe, statistic, last)
+        maximum = where(observe, peak, maximum)
+        last_row = where(observe, k, last_row)
+        j = where(observe, j + 1, j)
+
+    switched = (phase == layout.Phase.BEFORE) & (k >= switch_row)
+    transition = where(switched, k, transition)
+    forced = where(switched & (kind != layout.RuleKind.NONE), 1.0, forced)
+    phase = where(switched, layout.Phase.AFTER, phase)
+    state = (k + 1, base, phase, j, last, before_last, maximum, last_row, transition, minimum, margin, gate_step, gate_d, forced, non_finite)
+    return state, phase == layout.Phase.BEFORE
+
+
+# ------------------------------------------------------------------------------------------------------------ plain torch
+def guided_step_torch(
+    uncond: Tensor,
+    cond: Tensor | None,
+    *,
+    x: Tensor,
+    history: Tensor,
+    model_input: Tensor | None,
+    trace: Tensor,
+    state: Tensor,
+    rows: Tensor,
+    rules: Tensor,
+    guidance: Tensor,
+    noise: Tensor | None = None,
+    timestep_out: Tensor | None = None,
+    scratch: Tensor | None = None,
+) -> None:
+    """`guided_step` in plain torch, for the CPU and devices without Triton (there it synchronises with the host).
+
+    Every tensor operation rounds once (no addcmul, no alpha): torch's kernels may use a fused multiply-add in their vectorised
+    body and not in its tail, and which of the two an element meets depends on the batch.
+    """
+    batch, size = x.shape[0], x.numel() // x.shape[0]
+    delta, work = _torch_workspace(x, size, scratch)
+    e, u, latents = delta[:, :size], _flat(uncond, size), _flat(x, size)
+    if cond is None:
+        e.copy_(u)
+        d = [math.nan] * batch
+    else:
+        c = _flat(cond, size)
+        if c.dtype == torch.float32:
+            torch.sub(c, u, out=e)
+        else:  # torch subtracts in the inputs' dtype, d is defined on values cast to float32
+            e.copy_(c).sub_(u)
+        torch.mul(delta, delta, out=work)
+        parts = work.view(batch, -1, min(PART, work.shape[1])).sum(2)
+        d = parts.sum(1).tolist()
+
+    host = [t.cpu().numpy() for t in (state, trace, rows, rules, guidance)]  # on the CPU these are views, not copies
+    plan = _decide_on_host(*host, d, cond is not None)
+    if x.device.type != "cpu":
+        state.copy_(torch.from_numpy(host[0]))
+        trace.copy_(torch.from_numpy(host[1]))
+
+    slots = [_flat(slot, size) for slot in history.unbind()]
+    z = None if noise is None else _flat(noise, size)
+    y = None if model_input is None else _flat(model_input, size).view(-1, batch, size)
+    times = None if timestep_out is None else timestep_out.view(-1, batch)
+    for form, group in groupby(plan, key=lambda sample: sample.form):
+        members = list(group)
+        run = slice(members[0].index, members[-1].index + 1)
+        if form is None:
+            continue
+        table = torch.tensor([s.coefficients for s in members], dtype=torch.float32, device=x.device)
+        g, *values, scale = table.t().unsqueeze(2).unbind()
+        p, q, a, b, *h, n = map(_Term, form.kinds, values)
+        m, latent, product = e[run], latents[run], work[run, :size]
+        if cond is not None:
+            m.mul_(g).add_(u[run])
+        q.multiply(m)
+        p.add_to(m, latent, product)
+        a.multiply(latent)
+        b.add_to(latent, m, product)
+        for term, slot in zip(h, slots):
+            term.add_to(latent, slot[run], product)
+        if z is not None:
+            n.add_to(latent, z[run], product)
+        if form.store >= 0:
+            slots[form.store][run].copy_(m)
+        if y is not None:
+            torch.mul(latent, scale, out=product)
+            y[:, run].copy_(product)
+        if times is not None:
+            times[:, run].copy_(torch.tensor([s.timestep for s in members], dtype=torch.float64))
+
+
+class _Form(NamedTuple):
+    """What a row makes the tensor program look like; neighbours in the batch with equal forms run together."""
+
+    store: int
+    kinds: tuple[float | None, ...]  # of P, Q, A, B, H0 to H2, N: 0.0, 1.0 or None for any other value
+
+
+class _Sample(NamedTuple):
+    index: int
+    form: _Form | None  # None: inactive
+    coefficients: tuple[float, ...] = ()  # g, P, Q, A, B, H0 to H2, N, S of the next row
+    timestep: float = 0.0  # of the next row
+
+
+class _Term(NamedTuple):
+    """A coefficient column; products with 0 are skipped (what they would read may hold NaN), those with 1 are exact anyway."""
+
+    kind: float | None
+    value: Tensor
+
+    def multiply(self, tensor: Tensor) -> None:
+        if self.kind is None:
+            tensor.mul_(self.value)
+        elif self.kind == 0.0:
+            tensor.zero_()
+
+    def add_to(self, total: Tensor, tensor: Tensor, product: Tensor) -> None:
+        if self.kind is None:
+            torch.mul(tensor, self.value, out=product)
+            total.add_(product)
+        elif self.kind == 1.0:
+            total.add_(tensor)
+
+
+def _decide_on_host(state: Any, trace: Any, rows: Any, rules: Any, guidance: Any, d: list[float], both: bool) -> list[_Sample]:
+    """Run `decide` per sample on Python floats; updates state and trace (numpy arrays). A [B]-sized tensor operation costs a
+    microsecond or more and `decide` has 70 of them, one sample in Python floats costs 4 us."""
+    plan, steps = [], {}
+    for b, (values, rule) in enumerate(zip(state.tolist(), rules.tolist())):
+        k, r = int(values[State.STEP]), int(values[State.BASE] + values[State.STEP])
+        if r not in steps:
+            row = rows[r].tolist()
+            steps[r] = (row, rows[r + 1].tolist(), _form(row)) if row[Row.ACTIVE] else (row, row, None)
+        row, following, form = steps[r]
+        if form is None:
+            plan.append(_Sample(b, None))
+            continue
+        state[b], before = decide(_select, values, rule, row, d[b], both)
+        trace[k, b] = d[b]
+        g = float(guidance[b, k, 0 if before else 1])
+        plan.append(_Sample(b, form, (g, *row[Row.P : Row.N + 1], following[Row.S]), following[Row.TIMESTEP]))
+    return plan
+
+
+def _form(row: list[float]) -> _Form:
+    return _Form(int(row[Row.STORE]), tuple(value if value in (0.0, 1.0) else None for value in row[Row.P : Row.N + 1]))
+
+
+def _select(condition: bool, yes: float, no: float) -> float:
+    return yes if condition else no
+
+
+def _torch_workspace(x: Tensor, size: int, scratch: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Two [B, width] buffers; width is size, rounded up to whole parts (filled with 0) where there are several."""
+    width = _width(size)
+    count = 2 * x.shape[0] * width
+    scratch = scratch_for(x) if scratch is None else scratch
+    delta, work = scratch[:count].view(2, -1, width).unbind()
+    if width > size:
+        delta[:, size:].zero_()
+    return delta, work
+
+
+def _width(size: int) -> int:
+    return size if size <= PART else -(-size // PART) * PART
+
+
+def _flat(tensor: Tensor, size: int) -> Tensor:
+    """[N, size] view of samples that are dense in memory, in memory order."""
+    return tensor.as_strided((tensor.shape[0], size), (tensor.stride(0), 1))
+
+
+# --------------------------------------------------------------------------------------------------------------- operator
+def _run(
+    uncond: Tensor,
+    cond: Tensor | None,
+    x: Tensor,
+    history: Tensor,
+    model_input: Tensor | None,
+    trace: Tensor,
+    state: Tensor,
+    rows: Tensor,
+    rules: Tensor,
+    guidance: Tensor,
+    noise: Tensor | None,
+    timestep_out: Tensor | None,
+    scratch: Tensor | None,
+    backend: str,
+) -> None:
+    guided_step_torch(
+        _like(uncond, x),
+        None if cond is None else _like(cond, x),
+        x=x,
+        history=history,
+        model_input=model_input,
+        trace=trace,
+        state=state,
+        rows=rows,
+        rules=rules,
+        guidance=guidance,
+        noise=None if noise is None else _like(noise, x),
+        timestep_out=timestep_out,
+        scratch=scratch,
+    )
+
+
+def _fake(*_: Any) -> None:
+    """Nothing is returned and no shape depends on data, so FakeTensor, torch.compile and export see one node."""
+
+
+# torch.library.Library rather than the custom_op decorator: TODO numbers
+_library = torch.library.Library("fastguard", "FRAGMENT")
+_library.define(
+    "guided_step(Tensor uncond, Tensor? cond, Tensor(a!) x, Tensor(b!) history, Tensor(c!)? model_input, Tensor(d!) trace, "
+    "Tensor(e!) state, Tensor rows, Tensor rules, Tensor guidance, Tensor? noise, Tensor(f!)? timestep_out, Tensor(g!)? scratch, "
+    "str backend) -> ()",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.impl("guided_step", _run, "CompositeExplicitAutograd")
+torch.library.register_fake("fastguard::guided_step", _fake, lib=_library)
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def _like(tensor: Tensor, x: Tensor) -> Tensor:
+    """tensor itself if its samples lie in memory as x's do, else a copy that does (a model that answers in another format)."""
+    if tensor.stride()[1:] == x.stride()[1:] or _strides(tensor) == _strides(x):
+        return tensor
+    return torch.empty_strided(x.shape, x.stride(), dtype=tensor.dtype, device=x.device).copy_(tensor)
+
+
+def _strides(tensor: Tensor) -> list[int]:
+    return [stride for stride, size in zip(tensor.stride()[1:], tensor.shape[1:]) if size > 1]
+
+
+def _dense_like(tensor: Tensor, x: Tensor) -> bool:
+    return _strides(tensor) == _strides(x) and (tensor.shape[0] == 1 or tensor.stride(0) == x.numel() // x.shape[0])
+
+
+def _check(
+    uncond: Tensor,
+    cond: Tensor | None,
+    x: Tensor,
+    history: Tensor,
+    model_input: Tensor | None,
+    trace: Tensor,
+    state: Tensor,
+    rows: Tensor,
+    rules: Tensor,
+    guidance: Tensor,
+    noise: Tensor | None,
+    timestep_out: Tensor | None,
+) -> None:
+    shape, batch = x.shape, x.shape[0]
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim(), torch.contiguous_format)
+    if x.dtype != torch.float32 or not x.numel() or not (x.is_contiguous() or x.is_contiguous(memory_format=last)):
+        raise ValueError(f"x is {_describe(x)}; allowed: float32 [B, C, *S], not empty, contiguous or channels_last")
+    for name, tensor in (("uncond", uncond), ("cond", cond), ("noise", noise)):
+        if tensor is not None and (tensor.shape != shape or tensor.dtype not in _FLOATS):
+            raise ValueError(f"{name} is {_describe(tensor)}; allowed: float16, bfloat16 or float32 of x's shape {tuple(shape)}")
+    if cond is not None and cond.dtype != uncond.dtype:
+        raise ValueError(f"cond is {cond.dtype}; allowed: uncond's dtype {uncond.dtype}")
+    slots = history.shape[0]
+    if history.dtype != torch.float32 or history.shape[1:] != shape or slots > layout.HISTORY or (slots and not _dense_like(history[0], x)):
+        raise ValueError(f"history is {_describe(history)}; allowed: float32 [0 to {layout.HISTORY}, *{tuple(shape)}] like history_for(x, slots)")
+    if model_input is not None and (
+        model_input.shape[0] not in (batch, 2 * batch)
+        or model_input.shape[1:] != shape[1:]
+        or model_input.dtype not in _FLOATS
+        or not _dense_like(model_input, x)
+    ):
+        raise ValueError(f"model_input is {_describe(model_input)}; allowed: [B or 2B, C, *S] in the memory format of x {_describe(x)}")
+    tables = (("trace", trace, torch.float32, (None, batch)), ("state", state, torch.float64, (batch, len(State))),
+              ("rows", rows, torch.float64, (None, len(Row))), ("rules", rules, torch.float64, (batch, len(layout.Rule))),
+              ("guidance", guidance, torch.float32, (batch, None, 2)))
+    for name, tensor, dtype, sizes in tables:
+        fits = tensor.dim() == len(sizes) and all(want in (None, have) for want, have in zip(sizes, tensor.shape))
+        if not fits or tensor.dtype != dtype or not tensor.is_contiguous():
+            raise ValueError(f"{name} is {_describe(tensor)}; allowed: contiguous {dtype} {list(sizes)} (None: any)")
+    if timestep_out is not None and (timestep_out.dim() != 1 or timestep_out.shape[0] not in (batch, 2 * batch) or not timestep_out.is_contiguous()):
+        raise ValueError(f"timestep_out is {_describe(timestep_out)}; allowed: [{batch}] or [{2 * batch}], contiguous")
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)} with strides {list(tensor.stride())}"
