@@ -1,0 +1,393 @@
+"""Decisions of the fused op against an independent reference, on random curves.
+
+`reference` is written from the published rules alone and looks at a finished curve as a whole, where the op streams through it. The
+curve is injected exactly: latents of one element, u = 0 and c = r with few enough bits that d = r^2 is a float32.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
+
+from fastguard.kernels.guided_step import guided_step
+from fastguard.kernels.layout import Row
+from fastguard.plan import Plan
+from fastguard.policy import Policy, lower, policy
+from fastguard.report import Report
+
+NAN, INF = math.nan, math.inf
+SCALE = 3.0
+
+
+@dataclass
+class Schedule:
+    """What a decision may depend on besides d: timesteps, which rows are observations, and the factors of the magnitudes."""
+
+    times: list[float]
+    observe: list[bool]
+    w_epsilon: list[float]
+    w_x0: list[float]
+
+
+# The reference -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Outcome:
+    guidance: list[float]
+    transition: int | None = None
+    minimum: int | None = None
+    margin: float | None = None
+    forced: bool = False
+    caught: int | None = None
+    gate_rms: float | None = None
+    non_finite: int | None = None
+
+
+def reference(p: Policy, d: list[float | None], s: Schedule, elements: int) -> Outcome:
+    """What the guard has to do with a sample whose curve is d (None where one branch was not run)."""
+    rows = range(len(d))
+    scale = p.guidance_scale if p.guidance_scale is not None else SCALE
+    after = list(scale) if isinstance(scale, tuple) else [scale] * len(d)
+    out = Outcome(guidance=list(after))
+    out.non_finite = next((k for k in rows if d[k] is not None and not math.isfinite(d[k])), None)
+    if p.transition is None:
+        return out
+
+    seen = [k for k in rows if s.observe[k] and d[k] is not None]
+    start = 0
+    if p.gate is not None:
+        rms = [
+            (k, math.sqrt(d[k] / elements)) for k in seen[: p.gate_steps] if not math.isnan(d[k])
+        ]
+        out.caught = next((k for k, value in rms if value >= p.gate), None)
+        looked = [value for k, value in rms if out.caught is None or k <= out.caught]
+        out.gate_rms = max(looked, default=None)
+        if out.caught is None:
+            return out
+        start = out.caught
+
+    limit = p.t_star if p.transition == "static" else p.deadline
+    reached = [k for k in rows if limit is not None and s.observe[k] and s.times[k] <= limit]
+    switch = max(reached[0], start) if reached else None
+
+    fires = (
+        _fires(p, [(k, _statistic(p, k, d[k], s)) for k in seen])
+        if p.transition == "dynamic"
+        else []
+    )
+    fires = [(k, minimum, margin) for k, minimum, margin in fires if k >= start]
+    if fires and (switch is None or fires[0][0] <= switch):
+        out.transition, out.minimum, out.margin = fires[0]
+    elif switch is not None:
+        out.transition, out.forced = switch, p.transition == "dynamic"
+
+    end = len(d) if out.transition is None else out.transition
+    for k in range(start, end):
+        value = {"zero": 0.0, "conditional": 1.0, "opposite": -after[k]}.get(p.before, p.before)
+        out.guidance[k] = 0.0 if p.opposite_steps is not None and k >= p.opposite_steps else value
+    return out
+
+
+def _statistic(p: Policy, k: int, d: float, s: Schedule) -> float:
+    return d * {"output": 1.0, "epsilon": s.w_epsilon[k], "x0": s.w_x0[k]}[p.magnitude]
+
+
+def _fires(p: Policy, curve: list[tuple[int, float]]) -> list[tuple[int, int | None, float]]:
+    """Every observation at which the rule would fire: (row, row of the minimum, margin)."""
+    found: list[tuple[int, int | None, float]] = []
+    values = [value for _, value in curve]
+    for i, (k, value) in enumerate(curve):
+        if p.rule == "drop":
+            peak = max((v for v in values[: i + 1] if not math.isnan(v)), default=NAN)
+            if i >= p.min_step and value < p.rho * peak:
+                found.append((k, None, 1 - value / (p.rho * peak)))
+        elif i >= 2 and values[i - 2] > values[i - 1] < value and i - 1 >= p.min_step:
+            peak = max(v for v in values[:i] if not math.isnan(v))
+            if values[i - 1] < (1 - p.min_drop) * peak:
+                found.append((k, curve[i - 1][0], 1 - values[i - 1] / min(values[i - 2], value)))
+    return found
+
+
+# The op --------------------------------------------------------------------------------------------------------------------
+
+
+def run(
+    policies: list[Policy],
+    roots: list[list[float]],
+    s: Schedule,
+    elements: int,
+    device: str = "cpu",
+) -> tuple[Plan, Report, torch.Tensor]:
+    """Drive the op over curves d = roots^2; returns the plan, the report and the guided output of every row [K, B]."""
+    batch, steps = len(policies), len(s.times)
+    plan = lower(
+        policies, timesteps=s.times, observe=s.observe, guidance_scale=SCALE, elements=elements
+    )
+    rows = torch.zeros(steps + 1, len(Row), dtype=torch.float64)
+    rows[:steps, Row.ACTIVE] = 1
+    rows[:, [Row.Q, Row.B, Row.S]] = 1  # x' = e
+    rows[:, Row.STORE] = -1
+    for column, values in {
+        Row.TIMESTEP: s.times,
+        Row.OBSERVE: s.observe,
+        Row.W_EPSILON: s.w_epsilon,
+        Row.W_X0: s.w_x0,
+    }.items():
+        rows[:steps, column] = torch.tensor(values, dtype=torch.float64)
+    buffers = {
+        "x": torch.zeros(batch, 1, 1, 1, device=device),
+        "history": torch.zeros(0, batch, 1, 1, 1, device=device),
+        "model_input": None,
+        "trace": torch.full((steps, batch), NAN, device=device),
+        "state": plan.state.to(device),
+        "rows": rows.to(device),
+        "rules": plan.rules.to(device),
+        "guidance": plan.guidance.to(device),
+    }
+    u = torch.zeros(batch, 1, 1, 1, device=device)
+    curves = torch.tensor(roots, dtype=torch.float32, device=device).T.reshape(
+        steps, batch, 1, 1, 1
+    )
+    guided = []
+    for k, branch in enumerate(plan.branches):
+        outputs = {"both": (u, curves[k]), "uncond": (u, None), "cond": (curves[k], None)}[branch]
+        guided_step(*outputs, **buffers)
+        guided.append(buffers["x"].flatten().clone())
+    finished = buffers["state"].clone()
+    guided_step(u, u, **buffers)  # one step too many: an inactive row touches nothing
+    assert torch.equal(finished.nan_to_num(-7.0), buffers["state"].nan_to_num(-7.0))
+    return (
+        plan,
+        Report.read(buffers["state"], buffers["trace"], plan, path="test"),
+        torch.stack(guided).cpu(),
+    )
+
+
+def check(
+    policies: list[Policy],
+    roots: list[list[float]],
+    s: Schedule,
+    elements: int = 1,
+    device: str = "cpu",
+) -> list[str]:
+    """Compare the op with the reference; returns what kind of decision each sample met."""
+    kinds = []
+    plan, report, guided = run(policies, roots, s, elements, device)
+    for b, (p, image) in enumerate(zip(policies, report, strict=True)):
+        r = torch.tensor(roots[b], dtype=torch.float32)
+        d = [
+            float(value) if branch == "both" else None
+            for value, branch in zip(r * r, plan.branches, strict=True)
+        ]
+        want = reference(p, d, s, elements)
+        where = f"sample {b}: {p}, d = {d}"
+        assert image.transition_step == want.transition, where
+        assert image.minimum_step == want.minimum, where
+        assert image.forced == want.forced, where
+        assert _close(image.margin, want.margin), where
+        assert image.non_finite == want.non_finite, where
+        if p.gate is not None:
+            assert image.gate["step"] == want.caught, where
+            assert _close(image.gate["rms"], want.gate_rms), where
+        g = torch.tensor(want.guidance, dtype=torch.float32)
+        e = g * r
+        for k, branch in enumerate(plan.branches):
+            if branch != "both":  # sound only if every sample's guidance is that branch alone
+                assert g[k] == {"uncond": 0.0, "cond": 1.0}[branch], where
+                e[k] = {"uncond": 0.0, "cond": r[k]}[branch]
+        torch.testing.assert_close(guided[:, b], e, rtol=0, atol=0, equal_nan=True, msg=where)
+        kinds.append(_kind(p, want))
+    return kinds
+
+
+def _close(found: float | None, wanted: float | None) -> bool:
+    if found is None or wanted is None:
+        return found is wanted
+    return found == wanted or math.isclose(found, wanted, rel_tol=1e-9, abs_tol=1e-12)
+
+
+def _kind(p: Policy, want: Outcome) -> str:
+    if p.gate is not None and want.caught is None:
+        return "released by the gate"
+    how = "never" if want.transition is None else "forced" if want.forced else "fired"
+    return f"{p.transition} {p.rule}: {how}" + ("" if p.gate is None else ", caught")
+
+
+# Random curves -------------------------------------------------------------------------------------------------------------
+
+# A byte picks the root of d. Few distinct values, so that plateaus and ties are common; the others have twelve bits at most, so
+# that their square is exact in float32, or are extreme.
+ROOTS = (
+    [float(n % 7) for n in range(128)]
+    + [n * n / 256 for n in range(2, 64)]
+    + [n / 256 for n in range(1, 61)]
+)
+ROOTS += [NAN, INF, 2.0**62, 2.0**70, 2.0**-70, -3.0]
+assert len(ROOTS) == 256
+TIMESTEPS = st.integers(0, 12).map(float)
+
+common = {
+    "before": st.one_of(
+        st.sampled_from(["zero", "conditional", "opposite"]), st.sampled_from([-2.0, 0.5])
+    ),
+    "gate_steps": st.integers(1, 5),
+    "gate": st.one_of(st.integers(1, 24).map(lambda n: n / 4), st.floats(1e-3, 16)),
+    "guidance_scale": st.one_of(st.none(), st.sampled_from([0.0, 1.0, 7.5])),
+}
+dynamic = {
+    "transition": st.just("dynamic"),
+    "deadline": st.one_of(st.none(), TIMESTEPS),
+    "magnitude": st.sampled_from(["output", "epsilon", "x0"]),
+    "min_step": st.one_of(st.just(0), st.integers(0, 6)),
+}
+minimum = {"min_drop": st.one_of(st.just(0.0), st.floats(0, 0.99))}
+drop = {"rule": st.just("drop"), "rho": st.floats(0.05, 0.95)}
+
+
+@st.composite
+def policies(draw: st.DrawFn) -> Policy:
+    kinds = [
+        {"transition": st.none(), "guidance_scale": common["guidance_scale"]},
+        {**common, "transition": st.just("static"), "t_star": TIMESTEPS, "monitor": st.booleans()},
+        {**common, **dynamic, **minimum},
+        {**common, **dynamic, **minimum},
+        {**common, **dynamic, **drop},
+    ]
+    values = {name: draw(strategy) for name, strategy in draw(st.sampled_from(kinds)).items()}
+    if "gate" in values and draw(st.booleans()):
+        del values["gate"], values["gate_steps"]
+    if values.get("before") in ("opposite", -2.0) and draw(st.booleans()):
+        values["opposite_steps"] = draw(st.integers(0, 6))
+    return Policy(**values)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[list[Policy], list[list[float]], Schedule, int]:
+    steps = draw(st.integers(1, 14))
+    each = st.binary(min_size=steps, max_size=steps).map(lambda picks: [ROOTS[n] for n in picks])
+    weights = st.lists(st.sampled_from([0.25, 0.5, 1.0, 1.5, 4.0]), min_size=steps, max_size=steps)
+    schedule = Schedule(
+        times=sorted((draw(TIMESTEPS) for _ in range(steps)), reverse=True),
+        observe=draw(
+            st.one_of(
+                st.just([True] * steps), st.lists(st.booleans(), min_size=steps, max_size=steps)
+            )
+        ),
+        w_epsilon=draw(weights),
+        w_x0=draw(weights),
+    )
+    chosen = draw(st.lists(policies(), min_size=1, max_size=12))
+    return chosen, [draw(each) for _ in chosen], schedule, draw(st.sampled_from([1, 3, 64]))
+
+
+@settings(max_examples=500, deadline=None)
+@given(cases())
+def test_decisions_equal_the_reference(case):
+    """Thousands of curves: plateaus, NaN, infinities, rows that are no observations, every policy, and other samples beside."""
+    for kind in check(*case):
+        event(kind)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device")
+@settings(max_examples=100, deadline=None)
+@given(cases())
+def test_decisions_on_the_device(case):
+    check(*case, device="cuda")
+
+
+# Named curves --------------------------------------------------------------------------------------------------------------
+
+
+def plain_schedule(steps: int) -> Schedule:
+    """DDIM's grid of 50 steps from t = 999 - 20 (as in the paper's figure 2), each row an observation."""
+    return Schedule(
+        [979.0 - 20 * k for k in range(steps)], [True] * steps, [1.0] * steps, [1.0] * steps
+    )
+
+
+def outcome(p: Policy, roots: list[float], s: Schedule | None = None):
+    s = s or plain_schedule(len(roots))
+    check([p], [roots], s)
+    return run([p], [roots], s, 1)[1][0]
+
+
+def test_the_papers_figure():
+    """Minimum at t = 779, guidance on from t = 759."""
+    image = outcome(policy("paper-dtp"), [9, 8.5, 8, 7, 6, 5, 4, 3, 2.5, 2, 1, 1.5, 2, 2.5])
+    assert (image.minimum_timestep, image.transition_timestep) == (779, 759)
+    assert image.margin == pytest.approx(1 - 1 / 2.25)
+    assert not image.forced
+
+
+def test_plateaus_and_edges():
+    bare = policy("paper-dtp")
+    assert outcome(bare, [3, 2, 2, 3, 4]).transition_step is None, "a plateau is no strict minimum"
+    assert outcome(bare, [3, 2, 3]).transition_step == 2, "the earliest possible"
+    assert outcome(bare, [2, 3, 4, 5]).transition_step is None, (
+        "the first observation has one neighbour only"
+    )
+    assert outcome(bare, [3, NAN, 2, 3, 1, 2]).transition_step == 5, (
+        "a NaN neighbour hides the minimum beside it"
+    )
+    assert outcome(bare, [5, 4, 3, 2, 1]).transition_step is None, "monotone"
+
+
+def test_deadline():
+    forced = outcome(policy("dtp", deadline=919), [5, 4, 3, 2, 1])
+    assert (forced.transition_step, forced.forced, forced.margin) == (3, True, None)
+    both = outcome(policy("dtp", deadline=919), [5, 4, 3, 4, 1])
+    assert (both.transition_step, both.forced) == (3, False), (
+        "the rule fires in the deadline's own row: not forced"
+    )
+
+
+def test_gate():
+    gated = policy("paper-dtp", gate=4.0, gate_steps=3)
+    late = outcome(gated, [3, 2, 4, 5, 4, 6])
+    assert (late.gate["step"], late.transition_step) == (2, 2), (
+        "caught at the very row at which the rule fires"
+    )
+    assert outcome(gated, [3, 3.5, 3.75, 9, 1, 2]).gate == {
+        "caught": False,
+        "rms": 3.75,
+        "threshold": 4.0,
+        "step": None,
+    }
+    assert (
+        outcome(policy("dtp", gate=4.0, gate_steps=5, deadline=979), [3, 3, 4, 1]).transition_step
+        == 2
+    )
+
+
+def test_unobserved_rows_hold():
+    """A second evaluation of a noise level (PNDM's row 2) is not looked at: it would make a false minimum of row 1."""
+    s = plain_schedule(6)
+    roots = [5.0, 4.0, 4.5, 3.0, 2.0, 1.0]
+    assert outcome(policy("paper-dtp"), roots, s).transition_step == 2
+    s.observe[2] = False
+    assert outcome(policy("paper-dtp"), roots, s).transition_step is None
+
+
+def test_min_step_and_min_drop():
+    roots = [8.0, 7.0, 7.5, 6.0, 2.0, 3.0]
+    assert outcome(policy("paper-dtp"), roots).transition_step == 2
+    assert outcome(policy("paper-dtp", min_step=2), roots).transition_step == 5
+    assert outcome(policy("paper-dtp", min_drop=0.5), roots).transition_step == 5
+    assert outcome(policy("paper-dtp", min_drop=0.95), roots).transition_step is None
+
+
+def test_drop_rule_in_x0_space():
+    s = plain_schedule(5)
+    s.w_x0 = [4.0, 2.0, 1.0, 0.5, 0.25]
+    made = Policy(transition="dynamic", rule="drop", rho=0.25, magnitude="x0")
+    image = outcome(made, [2.0, 2.0, 2.0, 2.0, 2.0], s)
+    assert (image.transition_step, image.minimum_step) == (3, None), (
+        "4 -> 16, 8, 4, 2: below a quarter at the fourth"
+    )
