@@ -78,8 +78,15 @@ class Call:
             args, kwargs = (ready, *args[1:]) if args else args, kwargs if args else {**kwargs, name: ready}
         rows = sample.shape[0]
         guided = self.family.guided(self.pipe, self.arguments)
+        if not guided and self.row == 0 and self.policy.guarded:
+            raise ValueError(
+                f"guidance_scale={self.arguments.get('guidance_scale')!r}: the pipeline runs no unconditional branch then, but policy "
+                f"{self.policy.name!r} needs it; pass a guidance_scale above 1 to a model with classifier-free guidance, or use 'cfg'"
+            )
         batch = rows // 2 if guided else rows
         branches = self._planned(sample, batch).branches[self.row] if guided else "cond"
+        if guided and self._rescale > 0.0:
+            branches = "both"  # rescaling needs the conditional output even where guidance does not
         if guided and branches != "both":
             args, kwargs = select_branch(args, branches, batch), select_branch(kwargs, branches, batch)
 
@@ -114,6 +121,10 @@ class Call:
         self._returned, self._returned_version = latents, _version(latents)
         return (latents,) if not kwargs.get("return_dict", True) else _Step(prev_sample=latents)
 
+    @property
+    def _rescale(self) -> float:
+        return self.family.guidance_rescale(self.pipe, self.arguments)
+
     # Start of a generation -------------------------------------------------------------------------------------------------
 
     def _compiled(self, timestep: Any) -> Schedule:
@@ -128,11 +139,10 @@ class Call:
     def _compile(self, step_kwargs: Mapping[str, Any]) -> None:
         self._step_kwargs = dict(step_kwargs)
         own_step = self.family.own_step(self.arguments)
-        if own_step is None and self.family.guidance_rescale(self.pipe, self.arguments) > 0.0:
-            own_step = "guidance_rescale"
-        self.schedule = compile_schedule(
-            self._on_host(), step_kwargs=self._step_kwargs, begin_index=self._begin, own_step=own_step
-        )
+        if own_step is None and self._rescale > 0.0:
+            own_step = f"guidance_rescale={self._rescale:g} needs the whole guided output before the update"
+        schedule = compile_schedule(self._on_host(), step_kwargs=self._step_kwargs, begin_index=self._begin)
+        self.schedule = schedule if own_step is None else schedule.with_own_step(own_step)
 
     def _on_host(self) -> Any:
         """The scheduler with its timesteps in host memory: itself, or a copy on which set_timesteps is repeated."""
@@ -200,7 +210,7 @@ class Call:
 
     def _rescaled(self, guided: torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor:
         """guidance_rescale of Lin et al. 2023 (arXiv 2305.08891, section 3.4): pull the standard deviation back to cond's."""
-        phi = self.family.guidance_rescale(self.pipe, self.arguments)
+        phi = self._rescale
         if phi <= 0.0 or cond is None:
             return guided
         dims = tuple(range(1, guided.ndim))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copyreg
 import dataclasses
 import functools
 import inspect
@@ -145,9 +144,8 @@ def _enabled_class(base: type) -> type:
 
     def __reduce_ex__(self, protocol):
         # Copies and pickles are stock pipelines: a guard is never inherited silently.
-        make, args, state, *rest = object.__reduce_ex__(self, max(protocol, 2))
-        state = {key: value for key, value in state.items() if key != _ATTRIBUTE}
-        return (copyreg.__newobj__, (base, *args[1:]), state, *rest)
+        state = {key: value for key, value in self.__dict__.items() if key != _ATTRIBUTE}
+        return object.__new__, (base,), state
 
     namespace = {
         "__call__": __call__,
