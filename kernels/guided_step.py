@@ -20,15 +20,16 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from . import layout
-from .layout import Row, State
+from . import codes, layout
+from .layout import Row, Rule, State
 
 BACKENDS = ("torch", "triton")
 PART = 16384  # the twin sums d in parts of PART elements: below torch's grain of 32,768, under which a sum is never split by threads
@@ -71,10 +72,15 @@ def guided_step(
         ValueError: a shape, dtype or memory format other than the above.
     """
     _check(uncond, cond, x, history, model_input, trace, state, rows, rules, guidance, noise, timestep_out)
-    backend = choose_backend(x, backend)
-    torch.ops.fastguard.guided_step(
-        uncond, cond, x, history, model_input, trace, state, rows, rules, guidance, noise, timestep_out, scratch, backend
-    )
+    arguments = (
+        uncond, cond, x, history, model_input, trace, state, rows, rules, guidance, noise, timestep_out, scratch, choose_backend(x, backend)
+    )  # fmt: skip
+    # The dispatcher costs this many arguments 45 us a call (stock's whole step on 8 small latents: 280 us), so it is only used where
+    # somebody is watching: a compiler, FakeTensor, any other mode or subclass.
+    if torch.compiler.is_compiling() or type(x) is not Tensor or torch._C._len_torch_dispatch_stack():
+        torch.ops.fastguard.guided_step.default(*arguments)
+    else:
+        _run(*arguments)
 
 
 def choose_backend(x: Tensor, backend: str | None = None) -> str:
@@ -108,29 +114,29 @@ def decide(where: Callable[..., Any], state: Sequence[Any], rule: Sequence[Any],
     (kind, switch_row, gate, gate_steps, min_step, floor, rho, magnitude) = rule
     if both:
         non_finite = where(((d - d) != 0) & (non_finite < 0), k, non_finite)
-        observe = row[layout.Row.OBSERVE] != 0
-        weight = where(magnitude == layout.Magnitude.EPSILON, row[layout.Row.W_EPSILON], row[layout.Row.W_X0])
-        statistic = d * where(magnitude == layout.Magnitude.OUTPUT, 1.0, weight)
+        observe = row[codes.OBSERVE] != 0
+        weight = where(magnitude == codes.EPSILON, row[codes.W_EPSILON], row[codes.W_X0])
+        statistic = d * where(magnitude == codes.OUTPUT, 1.0, weight)
 
-        looking = observe & (phase == layout.Phase.UNDECIDED) & (j < gate_steps)
+        looking = observe & (phase == codes.UNDECIDED) & (j < gate_steps)
         caught = looking & (d >= gate)
         gate_d = where(looking & (d > gate_d), d, gate_d)
         gate_step = where(caught, k, gate_step)
-        phase = where(looking & (j + 1 >= gate_steps), layout.Phase.PLAIN, phase)
-        phase = where(caught, layout.Phase.BEFORE, phase)
+        phase = where(looking & (j + 1 >= gate_steps), codes.PLAIN, phase)
+        phase = where(caught, codes.BEFORE, phase)
 
-        guarded = observe & (phase == layout.Phase.BEFORE)
+        guarded = observe & (phase == codes.BEFORE)
         dip = (j >= 2) & (last < before_last) & (last < statistic) & (j - 1 >= min_step) & (last < floor * maximum)
-        dip = guarded & (kind == layout.RuleKind.MINIMUM) & dip
+        dip = guarded & (kind == codes.MINIMUM) & dip
         neighbour = where(before_last < statistic, before_last, statistic)
         peak = where(statistic > maximum, statistic, maximum)
-        drop = guarded & (kind == layout.RuleKind.DROP) & (j >= min_step) & (statistic < rho * peak)
+        drop = guarded & (kind == codes.DROP) & (j >= min_step) & (statistic < rho * peak)
         minimum = where(dip, last_row, minimum)
         # Where a rule fired its denominator is positive; elsewhere it may be 0, at which Python raises, hence the 1.
         margin = where(dip, 1.0 - last / where(dip, neighbour, 1.0), margin)
         margin = where(drop, 1.0 - statistic / where(drop, rho * peak, 1.0), margin)
         transition = where(dip | drop, k, transition)
-        phase = where(dip | drop, layout.Phase.AFTER, phase)
+        phase = where(dip | drop, codes.AFTER, phase)
 
         before_last = where(observe, last, before_last)
         last = where(observe, statistic, last)
@@ -138,15 +144,16 @@ def decide(where: Callable[..., Any], state: Sequence[Any], rule: Sequence[Any],
         last_row = where(observe, k, last_row)
         j = where(observe, j + 1, j)
 
-    switched = (phase == layout.Phase.BEFORE) & (k >= switch_row)
+    switched = (phase == codes.BEFORE) & (k >= switch_row)
     transition = where(switched, k, transition)
-    forced = where(switched & (kind != layout.RuleKind.NONE), 1.0, forced)
-    phase = where(switched, layout.Phase.AFTER, phase)
+    forced = where(switched & (kind != codes.NONE), 1.0, forced)
+    phase = where(switched, codes.AFTER, phase)
     state = (k + 1, base, phase, j, last, before_last, maximum, last_row, transition, minimum, margin, gate_step, gate_d, forced, non_finite)
-    return state, phase == layout.Phase.BEFORE
+    return state, phase == codes.BEFORE
 
 
 # ------------------------------------------------------------------------------------------------------------ plain torch
+@torch.no_grad()
 def guided_step_torch(
     uncond: Tensor,
     cond: Tensor | None,
@@ -194,46 +201,94 @@ def guided_step_torch(
     z = None if noise is None else _flat(noise, size)
     y = None if model_input is None else _flat(model_input, size).view(-1, batch, size)
     times = None if timestep_out is None else timestep_out.view(-1, batch)
-    for form, group in groupby(plan, key=lambda sample: sample.form):
-        members = list(group)
-        run = slice(members[0].index, members[-1].index + 1)
-        if form is None:
-            continue
-        table = torch.tensor([s.coefficients for s in members], dtype=torch.float32, device=x.device)
-        g, *values, scale = table.t().unsqueeze(2).unbind()
+    for form, run in _runs(plan.forms):
+        whole = run == slice(0, batch)  # nearly always, and slicing seven tensors costs as much as two passes over small latents
+
+        def part(tensor: Tensor, dim: int = 0, whole: bool = whole, run: slice = run) -> Tensor:
+            return tensor if whole else tensor.narrow(dim, run.start, run.stop - run.start)
+
+        g, *values, scale = torch.from_numpy(plan.table[:, run]).to(x.device).unbind()
         p, q, a, b, *h, n = map(_Term, form.kinds, values)
-        m, latent, product = e[run], latents[run], work[run, :size]
+        m, latent, product = part(e), part(latents), part(work)[:, :size]
         if cond is not None:
-            m.mul_(g).add_(u[run])
+            m.mul_(g).add_(part(u))
         q.multiply(m)
         p.add_to(m, latent, product)
         a.multiply(latent)
         b.add_to(latent, m, product)
         for term, slot in zip(h, slots):
-            term.add_to(latent, slot[run], product)
+            term.add_to(latent, part(slot), product)
         if z is not None:
-            n.add_to(latent, z[run], product)
+            n.add_to(latent, part(z), product)
         if form.store >= 0:
-            slots[form.store][run].copy_(m)
+            part(slots[form.store]).copy_(m)
         if y is not None:
-            torch.mul(latent, scale, out=product)
-            y[:, run].copy_(product)
+            part(y, 1).copy_(latent if form.unscaled else torch.mul(latent, scale, out=product))
         if times is not None:
-            times[:, run].copy_(torch.tensor([s.timestep for s in members], dtype=torch.float64))
+            part(times, 1).copy_(torch.from_numpy(plan.times[run]))
 
 
 class _Form(NamedTuple):
     """What a row makes the tensor program look like; neighbours in the batch with equal forms run together."""
 
-    store: int
     kinds: tuple[float | None, ...]  # of P, Q, A, B, H0 to H2, N: 0.0, 1.0 or None for any other value
+    store: int
+    unscaled: bool  # S of the next row is 1
 
 
-class _Sample(NamedTuple):
-    index: int
-    form: _Form | None  # None: inactive
-    coefficients: tuple[float, ...] = ()  # g, P, Q, A, B, H0 to H2, N, S of the next row
-    timestep: float = 0.0  # of the next row
+class _HostPlan(NamedTuple):
+    forms: list[_Form | None]  # per sample; None: inactive
+    table: np.ndarray  # float32 [10, B, 1]: g, P, Q, A, B, H0 to H2, N, S of the next row
+    times: np.ndarray  # float64 [B]: timestep of the next row
+
+
+def _decide_on_host(
+    state: np.ndarray, trace: np.ndarray, rows: np.ndarray, rules: np.ndarray, guidance: np.ndarray, d: list[float], both: bool
+) -> _HostPlan:
+    """`decide` for every sample on Python floats; updates state and trace. A tensor operation on B numbers costs 1 to 2 us and
+    `decide` has 60, a sample on Python floats costs 2 us."""
+    forms: list[_Form | None] = []
+    at: list[tuple[int, int, int]] = []  # row, step and guidance column
+    known: dict[int, tuple[list[float], _Form | None]] = {}
+    states = state.tolist()
+    for b, rule in enumerate(rules.tolist()):
+        k = int(states[b][State.STEP])
+        r = k + int(states[b][State.BASE])
+        if r not in known:
+            row = rows[r].tolist()
+            known[r] = row, _form(row, rows[r + 1, Row.S]) if row[Row.ACTIVE] else None
+        row, form = known[r]
+        forms.append(form)
+        if form is None:
+            at.append((r, 0, 0))
+            continue
+        states[b], before = decide(_select, states[b], rule, row, d[b], both)
+        trace[k, b] = d[b]
+        at.append((r, k, 0 if before else 1))
+    state[:] = states
+
+    r, k, column = np.array(at).T
+    following = rows[np.minimum(r + 1, len(rows) - 1)]
+    table = np.empty((10, len(forms), 1), dtype=np.float32)
+    table[0, :, 0] = guidance[np.arange(len(forms)), k, column]
+    table[1:9, :, 0] = rows[r, Row.P : Row.N + 1].T
+    table[9, :, 0] = following[:, Row.S]
+    return _HostPlan(forms, table, following[:, Row.TIMESTEP])
+
+
+def _form(row: list[float], scale: float) -> _Form:
+    kinds = tuple(value if value in (0.0, 1.0) else None for value in row[Row.P : Row.N + 1])
+    return _Form(kinds, int(row[Row.STORE]), bool(scale == 1.0))
+
+
+def _runs(forms: list[_Form | None]) -> Iterator[tuple[_Form, slice]]:
+    """Neighbours of equal form, without the inactive."""
+    start = 0
+    for form, group in groupby(forms):
+        stop = start + len(list(group))
+        if form is not None:
+            yield form, slice(start, stop)
+        start = stop
 
 
 class _Term(NamedTuple):
@@ -254,30 +309,6 @@ class _Term(NamedTuple):
             total.add_(product)
         elif self.kind == 1.0:
             total.add_(tensor)
-
-
-def _decide_on_host(state: Any, trace: Any, rows: Any, rules: Any, guidance: Any, d: list[float], both: bool) -> list[_Sample]:
-    """Run `decide` per sample on Python floats; updates state and trace (numpy arrays). A [B]-sized tensor operation costs a
-    microsecond or more and `decide` has 70 of them, one sample in Python floats costs 4 us."""
-    plan, steps = [], {}
-    for b, (values, rule) in enumerate(zip(state.tolist(), rules.tolist())):
-        k, r = int(values[State.STEP]), int(values[State.BASE] + values[State.STEP])
-        if r not in steps:
-            row = rows[r].tolist()
-            steps[r] = (row, rows[r + 1].tolist(), _form(row)) if row[Row.ACTIVE] else (row, row, None)
-        row, following, form = steps[r]
-        if form is None:
-            plan.append(_Sample(b, None))
-            continue
-        state[b], before = decide(_select, values, rule, row, d[b], both)
-        trace[k, b] = d[b]
-        g = float(guidance[b, k, 0 if before else 1])
-        plan.append(_Sample(b, form, (g, *row[Row.P : Row.N + 1], following[Row.S]), following[Row.TIMESTEP]))
-    return plan
-
-
-def _form(row: list[float]) -> _Form:
-    return _Form(int(row[Row.STORE]), tuple(value if value in (0.0, 1.0) else None for value in row[Row.P : Row.N + 1]))
 
 
 def _select(condition: bool, yes: float, no: float) -> float:
@@ -354,6 +385,7 @@ _library.impl("guided_step", _run, "CompositeExplicitAutograd")
 torch.library.register_fake("fastguard::guided_step", _fake, lib=_library)
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def _like(tensor: Tensor, x: Tensor) -> Tensor:
@@ -368,6 +400,8 @@ def _strides(tensor: Tensor) -> list[int]:
 
 
 def _dense_like(tensor: Tensor, x: Tensor) -> bool:
+    if tensor.stride() == x.stride():
+        return True
     return _strides(tensor) == _strides(x) and (tensor.shape[0] == 1 or tensor.stride(0) == x.numel() // x.shape[0])
 
 
@@ -386,34 +420,42 @@ def _check(
     timestep_out: Tensor | None,
 ) -> None:
     shape, batch = x.shape, x.shape[0]
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim(), torch.contiguous_format)
-    if x.dtype != torch.float32 or not x.numel() or not (x.is_contiguous() or x.is_contiguous(memory_format=last)):
-        raise ValueError(f"x is {_describe(x)}; allowed: float32 [B, C, *S], not empty, contiguous or channels_last")
+    batches = (batch, 2 * batch)
+    if x.dtype != torch.float32 or not x.numel() or not (x.is_contiguous() or x.is_contiguous(memory_format=_LAST.get(x.dim(), torch.contiguous_format))):
+        _refuse("x", x, "float32 [B, C, *S], not empty, contiguous or channels_last")
     for name, tensor in (("uncond", uncond), ("cond", cond), ("noise", noise)):
         if tensor is not None and (tensor.shape != shape or tensor.dtype not in _FLOATS):
-            raise ValueError(f"{name} is {_describe(tensor)}; allowed: float16, bfloat16 or float32 of x's shape {tuple(shape)}")
+            _refuse(name, tensor, f"float16, bfloat16 or float32 {list(shape)} as x")
     if cond is not None and cond.dtype != uncond.dtype:
-        raise ValueError(f"cond is {cond.dtype}; allowed: uncond's dtype {uncond.dtype}")
+        _refuse("cond", cond, f"uncond's dtype {uncond.dtype}")
     slots = history.shape[0]
-    if history.dtype != torch.float32 or history.shape[1:] != shape or slots > layout.HISTORY or (slots and not _dense_like(history[0], x)):
-        raise ValueError(f"history is {_describe(history)}; allowed: float32 [0 to {layout.HISTORY}, *{tuple(shape)}] like history_for(x, slots)")
+    if (
+        history.dtype != torch.float32
+        or history.shape[1:] != shape
+        or slots > layout.HISTORY
+        or (slots and history.stride()[1:] != x.stride() and not _dense_like(history[0], x))
+    ):
+        _refuse("history", history, f"float32 [0 to {layout.HISTORY}, *{list(shape)}] in x's memory format, see history_for")
     if model_input is not None and (
-        model_input.shape[0] not in (batch, 2 * batch)
+        model_input.shape[0] not in batches
         or model_input.shape[1:] != shape[1:]
         or model_input.dtype not in _FLOATS
         or not _dense_like(model_input, x)
     ):
-        raise ValueError(f"model_input is {_describe(model_input)}; allowed: [B or 2B, C, *S] in the memory format of x {_describe(x)}")
-    tables = (("trace", trace, torch.float32, (None, batch)), ("state", state, torch.float64, (batch, len(State))),
-              ("rows", rows, torch.float64, (None, len(Row))), ("rules", rules, torch.float64, (batch, len(layout.Rule))),
-              ("guidance", guidance, torch.float32, (batch, None, 2)))
-    for name, tensor, dtype, sizes in tables:
-        fits = tensor.dim() == len(sizes) and all(want in (None, have) for want, have in zip(sizes, tensor.shape))
-        if not fits or tensor.dtype != dtype or not tensor.is_contiguous():
-            raise ValueError(f"{name} is {_describe(tensor)}; allowed: contiguous {dtype} {list(sizes)} (None: any)")
-    if timestep_out is not None and (timestep_out.dim() != 1 or timestep_out.shape[0] not in (batch, 2 * batch) or not timestep_out.is_contiguous()):
-        raise ValueError(f"timestep_out is {_describe(timestep_out)}; allowed: [{batch}] or [{2 * batch}], contiguous")
+        _refuse("model_input", model_input, f"float16, bfloat16 or float32 [B or 2B, *{list(shape[1:])}] in x's memory format")
+    if trace.dtype != torch.float32 or trace.dim() != 2 or trace.shape[1] != batch or not trace.is_contiguous():
+        _refuse("trace", trace, f"contiguous float32 [steps, {batch}]")
+    if state.dtype != torch.float64 or state.shape != (batch, len(State)) or not state.is_contiguous():
+        _refuse("state", state, f"contiguous float64 [{batch}, {len(State)}]")
+    if rules.dtype != torch.float64 or rules.shape != (batch, len(Rule)) or not rules.is_contiguous():
+        _refuse("rules", rules, f"contiguous float64 [{batch}, {len(Rule)}]")
+    if rows.dtype != torch.float64 or rows.dim() != 2 or rows.shape[1] != len(Row) or not rows.is_contiguous():
+        _refuse("rows", rows, f"contiguous float64 [rows, {len(Row)}]")
+    if guidance.dtype != torch.float32 or guidance.dim() != 3 or guidance.shape[::2] != (batch, 2) or not guidance.is_contiguous():
+        _refuse("guidance", guidance, f"contiguous float32 [{batch}, steps, 2]")
+    if timestep_out is not None and (timestep_out.dim() != 1 or timestep_out.shape[0] not in batches or not timestep_out.is_contiguous()):
+        _refuse("timestep_out", timestep_out, f"contiguous [{batch}] or [{2 * batch}]")
 
 
-def _describe(tensor: Tensor) -> str:
-    return f"{tensor.dtype} {list(tensor.shape)} with strides {list(tensor.stride())}"
+def _refuse(name: str, tensor: Tensor, allowed: str) -> NoReturn:
+    raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)} with strides {list(tensor.stride())}; allowed: {allowed}")

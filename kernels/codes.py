@@ -1,0 +1,12 @@
+"""`layout`'s members that `guided_step.decide` compares with, as plain numbers.
+
+A comparison of a float with an IntEnum member costs Python four times one with a number, and Triton takes no enums but does take
+the numbers of a module.
+"""
+
+from .layout import Magnitude, Phase, Row, RuleKind
+
+OBSERVE, W_EPSILON, W_X0 = int(Row.OBSERVE), int(Row.W_EPSILON), int(Row.W_X0)
+PLAIN, UNDECIDED, BEFORE, AFTER = (float(phase) for phase in Phase)
+NONE, MINIMUM, DROP = (float(kind) for kind in RuleKind)
+OUTPUT, EPSILON, X0 = (float(magnitude) for magnitude in Magnitude)
