@@ -37,6 +37,9 @@ def fold(trace: Trace, form: np.ndarray) -> Folded | None:
     rows = len(form)
     if not np.isfinite(form).all():
         return None
+    # m's scale is free: with 1 on the larger side m has one rounded product less. Matters where late rows extrapolate from m
+    # (DPM-Solver++ 3M to sigma_min: 9e-7 of float32 error without, 4e-7 with).
+    form = form / np.abs(form).max(axis=1, keepdims=True)
     lags = np.zeros((rows, rows))
     back = np.zeros(rows)
     for k in range(rows):

@@ -25,7 +25,9 @@ from fastguard._noise_level import weights
 from fastguard._trace_scheduler import Trace, first_row, own_state, trace
 from fastguard.kernels.layout import HISTORY, Row
 
-LARGEST_RESIDUAL = 1e-6
+LARGEST_DEVIATION = (
+    1e-6  # relative to the largest value of x'; beyond it the scheduler's own step() runs
+)
 CACHED = 64  # schedules kept; one of 50 rows is 7 kB
 
 _IGNORED_ARGUMENTS = {"generator", "return_dict"}
@@ -41,13 +43,14 @@ class Schedule:
     timesteps    [K], the scheduler's own values and dtype, CPU
     history      history buffers in use, 0..3
     draws        noise draws per row as stock makes them, also where the coefficient is 0; all 0 if not linear: step() draws then
-    noise_dtype  dtype in which stock draws; None: that of the model's output
-    residual     largest |x' - stock's x'| / max|x'| over all rows in float64; NaN if not linear
-    form         what m is: "epsilon" (the guided output e itself, whatever the model predicts), "x0", "converted" (as the scheduler
-                 converts the output), "free" (read from the coefficients) or "own step"
+    residual     largest |x' - stock's x'| / max|x'| over all rows, everything in float64; NaN if not linear
+    form         what m is, up to a factor: "epsilon" (the guided output e itself, whatever the model predicts), "x0", "converted"
+                 (as the scheduler converts the output), "free" (read from the coefficients) or "own step"
     linear       False: P = 0, Q = 1, A = 0, B = 1, so that x' = e goes to the scheduler's own step(); S, TIMESTEP, OBSERVE and W_*
                  are valid all the same
     reason       why it is not linear
+    noise_dtype  dtype in which stock draws; None: that of the model's output
+    rounding     like residual, but with the table and its arithmetic in float32, against stock in float64
     """
 
     rows: torch.Tensor
@@ -59,6 +62,7 @@ class Schedule:
     linear: bool
     reason: str | None
     noise_dtype: torch.dtype | None = None
+    rounding: float = float("nan")
 
     def with_own_step(self, reason: str) -> Schedule:
         """The same rows without an update: x' = e, for callers that must run the scheduler's own step() on the guided output."""
@@ -117,17 +121,20 @@ def _compile(scheduler: Any, arguments: Mapping[str, Any], begin: int) -> Schedu
     except ValueError as error:
         return replace(own, reason=str(error))
     rows = _with_update(own.rows, folded)
-    residual = _residual(rows, recorded)
-    if not residual <= LARGEST_RESIDUAL:
-        return replace(
-            own, reason=f"not linear in sample, output and noise (residual {residual:.1e})"
-        )
+    residual = _deviation(rows, recorded, np.float64)
+    if not residual <= LARGEST_DEVIATION:
+        reason = f"not linear in sample, output and noise (residual {residual:.1e})"
+        return replace(own, reason=reason)
+    rounding = _deviation(rows, recorded, np.float32)
+    if not rounding <= LARGEST_DEVIATION:
+        return replace(own, reason=f"its table would lose {rounding:.1e} to rounding in float32")
     return Schedule(
         rows=rows,
         timesteps=timesteps,
         history=folded.history,
         draws=recorded.draws,
         residual=residual,
+        rounding=rounding,
         form=form,
         linear=True,
         reason=None,
@@ -136,7 +143,9 @@ def _compile(scheduler: Any, arguments: Mapping[str, Any], begin: int) -> Schedu
 
 
 def _known_reason(scheduler: Any, arguments: Mapping[str, Any]) -> str | None:
-    config = scheduler.config
+    config = getattr(scheduler, "config", {})
+    if hasattr(scheduler, "noise_sampler"):
+        return "its noise comes from a Brownian tree, not from the caller's generators"
     for name in ("thresholding", "clip_sample"):
         if config.get(name):
             return f"{name}=True is not linear"
@@ -200,26 +209,22 @@ def _with_update(rows: torch.Tensor, folded: Folded) -> torch.Tensor:
     return rows
 
 
-def _residual(rows: torch.Tensor, recorded: Trace) -> float:
-    """Largest relative difference of one table row from the scheduler's step on the random columns, each from stock's own x_k."""
-    worst, history = 0.0, np.zeros((HISTORY, recorded.probe_x.shape[1]))
+def _deviation(rows: torch.Tensor, recorded: Trace, dtype: type[np.floating]) -> float:
+    """Largest |x' - stock's x'| / max|x'| over rows, on the random columns, every row from stock's own x_k, in `dtype`."""
+    x, e, z = (a.astype(dtype) for a in (recorded.probe_x, recorded.probe_e, recorded.probe_z))
+    history = np.zeros((HISTORY, x.shape[1]), dtype)
+    worst = 0.0
     for k, row in enumerate(rows[:-1].numpy()):
-        x, e, z, after = (
-            recorded.probe_x[k],
-            recorded.probe_e[k],
-            recorded.probe_z[k],
-            recorded.probe_x[k + 1],
-        )
-        m = row[Row.P] * x + row[Row.Q] * e
-        mine = (
-            row[Row.A] * x
-            + row[Row.B] * m
-            + row[Row.H0 : Row.H0 + HISTORY] @ history
-            + row[Row.N] * z
-        )
+        c = row.astype(dtype)
+        m = c[Row.P] * x[k] + c[Row.Q] * e[k]
+        after = c[Row.A] * x[k] + c[Row.B] * m
+        for slot in range(HISTORY):
+            after = after + c[Row.H0 + slot] * history[slot]
+        after = after + c[Row.N] * z[k]
         if row[Row.STORE] >= 0:
             history[int(row[Row.STORE])] = m
-        worst = max(worst, float(np.abs(mine - after).max() / np.abs(after).max()))
+        stock = recorded.probe_x[k + 1]
+        worst = max(worst, float(np.abs(after - stock).max() / np.abs(stock).max()))
     return worst
 
 
