@@ -1,0 +1,53 @@
+"""The plain torch twin against the float64 reference."""
+
+import pytest
+import torch
+
+from . import cases
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+# 1 element, odd, odd over several parts of the sum, SD 1.5 at 256 px, 5-D video, SD3's 16 channels.
+SHAPES = [(1, 1, 1, 1), (5, 4, 3, 5), (3, 4, 67, 65), (6, 4, 32, 32), (2, 4, 3, 8, 8), (2, 16, 24, 24)]
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("shape", SHAPES)
+def test_twin_equals_the_reference(shape, seed):
+    case = cases.make(seed, shape, slots=seed)
+    run = case.clone()
+    run.run(backend="torch")
+    cases.check(case, run)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("noise", [None, torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_twin_over_dtypes_noise_and_memory_formats(dtype, noise, channels_last):
+    for seed in range(6):
+        case = cases.make(seed, (7, 4, 9, 8), dtype=dtype, noise=noise, channels_last=channels_last)
+        run = case.clone()
+        run.run(backend="torch")
+        cases.check(case, run)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"both": False},
+        {"halves": 1},
+        {"halves": None},
+        {"extra_channels": 4},
+        {"extra_channels": 4, "channels_last": True},
+        {"timestep": None},
+        {"timestep": torch.int64},
+        {"timestep": torch.bfloat16, "uniform": True},
+        {"uniform": True, "noise": torch.float32},
+    ],
+    ids=str,
+)
+def test_twin_options(options):
+    for seed in range(8):
+        case = cases.make(seed, (6, 4, 8, 8), **options)
+        run = case.clone()
+        run.run(backend="torch")
+        cases.check(case, run)
