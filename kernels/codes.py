@@ -4,9 +4,15 @@ A comparison of a float with an IntEnum member costs Python four times one with 
 the numbers of a module.
 """
 
-from .layout import Magnitude, Phase, Row, RuleKind
+from .layout import Magnitude, Phase, Row, Rule, RuleKind, State
 
 OBSERVE, W_EPSILON, W_X0 = int(Row.OBSERVE), int(Row.W_EPSILON), int(Row.W_X0)
 PLAIN, UNDECIDED, BEFORE, AFTER = (float(phase) for phase in Phase)
 NONE, MINIMUM, DROP = (float(kind) for kind in RuleKind)
 OUTPUT, EPSILON, X0 = (float(magnitude) for magnitude in Magnitude)
+STATE_WIDTH, ROW_WIDTH, RULE_WIDTH = len(State), len(Row), len(Rule)
+STEP, BASE = int(State.STEP), int(State.BASE)
+P, Q, A, B, H0, N, S, STORE, TIMESTEP, ACTIVE = (
+    int(row)
+    for row in (Row.P, Row.Q, Row.A, Row.B, Row.H0, Row.N, Row.S, Row.STORE, Row.TIMESTEP, Row.ACTIVE)
+)

@@ -31,6 +31,12 @@ from torch import Tensor
 from . import codes, layout
 from .layout import Row, Rule, State
 
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # not on every platform; the twin needs none
+    triton = tl = None
+
 BACKENDS = ("torch", "triton")
 PART = 16384  # the twin sums d in parts of PART elements: below torch's grain of 32,768, under which a sum is never split by threads
 
@@ -95,7 +101,8 @@ def choose_backend(x: Tensor, backend: str | None = None) -> str:
 
 def scratch_for(x: Tensor) -> Tensor:
     """Workspace that `guided_step` can reuse for every step on latents like x: float32, one dimension, contents irrelevant."""
-    return x.new_empty(2 * x.shape[0] * _width(x.numel() // x.shape[0]))
+    size = x.numel() // x.shape[0]
+    return x.new_empty(x.shape[0] * max(2 * _width(size), 2 * len(State) + -(-size // BLOCK)))
 
 
 def history_for(x: Tensor, slots: int) -> Tensor:
@@ -157,7 +164,6 @@ def decide(where: Callable[..., Any], state: Sequence[Any], rule: Sequence[Any],
 def guided_step_torch(
     uncond: Tensor,
     cond: Tensor | None,
-    *,
     x: Tensor,
     history: Tensor,
     model_input: Tensor | None,
@@ -335,6 +341,192 @@ def _flat(tensor: Tensor, size: int) -> Tensor:
     return tensor.as_strided((tensor.shape[0], size), (tensor.stride(0), 1))
 
 
+# ----------------------------------------------------------------------------------------------------------------- Triton
+# A latent of at most SINGLE elements is one program's work and takes one launch: SD 1.5's 4x64x64 takes an SM about as long as the
+# second launch that it saves. A larger one is cut into blocks and takes two: partial sums first, then every program adds up its
+# sample's partials in the same order and decides for itself. There the first launch copies the state and the second reads only
+# that copy and writes only the state, so no program reads what another one of the same launch writes.
+# All sizes depend on the latent's size alone: with it the order of the sum, and so the bits of d, would change.
+SINGLE = 16384
+SINGLE_BLOCK, SINGLE_WARPS = 4096, 16  # 8 elements per thread: one 16-byte access in float16, two in float32
+BLOCK, WARPS = 2048, 8
+PARTIALS = 128  # partial sums that one program adds up at a time
+
+
+def _jit(function: Callable[..., Any]) -> Any:
+    integers = ["n", "u_stride", "c_stride", "z_stride", "slot_stride", "batch", "steps", "y_halves", "t_halves"]
+    present = [name for name in integers if name in function.__code__.co_varnames[: function.__code__.co_argcount]]
+    return function if triton is None else triton.jit(function, do_not_specialize=present)
+
+
+_decide = _jit(decide)
+
+
+@_jit
+def _columns(ptr, count: tl.constexpr):
+    columns = ()
+    for column in tl.static_range(count):
+        columns = columns + (tl.load(ptr + column),)
+    return columns
+
+
+@_jit
+def _squares(u_ptr, c_ptr, start, n, BLOCK: tl.constexpr):
+    offs = start + tl.arange(0, BLOCK)
+    mask = offs < n
+    u = tl.load(u_ptr + offs, mask, other=0.0).to(tl.float32)
+    c = tl.load(c_ptr + offs, mask, other=0.0).to(tl.float32)
+    return (c - u) * (c - u)
+
+
+@_jit
+def _advance(
+    u_ptr, c_ptr, x_ptr, history_ptr, y_ptr, z_ptr, start, n, slot_stride, y_stride, y_halves, g, row, scale,
+    SLOTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Elements start to start + BLOCK of one sample, to whose first element the pointers point."""
+    offs = start + tl.arange(0, BLOCK)
+    mask = offs < n
+    e = tl.load(u_ptr + offs, mask, other=0.0).to(tl.float32)
+    if c_ptr is not None:
+        e += g * (tl.load(c_ptr + offs, mask, other=0.0).to(tl.float32) - e)
+    x = tl.load(x_ptr + offs, mask, other=0.0)
+    m = row[codes.P].to(tl.float32) * x + row[codes.Q].to(tl.float32) * e
+    x = row[codes.A].to(tl.float32) * x + row[codes.B].to(tl.float32) * m
+    for slot in tl.static_range(SLOTS):
+        h = row[codes.H0 + slot].to(tl.float32)
+        if h != 0:
+            x += h * tl.load(history_ptr + slot * slot_stride + offs, mask, other=0.0)
+    if z_ptr is not None:
+        w = row[codes.N].to(tl.float32)
+        if w != 0:
+            x += w * tl.load(z_ptr + offs, mask, other=0.0).to(tl.float32)
+    tl.debug_barrier()  # m may overwrite a slot that threads of another layout are still reading
+    tl.store(x_ptr + offs, x, mask)
+    store = row[codes.STORE].to(tl.int64)
+    if store >= 0:
+        tl.store(history_ptr + store * slot_stride + offs, m, mask)
+    if y_ptr is not None:
+        y = scale.to(tl.float32) * x
+        for half in range(y_halves):
+            tl.store(y_ptr + half * y_stride + offs, y, mask)
+
+
+@_jit
+def _norm_kernel(
+    u_ptr, c_ptr, state_ptr, snapshot_ptr, partials_ptr, n, u_stride, c_stride, UNIT: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Partial sums of d, one program per block and sample; the first block's copies the state."""
+    b = tl.program_id(1).to(tl.int64)
+    part = tl.program_id(0)
+    if part == 0:
+        for column in tl.static_range(codes.STATE_WIDTH):
+            at = b * codes.STATE_WIDTH + column
+            tl.store(snapshot_ptr + at, tl.load(state_ptr + at))
+    if c_ptr is not None:
+        squares = _squares(u_ptr + b * u_stride * UNIT, c_ptr + b * c_stride * UNIT, part * BLOCK, n * UNIT, BLOCK)
+        tl.store(partials_ptr + b * tl.num_programs(0) + part, tl.sum(squares))
+
+
+@_jit
+def _step_kernel(
+    u_ptr, c_ptr, x_ptr, history_ptr, y_ptr, trace_ptr, state_ptr, rows_ptr, rules_ptr, guidance_ptr, z_ptr, times_ptr,
+    snapshot_ptr, partials_ptr,
+    n, u_stride, c_stride, z_stride, slot_stride, batch, steps, y_halves, t_halves,
+    SLOTS: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The step of sample program_id(1): of all of it (no snapshot), or of block program_id(0) after `_norm_kernel`.
+
+    Sizes and strides of latents come in units of UNIT elements: with 16 the compiler knows that 16-byte accesses are aligned.
+    """
+    b = tl.program_id(1).to(tl.int64)
+    n = n * UNIT
+    slot_stride = slot_stride * UNIT
+    u_ptr += b * u_stride * UNIT
+    if c_ptr is not None:
+        c_ptr += b * c_stride * UNIT
+    first = tl.program_id(0) * BLOCK
+    end = n if snapshot_ptr is None else first + BLOCK
+    state = _columns((state_ptr if snapshot_ptr is None else snapshot_ptr) + b * codes.STATE_WIDTH, codes.STATE_WIDTH)
+    k = state[codes.STEP].to(tl.int64)
+    rows_ptr += (k + state[codes.BASE].to(tl.int64)) * codes.ROW_WIDTH
+    row = _columns(rows_ptr, codes.ROW_WIDTH)
+    if row[codes.ACTIVE] != 0:
+        if c_ptr is None:
+            d = tl.full([], float("nan"), tl.float32)
+        elif snapshot_ptr is None:
+            squares = tl.zeros([BLOCK], tl.float32)
+            for start in range(0, n, BLOCK):
+                squares += _squares(u_ptr, c_ptr, start, n, BLOCK)
+            d = tl.sum(squares)
+        else:
+            sums = tl.zeros([PARTIALS], tl.float32)
+            parts = tl.num_programs(0)
+            for start in range(0, parts, PARTIALS):
+                offs = start + tl.arange(0, PARTIALS)
+                sums += tl.load(partials_ptr + b * parts + offs, offs < parts, other=0.0)
+            d = tl.sum(sums)
+        rule = _columns(rules_ptr + b * codes.RULE_WIDTH, codes.RULE_WIDTH)
+        new_state, before = _decide(tl.where, state, rule, row, d.to(tl.float64), c_ptr is not None)
+        g = tl.load(guidance_ptr + (b * steps + k) * 2 + tl.where(before, 0, 1))
+        next_row = _columns(rows_ptr + codes.ROW_WIDTH, codes.ROW_WIDTH)
+        for start in range(first, end, BLOCK):
+            _advance(
+                u_ptr, c_ptr, x_ptr + b * n, history_ptr + b * n, None if y_ptr is None else y_ptr + b * n,
+                None if z_ptr is None else z_ptr + b * z_stride * UNIT, start, n, slot_stride, batch * n.to(tl.int64), y_halves,
+                g, row, next_row[codes.S], SLOTS, BLOCK,
+            )  # fmt: skip
+        if first == 0:
+            tl.debug_barrier()  # every thread has read the state that is overwritten here
+            for column in tl.static_range(codes.STATE_WIDTH):
+                tl.store(state_ptr + b * codes.STATE_WIDTH + column, new_state[column])
+            tl.store(trace_ptr + k * batch + b, d)
+            if times_ptr is not None:
+                for half in range(t_halves):
+                    tl.store(times_ptr + half * batch + b, next_row[codes.TIMESTEP])
+
+
+def _guided_step_triton(
+    u: Tensor,
+    c: Tensor | None,
+    x: Tensor,
+    history: Tensor,
+    model_input: Tensor | None,
+    trace: Tensor,
+    state: Tensor,
+    rows: Tensor,
+    rules: Tensor,
+    guidance: Tensor,
+    z: Tensor | None,
+    timestep_out: Tensor | None,
+    scratch: Tensor | None,
+) -> None:
+    batch = x.shape[0]
+    size = x.numel() // batch
+    latents = [t for t in (u, c, x, history, model_input, z) if t is not None]
+    strides = [0 if t is None else t.stride(0) for t in (u, c, z, history)]
+    aligned = all(number % 16 == 0 for number in (size, *strides)) and all(t.data_ptr() % 16 == 0 for t in latents)
+    unit = 16 if aligned else 1
+    n, u_stride, c_stride, z_stride, slot_stride = (number // unit for number in (size, *strides))
+    snapshot = partials = None
+    block, warps, parts = SINGLE_BLOCK, SINGLE_WARPS, 1
+    if size > SINGLE:
+        block, warps, parts = BLOCK, WARPS, triton.cdiv(size, BLOCK)
+        scratch = scratch_for(x) if scratch is None else scratch
+        snapshot = scratch[: 2 * state.numel()].view(torch.float64)
+        partials = scratch[2 * state.numel() :]
+        _norm_kernel[(parts, batch)](
+            u, c, state, snapshot, partials, n, u_stride, c_stride, UNIT=unit, BLOCK=block, num_warps=warps
+        )  # fmt: skip
+    _step_kernel[(parts, batch)](
+        u, c, x, history, model_input, trace, state, rows, rules, guidance, z, timestep_out, snapshot, partials,
+        n, u_stride, c_stride, z_stride, slot_stride, batch, guidance.shape[1],
+        0 if model_input is None else model_input.shape[0] // batch,
+        0 if timestep_out is None else timestep_out.shape[0] // batch,
+        SLOTS=history.shape[0], UNIT=unit, BLOCK=block, num_warps=warps,
+    )  # fmt: skip
+
+
 # --------------------------------------------------------------------------------------------------------------- operator
 def _run(
     uncond: Tensor,
@@ -352,21 +544,9 @@ def _run(
     scratch: Tensor | None,
     backend: str,
 ) -> None:
-    guided_step_torch(
-        _like(uncond, x),
-        None if cond is None else _like(cond, x),
-        x=x,
-        history=history,
-        model_input=model_input,
-        trace=trace,
-        state=state,
-        rows=rows,
-        rules=rules,
-        guidance=guidance,
-        noise=None if noise is None else _like(noise, x),
-        timestep_out=timestep_out,
-        scratch=scratch,
-    )
+    uncond, cond, noise = (t if t is None else _like(t, x) for t in (uncond, cond, noise))
+    buffers = (x, history, model_input, trace, state, rows, rules, guidance, noise, timestep_out, scratch)
+    (_guided_step_triton if backend == "triton" else guided_step_torch)(uncond, cond, *buffers)
 
 
 def _fake(*_: Any) -> None:
