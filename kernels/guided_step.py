@@ -110,7 +110,7 @@ def history_for(x: Tensor, slots: int) -> Tensor:
     return torch.empty_strided((slots, *x.shape), (x.numel(), *x.stride()), dtype=torch.float32, device=x.device).zero_()
 
 
-def decide(where: Callable[..., Any], state: Sequence[Any], rule: Sequence[Any], row: Sequence[Any], d: Any, both: bool) -> Any:
+def decide(where, state, rule, row, d, both):  # no annotations: Triton would compile them
     """State machine of one step: (state, rule, row, d) -> (new state, whether guidance[b, k, 0] applies).
 
     The only definition of the decisions. It runs on Python floats, torch columns and Triton scalars alike: `where` is the select
@@ -359,6 +359,11 @@ def _jit(function: Callable[..., Any]) -> Any:
     return function if triton is None else triton.jit(function, do_not_specialize=present)
 
 
+@_jit
+def _where(condition, yes, no):
+    return tl.where(condition, yes, no)
+
+
 _decide = _jit(decide)
 
 
@@ -368,6 +373,12 @@ def _columns(ptr, count: tl.constexpr):
     for column in tl.static_range(count):
         columns = columns + (tl.load(ptr + column),)
     return columns
+
+
+@_jit
+def _store_columns(ptr, columns, count: tl.constexpr):
+    for column in tl.static_range(count):
+        tl.store(ptr + column, columns[column])
 
 
 @_jit
@@ -420,9 +431,8 @@ def _norm_kernel(
     b = tl.program_id(1).to(tl.int64)
     part = tl.program_id(0)
     if part == 0:
-        for column in tl.static_range(codes.STATE_WIDTH):
-            at = b * codes.STATE_WIDTH + column
-            tl.store(snapshot_ptr + at, tl.load(state_ptr + at))
+        at = b * codes.STATE_WIDTH
+        _store_columns(snapshot_ptr + at, _columns(state_ptr + at, codes.STATE_WIDTH), codes.STATE_WIDTH)
     if c_ptr is not None:
         squares = _squares(u_ptr + b * u_stride * UNIT, c_ptr + b * c_stride * UNIT, part * BLOCK, n * UNIT, BLOCK)
         tl.store(partials_ptr + b * tl.num_programs(0) + part, tl.sum(squares))
@@ -433,7 +443,7 @@ def _step_kernel(
     u_ptr, c_ptr, x_ptr, history_ptr, y_ptr, trace_ptr, state_ptr, rows_ptr, rules_ptr, guidance_ptr, z_ptr, times_ptr,
     snapshot_ptr, partials_ptr,
     n, u_stride, c_stride, z_stride, slot_stride, batch, steps, y_halves, t_halves,
-    SLOTS: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
+    SLOTS: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr, PARTIALS: tl.constexpr,
 ):  # fmt: skip
     """The step of sample program_id(1): of all of it (no snapshot), or of block program_id(0) after `_norm_kernel`.
 
@@ -467,7 +477,7 @@ def _step_kernel(
                 sums += tl.load(partials_ptr + b * parts + offs, offs < parts, other=0.0)
             d = tl.sum(sums)
         rule = _columns(rules_ptr + b * codes.RULE_WIDTH, codes.RULE_WIDTH)
-        new_state, before = _decide(tl.where, state, rule, row, d.to(tl.float64), c_ptr is not None)
+        new_state, before = _decide(_where, state, rule, row, d.to(tl.float64), c_ptr is not None)
         g = tl.load(guidance_ptr + (b * steps + k) * 2 + tl.where(before, 0, 1))
         next_row = _columns(rows_ptr + codes.ROW_WIDTH, codes.ROW_WIDTH)
         for start in range(first, end, BLOCK):
@@ -478,8 +488,7 @@ def _step_kernel(
             )  # fmt: skip
         if first == 0:
             tl.debug_barrier()  # every thread has read the state that is overwritten here
-            for column in tl.static_range(codes.STATE_WIDTH):
-                tl.store(state_ptr + b * codes.STATE_WIDTH + column, new_state[column])
+            _store_columns(state_ptr + b * codes.STATE_WIDTH, new_state, codes.STATE_WIDTH)
             tl.store(trace_ptr + k * batch + b, d)
             if times_ptr is not None:
                 for half in range(t_halves):
@@ -523,7 +532,7 @@ def _guided_step_triton(
         n, u_stride, c_stride, z_stride, slot_stride, batch, guidance.shape[1],
         0 if model_input is None else model_input.shape[0] // batch,
         0 if timestep_out is None else timestep_out.shape[0] // batch,
-        SLOTS=history.shape[0], UNIT=unit, BLOCK=block, num_warps=warps,
+        SLOTS=history.shape[0], UNIT=unit, BLOCK=block, PARTIALS=PARTIALS, num_warps=warps,
     )  # fmt: skip
 
 
