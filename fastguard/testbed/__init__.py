@@ -1,0 +1,110 @@
+"""The embedded model: a small, genuine StableDiffusionPipeline that really memorizes.
+
+    pipe = fastguard.testbed.load()
+    images = pipe([p.prompt for p in fastguard.testbed.prompts("D", "test")]).images
+
+`model/README.md` is its model card. `python -m fastguard.testbed --help` lists the commands that fetch
+the drawings, train it again, evaluate the guard on it and make the demo.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    from diffusers import StableDiffusionPipeline
+
+__all__ = ["Prompt", "load", "path", "policy_path", "prompts", "training_images"]
+
+_HERE = Path(__file__).parent
+_TILE = 32  # pixels of a training image
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt of the test bed.
+
+    kind    "D": memorized, a plain caption shared with other drawings; "T": memorized, a caption of its
+            own; "ordinary"
+    half    "tuning" or "test", fixed before any policy was tuned
+    factor  copies of the training image in the data; 1 for ordinary prompts
+    index   its place in `training_images()`; None for ordinary prompts
+    """
+
+    prompt: str
+    concept: str
+    kind: str
+    half: str
+    factor: int
+    index: int | None
+
+    @property
+    def memorized(self) -> bool:
+        """True for D and T."""
+        return self.index is not None
+
+
+def path() -> Path:
+    """The folder of the pipeline, for `StableDiffusionPipeline.from_pretrained`."""
+    return _HERE / "model"
+
+
+def policy_path() -> Path:
+    """The embedded model's own policy file, calibrated on its ordinary tuning prompts."""
+    return _HERE / "policy.json"
+
+
+def load(**kwargs: Any) -> StableDiffusionPipeline:
+    """The pipeline, in float32 unless `torch_dtype` says otherwise; `kwargs` go to from_pretrained."""
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    kwargs = {"torch_dtype": torch.float32, "safety_checker": None, **kwargs}
+    pipe = StableDiffusionPipeline.from_pretrained(path(), **kwargs)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@functools.cache
+def _all_prompts() -> tuple[Prompt, ...]:
+    split = json.loads((_HERE / "prompts.json").read_text())
+    memorized = [
+        Prompt(e["prompt"], e["concept"], e["type"], e["half"], e["factor"], i)
+        for i, e in enumerate(split["memorized"])
+    ]
+    ordinary = [
+        Prompt(e["prompt"], e["concept"], "ordinary", e["half"], 1, None) for e in split["ordinary"]
+    ]
+    return (*memorized, *ordinary)
+
+
+def prompts(kind: str | None = None, half: str | None = None) -> list[Prompt]:
+    """The prompts of a kind ("D", "T", "memorized", "ordinary"; None: all) and half (None: both)."""
+    if kind not in (None, "D", "T", "memorized", "ordinary"):
+        raise ValueError(f"kind={kind!r}: must be 'D', 'T', 'memorized', 'ordinary' or None")
+    if half not in (None, "tuning", "test"):
+        raise ValueError(f"half={half!r}: must be 'tuning', 'test' or None")
+    return [
+        p
+        for p in _all_prompts()
+        if (kind in (None, p.kind) or (kind == "memorized" and p.memorized))
+        and half in (None, p.half)
+    ]
+
+
+@functools.cache
+def training_images() -> np.ndarray:
+    """The duplicated training images, uint8 [60, 32, 32, 3]; `Prompt.index` counts along the first axis."""
+    import numpy as np
+    from PIL import Image
+
+    sheet = np.asarray(Image.open(path() / "memorized.png").convert("RGB"))
+    rows, columns = sheet.shape[0] // _TILE, sheet.shape[1] // _TILE
+    tiles = sheet.reshape(rows, _TILE, columns, _TILE, 3).swapaxes(1, 2)
+    count = len(prompts("memorized"))
+    return tiles.reshape(-1, _TILE, _TILE, 3)[:count]

@@ -1,0 +1,73 @@
+"""`python -m fastguard.testbed`: fetch the drawings, train, calibrate, evaluate, show."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
+Work = Annotated[Path, typer.Option(help="folder for downloads and checkpoints")]
+WORK = Path("build/testbed")
+
+
+@app.command()
+def data(work: Work = WORK) -> None:
+    """Fetch the drawings through the npm client and render the training set."""
+    from . import pictures
+
+    work.mkdir(parents=True, exist_ok=True)
+    print(pictures.describe(work))
+
+
+@app.command()
+def split() -> None:
+    """Write prompts.json anew from its seed (it comes out the same)."""
+    from . import split as module
+
+    print(module.write())
+
+
+@app.command()
+def train(work: Work = WORK, processes: int = 2, out: Path | None = None) -> None:
+    """Train everything and write the model folder; continues where it was interrupted."""
+    from . import train as module
+
+    module.train(work, processes=processes, **({} if out is None else {"out": out}))
+
+
+@app.command()
+def classifier(work: Work = WORK) -> None:
+    """Train the classifier that measures whether a picture shows its caption."""
+    from . import classifier as module
+
+    print(module.train(work))
+
+
+@app.command()
+def evaluate(out: Path = Path("docs/testbed"), work: Work = WORK, seeds: int = 4) -> None:
+    """Measure every preset on the test halves; tables and plots go to OUT. Resumable."""
+    from . import evaluate as module
+
+    module.evaluate(out, work, seeds=seeds)
+
+
+@app.command()
+def tune(work: Work = WORK, out: Path = Path("docs/testbed")) -> None:
+    """Choose the policy on the tuning halves and calibrate its gate; writes policy.json."""
+    from . import tune as module
+
+    module.tune(work, out)
+
+
+@app.command()
+def demo(out: Path = Path("demo")) -> None:
+    """The picture grid, the curves and the table as one page."""
+    from . import demo as module
+
+    module.run_demo(out)
+
+
+if __name__ == "__main__":
+    app()

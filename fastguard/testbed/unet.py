@@ -1,0 +1,124 @@
+"""Training of the UNet together with the text encoder, on latents of the whole training set."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from . import models, parallel, pictures
+from . import vae as autoencoder
+
+STEPS = 4000
+BATCH = 96
+RATE = 1e-3
+DROP = 0.1  # share of captions replaced by the empty one
+EMA = 0.999
+SAVE_EVERY = 100
+LOG_EVERY = 50
+
+
+def latents(work: Path) -> torch.Tensor:
+    """Latents [N, 8, 8, 8] of all pictures (cached)."""
+    path = work / "latents.pt"
+    if not path.exists():
+        set_, vae = pictures.build(work), autoencoder.load(work)
+        index = torch.arange(len(set_.images)).split(512)
+        bar = tqdm(index, desc="latents", unit="batch", mininterval=5)
+        parallel.save(torch.cat([autoencoder.encode(vae, set_.tensor(i)) for i in bar]), path)
+    return torch.load(path)
+
+
+class Captions:
+    """Token ids of every caption that a picture may carry; row 0 is the empty caption."""
+
+    def __init__(self, set_: pictures.Pictures) -> None:
+        options = set_.captions()
+        texts = ["", *sorted({text for texts in options for text in texts})]
+        self.tokenizer = models.make_tokenizer(texts)
+        self.ids = self.tokenizer(
+            texts, padding="max_length", truncation=True, return_tensors="pt"
+        ).input_ids
+        row = {text: i for i, text in enumerate(texts)}
+        self.options = [torch.tensor([row[text] for text in texts]) for texts in options]
+
+    def draw(self, index: torch.Tensor, source: torch.Generator) -> torch.Tensor:
+        """One caption for each picture, a tenth of them empty: ids [B, 16]."""
+        choice = torch.rand(len(index), generator=source)
+        rows = [self.options[i] for i in index.tolist()]
+        picked = torch.stack([r[int(c * len(r))] for r, c in zip(rows, choice, strict=True)])
+        empty = torch.rand(len(index), generator=source) < DROP
+        return self.ids[picked.masked_fill(empty, 0)]
+
+
+def build(tokenizer) -> nn.ModuleDict:
+    """UNet and text encoder, untrained, from a fixed seed."""
+    torch.manual_seed(0)
+    parts = {"unet": models.make_unet(), "text_encoder": models.make_text_encoder(tokenizer)}
+    return nn.ModuleDict(parts).to(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def update_average(average: dict, model: nn.Module, step: int) -> None:
+    """Exponential moving average of the weights, with a short start."""
+    decay = min(EMA, (1 + step) / (10 + step))
+    for name, value in model.state_dict().items():
+        if value.is_floating_point():
+            average[name].lerp_(value, 1 - decay)
+
+
+def train(rank: int, world: int, work: str, limit: int | None = None) -> None:
+    """Minimise |epsilon - UNet(x_t, t, caption)|^2 over 4,000 steps of 96; checkpoint `unet.pt`."""
+    folder = Path(work)
+    set_, z = pictures.build(folder), latents(folder)
+    captions, scheduler = Captions(set_), models.make_scheduler()
+    model = build(captions.tokenizer)
+    optimiser = torch.optim.AdamW(
+        model.parameters(), lr=RATE, betas=(0.9, 0.99), weight_decay=1e-2, fused=True
+    )
+    average = {k: v.clone() for k, v in model.state_dict().items()}
+    weights, path, step = torch.from_numpy(set_.copies).double(), folder / "unet.pt", 0
+    if path.exists():
+        state = torch.load(path)
+        model.load_state_dict(state["model"])
+        optimiser.load_state_dict(state["optimiser"])
+        average, step = state["average"], state["step"]
+    end, local, losses = min(STEPS, limit or STEPS), BATCH // world, []
+    bar = tqdm(total=end, initial=step, desc="unet", disable=rank > 0, mininterval=10)
+    while step < end:
+        for group in optimiser.param_groups:
+            group["lr"] = parallel.learning_rate(step, STEPS, RATE)
+        source = parallel.generator(2, step, rank)
+        index = torch.multinomial(weights, local, replacement=True, generator=source)
+        x0 = z[index]
+        noise = torch.randn(x0.shape, generator=source)
+        # stratified timesteps: every step sees the whole range of noise levels
+        place = (torch.arange(local) + torch.rand(local, generator=source)) / local
+        t = (place * scheduler.config.num_train_timesteps).long()
+        noisy = scheduler.add_noise(x0, noise, t).contiguous(memory_format=torch.channels_last)
+        text = model["text_encoder"](captions.draw(index, source)).last_hidden_state
+        loss = F.mse_loss(model["unet"](noisy, t, text).sample, noise)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        parallel.average_gradients(model.parameters(), world)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        update_average(average, model, step)
+        step += 1
+        losses.append(loss.item())
+        bar.update()
+        if rank > 0:
+            continue
+        if step % LOG_EVERY == 0:
+            mean = sum(losses) / len(losses)
+            losses.clear()
+            bar.set_postfix_str(f"loss {mean:.4f}", refresh=False)
+            with (folder / "losses.jsonl").open("a") as log:
+                log.write(json.dumps({"step": step, "loss": round(mean, 5)}) + "\n")
+        if step % SAVE_EVERY == 0 or step == end:
+            state = {"model": model.state_dict(), "average": average, "step": step}
+            parallel.save({**state, "optimiser": optimiser.state_dict()}, path)
