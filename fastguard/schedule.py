@@ -25,8 +25,10 @@ from fastguard._noise_level import weights
 from fastguard._trace_scheduler import Trace, first_row, own_state, trace
 from fastguard.kernels.layout import HISTORY, Row
 
-LARGEST_DEVIATION = (
-    1e-6  # relative to the largest value of x'; beyond it the scheduler's own step() runs
+# Relative to the largest value of x'; beyond them the scheduler's own step() runs.
+LARGEST_RESIDUAL = 1e-6
+LARGEST_ROUNDING = (
+    5e-7  # half of the 1e-6 promised against stock; stock's own rounding takes as much
 )
 CACHED = 64  # schedules kept; one of 50 rows is 7 kB
 
@@ -101,6 +103,7 @@ def compile_schedule(
     return schedule
 
 
+@torch.inference_mode(False)  # a cached table outlives the caller's inference mode
 def _compile(scheduler: Any, arguments: Mapping[str, Any], begin: int) -> Schedule:
     recorded = trace(scheduler, arguments, begin)
     timesteps = scheduler.timesteps[begin:].detach().to("cpu", copy=True)
@@ -122,11 +125,11 @@ def _compile(scheduler: Any, arguments: Mapping[str, Any], begin: int) -> Schedu
         return replace(own, reason=str(error))
     rows = _with_update(own.rows, folded)
     residual = _deviation(rows, recorded, np.float64)
-    if not residual <= LARGEST_DEVIATION:
+    if not residual <= LARGEST_RESIDUAL:
         reason = f"not linear in sample, output and noise (residual {residual:.1e})"
         return replace(own, reason=reason)
     rounding = _deviation(rows, recorded, np.float32)
-    if not rounding <= LARGEST_DEVIATION:
+    if not rounding <= LARGEST_ROUNDING:
         return replace(own, reason=f"its table would lose {rounding:.1e} to rounding in float32")
     return Schedule(
         rows=rows,
@@ -177,7 +180,7 @@ def _best_fold(recorded: Trace, rows: torch.Tensor) -> tuple[str, Folded]:
 
 
 def _rows_without_update(scheduler: Any, recorded: Trace, timesteps: torch.Tensor) -> torch.Tensor:
-    rows = torch.zeros(len(timesteps) + 1, len(Row), dtype=torch.float64)
+    rows = torch.zeros(len(timesteps) + 1, len(Row), dtype=torch.float64, device="cpu")
     rows[:, Row.S] = 1.0
     rows[:, Row.STORE] = -1.0
     rows[:, [Row.Q, Row.B]] = 1.0

@@ -1,0 +1,121 @@
+"""Teacher-forced: every row of the table, run in float32, is stock's own float32 step to 1e-6 of its largest value.
+
+Denoiser outputs are random, each x_k is stock's, the noise comes from a generator of the same seed. 20 and 50 steps.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastguard.schedule import Schedule, compile_schedule
+from tests.schedule_cases import CASES, CUSTOM, LATE, Case, Table, deviation, stock_run
+
+TOLERANCE = 1e-6  # the project's promise; nothing below may use another one against stock
+
+
+def compiled(case: Case, steps: int, begin: int = 0) -> Schedule:
+    scheduler = case.make(steps)
+    if begin and hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(begin)
+    schedule = compile_schedule(scheduler, step_kwargs=case.step, begin_index=begin)
+    assert schedule.linear, schedule.reason
+    assert schedule.residual < 1e-12
+    assert torch.equal(schedule.timesteps, scheduler.timesteps[begin:])
+    return schedule
+
+
+def worst(case: Case, steps: int, begin: int = 0) -> float:
+    schedule = compiled(case, steps, begin)
+    table = Table(schedule)
+    run = stock_run(case, steps, schedule, begin=begin)
+    return max(deviation(table.step(k, s.x, s.e, s.z), s.after) for k, s in enumerate(run))
+
+
+@pytest.mark.parametrize("steps", [20, 50])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_equals_stock(case, steps):
+    assert worst(case, steps) <= TOLERANCE
+
+
+@pytest.mark.parametrize("steps", [20, 50])
+@pytest.mark.parametrize("case", CUSTOM, ids=str)
+def test_custom_timesteps_and_sigmas(case, steps):
+    assert worst(case, steps) <= TOLERANCE
+
+
+@pytest.mark.parametrize("begin", [2, 6, 14])
+@pytest.mark.parametrize("case", LATE, ids=str)
+def test_late_start(case, begin):
+    assert worst(case, 20, begin) <= TOLERANCE
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+@pytest.mark.parametrize(
+    "name", ["LCM", "TCD", "EulerDiscrete", "FlowMatchEulerDiscrete", "DPMSolverMultistep"]
+)
+def test_few_steps(name, steps):
+    assert worst(Case(name), steps) <= TOLERANCE
+
+
+def test_beta_sigmas():
+    """The first two of 50 beta timesteps are equal; stock takes the second and runs off its end, unless told where to begin."""
+    case = Case("DPMSolverMultistep", {"use_beta_sigmas": True})
+    assert worst(case, 20) <= TOLERANCE
+    schedule = compile_schedule(case.make(50))
+    assert not schedule.linear and "IndexError" in schedule.reason
+    scheduler = case.make(50)
+    scheduler.set_begin_index(0)
+    assert compile_schedule(scheduler).linear
+
+
+# Where stock's float32 arithmetic loses more than the promise, so that nothing but itself can be within 1e-6 of it. Compared with
+# stock in float64 on the same numbers, the table has to keep the promise, and to lose less than stock does.
+ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+STOCK_LOSES = [
+    # x + derivative * dt at sigma = 4096: two numbers near 4096 leave one near 10
+    Case("EulerDiscrete", {"prediction_type": "v_prediction", **ZERO_SNR}),
+    Case("EulerAncestralDiscrete", {"prediction_type": "v_prediction", **ZERO_SNR}),
+    # sigma = 1: alpha = 1e-3, and x0 = (x - x + ...) / alpha
+    Case(
+        "DEISMultistep",
+        {"solver_order": 1, "prediction_type": "flow_prediction", "use_flow_sigmas": True},
+    ),
+    # (sample - denoised) / sigma_next near sigma = 0
+    Case("FlowMatchHeunDiscrete", {}, {"s_churn": 10.0}),
+    # likewise, then combined over four rows with weights near 1
+    Case("LMSDiscrete", {"use_karras_sigmas": True}),
+    Case("LMSDiscrete", {"use_exponential_sigmas": True}),
+]
+
+
+@pytest.mark.parametrize("steps", [20, 50])
+@pytest.mark.parametrize("case", STOCK_LOSES, ids=str)
+def test_equals_float64_where_stock_loses(case, steps):
+    schedule = compiled(case, steps)
+    table = Table(schedule)
+    ours, stock = [], []
+    for k, s in enumerate(stock_run(case, steps, schedule, exact=True)):
+        ours.append(deviation(table.step(k, s.x, s.e, s.z), s.exact))
+        stock.append(deviation(s.after, s.exact))
+    assert max(ours) <= TOLERANCE / 2
+    assert max(stock) > max(ours)
+
+
+@pytest.mark.parametrize("steps", [20, 50])
+@pytest.mark.parametrize(
+    "case",
+    [
+        # the last row extrapolates from sigma 0.23 to 0.03: 8.8 x - 1.9 e - 15.5 m_1 + 7.8 m_2; stock loses as much
+        Case("DPMSolverMultistep", {"solver_order": 3, "final_sigmas_type": "sigma_min"}),
+        # noise converted from a flow at sigma = 1 is x itself; the update needs the little that is not
+        Case("DEISMultistep", {"prediction_type": "flow_prediction", "use_flow_sigmas": True}),
+        # each row draws, so the block's first sample cannot be recovered from its middle one
+        Case("DPMSolverSinglestep", {"algorithm_type": "sde-dpmsolver++"}),
+    ],
+    ids=str,
+)
+def test_what_float32_would_lose_is_refused(case, steps):
+    schedule = compile_schedule(case.make(steps))
+    assert not schedule.linear
+    assert schedule.reason.startswith("its table would lose")
