@@ -354,7 +354,7 @@ PARTIALS = 128  # partial sums that one program adds up at a time
 
 
 def _jit(function: Callable[..., Any]) -> Any:
-    integers = ["n", "u_stride", "c_stride", "z_stride", "slot_stride", "batch", "steps", "y_halves", "t_halves"]
+    integers = ["n", "u_stride", "c_stride", "slot_stride", "batch", "steps", "y_halves", "t_halves"]
     present = [name for name in integers if name in function.__code__.co_varnames[: function.__code__.co_argcount]]
     return function if triton is None else triton.jit(function, do_not_specialize=present)
 
@@ -442,7 +442,7 @@ def _norm_kernel(
 def _step_kernel(
     u_ptr, c_ptr, x_ptr, history_ptr, y_ptr, trace_ptr, state_ptr, rows_ptr, rules_ptr, guidance_ptr, z_ptr, times_ptr,
     snapshot_ptr, partials_ptr,
-    n, u_stride, c_stride, z_stride, slot_stride, batch, steps, y_halves, t_halves,
+    n, u_stride, c_stride, slot_stride, batch, steps, y_halves, t_halves,
     SLOTS: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr, PARTIALS: tl.constexpr,
 ):  # fmt: skip
     """The step of sample program_id(1): of all of it (no snapshot), or of block program_id(0) after `_norm_kernel`.
@@ -478,21 +478,33 @@ def _step_kernel(
             d = tl.sum(sums)
         rule = _columns(rules_ptr + b * codes.RULE_WIDTH, codes.RULE_WIDTH)
         new_state, before = _decide(_where, state, rule, row, d.to(tl.float64), c_ptr is not None)
-        g = tl.load(guidance_ptr + (b * steps + k) * 2 + tl.where(before, 0, 1))
-        next_row = _columns(rows_ptr + codes.ROW_WIDTH, codes.ROW_WIDTH)
-        for start in range(first, end, BLOCK):
-            _advance(
-                u_ptr, c_ptr, x_ptr + b * n, history_ptr + b * n, None if y_ptr is None else y_ptr + b * n,
-                None if z_ptr is None else z_ptr + b * z_stride * UNIT, start, n, slot_stride, batch * n.to(tl.int64), y_halves,
-                g, row, next_row[codes.S], SLOTS, BLOCK,
-            )  # fmt: skip
+        next_row_ptr = rows_ptr + codes.ROW_WIDTH
         if first == 0:
             tl.debug_barrier()  # every thread has read the state that is overwritten here
             _store_columns(state_ptr + b * codes.STATE_WIDTH, new_state, codes.STATE_WIDTH)
             tl.store(trace_ptr + k * batch + b, d)
             if times_ptr is not None:
+                time = tl.load(next_row_ptr + codes.TIMESTEP)
                 for half in range(t_halves):
-                    tl.store(times_ptr + half * batch + b, next_row[codes.TIMESTEP])
+                    tl.store(times_ptr + half * batch + b, time)
+        row = _columns(rows_ptr, codes.ROW_WIDTH)  # again: held across the decision, 15 doubles would spill on gfx942
+        scale = tl.load(next_row_ptr + codes.S)
+        g = tl.load(guidance_ptr + (b * steps + k) * 2 + tl.where(before, 0, 1))
+        for start in range(first, end, BLOCK):
+            _advance(
+                u_ptr, c_ptr, x_ptr + b * n, history_ptr + b * n, None if y_ptr is None else y_ptr + b * n,
+                None if z_ptr is None else z_ptr + b * n, start, n, slot_stride, batch * n.to(tl.int64), y_halves,
+                g, row, scale, SLOTS, BLOCK,
+            )  # fmt: skip
+
+
+def launch_shape(size: int) -> tuple[int, int, dict[str, int]]:
+    """Elements per block, blocks per sample and compiler options for latents of `size` elements: the whole heuristic."""
+    if size > SINGLE:
+        return BLOCK, -(-size // BLOCK), {"num_warps": WARPS}
+    # One program per SM is all there is, so let it have 128 registers: at its own choice of 64, ptxas spills on sm_100.
+    limit = {} if torch.version.hip else {"maxnreg": 128}
+    return SINGLE_BLOCK, 1, {"num_warps": SINGLE_WARPS, **limit}
 
 
 def _guided_step_triton(
@@ -513,26 +525,25 @@ def _guided_step_triton(
     batch = x.shape[0]
     size = x.numel() // batch
     latents = [t for t in (u, c, x, history, model_input, z) if t is not None]
-    strides = [0 if t is None else t.stride(0) for t in (u, c, z, history)]
+    strides = [0 if t is None else t.stride(0) for t in (u, c, history)]
     aligned = all(number % 16 == 0 for number in (size, *strides)) and all(t.data_ptr() % 16 == 0 for t in latents)
     unit = 16 if aligned else 1
-    n, u_stride, c_stride, z_stride, slot_stride = (number // unit for number in (size, *strides))
+    n, u_stride, c_stride, slot_stride = (number // unit for number in (size, *strides))
+    block, parts, options = launch_shape(size)
     snapshot = partials = None
-    block, warps, parts = SINGLE_BLOCK, SINGLE_WARPS, 1
-    if size > SINGLE:
-        block, warps, parts = BLOCK, WARPS, triton.cdiv(size, BLOCK)
+    if parts > 1:
         scratch = scratch_for(x) if scratch is None else scratch
         snapshot = scratch[: 2 * state.numel()].view(torch.float64)
         partials = scratch[2 * state.numel() :]
         _norm_kernel[(parts, batch)](
-            u, c, state, snapshot, partials, n, u_stride, c_stride, UNIT=unit, BLOCK=block, num_warps=warps
+            u, c, state, snapshot, partials, n, u_stride, c_stride, UNIT=unit, BLOCK=block, **options
         )  # fmt: skip
     _step_kernel[(parts, batch)](
         u, c, x, history, model_input, trace, state, rows, rules, guidance, z, timestep_out, snapshot, partials,
-        n, u_stride, c_stride, z_stride, slot_stride, batch, guidance.shape[1],
+        n, u_stride, c_stride, slot_stride, batch, guidance.shape[1],
         0 if model_input is None else model_input.shape[0] // batch,
         0 if timestep_out is None else timestep_out.shape[0] // batch,
-        SLOTS=history.shape[0], UNIT=unit, BLOCK=block, PARTIALS=PARTIALS, num_warps=warps,
+        SLOTS=history.shape[0], UNIT=unit, BLOCK=block, PARTIALS=PARTIALS, **options,
     )  # fmt: skip
 
 
@@ -553,7 +564,9 @@ def _run(
     scratch: Tensor | None,
     backend: str,
 ) -> None:
-    uncond, cond, noise = (t if t is None else _like(t, x) for t in (uncond, cond, noise))
+    uncond = _like(uncond, x)
+    cond = None if cond is None else _like(cond, x)
+    noise = noise if noise is None or _dense_like(noise, x) else _like(noise.contiguous(), x)
     buffers = (x, history, model_input, trace, state, rows, rules, guidance, noise, timestep_out, scratch)
     (_guided_step_triton if backend == "triton" else guided_step_torch)(uncond, cond, *buffers)
 
