@@ -1,0 +1,84 @@
+"""Whole generations on the embedded model: a guarded pipeline against stock, in alternating pairs.
+
+    python -m bench.pipeline [--batch 8] [--steps 50] [--pairs 20] [--json FILE]
+
+`stp` skips the conditional branch before t* = 500, a quarter of the denoiser's rows; `dtp` needs both branches throughout. Before
+anything is timed the guarded pipeline under `cfg` is checked against stock's latents.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from pathlib import Path
+
+import diffusers
+import torch
+
+import fastguard
+from bench.pairs import Ratios, alternating
+from fastguard import testbed
+from fastguard.files import write_json
+
+SCHEDULERS = {
+    "DDIM": lambda config: diffusers.DDIMScheduler.from_config(config),
+    "DPM++ 2M": lambda config: diffusers.DPMSolverMultistepScheduler.from_config(config),
+}
+
+
+def measure(model: Path | None, batch: int, steps: int, pairs: int) -> dict[str, dict[str, Ratios]]:
+    """Ratio guarded / stock for every scheduler and policy."""
+    results: dict[str, dict[str, Ratios]] = {}
+    for name, make in SCHEDULERS.items():
+        stock, guarded = (_load(model, make) for _ in range(2))
+
+        def run(pipe, steps=steps):
+            generator = [torch.Generator().manual_seed(i) for i in range(batch)]
+            return pipe(
+                ["a red apple"] * batch, num_inference_steps=steps, generator=generator, output_type="latent"
+            ).images
+
+        with fastguard.enable(guarded, "cfg"):
+            ours, theirs = run(guarded), run(stock)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4 * theirs.abs().max().item())
+        results[name] = {}
+        for policy in ("cfg", "dtp", "stp"):
+            with fastguard.enable(guarded, policy):
+                results[name][policy] = alternating(
+                    lambda g=guarded: run(g), lambda s=stock: run(s), pairs=pairs, progress=f"{name}, {policy}"
+                )
+    return results
+
+
+def _load(model: Path | None, make) -> diffusers.StableDiffusionPipeline:
+    pipe = (
+        testbed.load()
+        if model is None
+        else diffusers.StableDiffusionPipeline.from_pretrained(model, safety_checker=None, torch_dtype=torch.float32)
+    )
+    pipe.scheduler = make(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="a Stable Diffusion pipeline's folder; default: the embedded model")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--pairs", type=int, default=20)
+    parser.add_argument("--json", type=Path, help="write all ratios to this file")
+    options = parser.parse_args()
+    results = measure(options.model, options.batch, options.steps, options.pairs)
+    print(f"batch {options.batch}, {options.steps} steps, float32, {torch.get_num_threads()} threads, {platform.processor() or platform.machine()}")
+    print("| scheduler | policy | seconds of fastguard / stock |\n|---|---|---|")
+    for scheduler, by_policy in results.items():
+        for policy, ratios in by_policy.items():
+            print(f"| {scheduler} | {policy} | {ratios} |")
+    if options.json:
+        values = {s: {p: r.values for p, r in by.items()} for s, by in results.items()}
+        write_json(options.json, {"torch": torch.__version__, "diffusers": diffusers.__version__, "ratios": values})
+
+
+if __name__ == "__main__":
+    main()
