@@ -22,11 +22,14 @@ from fastguard import checks
 from fastguard.files import read_json, write_json
 from fastguard.plan import Plan, lower
 
-__all__ = ["DEADLINE", "PRESETS", "Plan", "Policy", "lower", "policy"]
+__all__ = ["DEADLINE", "DEFAULT", "PRESETS", "Plan", "Policy", "lower", "policy"]
 
 T = TypeVar("T")
 PerSample: TypeAlias = "T | list[T]"  # a list holds one value per image of the batch
 Number = float | int
+
+DEFAULT = "og+dtp"
+"""The preset of whoever names none."""
 
 DEADLINE = 300.0
 """Timestep at which `dtp` and `og+dtp` begin to guide even if no local minimum was seen. To be set from measurement."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict, overload
 
@@ -72,37 +72,35 @@ class ImageReport:
         return finite({"policy": self.policy.to_dict(), **values})
 
     def __str__(self) -> str:
-        return "  ".join([str(self.policy.name), *self._gate(), *self._transition(), *self._rest()])
+        gate = f"gate: {self.gate_text()}" if self.gate else ""
+        parts = [str(self.policy.name), gate, self.transition_text()]
+        if self.non_finite is not None:
+            parts.append(f"NOT FINITE from row {self.non_finite}")
+        return "  ".join(part for part in [*parts, f"{self.denoiser_rows} denoiser rows"] if part)
 
-    def _gate(self) -> Iterator[str]:
+    def gate_text(self) -> str:
+        """The gate's verdict in words; empty without a gate."""
         if self.gate is None:
-            return
+            return ""
         rms = "no observation" if self.gate["rms"] is None else f"RMS {self.gate['rms']:.4g}"
         if self.gate["caught"]:
-            yield f"gate: caught at row {self.gate['step']} ({rms} >= {self.gate['threshold']:.4g})"
-        else:
-            yield f"gate: not caught ({rms} < {self.gate['threshold']:.4g})"
+            return f"caught at row {self.gate['step']} ({rms} >= {self.gate['threshold']:.4g})"
+        return f"not caught ({rms} < {self.gate['threshold']:.4g})"
 
-    def _transition(self) -> Iterator[str]:
+    def transition_text(self) -> str:
+        """When the guard ended, in words; empty for images that the gate released."""
         if self.policy.transition is None:
-            yield "plain guidance"
-        elif self.transition_step is not None:
-            how = "forced" if self.forced else "transition"
-            detail = (
-                f"minimum at t = {self.minimum_timestep:g}" if self.minimum_step is not None else ""
-            )
-            margin = f"margin {self.margin:.2%}" if self.margin is not None else ""
-            inside = ", ".join(part for part in (detail, margin) if part)
-            yield f"{how} at row {self.transition_step}, t = {self.transition_timestep:g}" + (
-                f" ({inside})" if inside else ""
-            )
-        elif self.gate is None or self.gate["caught"]:
-            yield "no transition"
-
-    def _rest(self) -> Iterator[str]:
-        if self.non_finite is not None:
-            yield f"NOT FINITE from row {self.non_finite}"
-        yield f"{self.denoiser_rows} denoiser rows"
+            return "plain guidance"
+        if self.transition_step is None:
+            return "no transition" if self.gate is None or self.gate["caught"] else ""
+        details = []
+        if self.minimum_timestep is not None:
+            details.append(f"minimum at t = {self.minimum_timestep:g}")
+        if self.margin is not None:
+            details.append(f"margin {self.margin:.2%}")
+        how = "forced" if self.forced else "transition"
+        text = f"{how} at row {self.transition_step}, t = {self.transition_timestep:g}"
+        return f"{text} ({', '.join(details)})" if details else text
 
 
 class Report(Sequence[ImageReport]):

@@ -1,0 +1,120 @@
+"""Models by name for the command line: checked without their weights, then loaded."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fastguard import checks
+
+DTYPES = ("float32", "float16", "bfloat16")
+TESTBED = "testbed"  # the embedded model
+
+
+def resolve(model: str) -> str:
+    """Where the model is: the embedded one for "testbed", otherwise a directory or a hub id as given."""
+    if model != TESTBED:
+        return model
+    from fastguard import testbed
+
+    return str(testbed.path())
+
+
+def model_index(model: str) -> Mapping[str, Any]:
+    """The model's model_index.json (a hub id's is fetched). ValueError naming the model if it has none."""
+    from diffusers import DiffusionPipeline
+
+    where = resolve(model)
+    looks_local = Path(where).is_absolute() or where.startswith(".") or where.count("/") != 1
+    if not Path(where).is_dir() and looks_local:
+        raise ValueError(f"model={model!r}: no such directory, and not a hub id (owner/name)")
+    try:
+        return DiffusionPipeline.load_config(where)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model={model!r}: no pipeline there ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def pipeline_class(index: Mapping[str, Any]) -> type:
+    """The pipeline class that model_index.json names. ValueError if diffusers has none of that name."""
+    import diffusers
+
+    name = index.get("_class_name")
+    found = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if not isinstance(found, type):
+        raise ValueError(f"model: its pipeline class {name!r} is not one of diffusers'")
+    return found
+
+
+def scheduler_class(name: str) -> type:
+    """A diffusers scheduler by its class name; case and the ending "Scheduler" do not matter. ValueError lists all of them."""
+    import diffusers
+
+    def key(text: str) -> str:
+        return text.lower().removesuffix("scheduler")
+
+    names = [
+        n for n in dir(diffusers.schedulers) if n.endswith("Scheduler") and not n.startswith("Flax")
+    ]
+    for candidate in names:
+        found = getattr(diffusers, candidate, None)
+        if (
+            key(candidate) == key(name)
+            and isinstance(found, type)
+            and hasattr(found, "from_config")
+        ):
+            return found
+    raise ValueError(
+        f"scheduler={name!r}: allowed are {', '.join(n.removesuffix('Scheduler') for n in names)}"
+    )
+
+
+def prepare(device: str, dtype: str) -> tuple[str, str]:
+    """Device and dtype with "auto" resolved: a GPU if there is one; float16 on it, float32 elsewhere.
+
+    ValueError if torch does not know or have the device, or for another dtype than those in `DTYPES`.
+    """
+    import torch
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        raise ValueError(f"device={device!r}: {str(error).splitlines()[0]}") from None
+    if dtype == "auto":
+        dtype = "float16" if torch.device(device).type == "cuda" else "float32"
+    return device, checks.choice("dtype", dtype, DTYPES)
+
+
+def load_pipeline(
+    model: str, *, dtype: str = "float32", device: str = "cpu", scheduler: str | None = None
+) -> Any:
+    """The text-to-image pipeline of `model`, quiet (no progress bars of its own)."""
+    import torch
+    from diffusers import AutoPipelineForText2Image
+
+    with warnings.catch_warnings():
+        # torch_dtype is the name that every supported diffusers knows; new ones call it deprecated.
+        warnings.simplefilter("ignore", FutureWarning)
+        pipe = AutoPipelineForText2Image.from_pretrained(
+            resolve(model), torch_dtype=getattr(torch, dtype)
+        )
+    if scheduler is not None:
+        made: Any = scheduler_class(scheduler)
+        pipe.scheduler = made.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+def quiet() -> None:
+    """Only errors from the libraries that load the model: for programs whose output somebody reads."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
