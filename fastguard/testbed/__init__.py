@@ -60,12 +60,16 @@ def policy_path() -> Path:
 
 
 def load(**kwargs: Any) -> StableDiffusionPipeline:
-    """The pipeline, in float32 unless `torch_dtype` says otherwise; `kwargs` go to from_pretrained."""
-    import torch
+    """The pipeline, stored in float16 and loaded in float32; `kwargs` go to from_pretrained."""
     from diffusers import StableDiffusionPipeline
+    from diffusers.utils import logging
 
-    kwargs = {"torch_dtype": torch.float32, "safety_checker": None, **kwargs}
-    pipe = StableDiffusionPipeline.from_pretrained(path(), **kwargs)
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would say at length that AutoencoderTiny is no AutoencoderKL
+    try:
+        pipe = StableDiffusionPipeline.from_pretrained(path(), **kwargs)
+    finally:
+        logging.set_verbosity(level)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

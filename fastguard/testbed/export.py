@@ -39,6 +39,9 @@ def export(work: Path, folder: Path) -> None:
     """Write the float16 pipeline and `memorized.png` (the duplicated pictures, side by side)."""
     pipe = pipeline(work).to(torch.float16)
     pipe.save_pretrained(folder)
+    config = folder / "text_encoder" / "config.json"
+    # transformers would keep the stored float16, diffusers casts to float32: say float32 to both
+    config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
     set_ = pictures.build(work)
     tiles = list(set_.images[: set_.memorized])
     tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % COLUMNS)

@@ -1,0 +1,168 @@
+"""The gate's threshold from ordinary prompts, with a finite-sample guarantee.
+
+The gate catches an image whose RMS(c - u) at the first observation is >= tau. Let x_(1) <= ... <= x_(n) be that statistic on n
+ordinary prompts, drawn independently from the prompts that the guard will meet. For tau just above x_(n-m) the share of ordinary
+prompts that would be caught is at most that beyond an order statistic, whose law is known whatever the distribution of x:
+
+    P(FPR <= fpr) >= P(Binomial(n, fpr) > m)          (a one-sided tolerance bound; ties only make it smaller)
+
+`calibrate` takes the largest m for which this is >= confidence. With m = 0 it needs (1 - fpr)^n <= 1 - confidence: 299 prompts for
+fpr 0.01 at confidence 0.95, and fewer are refused. The unit is the PROMPT: several seeds of one prompt are not independent, so each
+prompt enters with the largest of its seeds, and the bound is then on prompts of which any such seed is caught.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["Calibration", "calibrate", "collect_gate_statistics", "needed_prompts"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """threshold tau (same unit as RMS), the wish, n prompts, m = `exceeding` of them at or above tau, and the statement in words."""
+
+    threshold: float
+    fpr: float
+    confidence: float
+    prompts: int
+    exceeding: int
+    statement: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values, for the `provenance` of a policy file."""
+        return dict(vars(self))
+
+
+def _binomial_cdf(m: int, n: int, p: float) -> float:
+    """P(Binomial(n, p) <= m)."""
+    logs = [
+        math.lgamma(n + 1)
+        - math.lgamma(k + 1)
+        - math.lgamma(n - k + 1)
+        + k * math.log(p)
+        + (n - k) * math.log1p(-p)
+        for k in range(m + 1)
+    ]
+    return math.fsum(math.exp(value) for value in logs)
+
+
+def needed_prompts(fpr: float, confidence: float) -> int:
+    """The smallest n with (1 - fpr)^n <= 1 - confidence."""
+    _check_wish(fpr, confidence)
+    n = max(1, math.ceil(math.log(1 - confidence) / math.log1p(-fpr)) - 1)
+    while (1 - fpr) ** n > 1 - confidence:
+        n += 1
+    return n
+
+
+def calibrate(rms_values: Sequence[float], fpr: float = 0.01, confidence: float = 0.95) -> Calibration:
+    """The lowest threshold of which this sample proves P(FPR <= fpr) >= confidence.
+
+    rms_values   one value per ordinary prompt (`collect_gate_statistics`)
+    fpr          allowed share of ordinary prompts that are caught, in (0, 1)
+    confidence   in (0, 1)
+
+    ValueError if the sample is too small for the wish (with the number that is needed) or holds a value that is not finite.
+    """
+    needed = needed_prompts(fpr, confidence)
+    values = sorted(float(value) for value in rms_values)
+    n = len(values)
+    if not all(math.isfinite(value) and value >= 0 for value in values):
+        raise ValueError("rms_values: every value must be finite and >= 0")
+    if n < needed:
+        raise ValueError(
+            f"rms_values holds {n} prompts: fpr={fpr:g} at confidence={confidence:g} needs at least {needed}"
+            " ordinary prompts. Collect more, or ask for less"
+        )
+    m = 0
+    while m + 1 < n and _binomial_cdf(m + 1, n, fpr) <= 1 - confidence:
+        m += 1
+    highest = values[n - m - 1]
+    threshold = math.nextafter(highest, math.inf)
+    exceeding = sum(value >= threshold for value in values)
+    statement = (
+        f"If the {n} calibration prompts are independent draws from the ordinary prompts that the guard meets, then with"
+        f" confidence {confidence:g} at most {fpr:.2%} of those have RMS(c - u) >= {threshold:.6g} at the gate"
+        f" ({exceeding} of the {n} calibration prompts do). It says nothing about other distributions of prompts, models,"
+        " schedulers or step counts"
+    )
+    return Calibration(
+        threshold=threshold,
+        fpr=fpr,
+        confidence=confidence,
+        prompts=n,
+        exceeding=exceeding,
+        statement=statement,
+    )
+
+
+def collect_gate_statistics(
+    pipe: Any,
+    prompts: Sequence[str],
+    *,
+    seeds: int = 1,
+    seed: int = 0,
+    gate_steps: int = 1,
+    batch_size: int = 16,
+    progress: bool = False,
+    **call: Any,
+) -> list[float]:
+    """Per prompt, the largest RMS(c - u) over `seeds` seeds and the first `gate_steps` denoiser rows.
+
+    The pipeline is called as it will be used (`call`: num_inference_steps, guidance_scale, height ...), under plain guidance, and
+    interrupted after `gate_steps` rows. Image i uses the generator seeded with seed + i. A guard that was on is replaced for the
+    time and then enabled again with its policy. ValueError for empty prompts or numbers below 1.
+    """
+    import torch
+    from tqdm import tqdm
+
+    import fastguard
+
+    if not prompts or min(seeds, gate_steps, batch_size) < 1:
+        raise ValueError("prompts must not be empty; seeds, gate_steps and batch_size must be >= 1")
+    if "callback_on_step_end" in call:
+        raise ValueError("callback_on_step_end is used here to stop each call after gate_steps rows")
+
+    def stop(pipeline: Any, step: int, timestep: Any, values: dict) -> dict:
+        pipeline._interrupt = step + 1 >= gate_steps
+        return values
+
+    before = getattr(pipe, "_fastguard_guard", None)
+    earlier = before.policy if before is not None else None
+    work = [prompt for prompt in prompts for _ in range(seeds)]
+    largest = [0.0] * len(prompts)
+    guard = fastguard.enable(pipe, "cfg", monitor=True)
+    try:
+        for start in tqdm(range(0, len(work), batch_size), disable=not progress, desc="calibration"):
+            batch = work[start : start + batch_size]
+            generators = [
+                torch.Generator().manual_seed(seed + start + i) for i in range(len(batch))
+            ]
+            pipe(
+                batch,
+                generator=generators,
+                output_type="latent",
+                callback_on_step_end=stop,
+                **call,
+            )
+            for i, image in enumerate(guard.report):
+                rows = [rms for rms in image.rms_curve[:gate_steps] if rms is not None]
+                owner = (start + i) // seeds
+                largest[owner] = max(largest[owner], *rows)
+    finally:
+        pipe._interrupt = False
+        if earlier is None:
+            guard.disable()
+        else:
+            fastguard.enable(pipe, earlier)
+    return largest
+
+
+def _check_wish(fpr: float, confidence: float) -> None:
+    for name, value in (("fpr", fpr), ("confidence", confidence)):
+        if not 0 < value < 1:
+            raise ValueError(f"{name}={value!r}: must lie strictly between 0 and 1")

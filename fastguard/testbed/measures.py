@@ -1,0 +1,95 @@
+"""The fixed measures: copy, similarity, faithfulness, blow-up. Defined here once, used everywhere.
+
+All are taken on latents [B, 8, 8, 8] (unit variance per channel over the training set) or on the picture
+decoded from them. z* is the latent of the prompt's training image, n = 512 its elements.
+
+- **distance** = sqrt(mean((z - z*)^2)). **copy**: distance < COPY.
+- **similarity** = <z, z*> / (|z| |z*|), the cosine of the latents; higher is more similar.
+- **faithful**: the concept is the classifier's first choice for the decoded picture (`faithful5`: among
+  its first five). The classifier never saw a generated or a memorized picture.
+- **cycle** = sqrt(mean((encode(decode(z)) - z)^2)): a latent that no picture has does not survive the way
+  through the autoencoder. **blow-up**: cycle > BLOWN or RMS(z) > LOUD.
+
+docs/testbed/README.md lists what random pairs, other drawings of the same caption, the same drawing
+augmented again and real pictures measure, from which the thresholds were taken.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from . import Prompt, classifier, training_images
+from .data import concepts
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+COPY = 0.5
+BLOWN = 0.5
+LOUD = 1.6
+
+
+def to_tensor(images) -> torch.Tensor:
+    """uint8 [B, 32, 32, 3] -> float32 [B, 3, 32, 32] in -1..1."""
+    return torch.as_tensor(images).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+
+
+def distance(z: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Root mean square difference of latents, per sample [B]."""
+    return (z - target).square().flatten(1).mean(1).sqrt()
+
+
+def similarity(z: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Cosine of latents, per sample [B]."""
+    return torch.cosine_similarity(z.flatten(1), target.flatten(1))
+
+
+class Judge:
+    """Measures generated latents of one pipeline (its autoencoder and the committed classifier)."""
+
+    def __init__(self, pipe: StableDiffusionPipeline) -> None:
+        self.vae = pipe.vae.float()
+        self.classifier = classifier.load()
+        self.names = {name: i for i, name in enumerate(concepts())}
+        self.targets = self.encode(to_tensor(training_images().copy()))
+
+    @torch.no_grad()
+    def encode(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Latents of pictures [N, 3, 32, 32]."""
+        return torch.cat([self.vae.encode(part).latents for part in pictures.split(128)])
+
+    @torch.no_grad()
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        """Pictures [N, 3, 32, 32] in -1..1 of latents, rounded to eight bits as a saved file is."""
+        out = torch.cat([self.vae.decode(part).sample for part in z.float().split(128)])
+        return out.clamp(-1, 1).add(1).mul(127.5).round().div(127.5).sub(1)
+
+    @torch.no_grad()
+    def __call__(self, z: torch.Tensor, prompts: list[Prompt]) -> dict[str, list]:
+        """Every measure, one value a sample; None where a prompt has no training image."""
+        z = z.float()
+        finite = z.flatten(1).isfinite().all(1)
+        z = torch.where(finite[:, None, None, None], z, torch.full_like(z, 10.0))
+        pictures = self.decode(z)
+        logits = torch.cat([self.classifier(part) for part in pictures.split(256)])
+        label = torch.tensor([self.names[p.concept] for p in prompts])
+        best = logits.topk(5).indices == label[:, None]
+        cycle = distance(self.encode(pictures), z)
+        loud = z.square().flatten(1).mean(1).sqrt()
+        result = {
+            "faithful": best[:, 0].tolist(),
+            "faithful5": best.any(1).tolist(),
+            "cycle": cycle.tolist(),
+            "rms": loud.tolist(),
+            "blown": ((cycle > BLOWN) | (loud > LOUD)).tolist(),
+        }
+        index = torch.tensor([-1 if p.index is None else p.index for p in prompts])
+        target = self.targets[index.clamp(min=0)]
+        far, near = distance(z, target).tolist(), similarity(z, target).tolist()
+        known = (index >= 0).tolist()
+        result["distance"] = [v if k else None for v, k in zip(far, known, strict=True)]
+        result["similarity"] = [v if k else None for v, k in zip(near, known, strict=True)]
+        result["copy"] = [v < COPY if k else None for v, k in zip(far, known, strict=True)]
+        return result

@@ -1,0 +1,93 @@
+"""How much the default's work depends on scheduler, steps, guidance scale and dtype.
+
+D test prompts, 2 seeds, with and without the guard. For the dtypes the decisions are compared image by
+image with float32: caught by the gate or not, and the row of the transition.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastguard import policy
+
+from . import load, policy_path, prompts
+from .measures import Judge
+from .run import jobs, run
+
+SEEDS = 2
+
+
+def variants() -> dict[str, tuple[str | None, dict]]:
+    """Name -> (scheduler class or None for the shipped one, arguments of the call)."""
+    schedulers = ("DPMSolverMultistepScheduler", "PNDMScheduler", "EulerDiscreteScheduler")
+    return {
+        "DDIM, 50 steps, scale 7.5": (None, {}),
+        **{name.removesuffix("Scheduler"): (name, {}) for name in schedulers},
+        "25 steps": (None, {"num_inference_steps": 25}),
+        "100 steps": (None, {"num_inference_steps": 100}),
+        "scale 3": (None, {"guidance_scale": 3.0}),
+        "scale 12": (None, {"guidance_scale": 12.0}),
+    }
+
+
+def numbers(rows: list[dict], caught: bool) -> dict:
+    """Copies, faithfulness of what is no copy, blow-ups; and what the gate caught."""
+    free = [r for r in rows if not r["copy"]]
+    result = {
+        "copies": float(np.mean([r["copy"] for r in rows])),
+        "faithful, no copies": float(np.mean([r["faithful"] for r in free])) if free else None,
+        "blown": float(np.mean([r["blown"] for r in rows])),
+    }
+    if caught:
+        result["caught"] = float(np.mean([r["gate"]["caught"] for r in rows]))
+    return result
+
+
+def flips(rows: list[dict], reference: list[dict]) -> dict:
+    """Images whose decision differs from float32's."""
+    pairs = list(zip(rows, reference, strict=True))
+    both = [(a, b) for a, b in pairs if a["gate"]["caught"] and b["gate"]["caught"]]
+    moved = [a["transition_step"] != b["transition_step"] for a, b in both]
+    return {
+        "images": len(pairs),
+        "gate flips": sum(a["gate"]["caught"] != b["gate"]["caught"] for a, b in pairs),
+        "transition moved": sum(moved),
+        "of": len(both),
+        "largest move in rows": max(
+            (abs((a["transition_step"] or 50) - (b["transition_step"] or 50)) for a, b in both),
+            default=0,
+        ),
+        "copies": float(np.mean([r["copy"] for r in rows if r["copy"] is not None])),
+    }
+
+
+def sensitivity(pipe: Any, judge: Judge, cache: Path) -> dict:
+    """All variants, then float16 and bfloat16."""
+    import diffusers
+
+    chosen, memorized = policy(policy_path()), prompts("D", "test")
+    shipped, result = pipe.scheduler, {}
+    for name, (scheduler, call) in variants().items():
+        if scheduler is not None:
+            pipe.scheduler = getattr(diffusers, scheduler).from_config(shipped.config)
+        slug = name.replace(" ", "_").replace(",", "")
+        row = {}
+        for guard, one in (("none", policy("cfg")), ("default", chosen)):
+            rows = run(
+                pipe, judge, f"vary-{slug}-{guard}", jobs(memorized, SEEDS, one), cache, **call
+            )
+            row[guard] = numbers(rows, guard == "default")
+        result[name] = row
+        pipe.scheduler = shipped
+    work = jobs(memorized, 1, chosen) + jobs(prompts("ordinary", "test")[:28], 1, chosen)
+    reference = run(pipe, judge, "dtype-float32", work, cache)
+    for dtype in (torch.float16, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        low = load(torch_dtype=dtype)
+        result[name] = flips(run(low, judge, f"dtype-{name}", work, cache), reference)
+        del low
+    return result

@@ -1,0 +1,242 @@
+"""results.json as Markdown: every sentence with a number in it is made from the measured numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+# 95th percentile of SSCD in the paper (Jain et al., CVPR 2025): setting, without and with the guard
+PAPER = {
+    "stp": ("S1", 0.6504, 0.2857),
+    "og+stp": ("S1", 0.6504, 0.3811),
+    "dtp": ("S3", 0.7977, 0.5885),
+    "og+dtp": ("S3", 0.7977, 0.6915),
+}
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def share(value: dict | None, interval: bool = True) -> str:
+    """A share with its interval, in percent."""
+    if value is None:
+        return "-"
+    text = f"{value['mean']:.0%}" if value["mean"] in (0, 1) else f"{value['mean']:.1%}"
+    return f"{text} [{value['low']:.0%}, {value['high']:.0%}]" if interval else text
+
+
+def number(value: float | None, form: str = ".2f") -> str:
+    """A number, or a dash."""
+    return "-" if value is None else format(value, form)
+
+
+def main_rows(main: dict, kind: str) -> list[list[str]]:
+    """The preset table of one kind of prompt."""
+    base = main["none"][kind]["similarity"]["p95"]
+    rows = []
+    for name, cells in main.items():
+        c = cells[kind]
+        s = c["similarity"]
+        fall = f"{s['p95'] / base - 1:+.0%}" if name != "none" else ""
+        paper = ""
+        if name in PAPER:
+            setting, before, after = PAPER[name]
+            paper = f"{after / before - 1:+.0%} ({setting})"
+        free = c["faithful, no copies"]
+        rows.append(
+            [
+                name,
+                share(c["copies"]),
+                f"{s['mean']:.2f} / {s['median']:.2f} / {s['p95']:.2f}",
+                fall,
+                paper,
+                share(free) + (f" n={free['images']}" if free else ""),
+                number(c.get("faithful / ordinary")),
+                share(c["blown"], interval=False),
+                number(c["transition, median t"], ".0f"),
+                f"{c['fired']:.0%} / {c['forced']:.0%}",
+            ]
+        )
+    return rows
+
+
+MAIN_HEAD = (
+    "preset",
+    "copies",
+    "similarity mean / median / p95",
+    "change of p95",
+    "the paper's",
+    "faithful, no copies",
+    "/ ordinary",
+    "blown up",
+    "transition, median t",
+    "transition / forced",
+)
+
+
+def best_rules(rules: list[dict]) -> list[list[str]]:
+    """The most useful candidate of each family, on the test half."""
+    rows = []
+    for family in dict.fromkeys(r["family"] for r in rules):
+        best = max((r for r in rules if r["family"] == family), key=lambda r: r["useful"])
+        parameters = ", ".join(f"{k} = {v}" for k, v in best["parameters"].items())
+        rows.append(
+            [
+                family,
+                parameters,
+                f"{best['useful']:.1%}",
+                f"{best['copies']:.1%}",
+                number(best["faithful"], ".1%"),
+                f"{best['fired']:.0%}",
+                number(best["median row"], ".0f"),
+            ]
+        )
+    return rows
+
+
+def page(r: dict) -> str:
+    """The page docs/testbed/README.md."""
+    g, o, touched = r["gate"], r["ordinary, plain guidance"], r["ordinary under the default"]
+    q, base = r["qualifying"], r["baselines"]
+    default = {k: v for k, v in r["policy"].items() if k != "fastguard_policy"}
+    shown = ", ".join(f"{k} {v}" for k, v in default.items() if v not in (None, False, 0, 0.0))
+    quantiles = ("distance", "similarity")
+    pairs = [k for k, v in base.items() if "distance" in v]
+    real = [k for k, v in base.items() if "cycle" in v]
+    varied = [k for k, v in r["sensitivity"].items() if "none" in v]
+    dtypes = [k for k, v in r["sensitivity"].items() if "gate flips" in v]
+    parts = [
+        "# The guard, measured on the embedded model\n",
+        "Written by `python -m fastguard.testbed evaluate`; do not edit. All numbers are of the TEST "
+        f"halves, {r['seeds']} seeds a prompt, DDIM, 50 steps, scale 7.5, seeds paired; the policy was "
+        "chosen on the tuning halves (tuning.json). Intervals: 95%, bootstrap over prompts. The measures "
+        "are defined in `fastguard/testbed/measures.py`. What the numbers mean is discussed in "
+        "[FINDINGS.md](FINDINGS.md).\n",
+        "## Memorized prompts\n",
+        "A prompt counts as memorized if at least 80% of its unguarded seeds are copies.\n",
+        table(
+            ("kind, copies in the data", "test prompts", "memorized"),
+            [[k, str(v["prompts"]), str(v["memorized"])] for k, v in q.items()],
+        ),
+        "## Every preset\n",
+        f"Ordinary prompts under plain guidance: faithful {share(o['faithful'])}, blown up "
+        f"{share(o['blown'], interval=False)}. The presets run without a gate here; the default is "
+        f"`{shown}`. D: plain captions shared with other drawings, the paper's case.\n",
+        table(MAIN_HEAD, main_rows(r["main"], "D")),
+        "T: captions of their own, the stress case.\n",
+        table(MAIN_HEAD, main_rows(r["main"], "T")),
+        "![presets](presets.png)\n",
+        "## The gate\n",
+        f"RMS(c - u) at the first step. AUC with one image {g['auc, one image']:.4f}, with the mean of the "
+        f"seeds {g['auc, mean of the seeds']:.4f} ({g['memorized prompts']} memorized, "
+        f"{g['ordinary prompts']} ordinary prompts). Threshold {g['threshold']:.4g}: "
+        f"{g['memorized images caught']} memorized images caught, {g['memorized images missed']} missed "
+        f"(of {g['copies']} copies {g['copies missed']}); {g['ordinary images touched']} of "
+        f"{g['ordinary images']} ordinary images touched. Under the default {touched['caught']} of "
+        f"{touched['images']} ordinary images are caught, {touched['released and bit-identical']} are "
+        f"bit-identical to stock diffusers, {touched['released but different']} released but different. "
+        f"Other captions of the memorized concepts: {g['near captions']['caught']} of "
+        f"{g['near captions']['images']} caught, {g['near captions']['copies']} copies.\n",
+        "![gate](gate.png)\n",
+        "## Which rule detects the transition better\n",
+        "Every rule replayed on recorded curves (`rules.py`). Useful: no copy AND faithful. The best "
+        "parameters of each family ON THIS HALF, so these rows are optimistic; the curve shows all.\n",
+        table(
+            (
+                "family",
+                "parameters",
+                "useful",
+                "copies",
+                "faithful, no copies",
+                "fired",
+                "median row",
+            ),
+            best_rules(r["rules"]),
+        ),
+        "![rules](rules.png)\n",
+        "![curves](curves.png)\n",
+        "## Ordinary prompts without a gate\n",
+        table(
+            ("policy", "faithful", "blown up", "transition"),
+            [
+                [k, share(v["faithful"]), share(v["blown"], interval=False), f"{v['fired']:.0%}"]
+                for k, v in r["harm without a gate"].items()
+            ],
+        ),
+        "## Scheduler, steps, scale\n",
+        table(
+            (
+                "D test prompts",
+                "copies, none",
+                "copies, default",
+                "faithful, no copies, default",
+                "blown up, default",
+                "caught",
+            ),
+            [
+                [
+                    k,
+                    f"{r['sensitivity'][k]['none']['copies']:.1%}",
+                    f"{r['sensitivity'][k]['default']['copies']:.1%}",
+                    number(r["sensitivity"][k]["default"]["faithful, no copies"], ".1%"),
+                    f"{r['sensitivity'][k]['default']['blown']:.1%}",
+                    f"{r['sensitivity'][k]['default']['caught']:.1%}",
+                ]
+                for k in varied
+            ],
+        ),
+        "## Decisions in other dtypes, against float32\n",
+        table(
+            (
+                "dtype",
+                "images",
+                "gate flips",
+                "transition moved",
+                "largest move in rows",
+                "copies of D",
+            ),
+            [
+                [
+                    k,
+                    str((v := r["sensitivity"][k])["images"]),
+                    str(v["gate flips"]),
+                    f"{v['transition moved']} of {v['of']}",
+                    str(v["largest move in rows"]),
+                    f"{v['copies']:.1%}",
+                ]
+                for k in dtypes
+            ],
+        ),
+        "## Baselines of the measures\n",
+        table(
+            ("pair", *(f"{m} p1 / median / p99" for m in quantiles), "counted as copies"),
+            [
+                [
+                    k,
+                    *(
+                        " / ".join(f"{base[k][m][q]:.2f}" for q in ("p1", "median", "p99"))
+                        for m in quantiles
+                    ),
+                    f"{base[k]['below COPY']:.1%}",
+                ]
+                for k in pairs
+            ],
+        ),
+        table(
+            ("latents of", "cycle median / p99", "rms median / p99", "counted as blown up"),
+            [
+                [
+                    k,
+                    *(
+                        f"{base[k][m]['median']:.2f} / {base[k][m]['p99']:.2f}"
+                        for m in ("cycle", "rms")
+                    ),
+                    f"{base[k]['blown']:.1%}",
+                ]
+                for k in real
+            ],
+        ),
+    ]
+    return "\n".join(parts)

@@ -1,0 +1,116 @@
+"""Choosing the default policy on the TUNING halves alone, and calibrating its gate.
+
+1. The gate: RMS(c - u) at the first row over the ordinary tuning concepts in all twelve templates
+   (780 prompts), `calibrate` at fpr 0.01 and confidence 0.95. Prompts of one concept are not quite
+   independent of one another; policy.json says so.
+2. The rule: of all candidates of `rules.candidates`, the one with the most useful images (no copy AND
+   faithful) on the D tuning prompts.
+3. Opposite guidance for the first rows before that rule, run for real, kept only if it is more useful.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from fastguard import Policy, policy
+from fastguard.calibrate import calibrate, collect_gate_statistics
+
+from . import load, policy_path, prompts
+from .grid import front, transitions
+from .measures import Judge
+from .run import CALL, jobs, run
+from .split import TEMPLATES
+
+SEEDS = 2
+OPPOSITE = ((-1.0, 3), (-1.0, 8), (-2.0, 3), (-2.0, 8), (-7.5, 3))  # g, rows
+FAMILIES = {
+    "static": lambda v: {"transition": "static", "t_star": v["t_star"]},
+    "minimum": lambda v: {"transition": "dynamic", "rule": "minimum", **v},
+    "drop in x0": lambda v: {"transition": "dynamic", "rule": "drop", "magnitude": "x0", **v},
+    "drop in output": lambda v: {"transition": "dynamic", "rule": "drop", **v},
+}
+
+
+def calibration_prompts() -> list[str]:
+    """Every ordinary tuning concept in every template."""
+    concepts = [p.concept for p in prompts("ordinary", "tuning")]
+    return [template.format(x=concept) for concept in concepts for template in TEMPLATES]
+
+
+def as_policy(choice: dict, **fields) -> Policy:
+    """A candidate rule as a policy."""
+    values = {"before": "zero", **FAMILIES[choice["family"]](choice["parameters"]), **fields}
+    return Policy(**values)
+
+
+def useful(rows: list[dict]) -> dict:
+    """The numbers on which a choice rests."""
+    free = [r for r in rows if not r["copy"]]
+    return {
+        "copies": float(np.mean([r["copy"] for r in rows])),
+        "faithful": float(np.mean([r["faithful"] for r in free])) if free else None,
+        "useful": float(np.mean([not r["copy"] and r["faithful"] for r in rows])),
+        "blown": float(np.mean([r["blown"] for r in rows])),
+    }
+
+
+def tune(work: Path, out: Path) -> None:
+    """Write policy.json and `out/tuning.json`."""
+    pipe = load()
+    judge, cache = Judge(pipe), work / "evaluation"
+    out.mkdir(parents=True, exist_ok=True)
+    path = cache / "gate.json"
+    if not path.exists():
+        values = collect_gate_statistics(
+            pipe, calibration_prompts(), batch_size=64, progress=True, **CALL
+        )
+        cache.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(values))
+    gate = calibrate(json.loads(path.read_text()), fpr=0.01, confidence=0.95)
+
+    memorized = prompts("D", "tuning")
+    plain = run(pipe, judge, "tuning-cfg", jobs(memorized, SEEDS, policy("cfg")), cache)
+    caught = [(r["d_curve"][0] / 512) ** 0.5 >= gate.threshold for r in plain]
+    never, table = transitions(pipe, judge, "tuning", memorized, SEEDS, cache)
+    ranked = sorted(front(pipe, never, table), key=lambda c: -c["useful"])
+    best = next(c for c in ranked if c["blown"] <= 0.02)
+    tried = {}
+    for g, rows in OPPOSITE:
+        trial = as_policy(best, before=g, opposite_steps=rows)
+        name = f"tuning-opposite{g:g}x{rows}"
+        tried[f"g = {g:g} for {rows} rows"] = useful(
+            run(pipe, judge, name, jobs(memorized, SEEDS, trial), cache)
+        )
+    alone = useful(run(pipe, judge, "tuning-best", jobs(memorized, SEEDS, as_policy(best)), cache))
+    fields: dict = {"name": "testbed", "gate": gate.threshold}
+    good = {k: v for k, v in tried.items() if v["blown"] <= 0.02}
+    winner = max(good, key=lambda k: good[k]["useful"], default=None)
+    if winner is not None and good[winner]["useful"] > alone["useful"] + 0.02:
+        g, rows = OPPOSITE[list(tried).index(winner)]
+        fields |= {"before": g, "opposite_steps": rows}
+    chosen = as_policy(best, **fields)
+    note = {
+        "model": "fastguard/testbed/model",
+        "gate": gate.to_dict(),
+        "exchangeability": f"{gate.prompts} prompts made of {len(prompts('ordinary', 'tuning'))} concepts "
+        f"in {len(TEMPLATES)} templates: prompts of one concept are dependent, so the stated confidence "
+        "is optimistic; by concepts alone the sample would be too small for fpr 0.01",
+        "rule": "most useful on the D tuning prompts",
+        "call": CALL,
+    }
+    chosen.save(policy_path(), provenance=note)
+    report = {
+        "gate": gate.to_dict(),
+        "caught of the D tuning images": float(np.mean(caught)),
+        "plain guidance": useful(plain),
+        "chosen rule, simulated": best,
+        "chosen rule, run": alone,
+        "opposite guidance before it": tried,
+        "kept": {k: v for k, v in chosen.to_dict().items() if k in ("before", "opposite_steps")},
+        "candidates": ranked,
+    }
+    (out / "tuning.json").write_text(json.dumps(report, indent=1) + "\n")
+    print(json.dumps({k: v for k, v in report.items() if k != "candidates"}, indent=1))
