@@ -6,6 +6,10 @@ The stock `__call__` runs unchanged on a copy of the pipeline that holds shadows
     denoiser(...)                   ->  one batched call; its output is kept here, the pipeline sees a placeholder
     scheduler.step(..., x)          ->  the fused op: decision, guidance, update; x' goes back to the pipeline
 
+What the loop needs is on the device before its first step (`begin`); in it the host neither waits nor copies, and outside the
+denoiser and the fused op nothing is launched: the latents that the pipeline holds between two steps are `pending`, and its own
+guidance arithmetic runs on a few numbers in host memory.
+
 Where the scheduler is not linear the op only decides and guides, and the scheduler's own step() runs on the guided output.
 """
 
@@ -13,6 +17,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,10 +28,14 @@ from fastguard.denoiser import placeholder, select_branch
 from fastguard.families import Family
 from fastguard.kernels.layout import Row
 from fastguard.loop import Loop
+from fastguard.pending import Pending, values_of
 from fastguard.plan import Plan, lower
 from fastguard.policy import Policy
 from fastguard.report import Report
 from fastguard.schedule import Schedule, compile_schedule
+
+
+NOISE_AHEAD = 2**28  # bytes: noise up to this size is drawn before the loop
 
 
 class Call:
@@ -48,8 +57,11 @@ class Call:
         self.plan: Plan | None = None
         self.loop: Loop | None = None
         self._timesteps_arguments: tuple[tuple, dict] = ((), {})
-        self._returned: torch.Tensor | None = None
-        self._returned_version = 0
+        self._returned: torch.Tensor | None = None  # the latents that the buffers hold, as the pipeline knows them
+        self._returned_version: float = 0
+        self._pending: Pending | None = None
+        self._drawn: list[torch.Tensor | None] | None = None
+        self._placeholder: torch.Tensor | None = None
         self._outputs: tuple[torch.Tensor, torch.Tensor | None] | None = None
 
     # What the shadows call -------------------------------------------------------------------------------------------------
@@ -59,6 +71,25 @@ class Call:
         self._timesteps_arguments = (args, kwargs)
         return self.scheduler.set_timesteps(*args, **kwargs)
 
+    def prepare_latents(self, result: Any) -> Any:
+        """Remember what the pipeline's prepare_latents returned: the loop will start from it."""
+        latents = result[0] if isinstance(result, tuple) else result
+        self._returned, self._returned_version = latents, _version(latents)
+        return result
+
+    def begin(self) -> None:
+        """The loop is about to start: compile the table, allocate the buffers, bring tables and noise to the device.
+
+        Where the first latents or the first row are not known yet, the first step does it.
+        """
+        late = hasattr(self.pipe, "get_timesteps") and getattr(self.scheduler, "_begin_index", None) is None
+        if self._returned is None or late:
+            return
+        self._begin = getattr(self.scheduler, "_begin_index", None) or 0
+        self._compile(self._expected_step_kwargs())
+        self._start(self._returned)
+        self._drawn = self._noise_ahead(self._returned)
+
     def scale_model_input(self, sample: torch.Tensor, timestep: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
         schedule = self._compiled(timestep)
         if not schedule.linear:
@@ -66,6 +97,7 @@ class Call:
         if (ready := self._ready_input(sample)) is not None:
             return ready
         scale = float(schedule.rows[self.row, Row.S])
+        sample = values_of(sample)
         return sample if scale == 1.0 else sample * scale
 
     def denoise(self, *args: Any, **kwargs: Any) -> Any:
@@ -94,14 +126,18 @@ class Call:
         output = result[0]
         self._outputs = tuple(output.chunk(2)) if guided and branches == "both" else (output, None)
         self.rows_run += output.shape[0] // batch
-        stand_in = placeholder(output, rows)
+        if self._placeholder is None or len(self._placeholder) != rows:
+            self._placeholder = placeholder(output, rows)
+        stand_in = self._placeholder
         return (stand_in, *result[1:]) if isinstance(result, tuple) else type(result)(stand_in)
 
     def step(self, model_output: Any, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if self._outputs is None:
             raise RuntimeError("scheduler.step was called without a denoiser call before it")
+        if self.row == 0:
+            self._check_step_kwargs(kwargs)
         if self.loop is None:
-            self._start(sample, kwargs)
+            self._start(sample)
         elif not self._unchanged(sample):
             self.loop.load_latents(sample)
         self._follow_guidance_scale(sample)
@@ -117,7 +153,7 @@ class Call:
             return self.scheduler.step(guided, timestep, sample, *args, **kwargs)
 
         self._keep_step_index(before + 1)
-        latents = self.loop.latents(fresh=self.observed)
+        latents = self._latents()
         self._returned, self._returned_version = latents, _version(latents)
         return (latents,) if not kwargs.get("return_dict", True) else _Step(prev_sample=latents)
 
@@ -130,11 +166,20 @@ class Call:
     def _compiled(self, timestep: Any) -> Schedule:
         """The table of this call, compiled at the first thing the loop asks for."""
         if self.schedule is None:
-            accepted = inspect.signature(self.scheduler.step).parameters
-            step_kwargs = {"eta": self.arguments["eta"]} if "eta" in accepted and "eta" in self.arguments else {}
             self._begin = _begin_index(self.scheduler, timestep)
-            self._compile(step_kwargs)
+            self._compile(self._expected_step_kwargs())
         return self.schedule
+
+    def _expected_step_kwargs(self) -> dict[str, Any]:
+        accepted = inspect.signature(self.scheduler.step).parameters
+        return {"eta": self.arguments["eta"]} if "eta" in accepted and "eta" in self.arguments else {}
+
+    def _check_step_kwargs(self, kwargs: Mapping[str, Any]) -> None:
+        """Compile again if the pipeline calls step() with other arguments than expected."""
+        relevant = {k: v for k, v in kwargs.items() if k not in ("generator", "return_dict")}
+        if relevant != self._step_kwargs:
+            self._compile(relevant)
+            self.loop = None
 
     def _compile(self, step_kwargs: Mapping[str, Any]) -> None:
         self._step_kwargs = dict(step_kwargs)
@@ -158,7 +203,8 @@ class Call:
     def _planned(self, sample: torch.Tensor, batch: int) -> Plan:
         if self.plan is None:
             per_prompt = self.arguments.get("num_images_per_prompt") or 1
-            channels = self.pipe.vae.config.latent_channels
+            autoencoder = getattr(self.pipe, "vae", None)  # a pipeline that returns latents may have none
+            channels = sample.shape[1] if autoencoder is None else autoencoder.config.latent_channels
             self._samples = _expand(self.policy, batch, per_prompt)
             self._elements = channels * sample[0, 0].numel()
             self.plan = self._lower()
@@ -175,11 +221,8 @@ class Call:
         )
         return plan
 
-    def _start(self, latents: torch.Tensor, kwargs: Mapping[str, Any]) -> None:
-        relevant = {k: v for k, v in kwargs.items() if k not in ("generator", "return_dict")}
-        if relevant != self._step_kwargs:
-            self._compile(relevant)
-        halves = 2 if self._outputs[1] is not None or self.family.guided(self.pipe, self.arguments) else 1
+    def _start(self, latents: torch.Tensor) -> None:
+        halves = 2 if self.family.guided(self.pipe, self.arguments) else 1
         plan = self._planned(latents, latents.shape[0])
         self.loop = Loop(self.schedule, plan, latents, halves=halves)
 
@@ -187,13 +230,22 @@ class Call:
 
     def _ready_input(self, sample: torch.Tensor) -> torch.Tensor | None:
         """The model input that the last step wrote, if nothing can have changed the latents since."""
-        if self.loop is None or self.observed or not self.schedule.linear:
+        if self.row == 0 or self.observed or not self.schedule.linear:
             return None
         ready = self.loop.model_input
         return ready if ready.shape == sample.shape else None
 
     def _unchanged(self, sample: torch.Tensor) -> bool:
         return sample is self._returned and (not self.observed or _version(sample) == self._returned_version)
+
+    def _latents(self) -> torch.Tensor:
+        """What the pipeline gets back from a step."""
+        if self.observed or self.row == len(self.schedule.timesteps):
+            return self.loop.latents(fresh=self.observed)
+        if self._pending is None:
+            x, loop = self.loop.x, self.loop
+            self._pending = Pending(lambda: loop.latents(fresh=True), x.shape, x.stride(), loop.dtype, x.device)
+        return self._pending
 
     def _follow_guidance_scale(self, latents: torch.Tensor) -> None:
         """A callback may change the guidance scale: the rows still to come take the new one, counters and history stay."""
@@ -205,8 +257,23 @@ class Call:
         """The same draw from the same generators as the stock scheduler makes in this row."""
         if not self.schedule.linear or not self.schedule.draws[self.row]:
             return None
+        if self._drawn is not None:
+            return self._drawn[self.row]
         dtype = self.schedule.noise_dtype or dtype
         return randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=dtype)
+
+    def _noise_ahead(self, latents: torch.Tensor) -> list[torch.Tensor | None] | None:
+        """All noise of the loop in stock's order; None where it must be drawn step by step (somebody may use the generator between).
+
+        A generator in host memory would otherwise stop every step for a copy.
+        """
+        schedule, generator = self.schedule, self.arguments.get("generator")
+        size = sum(schedule.draws) * latents.numel() * latents.element_size()
+        passed_on = "generator" in inspect.signature(self.scheduler.step).parameters and hasattr(self.pipe, "prepare_extra_step_kwargs")
+        if self.observed or not 0 < size <= NOISE_AHEAD or torch.is_autocast_enabled(latents.device.type) or not passed_on:
+            return None
+        shape, dtype = latents.shape, schedule.noise_dtype or latents.dtype
+        return [randn_tensor(shape, generator=generator, device=latents.device, dtype=dtype) if n else None for n in schedule.draws]
 
     def _rescaled(self, guided: torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor:
         """guidance_rescale of Lin et al. 2023 (arXiv 2305.08891, section 3.4): pull the standard deviation back to cond's."""
@@ -254,11 +321,11 @@ class _Step(dict):
         return super().__getitem__("prev_sample" if key == 0 else key)
 
 
-def _version(tensor: torch.Tensor) -> int:
+def _version(tensor: torch.Tensor) -> float:
     try:
         return tensor._version
-    except RuntimeError:  # inference tensors count no versions: then every change must be taken for one
-        return -1
+    except RuntimeError:  # inference tensors count no versions: NaN, unequal to itself, takes every tensor for a changed one
+        return math.nan
 
 
 def _expand(policy: Policy, batch: int, per_prompt: int) -> list[Policy]:
@@ -281,8 +348,7 @@ def _begin_index(scheduler: Any, timestep: Any) -> int:
         return int(begin)
     timesteps = scheduler.timesteps
     if isinstance(timestep, torch.Tensor) and isinstance(timesteps, torch.Tensor):
-        same = timestep.untyped_storage().data_ptr() == timesteps.untyped_storage().data_ptr()
-        if same:
+        if torch._C._is_alias_of(timestep, timesteps):
             return (timestep.storage_offset() - timesteps.storage_offset()) // max(timesteps.stride(0), 1)
     matches = [i for i, t in enumerate(timesteps) if float(t) == float(torch.as_tensor(timestep).flatten()[0])]
     if not matches:
