@@ -1,0 +1,60 @@
+"""Calibration of the gate: the bound against scipy and against its own promise."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from fastguard import calibrate as module
+from fastguard.calibrate import calibrate, needed_prompts
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "p"), [(0, 299, 0.01), (3, 800, 0.01), (40, 1000, 0.05), (5, 9, 0.5)]
+)
+def test_binomial_tail_equals_scipy(m, n, p):
+    assert module._binomial_cdf(m, n, p) == pytest.approx(stats.binom.cdf(m, n, p), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("fpr", "confidence", "n"), [(0.01, 0.95, 299), (0.05, 0.95, 59), (0.01, 0.99, 459)]
+)
+def test_needed_prompts(fpr, confidence, n):
+    assert needed_prompts(fpr, confidence) == n
+
+
+def test_too_small_a_sample_is_refused_with_the_number_needed():
+    with pytest.raises(ValueError, match=r"holds 298 prompts.*at least 299"):
+        calibrate(np.linspace(0, 1, 298))
+    assert calibrate(np.linspace(0, 1, 299)).exceeding == 0
+
+
+@pytest.mark.parametrize("n", [299, 473, 780, 2000])
+def test_as_many_may_exceed_as_the_bound_allows_and_no_more(n):
+    m = calibrate(np.arange(n) / n).exceeding
+    assert stats.binom.cdf(m, n, 0.01) <= 0.05 < stats.binom.cdf(m + 1, n, 0.01)
+
+
+def test_the_promise_holds_in_simulation():
+    rng = np.random.default_rng(0)
+    # for a uniform law the false-positive rate of a threshold is 1 - threshold
+    rates = [1 - calibrate(rng.random(500), 0.02, 0.9).threshold for _ in range(2000)]
+    broken = np.mean(np.array(rates) > 0.02)
+    assert broken <= 0.1 + 3 * np.sqrt(0.1 * 0.9 / 2000)
+    assert broken > 0.02  # and it is not needlessly wide
+
+
+def test_ties_never_let_more_through():
+    result = calibrate([0.5] * 400, 0.01, 0.95)
+    assert result.exceeding == 0 and result.threshold > 0.5
+
+
+@pytest.mark.parametrize("bad", [[float("nan")] * 400, [-1.0] * 400])
+def test_values_that_cannot_be_rms_are_refused(bad):
+    with pytest.raises(ValueError, match="finite and >= 0"):
+        calibrate(bad)
+
+
+@pytest.mark.parametrize("wish", [{"fpr": 0}, {"fpr": 1}, {"confidence": 1.0}])
+def test_impossible_wishes_are_refused(wish):
+    with pytest.raises(ValueError, match="strictly between 0 and 1"):
+        calibrate([0.1] * 400, **wish)
