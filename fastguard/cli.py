@@ -188,7 +188,8 @@ def demo(
         from fastguard.testbed.demo import run_demo
 
         out.mkdir(parents=True, exist_ok=True)
-    run_demo(out=out)
+    for path in run_demo(out=out):
+        typer.echo(path)
 
 
 @app.command()

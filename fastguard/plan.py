@@ -90,11 +90,10 @@ def gate_threshold(tau: float, elements: int) -> float:
         return math.sqrt(float(d) / elements) >= tau
 
     with np.errstate(over="ignore", under="ignore"):
+        # The float32 nearest to the exact threshold, whose lower neighbour is thus below it: either this one or the next.
         d = np.float32(tau * tau * elements)
         while not caught(d):
             d = np.nextafter(d, np.float32(np.inf))
-        while caught(below := np.nextafter(d, np.float32(0))):
-            d = below
     return float(d)
 
 

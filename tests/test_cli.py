@@ -222,6 +222,20 @@ def test_killed_run_is_resumed(model, tmp_path):
             assert np.array_equal(pixels(killed / name), pixels(whole / name)), name
 
 
+def test_disabled_guard(model, tmp_path, monkeypatch):
+    """FASTGUARD_DISABLE=1 makes stock images; the record says that there is no report."""
+    monkeypatch.setenv("FASTGUARD_DISABLE", "1")
+    result = invoke(
+        "generate", model, "--prompt", "a cat", "--out", tmp_path, "--steps", 2, "--policy", "dtp"
+    )
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "report.json").read_text())["images"][0]["image"] is None
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(model)
+    pipe.set_progress_bar_config(disable=True)
+    stock = pipe("a cat", num_inference_steps=2, generator=pipelines.generators([0])).images[0]
+    assert np.array_equal(pixels(tmp_path / "00000-0.png"), np.asarray(stock))
+
+
 def test_failed_write_leaves_no_part(model, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -496,8 +510,9 @@ def test_bad_jsonl(model, no_model, tmp_path, line):
 
 def test_demo(monkeypatch, tmp_path):
     module = type(sys)("fastguard.testbed.demo")
-    module.run_demo = lambda out: print(f"made {out}")
+    module.run_demo = lambda out: [out / "index.html"]
     monkeypatch.setitem(sys.modules, "fastguard.testbed.demo", module)
     result = invoke("demo", "--out", tmp_path / "demo")
     assert result.exit_code == 0, result.output
-    assert result.stdout.strip() == f"made {tmp_path / 'demo'}"
+    assert result.stdout.strip() == str(tmp_path / "demo" / "index.html")
+    assert (tmp_path / "demo").is_dir()
