@@ -367,18 +367,49 @@ def _where(condition, yes, no):
 _decide = _jit(decide)
 
 
+# Columns one by one: TileLens takes even a static_range for a loop at run time, and then knows no column's value.
 @_jit
-def _columns(ptr, count: tl.constexpr):
-    columns = ()
-    for column in tl.static_range(count):
-        columns = columns + (tl.load(ptr + column),)
-    return columns
+def _load_8(ptr):
+    return (
+        tl.load(ptr), tl.load(ptr + 1), tl.load(ptr + 2), tl.load(ptr + 3), tl.load(ptr + 4), tl.load(ptr + 5), tl.load(ptr + 6),
+        tl.load(ptr + 7),
+    )  # fmt: skip
 
 
 @_jit
-def _store_columns(ptr, columns, count: tl.constexpr):
-    for column in tl.static_range(count):
-        tl.store(ptr + column, columns[column])
+def _load_15(ptr):
+    return _load_8(ptr) + (
+        tl.load(ptr + 8), tl.load(ptr + 9), tl.load(ptr + 10), tl.load(ptr + 11), tl.load(ptr + 12), tl.load(ptr + 13),
+        tl.load(ptr + 14),
+    )  # fmt: skip
+
+
+@_jit
+def _store_15(ptr, columns):
+    tl.store(ptr, columns[0])
+    tl.store(ptr + 1, columns[1])
+    tl.store(ptr + 2, columns[2])
+    tl.store(ptr + 3, columns[3])
+    tl.store(ptr + 4, columns[4])
+    tl.store(ptr + 5, columns[5])
+    tl.store(ptr + 6, columns[6])
+    tl.store(ptr + 7, columns[7])
+    tl.store(ptr + 8, columns[8])
+    tl.store(ptr + 9, columns[9])
+    tl.store(ptr + 10, columns[10])
+    tl.store(ptr + 11, columns[11])
+    tl.store(ptr + 12, columns[12])
+    tl.store(ptr + 13, columns[13])
+    tl.store(ptr + 14, columns[14])
+
+
+@_jit
+def _add_term(total, weight, ptr, offs, mask):
+    """total + weight * ptr[offs]; under a weight of 0 nothing is read."""
+    weight = weight.to(tl.float32)
+    if weight != 0:
+        total += weight * tl.load(ptr + offs, mask, other=0.0).to(tl.float32)
+    return total
 
 
 @_jit
@@ -404,14 +435,14 @@ def _advance(
     x = tl.load(x_ptr + offs, mask, other=0.0)
     m = row[codes.P].to(tl.float32) * x + row[codes.Q].to(tl.float32) * e
     x = row[codes.A].to(tl.float32) * x + row[codes.B].to(tl.float32) * m
-    for slot in tl.static_range(SLOTS):
-        h = row[codes.H0 + slot].to(tl.float32)
-        if h != 0:
-            x += h * tl.load(history_ptr + slot * slot_stride + offs, mask, other=0.0)
+    if SLOTS > 0:
+        x = _add_term(x, row[codes.H0], history_ptr, offs, mask)
+    if SLOTS > 1:
+        x = _add_term(x, row[codes.H1], history_ptr + slot_stride, offs, mask)
+    if SLOTS > 2:
+        x = _add_term(x, row[codes.H2], history_ptr + 2 * slot_stride, offs, mask)
     if z_ptr is not None:
-        w = row[codes.N].to(tl.float32)
-        if w != 0:
-            x += w * tl.load(z_ptr + offs, mask, other=0.0).to(tl.float32)
+        x = _add_term(x, row[codes.N], z_ptr, offs, mask)
     tl.debug_barrier()  # m may overwrite a slot that threads of another layout are still reading
     tl.store(x_ptr + offs, x, mask)
     store = row[codes.STORE].to(tl.int64)
@@ -432,7 +463,7 @@ def _norm_kernel(
     part = tl.program_id(0)
     if part == 0:
         at = b * codes.STATE_WIDTH
-        _store_columns(snapshot_ptr + at, _columns(state_ptr + at, codes.STATE_WIDTH), codes.STATE_WIDTH)
+        _store_15(snapshot_ptr + at, _load_15(state_ptr + at))
     if c_ptr is not None:
         squares = _squares(u_ptr + b * u_stride * UNIT, c_ptr + b * c_stride * UNIT, part * BLOCK, n * UNIT, BLOCK)
         tl.store(partials_ptr + b * tl.num_programs(0) + part, tl.sum(squares))
@@ -457,10 +488,10 @@ def _step_kernel(
         c_ptr += b * c_stride * UNIT
     first = tl.program_id(0) * BLOCK
     end = n if snapshot_ptr is None else first + BLOCK
-    state = _columns((state_ptr if snapshot_ptr is None else snapshot_ptr) + b * codes.STATE_WIDTH, codes.STATE_WIDTH)
+    state = _load_15((state_ptr if snapshot_ptr is None else snapshot_ptr) + b * codes.STATE_WIDTH)
     k = state[codes.STEP].to(tl.int64)
     rows_ptr += (k + state[codes.BASE].to(tl.int64)) * codes.ROW_WIDTH
-    row = _columns(rows_ptr, codes.ROW_WIDTH)
+    row = _load_15(rows_ptr)
     if row[codes.ACTIVE] != 0:
         if c_ptr is None:
             d = tl.full([], float("nan"), tl.float32)
@@ -476,20 +507,21 @@ def _step_kernel(
                 offs = start + tl.arange(0, PARTIALS)
                 sums += tl.load(partials_ptr + b * parts + offs, offs < parts, other=0.0)
             d = tl.sum(sums)
-        rule = _columns(rules_ptr + b * codes.RULE_WIDTH, codes.RULE_WIDTH)
+        rule = _load_8(rules_ptr + b * codes.RULE_WIDTH)
         new_state, before = _decide(_where, state, rule, row, d.to(tl.float64), c_ptr is not None)
         next_row_ptr = rows_ptr + codes.ROW_WIDTH
         if first == 0:
             tl.debug_barrier()  # every thread has read the state that is overwritten here
-            _store_columns(state_ptr + b * codes.STATE_WIDTH, new_state, codes.STATE_WIDTH)
+            _store_15(state_ptr + b * codes.STATE_WIDTH, new_state)
             tl.store(trace_ptr + k * batch + b, d)
             if times_ptr is not None:
                 time = tl.load(next_row_ptr + codes.TIMESTEP)
                 for half in range(t_halves):
                     tl.store(times_ptr + half * batch + b, time)
-        row = _columns(rows_ptr, codes.ROW_WIDTH)  # again: held across the decision, 15 doubles would spill on gfx942
+        row = _load_15(rows_ptr)  # again: held across the decision, 15 doubles would spill on gfx942
         scale = tl.load(next_row_ptr + codes.S)
-        g = tl.load(guidance_ptr + (b * steps + k) * 2 + tl.where(before, 0, 1))
+        guidance_ptr += (b * steps + k) * 2
+        g = tl.where(before, tl.load(guidance_ptr), tl.load(guidance_ptr + 1))
         for start in range(first, end, BLOCK):
             _advance(
                 u_ptr, c_ptr, x_ptr + b * n, history_ptr + b * n, None if y_ptr is None else y_ptr + b * n,
