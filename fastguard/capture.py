@@ -1,0 +1,255 @@
+"""Run a body eagerly or as a graph that was recorded once and is replayed from then on. Knows nothing of diffusion.
+
+A *body* is a function without arguments or result that works on tensors at fixed addresses. Those tensors belong to a *workspace*,
+which one call at a time may lease. A graph is kept under a key that must name all that a replay cannot notice: whoever makes the
+key (`fastguard.graphed`) answers for it, this file answers for memory, order and failure.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from fastguard import cuda_graphs
+
+MODES = ("off", "step", "loop", "auto")
+BUDGET = 4 << 30  # bytes of pool and workspaces together
+LIMIT = 32  # graphs; the driver's own memory for nodes (980 a forward of SD 1.5's UNet, 2,980 of SDXL's) cannot be asked for
+
+Body = Callable[[], None]
+
+
+class Recorder(Protocol):
+    """What records on a device: `cuda_graphs.Recorder`, or the simulator of the tests."""
+
+    lock: Any
+
+    def record(self, body: Body, warm_up: Body, keeps: Sequence[torch.Tensor]) -> Any: ...
+    def replay(self, graph: Any) -> None: ...
+    def release(self, graph: Any) -> None: ...
+    def enter(self) -> None: ...
+    def leave(self) -> None: ...
+    def pool_bytes(self) -> int: ...
+    def new_pool(self) -> None: ...
+
+
+# The one place that chooses what records on which type of device; tests add the simulator here.
+RECORDERS: dict[str, Callable[[torch.device], Recorder]] = {"cuda": cuda_graphs.Recorder}
+
+
+class Content(Protocol):
+    """The tensors of a workspace, whatever they are."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+@dataclass(eq=False)
+class Workspace:
+    key: Hashable
+    content: Any
+    busy: bool = True
+    graphs: int = 0
+
+
+@dataclass(eq=False)
+class Program:
+    """A body and the tensors it works on beside the workspace's.
+
+    inputs   whatever the caller loads before a run
+    keeps    tensors that the body changes and that a run of `warm_up` must leave as they were
+    warm_up  shows the device everything that the body uses; the body itself unless given
+    nbytes   of the inputs
+    """
+
+    body: Body
+    inputs: Any = None
+    keeps: Sequence[torch.Tensor] = ()
+    warm_up: Body | None = None
+    nbytes: int = 0
+
+
+@dataclass(eq=False)
+class _Graph:
+    recorded: Any
+    # Both keep the addresses alive that the graph holds.
+    workspace: Workspace
+    program: Program
+    bytes: int  # by which the pool grew; graphs of equal shapes share what the first of them took
+    seconds: float
+    replays: int = 0
+
+
+@dataclass(frozen=True)
+class GraphInfo:
+    """One recorded graph: a short name of its key, bytes by which it made the shared pool grow, launches, seconds to capture."""
+
+    key: str
+    bytes: int
+    replays: int
+    seconds: float
+
+
+@dataclass
+class Graphs:
+    """The graphs of one guard: least recently used go first, `budget` bytes and `limit` graphs are never exceeded.
+
+    Call it for a table of what is there.
+    """
+
+    budget: int = BUDGET
+    limit: int = LIMIT
+    failure: str | None = None  # why nothing is recorded any more
+    _recorder: Recorder | None = None
+    _device: torch.device | None = None
+    _graphs: OrderedDict[Hashable, _Graph] = field(default_factory=OrderedDict)
+    _workspaces: dict[Hashable, Workspace] = field(default_factory=dict)
+    _too_large: dict[Hashable, str] = field(default_factory=dict)
+    _lock: Any = field(default_factory=threading.RLock)
+
+    def __call__(self) -> list[GraphInfo]:
+        """Least recently used first."""
+        with self._lock:
+            return [GraphInfo(name(key), g.bytes, g.replays, g.seconds) for key, g in self._graphs.items()]
+
+    @property
+    def bytes(self) -> int:
+        """Pool and workspaces."""
+        with self._lock:
+            pool = self._recorder.pool_bytes() if self._recorder else 0
+            inputs = sum(graph.program.nbytes for graph in self._graphs.values())
+            return pool + inputs + sum(w.content.nbytes for w in self._workspaces.values())
+
+    def clear(self) -> None:
+        """Forget every graph, and every failure."""
+        with self._lock:
+            while self._graphs:
+                self._evict(next(iter(self._graphs)))
+            self._workspaces = {key: w for key, w in self._workspaces.items() if w.busy}
+            self._too_large.clear()
+            self.failure = None
+            if self._recorder is not None:
+                self._recorder.new_pool()
+
+    # A call's tensors ------------------------------------------------------------------------------------------------------
+
+    def lease(self, key: Hashable, device: torch.device, make: Callable[[], Content]) -> Workspace | None:
+        """Tensors for this key that nobody else uses until `give_back`; None if somebody does. Made by `make` the first time."""
+        with self._lock:
+            if device != self._device:
+                self.clear()
+                self._workspaces, self._device = {}, device
+                self._recorder = RECORDERS[device.type](device)
+            assert self._recorder is not None
+            workspace = self._workspaces.get(key)
+            if workspace is None:
+                workspace = self._workspaces[key] = Workspace(key, make())
+            elif workspace.busy:
+                return None
+            workspace.busy = True
+            self._recorder.enter()
+            return workspace
+
+    def give_back(self, workspace: Workspace) -> None:
+        """Everything that the caller wants to keep is copied; a workspace over which there is no graph is dropped."""
+        with self._lock:
+            if self._recorder is not None and self._workspaces.get(workspace.key) is workspace:
+                self._recorder.leave()
+            workspace.busy = False
+            self._drop_if_unused(workspace)
+
+    def _drop_if_unused(self, workspace: Workspace) -> None:
+        mine = self._workspaces.get(workspace.key) is workspace
+        if mine and not workspace.busy and not workspace.graphs:
+            del self._workspaces[workspace.key]
+
+    # Running ---------------------------------------------------------------------------------------------------------------
+
+    def refusal(self, workspace: Workspace, key: Hashable) -> str | None:
+        """Why nothing would be recorded under this key."""
+        return self.failure or self._too_large.get((workspace.key, key))
+
+    def program(self, workspace: Workspace, key: Hashable, make: Callable[[], Program]) -> Program:
+        """The program recorded under this key, else a new one."""
+        with self._lock:
+            graph = self._graphs.get((workspace.key, key))
+            return graph.program if graph is not None else make()
+
+    def run(self, workspace: Workspace, key: Hashable, program: Program) -> str | None:
+        """Run the body once, whose inputs are loaded: as a graph (None), or eagerly (the reason why)."""
+        recorder = self._recorder
+        assert recorder is not None
+        whole = (workspace.key, key)
+        with recorder.lock, self._lock:
+            graph = self._graphs.get(whole)
+            reason = None
+            if graph is None:
+                reason = self.refusal(workspace, key) or self._record(recorder, whole, workspace, program)
+                graph = self._graphs.get(whole)
+            if graph is not None:
+                assert graph.program is program
+                self._graphs.move_to_end(whole)
+                graph.replays += 1
+                recorder.replay(graph.recorded)
+                return None
+        program.body()
+        return reason
+
+    def _record(
+        self,
+        recorder: Recorder,
+        key: Hashable,
+        workspace: Workspace,
+        program: Program,
+    ) -> str | None:
+        """Record and keep a graph within the budget; the reason if that cannot be. A capture that fails is the last one."""
+        for attempt in range(2):
+            while len(self._graphs) >= self.limit:
+                self._evict(next(iter(self._graphs)))
+            before, start = recorder.pool_bytes(), time.perf_counter()
+            try:
+                recorded = recorder.record(program.body, program.warm_up or program.body, program.keeps)
+            except Exception as error:  # whatever a model does that no capture allows
+                self.failure = f"capture failed, everything runs eagerly from here on: {_text(error)}"
+                return self.failure
+            seconds = time.perf_counter() - start
+            grown = recorder.pool_bytes() - before
+            self._graphs[key] = _Graph(recorded, workspace, program, grown, seconds)
+            workspace.graphs += 1
+            while self.bytes > self.budget and len(self._graphs) > 1:
+                self._evict(next(iter(self._graphs)))
+            needed = self.bytes
+            if needed <= self.budget:
+                return None
+            # Blocks of graphs that are gone stay in the pool while a graph is left in it: once more, in an empty pool.
+            self._evict(key)
+            recorder.new_pool()
+            if attempt or not before:
+                break
+        while len(self._too_large) >= 64:
+            del self._too_large[next(iter(self._too_large))]
+        self._too_large[key] = f"a graph would need {needed:,} bytes, guard.graphs.budget is {self.budget:,}"
+        return self._too_large[key]
+
+    def _evict(self, key: Hashable) -> None:
+        graph = self._graphs.pop(key)
+        assert self._recorder is not None
+        self._recorder.release(graph.recorded)
+        graph.workspace.graphs -= 1
+        self._drop_if_unused(graph.workspace)
+
+
+def name(key: Hashable) -> str:
+    """A short name of a key, for people."""
+    return hashlib.sha256(repr(key).encode()).hexdigest()[:12]
+
+
+def _text(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"

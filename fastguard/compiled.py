@@ -1,0 +1,71 @@
+"""torch.compile inside our capture, and what must not be there: graphs that torch.compile makes itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+MODES = (None, "default", "max-autotune-no-cudagraphs")
+_SWITCH = "triton.cudagraphs"
+
+
+def check_compile(compile: bool | Mapping[str, Any]) -> dict[str, Any] | None:
+    """Arguments of torch.compile, or None for False. ValueError for those that would record graphs themselves."""
+    if compile is False:
+        return None
+    if compile is not True and not isinstance(compile, Mapping):
+        raise ValueError(f"compile={compile!r}: must be True, False or a dictionary of torch.compile's arguments")
+    options = {} if compile is True else dict(compile)
+    mode, switches = options.get("mode"), options.get("options") or {}
+    if mode not in MODES:
+        allowed = ", ".join(repr(mode) for mode in MODES)
+        raise ValueError(
+            f"compile: mode={mode!r} would record CUDA graphs of its own; allowed are {allowed} (capture records ours)"
+        )
+    if switches.get(_SWITCH) or options.get("backend") == "cudagraphs":
+        raise ValueError(f"compile={compile!r}: {_SWITCH} must be off, capture records the graphs")
+    return options
+
+
+def compile_denoiser(denoiser: torch.nn.Module, options: Mapping[str, Any] | None) -> Callable[..., Any]:
+    """`denoiser` compiled, or itself for None. The module is not changed; its weights, LoRA scales and so on stay its own."""
+    if options is None:
+        return denoiser
+    compiled: Any = torch.compile(denoiser, **options)
+    return compiled
+
+
+def records_graphs(module: torch.nn.Module) -> str | None:
+    """Why a module is no good inside a capture: it, or a part of it, was compiled with graphs of its own."""
+    for part in module.modules():
+        for config in _compiler_configs(part):
+            if config.get(_SWITCH):
+                return (
+                    f"{type(part).__name__} is compiled with CUDA graphs of its own (reduce-overhead or max-autotune); "
+                    f"compile it with one of the modes {', '.join(map(repr, MODES))}"
+                )
+        if _backend(part) == "cudagraphs":
+            return f"{type(part).__name__} is compiled with backend 'cudagraphs'"
+    return None
+
+
+def _compiler_configs(module: torch.nn.Module) -> Iterator[Mapping[str, Any]]:
+    """Of a module wrapped by torch.compile(module), and of one compiled in place by module.compile()."""
+    for compiled in (module, getattr(module, "_compiled_call_impl", None)):
+        ask = getattr(compiled, "get_compiler_config", None)
+        config = ask() if ask is not None else None
+        if config is not None:
+            yield config
+
+
+def _backend(module: torch.nn.Module) -> str | None:
+    """Name of a wrapped module's backend. torch keeps it behind wrappers without a public way in."""
+    found: Any = getattr(getattr(module, "dynamo_ctx", None), "callback", None)
+    for _ in range(8):
+        inner = getattr(found, "_torchdynamo_orig_backend", None)
+        if inner is None:
+            return getattr(found, "compiler_name", None)
+        found = inner
+    return None

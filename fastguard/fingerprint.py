@@ -1,0 +1,178 @@
+"""What a recorded graph of a model cannot notice, as one short key: equal keys mean that a replay computes what the model would.
+
+A weight that is edited in place reaches a graph. What does not: a moved address, every number and choice that Python reads while
+the model runs (LoRA scales and active adapters, attention processors and their scalars, FreeU factors, `_attention_backend`,
+`training`), and torch's own switches. So the key covers the address of every parameter, buffer and plain tensor, and every plain
+value found on the modules and on the objects that they hold (processors, adapters' dictionaries).
+
+Reading all that takes SDXL's UNet a tenth of a second; so it is read once, remembered with the objects that it was read from, and
+a call only compares: the same objects in the same places at the same addresses mean the same key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+import threading
+from collections.abc import Hashable, Iterator
+from enum import Enum
+from itertools import chain
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import torch
+from diffusers.models import attention_dispatch
+
+# Of torch's own entries on every module only these say what it computes; the other ten are dictionaries of hooks for training.
+_TORCH = frozenset(vars(torch.nn.Module())) - {"_parameters", "_buffers", "_modules", "training"}
+_DEPTH = 4  # processor -> list of scales -> number; deeper objects count by identity
+_PLAIN = (bool, int, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size, Enum)
+_OPAQUE = (type, ModuleType, FunctionType, BuiltinFunctionType, MethodType, torch.nn.Module)
+
+
+class Fingerprint:
+    """The key of one module, now. Cheap while nothing changed; any thread may ask."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._module = module
+        self._lock = threading.Lock()
+        self._held: dict[int, Any] = {}  # objects that count by identity, so that no other takes their id
+        self._read()
+
+    def __call__(self) -> Hashable:
+        with self._lock:
+            if self._changed():
+                self._read()
+            return self._key, ambient()
+
+    @property
+    def obstacle(self) -> str | None:
+        """Why the module must not be recorded, as of the last call."""
+        return self._obstacle
+
+    def _changed(self) -> bool:
+        if any(self._hooks) or sum(map(len, self._containers)) != len(self._contents):
+            return True
+        # In C: SDXL's UNet has 40,000 entries.
+        now = chain.from_iterable(map(_items, self._containers))
+        return not all(map(operator.is_, now, self._contents)) or self._where() != self._addresses
+
+    def _where(self) -> list[int]:
+        found = list(map(torch.Tensor.data_ptr, self._tensors))
+        found.extend(address for tensor in self._wrappers for address in addresses(tensor))
+        return found
+
+    def _read(self) -> None:
+        self._containers: list[Any] = []
+        self._tensors: list[torch.Tensor] = []
+        self._wrappers: list[torch.Tensor] = []
+        if len(self._held) > 100_000:  # an object a call for a long time
+            self._held = {}
+        modules = list(self._module.modules())
+        self._hooks = [h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)]
+        seen: set[int] = {id(module) for module in modules}
+        text = repr([(kind(m), self._mapping(vars(m), seen, 0)) for m in modules])
+        self._contents = list(chain.from_iterable(map(_items, self._containers)))
+        self._addresses = self._where()
+        digest = hashlib.sha256(text.encode())
+        digest.update(repr(self._addresses).encode())
+        self._key = digest.hexdigest()
+        self._obstacle = obstacle(modules)
+
+    def _mapping(self, mapping: dict, seen: set[int], depth: int) -> list[Any]:
+        self._containers.append(mapping)
+        return [
+            (str(key), self._describe(value, seen, depth))
+            for key, value in mapping.items()
+            if depth or key not in _TORCH
+        ]
+
+    def _describe(self, value: Any, seen: set[int], depth: int) -> Hashable | list[Any]:
+        if isinstance(value, float):
+            return float(f"{value:.12g}")  # scaling a LoRA and scaling it back may lose the last digit
+        if isinstance(value, _PLAIN):
+            return repr(value)
+        if isinstance(value, torch.Tensor):
+            wrapper = hasattr(value, "__tensor_flatten__")
+            (self._wrappers if wrapper else self._tensors).append(value)
+            return (tuple(value.shape), str(value.dtype), kind(value))
+        if isinstance(value, _OPAQUE) or depth >= _DEPTH:
+            return self._identity(value)
+        if id(value) in seen:
+            return "seen"
+        if isinstance(value, dict):
+            seen.add(id(value))
+            return self._mapping(value, seen, depth + 1)
+        if isinstance(value, (list, tuple, set, frozenset)):
+            self._containers.append(value)
+            return [kind(value), *(self._describe(item, seen, depth + 1) for item in value)]
+        if hasattr(value, "__dict__"):
+            seen.add(id(value))
+            return [kind(value), self._mapping(vars(value), seen, depth + 1)]
+        return self._identity(value)
+
+    def _identity(self, value: Any) -> str:
+        if isinstance(value, torch.nn.Module):
+            return kind(value)  # it is read in its own place
+        if isinstance(value, MethodType):  # a new object at every look
+            return f"{value.__func__.__qualname__} of {id(value.__self__)}"
+        self._held[id(value)] = value
+        return f"{kind(value)} {id(value)}"
+
+
+def _items(container: Any) -> Any:
+    return container.values() if isinstance(container, dict) else container
+
+
+def kind(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def addresses(tensor: torch.Tensor) -> Iterator[int]:
+    """Where the data lies of a subclass that holds several tensors (quantised weights)."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield tensor.data_ptr()
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from addresses(getattr(tensor, name))
+
+
+def obstacle(modules: list[torch.nn.Module]) -> str | None:
+    """What runs Python in every forward, which a replay would skip: hooks that move weights, count steps, or belong to the user."""
+    for module in modules:
+        where = type(module).__name__
+        if (registry := getattr(module, "_diffusers_hook", None)) is not None:
+            names = ", ".join(registry.hooks) or "a hook"
+            return f"{names} on {where} runs Python in every forward (group offload, caching, casting)"
+        if (hook := getattr(module, "_hf_hook", None)) is not None:
+            return f"{type(hook).__name__} of accelerate on {where} runs Python in every forward (offload)"
+        if module._forward_hooks or module._forward_pre_hooks:
+            return f"a forward hook on {where} runs Python in every forward"
+        if module.training and isinstance(module, torch.nn.Dropout) and module.p > 0:
+            return "a Dropout is in training mode; call eval() on the model"
+    return None
+
+
+def ambient() -> tuple[Any, ...]:
+    """Switches outside the model that choose kernels when a graph is recorded."""
+    cuda = torch.backends.cuda
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.backends.cudnn.benchmark,
+        torch.backends.cudnn.deterministic,
+        _precision(),
+        cuda.flash_sdp_enabled(),
+        cuda.mem_efficient_sdp_enabled(),
+        cuda.math_sdp_enabled(),
+        cuda.cudnn_sdp_enabled(),
+        str(attention_dispatch._AttentionBackendRegistry.get_active_backend()[0]),
+    )
+
+
+def _precision() -> str:
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # set through torch's newer switches, which this one refuses to read
+        return f"{torch.backends.fp32_precision} {torch.backends.cuda.matmul.fp32_precision}"

@@ -1,0 +1,109 @@
+"""The arguments of a call as tensors at fixed addresses, into which later calls' arguments are copied where they changed."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+
+class StaticInputs:
+    """Copies of all tensors in a tree of tuples, lists and mappings, but for those that lie in `resident` storage already.
+
+    `tree` is the same tree over the copies. What is no tensor is baked into whatever is recorded over it, so it belongs to the
+    `signature`: trees of equal signature, and only those, may be loaded.
+    """
+
+    def __init__(self, tree: Any, device: torch.device, resident: Sequence[torch.Tensor]) -> None:
+        self._resident = {_storage(tensor) for tensor in resident}
+        self._buffers: list[torch.Tensor] = []
+        self._seen: list[tuple[Any, torch.Tensor] | None] = []
+        self.tree = self._copy(tree, device)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(buffer.untyped_storage().nbytes() for buffer in self._buffers)
+
+    def load(self, tree: Any, *, always: bool = False) -> None:
+        """Copy what is another tensor than at the last load, or was written to since. `always`: copy everything.
+
+        Writes that torch does not count (`.data`, NumPy views) are seen only with `always`.
+        """
+        leaves = [leaf for leaf in _tensors(tree) if _storage(leaf) not in self._resident]
+        for i, (buffer, leaf) in enumerate(zip(self._buffers, leaves, strict=True)):
+            mark, seen = _mark(leaf), self._seen[i]
+            if always or mark is None or seen is None or seen[0] != mark:
+                buffer.copy_(leaf, non_blocking=True)
+            # The leaf is held, so its address cannot come to mean another tensor while the mark is remembered.
+            self._seen[i] = (mark, leaf)
+
+    def forget(self) -> None:
+        """Let go of the last call's tensors: the next load copies everything."""
+        self._seen = [None] * len(self._buffers)
+
+    def _copy(self, tree: Any, device: torch.device) -> Any:
+        if isinstance(tree, torch.Tensor):
+            if _storage(tree) in self._resident:
+                return tree
+            # On the loop's device even where the argument is a number in host memory: its value would be baked in.
+            buffer = torch.empty_like(tree, device=device, requires_grad=False)
+            self._buffers.append(buffer)
+            self._seen.append(None)
+            return buffer
+        if isinstance(tree, Mapping):
+            return {key: self._copy(value, device) for key, value in tree.items()}
+        if isinstance(tree, (tuple, list)):
+            return type(tree)(self._copy(value, device) for value in tree)
+        return tree
+
+
+def signature(tree: Any, resident: Sequence[torch.Tensor]) -> Hashable:
+    """All of `tree` but the contents of its tensors; of resident ones also where they lie."""
+    fixed = {_storage(tensor) for tensor in resident}
+    return _describe(tree, fixed)
+
+
+def unhashable(tree: Any, path: str = "arguments") -> str | None:
+    """Where `tree` holds something that is neither a tensor nor a plain value, so that nobody can tell whether it changed."""
+    if isinstance(tree, Mapping):
+        parts = [(f"{path}[{key!r}]", value) for key, value in tree.items()]
+    elif isinstance(tree, (tuple, list)):
+        parts = [(f"{path}[{i}]", value) for i, value in enumerate(tree)]
+    elif tree is None or isinstance(tree, (torch.Tensor, bool, int, float, str, torch.dtype)):
+        return None
+    else:
+        return f"{path} is a {type(tree).__name__}"
+    return next((found for where, part in parts if (found := unhashable(part, where))), None)
+
+
+def _describe(tree: Any, fixed: set[int]) -> Hashable:
+    if isinstance(tree, torch.Tensor):
+        place = (tree.data_ptr(), tree.stride()) if _storage(tree) in fixed else tree.stride()
+        return ("tensor", tuple(tree.shape), place, tree.dtype, str(tree.device))
+    if isinstance(tree, Mapping):
+        return ("mapping", tuple((key, _describe(value, fixed)) for key, value in tree.items()))
+    if isinstance(tree, (tuple, list)):
+        return (type(tree).__name__, tuple(_describe(value, fixed) for value in tree))
+    return (type(tree).__name__, tree)
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    if isinstance(tree, torch.Tensor):
+        return [tree]
+    if isinstance(tree, Mapping):
+        return [leaf for value in tree.values() for leaf in _tensors(value)]
+    if isinstance(tree, (tuple, list)):
+        return [leaf for value in tree for leaf in _tensors(value)]
+    return []
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _mark(tensor: torch.Tensor) -> Hashable:
+    """Equal marks of tensors that are both alive mean equal contents. None: nobody counts (inference tensors)."""
+    if tensor.is_inference():
+        return None
+    return (tensor.data_ptr(), tensor._version, tuple(tensor.shape), tensor.stride(), tensor.dtype)

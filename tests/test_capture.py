@@ -1,0 +1,213 @@
+"""Recording and replaying bodies, in the simulator. Faults that a CUDA graph would hide are planted and must show."""
+
+from __future__ import annotations
+
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fastguard.capture import Graphs, Program
+from tests import simulator
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def recorders():
+    with simulator.recording() as made:
+        yield made
+
+
+def content(size=4):
+    return SimpleNamespace(x=torch.zeros(size), nbytes=4 * size)
+
+
+def lease(graphs, key="shape", size=4):
+    return graphs.lease(key, CPU, lambda: content(size))
+
+
+def run(graphs, workspace, key, body, **kwargs):
+    return graphs.run(workspace, key, graphs.program(workspace, key, lambda: Program(body, **kwargs)))
+
+
+def test_a_replay_reads_new_contents_in_the_same_places():
+    graphs, weight = Graphs(), torch.tensor([1.0, 2.0, 3.0, 4.0])
+    w = lease(graphs)
+    x = w.content.x
+
+    def body():
+        x.add_(weight * 2)
+
+    for _ in range(3):
+        assert run(graphs, w, "add", body, keeps=[x]) is None
+    assert torch.equal(x, weight * 6), "neither warm-up nor recording may leave a trace"
+    weight.mul_(10)  # in place: a graph sees it
+    x.zero_()
+    run(graphs, w, "add", body, keeps=[x])
+    assert x.tolist() == [20, 40, 60, 80]
+    (info,) = graphs()
+    assert info.replays == 4 and info.bytes == 16 and info.seconds > 0
+
+
+def faulty(kind, x):
+    """Bodies that look right and go stale."""
+    state = {"step": 0, "scale": 2.0, "fresh": torch.ones(4)}
+
+    def counter():
+        state["step"] += 1
+        x.add_(state["step"])
+
+    def scale():
+        x.add_(torch.ones(4) * state["scale"])
+
+    def fresh():
+        x.add_(state["fresh"])
+
+    def between():
+        state["scale"] += 1
+        state["fresh"] = torch.full((4,), state["scale"])
+
+    return {"counter": counter, "scale": scale, "fresh": fresh}[kind], between
+
+
+@pytest.mark.parametrize("kind", ["counter", "scale", "fresh"])
+def test_python_counters_baked_scales_and_fresh_tensors_show_as_wrong_values(kind):
+    """The simulator catches what it is there to catch."""
+    results = []
+    for recorded in (False, True):
+        graphs = Graphs()
+        w = lease(graphs)
+        body, between = faulty(kind, w.content.x)
+        for _ in range(4):
+            run(graphs, w, "k", body, keeps=[w.content.x]) if recorded else body()
+            between()
+        results.append(w.content.x.clone())
+    assert not torch.equal(*results)
+
+
+def test_what_a_body_leaves_in_the_pool_is_worthless():
+    graphs, kept = Graphs(), []
+    w = lease(graphs)
+    run(graphs, w, "k", lambda: kept.append(w.content.x * 2), keeps=[])
+    assert all(t.isnan().all() for t in kept[-1:])
+
+
+@pytest.mark.parametrize(
+    "forbidden",
+    [
+        lambda x: x.add_(x.sum().item()),
+        lambda x: x.add_(x[x > 0].sum()),
+        lambda x: x.add_(torch.rand(4)),
+        lambda x: x.add_(torch.tensor([1.0, 2.0, 3.0, 4.0])),
+        lambda x: x.add_(float(torch.equal(x, x))),
+    ],
+    ids=["item", "mask", "random", "host-copy", "equal"],
+)
+def test_what_no_capture_allows_falls_back_for_good(forbidden):
+    graphs = Graphs()
+    w = lease(graphs)
+    torch.manual_seed(0)
+    reason = run(graphs, w, "k", lambda: forbidden(w.content.x), keeps=[w.content.x])
+    assert "capture failed" in reason and "not permitted" in reason
+    assert graphs() == [] and not w.content.x.isnan().any(), "the body ran eagerly instead"
+    before = w.content.x.clone()
+    assert run(graphs, w, "other", lambda: w.content.x.add_(1), keeps=[]) == reason
+    assert torch.equal(w.content.x, before + 1)
+    graphs.give_back(w)
+    graphs.clear()
+    assert graphs.failure is None
+    w = lease(graphs)
+    assert run(graphs, w, "other", lambda: w.content.x.add_(1), keeps=[w.content.x]) is None
+
+
+def test_a_failing_warm_up_restores_and_runs_eagerly():
+    graphs, attempts = Graphs(), []
+    w = lease(graphs)
+
+    def body():
+        w.content.x.add_(1)
+        attempts.append(1)
+        if len(attempts) == 1:
+            raise torch.OutOfMemoryError("no room")
+
+    assert "no room" in run(graphs, w, "k", body, keeps=[w.content.x])
+    assert w.content.x.tolist() == [1] * 4
+
+
+def test_count_and_bytes_are_bounded(recorders):
+    graphs = Graphs(limit=3, budget=10_000)
+    for size in range(1, 30):
+        w = lease(graphs, size, size)
+        x = w.content.x
+        assert run(graphs, w, "k", lambda x=x: x.add_(x * 2), keeps=[x]) is None
+        graphs.give_back(w)
+        assert len(graphs()) <= 3
+    assert [len(t.made) for t in recorders[0].tapes] == [1, 1, 1]
+    assert len(graphs._workspaces) == 3, "tensors of evicted graphs go, too"
+
+    graphs.budget = 1000
+    for size in (50, 60, 70, 80):  # 8 bytes an element: workspace and product
+        w = lease(graphs, size, size)
+        x = w.content.x
+        assert run(graphs, w, "k", lambda x=x: x.add_(x * 2), keeps=[x]) is None
+        graphs.give_back(w)
+        assert graphs.bytes <= 1000
+    w = lease(graphs, 500, 500)
+    reason = run(graphs, w, "k", lambda: w.content.x.add_(w.content.x * 2), keeps=[w.content.x])
+    assert "would need 4,000 bytes, guard.graphs.budget is 1,000" in reason
+    assert run(graphs, w, "k", lambda: None) == reason, "not tried again"
+    assert graphs.failure is None and graphs() == []
+    graphs.give_back(w)
+    assert graphs._workspaces == {}
+
+
+def test_least_recently_used_goes_first():
+    graphs = Graphs(limit=2)
+    w = lease(graphs)
+    for key in "abac":
+        run(graphs, w, key, lambda: w.content.x.add_(1), keeps=[w.content.x])
+    replays = [info.replays for info in graphs()]
+    assert replays == [2, 1], "b went, a had been used since"
+
+
+def test_one_lease_at_a_time():
+    graphs = Graphs()
+    w = lease(graphs)
+    assert lease(graphs) is None
+    assert lease(graphs, "another shape") is not None
+    run(graphs, w, "k", lambda: w.content.x.add_(1), keeps=[w.content.x])
+    graphs.give_back(w)
+    assert lease(graphs) is w, "kept, because a graph holds its addresses"
+
+
+def test_threads_share_graphs_in_turn():
+    graphs, sums = Graphs(), []
+
+    def work():
+        for _ in range(20):
+            w = lease(graphs)
+            if w is None:
+                continue
+            w.content.x.zero_()
+            for _ in range(5):
+                run(graphs, w, "k", lambda x=w.content.x: x.add_(1), keeps=[w.content.x])
+            sums.append(w.content.x.clone())
+            graphs.give_back(w)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert sums and all(s.tolist() == [5] * 4 for s in sums)
+
+
+def test_another_device_starts_anew(recorders):
+    graphs = Graphs()
+    w = lease(graphs)
+    run(graphs, w, "k", lambda: w.content.x.add_(1), keeps=[w.content.x])
+    graphs.give_back(w)
+    graphs.lease("k", torch.device("cpu", 0), content)
+    assert len(recorders) == 2 and recorders[0].tapes == [] and graphs() == []
