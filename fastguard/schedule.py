@@ -5,7 +5,7 @@
 The table is not written by hand: the real scheduler is run on basis vectors (`_trace_scheduler`), its coefficients are folded into
 the form above (`_fold`), and the result is checked against the scheduler's own run on random numbers. A scheduler that is not linear
 in sample, model outputs and noise (thresholding, clipping), or that needs more than three remembered tensors, gets a table that
-passes the guided output through, and its own step() runs outside. See `python -m fastguard.schedule` for all of them.
+passes the guided output through, and its own step() runs outside. `python -m fastguard.schedule_table` lists them.
 """
 
 from __future__ import annotations
@@ -27,9 +27,7 @@ from fastguard.kernels.layout import HISTORY, Row
 
 # Relative to the largest value of x'; beyond them the scheduler's own step() runs.
 LARGEST_RESIDUAL = 1e-6
-LARGEST_ROUNDING = (
-    5e-7  # half of the 1e-6 promised against stock; stock's own rounding takes as much
-)
+LARGEST_ROUNDING = 5e-7  # half of the 1e-6 promised against stock; stock's own rounding takes as much
 CACHED = 64  # schedules kept; one of 50 rows is 7 kB
 
 _IGNORED_ARGUMENTS = {"generator", "return_dict"}
@@ -78,17 +76,13 @@ class Schedule:
         return Schedule(rows, self.timesteps, 0, draws, float("nan"), "own step", False, reason)
 
 
-def compile_schedule(
-    scheduler: Any, *, step_kwargs: Mapping[str, Any] | None = None, begin_index: int = 0
-) -> Schedule:
+def compile_schedule(scheduler: Any, *, step_kwargs: Mapping[str, Any] | None = None, begin_index: int = 0) -> Schedule:
     """Table of `scheduler`, whose timesteps are set; rows from `begin_index` (or the scheduler's own begin_index) on.
 
     step_kwargs are the extra arguments that the caller would pass to step() (eta, s_churn, ...); a generator among them is ignored
     and not consumed. The scheduler is neither run nor changed. Results are cached by value, any number of threads may call.
     """
-    arguments = {
-        name: value for name, value in (step_kwargs or {}).items() if name not in _IGNORED_ARGUMENTS
-    }
+    arguments = {name: value for name, value in (step_kwargs or {}).items() if name not in _IGNORED_ARGUMENTS}
     begin = first_row(scheduler, begin_index)
     key = _key(scheduler, arguments, begin)
     with _cache_lock:
@@ -191,9 +185,7 @@ def _rows_without_update(scheduler: Any, recorded: Trace, timesteps: torch.Tenso
     epsilon, x0 = weights(scheduler, recorded.sigma)
     body[:, Row.W_EPSILON], body[:, Row.W_X0] = torch.from_numpy(epsilon), torch.from_numpy(x0)
     seen: set[float] = set()
-    for k, (level, starts) in enumerate(
-        zip(recorded.sigma.tolist(), recorded.starts.tolist(), strict=True)
-    ):
+    for k, (level, starts) in enumerate(zip(recorded.sigma.tolist(), recorded.starts.tolist(), strict=True)):
         body[k, Row.OBSERVE] = float(starts and level not in seen)
         if starts:
             seen.add(level)
