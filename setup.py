@@ -9,6 +9,10 @@ from setuptools import setup
 
 TEST = ["pytest>=8", "pytest-xdist>=3.6", "pytest-benchmark>=5", "hypothesis>=6.100", "peft>=0.17"]
 PLOT = ["matplotlib>=3.9"]
+PARQUET = ["pyarrow>=15"]
+RAY = ["ray[data]>=2.40"]
+WEBDATASET = ["webdataset>=0.2.100"]
+BATCHES = PARQUET + RAY + WEBDATASET
 
 setup(
     name="fastguard",
@@ -18,9 +22,12 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["fastguard", "fastguard.families", "fastguard.testbed", "fastguard.kernels"],
+    packages=["fastguard", "fastguard.batch", "fastguard.families", "fastguard.testbed", "fastguard.kernels"],
     package_dir={"fastguard.kernels": "kernels"},
-    package_data={"fastguard": ["py.typed"], "fastguard.testbed": ["*.json", "model/**/*", "data/**/*"]},
+    package_data={
+        "fastguard": ["py.typed"],
+        "fastguard.testbed": ["*.json", "model/**/*", "data/**/*"],
+    },
     include_package_data=False,
     install_requires=[
         "torch>=2.6",
@@ -36,10 +43,13 @@ setup(
     ],
     extras_require={
         "plot": PLOT,
+        "parquet": PARQUET,
+        "ray": RAY,
+        "webdataset": WEBDATASET,
         "xformers": ["xformers>=0.0.30"],
         "demo": PLOT,
-        "test": TEST + PLOT + ["tilelens>=3.1; python_version >= '3.10'"],
-        "dev": TEST + PLOT + ["tilelens>=3.1", "ruff>=0.9", "mypy>=1.14"],
+        "test": TEST + PLOT + BATCHES + ["tilelens>=3.1; python_version >= '3.10'"],
+        "dev": TEST + PLOT + BATCHES + ["tilelens>=3.1", "ruff>=0.9", "mypy>=1.14"],
     },
     entry_points={"console_scripts": ["fastguard = fastguard.cli:app"]},
 )

@@ -1,0 +1,185 @@
+"""The stages of many batches at once: while one batch is denoised, the next prompts are encoded and the last images decoded and written.
+
+    text thread  ->  denoising thread  ->  decoding thread  ->  pool: encode the file, write it  ->  the caller
+
+Each arrow is a short queue, so nothing runs far ahead. The caller's thread only waits for results and commits them; it is the
+one that signals interrupt.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from PIL import Image
+
+from fastguard.batch.memory import free, out_of_memory
+from fastguard.batch.planning import Batch
+from fastguard.batch.request import Request
+from fastguard.batch.stages import Denoised, Stages
+from fastguard.batch.store import Made
+
+logger = logging.getLogger("fastguard")
+
+Finish = Callable[[Request, Image.Image, dict[str, Any]], Made]
+T = TypeVar("T")
+GROUP = 64  # images committed at once, at most
+
+
+@dataclass(frozen=True)
+class Failed:
+    """An image that could not be made, where the run goes on without it."""
+
+    request: Request
+    message: str
+
+
+class Engine:
+    """Runs batches through `stages`.
+
+    finish      called in a pool, once per image, with its request, pixels and record
+    workers     threads of that pool
+    keep_going  an image that fails is yielded as `Failed`; otherwise its error ends the run
+
+    Out of memory halves the batch, and the batches after it are no larger than what fitted.
+    """
+
+    def __init__(self, stages: Stages, finish: Finish, *, workers: int | None = None, keep_going: bool = False) -> None:
+        self.stages, self.finish, self.keep_going = stages, finish, keep_going
+        self.workers = workers or min(8, os.cpu_count() or 1)
+        self.limit: int | None = None  # images per call, once memory was short
+        self._stop, self._abandon = threading.Event(), threading.Event()
+        self._errors: list[BaseException] = []
+
+    def stop(self) -> None:
+        """End the run at the next denoising step. Images past their loop are still finished and yielded."""
+        self._stop.set()
+        self.stages.interrupt()
+
+    def run(self, batches: Iterable[Batch]) -> Iterator[list[Made | Failed]]:
+        """The images in the order in which they get ready, in groups. Whatever ends the run, those that are ready are yielded first."""
+        texts: queue.Queue = queue.Queue(1)
+        latents: queue.Queue = queue.Queue(1)
+        results: queue.Queue = queue.Queue()
+        self._slots = threading.Semaphore(4 * self.workers)  # images that wait to be written
+        with ThreadPoolExecutor(self.workers, thread_name_prefix="fastguard-write") as self._pool:
+            stages: list[tuple[Callable, Iterable[Any], queue.Queue, threading.Event]] = [
+                (self._encode, batches, texts, self._stop),
+                (self._denoise, iter(texts.get, None), latents, self._stop),
+                (self._decode, iter(latents.get, None), results, self._abandon),
+            ]
+            threads = [threading.Thread(target=self._stage, args=stage, daemon=True) for stage in stages]
+            for thread in threads:
+                thread.start()
+            try:
+                yield from self._collect(results)
+            finally:
+                self._abandon.set()
+                if any(thread.is_alive() for thread in threads):
+                    self.stop()
+                for thread in threads:
+                    thread.join()
+                self._pool.shutdown(cancel_futures=True)
+        if self._errors:
+            raise self._errors[0]
+
+    def _collect(self, results: queue.Queue) -> Iterator[list[Made | Failed]]:
+        """All that is ready at a time, so that one flush to the disk serves many images."""
+        while True:
+            items = [results.get()]
+            while len(items) < GROUP and not results.empty():
+                items.append(results.get())
+            group = [made for item in items if item is not None for made in self._result(item)]
+            if group:
+                yield group
+            if items[-1] is None:
+                return
+
+    def _result(self, item: Failed | Future[Made]) -> list[Made | Failed]:
+        if isinstance(item, Failed):
+            return [item]
+        self._slots.release()
+        try:
+            return [item.result()]
+        except BaseException as error:
+            self._fail(error)
+            return []
+
+    def _stage(
+        self, work: Callable[[Any], Iterable[Any]], source: Iterable[Any], sink: queue.Queue, halt: threading.Event
+    ) -> None:
+        """Thread of one stage. Once halted it still empties its queue, so that nobody waits for ever."""
+        failed = False
+        for item in source:
+            if failed or halt.is_set():
+                continue
+            try:
+                for output in [item] if isinstance(item, Failed) else work(item):
+                    sink.put(output)
+            except BaseException as error:
+                failed = True
+                self._fail(error)
+        sink.put(None)
+
+    def _fail(self, error: BaseException) -> None:
+        self._errors.append(error)
+        self.stop()
+
+    def _encode(self, batch: Batch) -> Iterator[Any]:
+        yield from self._parts(batch, lambda part, _: (part, self.stages.encode(part)), len(batch))
+
+    def _denoise(self, item: tuple[Batch, dict[str, Any]]) -> Iterator[Any]:
+        batch, text = item
+
+        def work(part: Batch, start: int) -> Denoised:
+            arguments = {name: value[start : start + len(part)] for name, value in text.items()}
+            return self.stages.denoise(part, arguments)
+
+        for output in self._parts(batch, work, self.limit or len(batch)):
+            if self._stop.is_set():  # interrupted in its loop: these are no images
+                return
+            yield output
+
+    def _decode(self, item: Denoised) -> Iterator[Any]:
+        images = self.stages.decode(item)
+        for index, image in enumerate(images):
+            record = self.stages.record(item, index, image)
+            while not self._slots.acquire(timeout=0.1):
+                if self._abandon.is_set():
+                    return
+            yield self._pool.submit(self.finish, item.batch[index], image, record)
+
+    def _parts(self, batch: Batch, work: Callable[[Batch, int], T], size: int) -> Iterator[T | Failed]:
+        """work(part, start) for parts of at most `size` images, smaller ones where the memory is short or, keeping going, one fails."""
+        todo = [(start, min(start + size, len(batch))) for start in range(0, len(batch), size)]
+        while todo and not self._stop.is_set():
+            start, end = todo.pop(0)
+            part = batch[start:end]
+            try:
+                yield work(part, start)
+                continue
+            except Exception as error:
+                failure = _without_frames(error)
+            count, short = end - start, out_of_memory(failure)
+            if count > 1 and (short or self.keep_going):
+                half = (count + 1) // 2 if short else 1
+                if short:
+                    self.limit = half
+                    logger.warning("out of memory with %d images at a time: going on with %d", count, half)
+                    free()
+                todo[:0] = [(i, min(i + half, end)) for i in range(start, end, half)]
+            elif self.keep_going:
+                yield Failed(part[0], f"{type(failure).__name__}: {failure}")
+            else:
+                raise failure
+
+
+def _without_frames(error: Exception) -> Exception:
+    """An error that no longer keeps the tensors of its frames alive."""
+    return error.with_traceback(None)

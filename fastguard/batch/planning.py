@@ -1,0 +1,52 @@
+"""Requests to batches: full, of one shape, and in the same company after a crash wherever that is possible."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from fastguard.batch.request import Request
+
+Batch = list[Request]
+
+
+def shape(request: Request) -> tuple[Any, ...]:
+    """What all images of one call of a pipeline must have in common; seed, scale, prompts and policy may differ."""
+    return request.steps, request.height, request.width, request.guided
+
+
+def plan(
+    requests: Sequence[Request], batch_size: int, done: Callable[[Request], bool] = lambda request: False
+) -> list[Batch]:
+    """Batches of at most `batch_size` of the requests that are not done.
+
+    The plan is made for all requests first. A batch of which nothing is done stays as it is, so its images get the same bits as in
+    a run that was never interrupted; what is left of the others is put together anew. Within a shape, images that need only one
+    branch of the denoiser in their first steps (a static transition) come together, so that the other branch is not run for them.
+    """
+    whole, left = [], []
+    for batch in _grouped(requests, batch_size):
+        rest = [request for request in batch if not done(request)]
+        if len(rest) == len(batch):
+            whole.append(batch)
+        else:
+            left.extend(rest)
+    return _grouped(left, batch_size) + whole
+
+
+def _grouped(requests: Sequence[Request], batch_size: int) -> list[Batch]:
+    groups: dict[tuple[Any, ...], Batch] = {}
+    for request in requests:
+        groups.setdefault(shape(request), []).append(request)
+    batches = []
+    for group in groups.values():
+        group.sort(key=_late_start)
+        batches += [group[i : i + batch_size] for i in range(0, len(group), batch_size)]
+    return batches
+
+
+def _late_start(request: Request) -> float:
+    """Sort key: timestep until which one branch is enough; both are needed from the first step on for most policies."""
+    policy: Any = request.policy
+    skips = policy.transition == "static" and policy.gate is None and not policy.monitor
+    return policy.t_star if skips and policy.before in ("zero", "conditional", 0.0, 1.0) else float("inf")

@@ -1,0 +1,222 @@
+"""One image to make: the fields of a prompt file, checked. Every error names the field, its value and what is allowed."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastguard import checks
+from fastguard.policy import Policy
+from fastguard.policy import policy as make_policy
+
+FIELDS = (
+    "id", "prompt", "negative_prompt", "seed", "steps", "guidance_scale", "policy", "width", "height",
+)  # fmt: skip
+LONGEST_ID = 200  # characters; a file name with its ending has to fit 255 bytes
+LONGEST_TEXT = 5000  # characters; no text encoder reads more, and a JPEG's metadata has to hold it
+LARGEST_SIDE = 16384  # pixels
+MOST_STEPS = 10_000
+_ID = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9._-]{{0,{LONGEST_ID - 1}}}")
+_DEVICES = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?")  # never files on Windows
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
+_INTEGER = re.compile(r"[+-]?[0-9]{1,30}")
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One image. `policy` holds the row's guidance scale, if it has one, and is for this image alone.
+
+    guidance_scale, negative_prompt, width, height: None is the pipeline's own.
+    line: of the prompt file, from 1 (a row of a parquet file or a list); no part of what the image is.
+    """
+
+    id: str
+    prompt: str
+    policy: Policy
+    negative_prompt: str | None = None
+    seed: int = 0
+    steps: int = 50
+    guidance_scale: float | None = None
+    width: int | None = None
+    height: int | None = None
+    line: int | None = None
+
+    @property
+    def guided(self) -> bool:
+        """Whether the pipeline runs its unconditional branch: as in diffusers, not at a guidance scale of 1 and below."""
+        return self.guidance_scale is None or self.guidance_scale > 1
+
+    def identity(self) -> dict[str, Any]:
+        """All that decides what the image looks like, apart from the model: two requests with the same id must agree in it."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        del values["id"], values["line"]
+        return values | {"policy": self.policy.to_dict()}
+
+    def digest(self, settings: Mapping[str, Any]) -> str:
+        """A short name of the identity under the model's `settings`; written into every image."""
+        text = json.dumps([self.identity(), dict(settings)], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Defaults:
+    """What a row gets that does not say otherwise. Image n of a prompt takes seed + n.
+
+    gate: for `policy`, and for every row's policy that has a transition and no gate of its own.
+    ValueError names the argument that is not allowed.
+    """
+
+    policy: Policy
+    gate: float | None = None
+    negative_prompt: str | None = None
+    seed: int = 0
+    steps: int = 50
+    guidance_scale: float | None = None
+    width: int | None = None
+    height: int | None = None
+    images_per_prompt: int = 1
+
+    def __post_init__(self) -> None:
+        checks.integer("images_per_prompt", self.images_per_prompt, 1)
+        if self.gate is not None:
+            object.__setattr__(self, "policy", make_policy(self.policy, gate=self.gate))
+        parse({"prompt": "x"}, self, 0)
+
+
+def parse(
+    row: Mapping[str, Any], defaults: Defaults, index: int, *, line: int | None = None, base: Path = Path()
+) -> list[Request]:
+    """The `defaults.images_per_prompt` images of one row. ValueError if a field is unknown or a value is not allowed.
+
+    row    field -> value; None and missing take the default. Text is taken for a number where a number is needed.
+    index  position of the row, from 0: a row without id is called by it and its seed, e.g. 00003-0
+    base   directory from which paths of policy files are resolved
+    """
+    unknown = [key for key in row if key not in FIELDS]
+    if unknown:
+        raise ValueError(f"unknown field {unknown[0]!r}: allowed are {', '.join(FIELDS)}")
+    given = {key: value for key, value in row.items() if value is not None}
+    prompt = _text("prompt", given.get("prompt"))
+    if not prompt:
+        raise ValueError(f"prompt={given.get('prompt')!r}: must be text that is not empty")
+    negative = given.get("negative_prompt", defaults.negative_prompt)
+    first = _integer("seed", given.get("seed", defaults.seed), 0, 2**63 - defaults.images_per_prompt)
+    chosen, scale = _policy_and_scale(given, defaults, base)
+    shared = Request(
+        id="0",
+        prompt=prompt,
+        policy=chosen,
+        negative_prompt=None if negative is None else _text("negative_prompt", negative),
+        steps=_integer("steps", given.get("steps", defaults.steps), 1, MOST_STEPS),
+        guidance_scale=scale,
+        width=_side("width", given.get("width", defaults.width)),
+        height=_side("height", given.get("height", defaults.height)),
+        line=line,
+    )
+    name = _id(given["id"]) if "id" in given else f"{index:05d}"
+    requests = []
+    for seed in range(first, first + defaults.images_per_prompt):
+        numbered = "id" not in given or defaults.images_per_prompt > 1
+        own = _id(f"{name}-{seed}") if numbered else name
+        requests.append(dataclasses.replace(shared, id=own, seed=seed))
+    return requests
+
+
+def _policy_and_scale(given: Mapping[str, Any], defaults: Defaults, base: Path) -> tuple[Policy, float | None]:
+    chosen = _policy(given["policy"], defaults.gate, base) if "policy" in given else defaults.policy
+    if checks.common_length(vars(chosen)) is not None:
+        raise ValueError(f"policy {chosen.name!r} holds per-image lists: must be for one image")
+    scale = given.get("guidance_scale")
+    if scale is None and ("policy" not in given or chosen.guidance_scale is None):
+        scale = defaults.guidance_scale
+    if scale is None:
+        return chosen, None
+    scale = _number("guidance_scale", scale)
+    if chosen.guidance_scale is not None:
+        raise ValueError(f"guidance_scale={scale:g}: policy {chosen.name!r} sets its own; give one of the two")
+    if scale <= 1:
+        if chosen.transition is not None:
+            raise ValueError(
+                f"guidance_scale={scale:g}: must be above 1 under policy {str(chosen.name)!r}"
+                " (at or below 1 pipelines run no unconditional branch, so there is nothing to guard)"
+            )
+        return chosen, scale
+    return dataclasses.replace(chosen, guidance_scale=scale), scale
+
+
+def _policy(value: Any, gate: float | None, base: Path) -> Policy:
+    if isinstance(value, Policy):
+        found = value
+    elif isinstance(value, Mapping):
+        found = Policy.from_dict(value)
+    elif isinstance(value, str):
+        found = named_policy(value, base)
+    else:
+        raise ValueError(f"policy={value!r}: must be a preset, a path ending in .json, or a policy")
+    gated = gate is not None and found.transition is not None and found.gate is None
+    return dataclasses.replace(found, gate=gate) if gated else found
+
+
+@functools.lru_cache(maxsize=1024)
+def named_policy(name: str, base: Path) -> Policy:
+    try:
+        return make_policy(os.fspath(base / name) if name.endswith(".json") else name)
+    except OSError as error:
+        raise ValueError(f"policy={name!r}: {error.strerror}") from None
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{name}={_short(value)}: must be text")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError(f"{name}={_short(value)}: is not UTF-8 text")
+    if found := _CONTROL.search(value):
+        raise ValueError(f"{name}={_short(value)}: must not hold the control character {found[0]!r}")
+    if len(value) > LONGEST_TEXT:
+        raise ValueError(f"{name} has {len(value)} characters: at most {LONGEST_TEXT} are allowed")
+    return value.strip()
+
+
+def _id(value: Any) -> str:
+    name = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    if not isinstance(name, str) or not _ID.fullmatch(name) or _DEVICES.fullmatch(name):
+        raise ValueError(
+            f"id={_short(value)}: must be 1 to {LONGEST_ID} letters, digits, '_', '-' and '.', beginning with a letter,"
+            " a digit or '_', and not be the name of a device"
+        )
+    return name
+
+
+def _integer(name: str, value: Any, lowest: int, highest: int) -> int:
+    if isinstance(value, str) and _INTEGER.fullmatch(value.strip()):
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value <= highest:
+        raise ValueError(f"{name}={_short(value)}: must be an integer from {lowest} to {highest}")
+    return value
+
+
+def _side(name: str, value: Any) -> int | None:
+    return None if value is None else _integer(name, value, 8, LARGEST_SIDE)
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, str) and _NUMBER.fullmatch(value.strip()):
+        value = float(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1000:
+        raise ValueError(f"{name}={_short(value)}: must be a number from 0 to 1000")
+    return float(value)
+
+
+def _short(value: Any) -> str:
+    """repr of at most 60 characters: a value can be megabytes long."""
+    text = repr(value[:100]) if isinstance(value, str) else repr(value)
+    return text if len(text) <= 60 else f"{text[:56]}..."

@@ -1,0 +1,189 @@
+"""One batch through a guarded pipeline: encode, denoise, decode. Each stage may run in a thread of its own."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import torch
+from PIL import Image
+
+import fastguard
+from fastguard.batch.decoding import decoder
+from fastguard.batch.memory import halving
+from fastguard.batch.request import Request
+from fastguard.batch.text import TextStage
+from fastguard.enable import enable
+from fastguard.policy import Policy
+from fastguard.report import ImageReport, Report
+
+VERSIONS = {"fastguard": fastguard.__version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
+
+
+@dataclass
+class Denoised:
+    """What the loop left. images: already decoded, where the pipeline's own call did that; seconds(): of the whole batch."""
+
+    batch: Sequence[Request]
+    latents: torch.Tensor | None
+    images: list[Image.Image] | None
+    report: Report
+    seconds: Callable[[], float]
+    ready: Any = None  # event after which another stream may read the latents
+
+
+class Stages:
+    """The stages of `pipe` for the images of one job. `close` gives the pipeline back as it was.
+
+    pipe       a text-to-image pipeline on the allow-list
+    requests   all images of the job, those that are done too (see `TextStage`)
+    settings   of the model (name, dtype, scheduler): part of the images' records
+    """
+
+    def __init__(self, pipe: Any, requests: Iterable[Request], settings: dict[str, Any]) -> None:
+        if os.environ.get("FASTGUARD_DISABLE", "0") not in ("", "0"):
+            raise ValueError(
+                "FASTGUARD_DISABLE is set: batches need the guard, which applies each row's policy and scale"
+            )
+        before = pipe.__dict__.get("_fastguard_guard")
+        self._policy_before = None if before is None else before.policy
+        self.pipe, self.settings = pipe, settings
+        self.guard = enable(pipe, "cfg")
+        self._decode = decoder(pipe)
+        self._text = None if self._decode is None else TextStage(pipe, requests)
+        self._scale = inspect.signature(type(pipe).__call__).parameters["guidance_scale"].default
+        self._stream: Any = None
+
+    def close(self) -> None:
+        if self._policy_before is None:
+            self.guard.disable()
+        else:
+            self.guard.policy = self._policy_before
+
+    def interrupt(self) -> None:
+        """Have the loop that is running skip its remaining steps; what it returns then is of no use."""
+        self.pipe._interrupt = True
+
+    def encode(self, batch: Sequence[Request]) -> dict[str, Any]:
+        """The text as arguments of the pipeline; plain prompts where it must encode them itself."""
+        if self._text is not None:
+            return self._text.encode(batch)
+        arguments: dict[str, Any] = {"prompt": [request.prompt for request in batch]}
+        if any(request.negative_prompt is not None for request in batch):
+            arguments["negative_prompt"] = [request.negative_prompt or "" for request in batch]
+        return arguments
+
+    def denoise(self, batch: Sequence[Request], text: dict[str, Any]) -> Denoised:
+        """One call of the pipeline for images of one shape, each with its own seed, scale and policy."""
+        first = batch[0]
+        size = {name: value for name, value in (("height", first.height), ("width", first.width)) if value}
+        policies = [request.policy for request in batch]
+        same = all(policy == policies[0] for policy in policies)
+        self.guard.policy = policies[0] if same else Policy.stack(policies)
+        watch = _Watch(self.pipe._execution_device)
+        result = self.pipe(
+            **text,
+            **size,
+            num_inference_steps=first.steps,
+            # On the host: the same noise on every device, and for an image whatever batch it is in.
+            generator=[torch.Generator("cpu").manual_seed(request.seed) for request in batch],
+            output_type="pil" if self._decode is None else "latent",
+            # Scales above 1 are in the policies, each image's own.
+            **({} if first.guided else {"guidance_scale": 1.0}),
+        ).images
+        watch.stop()
+        report = self.guard.report
+        if report is None:
+            raise RuntimeError("the pipeline ran no step")
+        latents, images = (None, result) if self._decode is None else (result, None)
+        return Denoised(batch, latents, images, report, watch.seconds, watch.end)
+
+    def decode(self, denoised: Denoised) -> list[Image.Image]:
+        """The images; beside the next batch's loop, on a stream of its own where the device has streams."""
+        if denoised.images is not None:
+            return denoised.images
+        latents, work = denoised.latents, self._decode
+        if latents is None or work is None:
+            raise RuntimeError("nothing to decode")
+
+        def part(rows: Sequence[torch.Tensor]) -> list[Image.Image]:
+            return work(self.pipe, torch.stack(list(rows)))
+
+        with torch.no_grad():
+            if not latents.is_cuda:
+                parts = halving(part, list(latents))
+            else:
+                self._stream = self._stream or torch.cuda.Stream(latents.device)
+                with torch.cuda.stream(self._stream):
+                    self._stream.wait_event(denoised.ready)
+                    latents.record_stream(self._stream)
+                    parts = halving(part, list(latents))
+        return [image for images in parts for image in images]
+
+    def record(self, denoised: Denoised, index: int, image: Image.Image) -> dict[str, Any]:
+        """All that is known of an image: the manifest's line, and what its file says about itself."""
+        request: Request = denoised.batch[index]
+        report: ImageReport = denoised.report.images[index]
+        own: Any = request.policy.guidance_scale
+        return {
+            "id": request.id,
+            "request": request.digest(self.settings),
+            "prompt": request.prompt,
+            "negative_prompt": request.negative_prompt,
+            "seed": request.seed,
+            "steps": request.steps,
+            "guidance_scale": next(s for s in (request.guidance_scale, own, self._scale) if s is not None),
+            "policy": request.policy.to_dict(),
+            "width": image.width,
+            "height": image.height,
+            **self.settings,
+            "scheduler": type(self.pipe.scheduler).__name__,
+            "transition_step": report.transition_step,
+            "transition_timestep": report.transition_timestep,
+            "minimum_timestep": report.minimum_timestep,
+            "transition_text": report.transition_text(),
+            "margin": report.margin,
+            "forced": report.forced,
+            "gate": report.gate,
+            "gate_text": report.gate_text(),
+            "non_finite": report.non_finite,
+            "d_curve": report.d_curve,
+            "timesteps": report.timesteps,
+            "denoiser_rows": report.denoiser_rows,
+            "path": report.path,
+            "reason": report.reason,
+            "batch": len(denoised.batch),
+            "seconds": round(denoised.seconds() / len(denoised.batch), 6),
+            "device": str(self.pipe._execution_device),
+            "versions": VERSIONS,
+        }
+
+
+class _Watch:
+    """Seconds that a device spends, without waiting for it until they are asked for."""
+
+    def __init__(self, device: Any) -> None:
+        self.cuda = torch.device(device).type == "cuda"
+        self.begin: Any = self._now()
+        self.end: Any = None
+
+    def _now(self) -> Any:
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def stop(self) -> None:
+        self.end = self._now()
+
+    def seconds(self) -> float:
+        if not self.cuda:
+            return self.end - self.begin
+        self.end.synchronize()
+        return self.begin.elapsed_time(self.end) / 1000

@@ -1,0 +1,181 @@
+"""Where images go: one file each in a directory, or WebDataset shards. What `commit` has returned survives a crash."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tarfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from fastguard.batch.growing import Growing, sync_directory
+from fastguard.batch.pictures import Picture
+from fastguard.batch.request import Request
+from fastguard.files import finite
+
+_SHARD = "shard-{:06d}.tar"
+_BLOCK = 512
+
+
+@dataclass(frozen=True)
+class Made:
+    """A finished image. record: all that is known of it; data: the encoded file, until it is stored; place: where it then is."""
+
+    request: Request
+    record: dict[str, Any]
+    data: bytes = b""
+    place: dict[str, Any] = field(default_factory=dict)
+
+
+class Directory:
+    """An image per file, named by its id."""
+
+    def __init__(self, out: Path, picture: Picture) -> None:
+        self.out, self.picture = out, picture
+
+    def open(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Remove what a killed run left half written."""
+        for leftover in self.out.glob(".*.tmp"):
+            leftover.unlink()
+
+    def holds(self, line: Mapping[str, Any]) -> bool:
+        """Whether the image of a manifest line is still there, whole. It is read only if the file was touched since."""
+        path = self.out / str(line.get("file"))
+        try:
+            status = path.stat()
+            if status.st_size != line.get("bytes"):
+                return False
+            return status.st_mtime_ns == line.get("mtime_ns") or hashlib.sha256(
+                path.read_bytes()
+            ).hexdigest() == line.get("sha256")
+        except OSError:
+            return False
+
+    def path(self, request: Request) -> Path:
+        return self.out / (request.id + self.picture.ending)
+
+    def prepare(self, made: Made) -> Made:
+        """Write the file; from any thread. The manifest does not speak of it yet."""
+        path = self.path(made.request)
+        _write(path, made.data)
+        return replace(made, data=b"", place=self.place(path, made.data))
+
+    @staticmethod
+    def place(path: Path, data: bytes) -> dict[str, Any]:
+        """What the manifest says of a file."""
+        digest = hashlib.sha256(data).hexdigest()
+        return {"file": path.name, "bytes": len(data), "mtime_ns": path.stat().st_mtime_ns, "sha256": digest}
+
+    def commit(self, made: Sequence[Made]) -> list[dict[str, Any]]:
+        """Make sure that the files' names are on the disk too, and return the manifest's lines."""
+        sync_directory(self.out)
+        return [m.record | m.place for m in made]
+
+    def close(self) -> None:
+        pass
+
+
+class Shards:
+    """WebDataset shards of at most `size` images: per image KEY.png (or .jpg, .webp) and KEY.json with its record, KEY its id.
+
+    An image is appended to the last shard and flushed before the manifest says so. After a crash that shard is cut back to what the
+    manifest knows, and goes on.
+    """
+
+    def __init__(self, out: Path, picture: Picture, size: int) -> None:
+        self.out, self.picture, self.size = out, picture, size
+        self._index, self._count = -1, size
+        self._file: Growing | None = None
+
+    def open(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Find the end of what is recorded, and cut off what is not."""
+        end = 0
+        for line in lines:
+            index = _index(str(line["file"]))
+            if index > self._index:
+                self._index, self._count, end = index, 0, 0
+            if index == self._index:
+                self._count += 1
+                end = max(end, line["offset"] + line["bytes"])
+        for shard in self.out.glob(_SHARD.replace("{:06d}", "*")):
+            if _index(shard.name) > self._index:
+                shard.unlink()
+        last = self.out / _SHARD.format(max(self._index, 0))
+        if self._index >= 0 and last.exists() and last.stat().st_size >= end:
+            self._file = Growing(last, end)
+
+    def holds(self, line: Mapping[str, Any]) -> bool:
+        """Whether the shard of a manifest line is there and reaches that far."""
+        try:
+            return (self.out / str(line["file"])).stat().st_size >= line["offset"] + line["bytes"]
+        except (OSError, KeyError, TypeError):
+            return False
+
+    def path(self, request: Request) -> None:
+        """No image can be found by its name."""
+        return None
+
+    def prepare(self, made: Made) -> Made:
+        return made
+
+    def commit(self, made: Sequence[Made]) -> list[dict[str, Any]]:
+        """Append the images, flush, and return the manifest's lines: shard, offset and length. On an OSError the shard is cut back."""
+        lines = []
+        rest = list(made)
+        while rest:
+            if self._file is None or self._count >= self.size:
+                self._next()
+            now, rest = rest[: self.size - self._count], rest[self.size - self._count :]
+            members = [self._members(m) for m in now]
+            offset = self._file.append(b"".join(members))  # type: ignore[union-attr]
+            self._count += len(now)
+            for m, data in zip(now, members, strict=True):
+                place = {"file": _SHARD.format(self._index), "offset": offset, "bytes": len(data)}
+                lines.append(m.record | place)
+                offset += len(data)
+        return lines
+
+    def close(self) -> None:
+        """End the last shard as tar archives end."""
+        if self._file is not None:
+            file, self._file = self._file, None
+            try:
+                file.append(bytes(2 * _BLOCK))
+            finally:
+                file.close()
+
+    def _members(self, made: Made) -> bytes:
+        record = json.dumps(finite(made.record), allow_nan=False, ensure_ascii=False).encode()
+        parts = []
+        for ending, data in ((self.picture.ending, made.data), (".json", record)):
+            info = tarfile.TarInfo(made.request.id + ending)
+            info.size, info.mode = len(data), 0o644
+            parts += [info.tobuf(tarfile.GNU_FORMAT), data, bytes(-len(data) % _BLOCK)]
+        return b"".join(parts)
+
+    def _next(self) -> None:
+        self.close()
+        self._index, self._count = self._index + 1, 0
+        self._file = Growing(self.out / _SHARD.format(self._index), 0)
+        sync_directory(self.out)
+
+
+def _index(name: str) -> int:
+    return int(name.removeprefix("shard-").removesuffix(".tar"))
+
+
+def _write(path: Path, data: bytes) -> None:
+    """The file is there whole or not at all. Nobody else writes an image of this name: the directory is claimed."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

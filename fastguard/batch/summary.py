@@ -1,0 +1,58 @@
+"""report.json: what a finished job made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastguard.batch.manifest import Manifest
+from fastguard.batch.request import Request
+from fastguard.files import finite, write_json
+
+REPORT = "report.json"
+LISTED = 10_000  # images that report.json lists; beyond, the manifest is the list
+
+
+@dataclass(frozen=True)
+class Summary:
+    """total: images of the job that are there; made: of them by this run; rejected: rows that could not be made."""
+
+    total: int
+    made: int
+    rejected: int
+    caught: int
+    transitions: int
+    forced: int
+    report: Path
+
+    def __str__(self) -> str:
+        text = (
+            f"{self.total} images, {self.made} of them made now; caught by the gate: {self.caught}, transitions: "
+            f"{self.transitions}, of them forced by the deadline: {self.forced}"
+        )
+        return f"{text}; rejected rows: {self.rejected}" if self.rejected else text
+
+
+def summarize(
+    out: Path, requests: Sequence[Request], manifest: Manifest, settings: Mapping[str, Any], *, made: int, rejected: int
+) -> Summary:
+    """Write report.json: the settings, the counts and, of small jobs, the manifest's lines in the order of the requests."""
+    lines = manifest.latest()
+    images = [lines[request.id] for request in requests if request.id in lines]
+    counts = {
+        "total": len(images),
+        "rejected": rejected,
+        "caught": sum(1 for line in images if line["gate"] and line["gate"]["caught"]),
+        "transitions": sum(1 for line in images if line["transition_step"] is not None),
+        "forced": sum(1 for line in images if line["forced"]),
+    }
+    report = {
+        "fastguard_generate": 1,
+        "settings": dict(settings),
+        **counts,
+        "manifest": manifest.path.name,
+        "images": images if len(images) <= LISTED else None,
+    }
+    return Summary(made=made, report=write_json(out / REPORT, finite(report)), **counts)
