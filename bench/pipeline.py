@@ -35,7 +35,10 @@ def measure(model: Path | None, batch: int, steps: int, pairs: int) -> dict[str,
         def run(pipe, steps=steps):
             generator = [torch.Generator().manual_seed(i) for i in range(batch)]
             return pipe(
-                ["a red apple"] * batch, num_inference_steps=steps, generator=generator, output_type="latent"
+                ["a red apple"] * batch,
+                num_inference_steps=steps,
+                generator=generator,
+                output_type="latent",
             ).images
 
         with fastguard.enable(guarded, "cfg"):
@@ -45,7 +48,10 @@ def measure(model: Path | None, batch: int, steps: int, pairs: int) -> dict[str,
         for policy in ("cfg", "dtp", "stp"):
             with fastguard.enable(guarded, policy):
                 results[name][policy] = alternating(
-                    lambda g=guarded: run(g), lambda s=stock: run(s), pairs=pairs, progress=f"{name}, {policy}"
+                    lambda g=guarded: run(g),
+                    lambda s=stock: run(s),
+                    pairs=pairs,
+                    progress=f"{name}, {policy}",
                 )
     return results
 
@@ -54,7 +60,9 @@ def _load(model: Path | None, make) -> diffusers.StableDiffusionPipeline:
     pipe = (
         testbed.load()
         if model is None
-        else diffusers.StableDiffusionPipeline.from_pretrained(model, safety_checker=None, torch_dtype=torch.float32)
+        else diffusers.StableDiffusionPipeline.from_pretrained(
+            model, safety_checker=None, torch_dtype=torch.float32
+        )
     )
     pipe.scheduler = make(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
@@ -62,22 +70,33 @@ def _load(model: Path | None, make) -> diffusers.StableDiffusionPipeline:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="a Stable Diffusion pipeline's folder; default: the embedded model")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model",
+        type=Path,
+        help="a Stable Diffusion pipeline's folder; default: the embedded model",
+    )
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--pairs", type=int, default=20)
     parser.add_argument("--json", type=Path, help="write all ratios to this file")
     options = parser.parse_args()
     results = measure(options.model, options.batch, options.steps, options.pairs)
-    print(f"batch {options.batch}, {options.steps} steps, float32, {torch.get_num_threads()} threads, {platform.processor() or platform.machine()}")
+    print(
+        f"batch {options.batch}, {options.steps} steps, float32, {torch.get_num_threads()} threads, {platform.processor() or platform.machine()}"
+    )
     print("| scheduler | policy | seconds of fastguard / stock |\n|---|---|---|")
     for scheduler, by_policy in results.items():
         for policy, ratios in by_policy.items():
             print(f"| {scheduler} | {policy} | {ratios} |")
     if options.json:
         values = {s: {p: r.values for p, r in by.items()} for s, by in results.items()}
-        write_json(options.json, {"torch": torch.__version__, "diffusers": diffusers.__version__, "ratios": values})
+        write_json(
+            options.json,
+            {"torch": torch.__version__, "diffusers": diffusers.__version__, "ratios": values},
+        )
 
 
 if __name__ == "__main__":

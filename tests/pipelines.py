@@ -34,12 +34,19 @@ def ddim(**config: Any) -> diffusers.DDIMScheduler:
 @functools.lru_cache(maxsize=1)
 def tokenizer() -> CLIPTokenizer:
     letters = [*string.ascii_lowercase, *string.digits, *",.!-*<>_"]
-    pieces = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    pieces = [
+        *letters,
+        *(letter + "</w>" for letter in letters),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
     return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=16)
 
 
-def text_encoder(projection: bool = False, seed: int = 0) -> CLIPTextModel | CLIPTextModelWithProjection:
+def text_encoder(
+    projection: bool = False, seed: int = 0
+) -> CLIPTextModel | CLIPTextModelWithProjection:
     torch.manual_seed(seed)
     config = CLIPTextConfig(
         hidden_size=32,
@@ -98,7 +105,9 @@ def controlnet(**config: Any) -> diffusers.ControlNetModel:
         norm_num_groups=4,
         **config,
     ).eval()
-    for parameter in model.controlnet_down_blocks.parameters():  # zero convolutions would hide a wrong residual
+    for (
+        parameter
+    ) in model.controlnet_down_blocks.parameters():  # zero convolutions would hide a wrong residual
         torch.nn.init.normal_(parameter, std=0.1)
     return model
 
@@ -191,11 +200,17 @@ def pixart(scheduler: Any = None) -> Any:
         norm_num_groups=1,
         use_additional_conditions=False,
     ).eval()
-    torch.nn.init.normal_(transformer.proj_out.weight, std=0.02)  # zero by default, which predicts nothing
+    torch.nn.init.normal_(
+        transformer.proj_out.weight, std=0.02
+    )  # zero by default, which predicts nothing
     scheduler = scheduler or diffusers.DPMSolverMultistepScheduler(beta_start=1e-4, beta_end=0.02)
     return _quiet(
         diffusers.PixArtAlphaPipeline(
-            tokenizer=None, text_encoder=None, vae=vae(), transformer=transformer, scheduler=scheduler
+            tokenizer=None,
+            text_encoder=None,
+            vae=vae(),
+            transformer=transformer,
+            scheduler=scheduler,
         )
     )
 
@@ -206,7 +221,9 @@ def pixart_embeds(batch: int) -> dict[str, torch.Tensor]:
         name: torch.randn(batch, 8, 32, generator=generator)
         for name in ("prompt_embeds", "negative_prompt_embeds")
     }
-    masks = {f"{name.removesuffix('embeds')}attention_mask": torch.ones(batch, 8) for name in embeds}
+    masks = {
+        f"{name.removesuffix('embeds')}attention_mask": torch.ones(batch, 8) for name in embeds
+    }
     return {**embeds, **masks}
 
 

@@ -18,7 +18,10 @@ import fastguard
 from tests import pipelines
 
 STEPS = 5
-CLOSE = {"rtol": 0, "atol": 1e-4}  # of the largest value; one update differs from stock's by rounding only
+CLOSE = {
+    "rtol": 0,
+    "atol": 1e-4,
+}  # of the largest value; one update differs from stock's by rounding only
 
 
 @pytest.fixture(scope="module")
@@ -47,13 +50,18 @@ def same(pipe, **kwargs):
         report = guard.report
     assert type(ours) is type(stock)
     if isinstance(stock, list):
-        ours, stock = np.stack([np.asarray(i) for i in ours]) / 255, np.stack([np.asarray(i) for i in stock]) / 255
+        ours, stock = (
+            np.stack([np.asarray(i) for i in ours]) / 255,
+            np.stack([np.asarray(i) for i in stock]) / 255,
+        )
         tolerance = 1.01 / 255  # rounding to a byte
     else:
         tolerance = 1e-4
     ours, stock = (np.asarray(v, dtype=np.float64) for v in (ours, stock))
     assert ours.shape == stock.shape
-    np.testing.assert_allclose(ours / np.abs(stock).max(), stock / np.abs(stock).max(), rtol=0, atol=tolerance)
+    np.testing.assert_allclose(
+        ours / np.abs(stock).max(), stock / np.abs(stock).max(), rtol=0, atol=tolerance
+    )
     return report
 
 
@@ -122,7 +130,12 @@ def test_thresholding_runs_its_own_step():
 
 SD_KINDS = {
     "StableDiffusionImg2ImgPipeline": lambda: {"image": picture(), "strength": 0.7},
-    "StableDiffusionInpaintPipeline": lambda: {"image": picture(), "mask_image": mask(), "height": 32, "width": 32},
+    "StableDiffusionInpaintPipeline": lambda: {
+        "image": picture(),
+        "mask_image": mask(),
+        "height": 32,
+        "width": 32,
+    },
     "StableDiffusionControlNetPipeline": lambda: {"image": [picture(), picture(seed=1)]},
     "StableDiffusionControlNetImg2ImgPipeline": lambda: {
         "image": [picture()] * 2,
@@ -156,7 +169,11 @@ def test_stable_diffusion_kinds(kind, scheduler):
 def test_sdxl_kinds(kind, scheduler):
     kind = kind.replace("StableDiffusion", "StableDiffusionXL")
     pipe = pipelines.sdxl(kind, scheduler=SCHEDULERS[scheduler]())
-    same(pipe, **SD_KINDS[kind.replace("XL", "")](), make=lambda: {"generator": pipelines.generators([1, 2])})
+    same(
+        pipe,
+        **SD_KINDS[kind.replace("XL", "")](),
+        make=lambda: {"generator": pipelines.generators([1, 2])},
+    )
 
 
 def test_inpaint_with_nine_channels():
@@ -202,7 +219,14 @@ def test_sdxl_guidance_rescale():
     assert same(pipelines.sdxl(), guidance_rescale=0.5).path == "own step"
 
 
-@pytest.mark.parametrize("kind", ["StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "StableDiffusion3Pipeline",
+        "StableDiffusion3Img2ImgPipeline",
+        "StableDiffusion3InpaintPipeline",
+    ],
+)
 def test_stable_diffusion_3(kind):
     kwargs = {} if kind == "StableDiffusion3Pipeline" else {"image": picture(), "strength": 0.8}
     if "Inpaint" in kind:
@@ -212,13 +236,18 @@ def test_stable_diffusion_3(kind):
 
 def test_stable_diffusion_3_refuses_skip_layer_guidance():
     pipe = pipelines.sd3()
-    with fastguard.enable(pipe, "cfg"), pytest.raises(ValueError, match=r"skip_guidance_layers=\[0\]"):
+    with (
+        fastguard.enable(pipe, "cfg"),
+        pytest.raises(ValueError, match=r"skip_guidance_layers=\[0\]"),
+    ):
         call(pipe, height=32, width=32, skip_guidance_layers=[0])
 
 
 @pytest.mark.parametrize("steps", [1, 4])
 def test_pixart(steps):
-    pipe = pipelines.pixart(scheduler=diffusers.DDPMScheduler(clip_sample=False) if steps == 1 else None)
+    pipe = pipelines.pixart(
+        scheduler=diffusers.DDPMScheduler(clip_sample=False) if steps == 1 else None
+    )
     same(
         pipe, prompt=None, negative_prompt=None, height=16, width=16, use_resolution_binning=False,
         num_inference_steps=steps, **pipelines.pixart_embeds(2),
@@ -240,7 +269,10 @@ def test_what_is_not_listed_is_refused(sd):
 
 
 def test_guard_without_guidance_is_refused(sd):
-    with fastguard.enable(sd, "dtp", gate=0.1), pytest.raises(ValueError, match=r"guidance_scale=1\.0"):
+    with (
+        fastguard.enable(sd, "dtp", gate=0.1),
+        pytest.raises(ValueError, match=r"guidance_scale=1\.0"),
+    ):
         call(sd, guidance_scale=1.0)
 
 
@@ -282,7 +314,9 @@ def test_ip_adapter():
     same(pipe, ip_adapter_image_embeds=embeds)
     pipe.set_ip_adapter_scale(0.4)
     same(pipe, ip_adapter_image=[[picture(), picture(seed=1)]])
-    with fastguard.enable(pipe, "stp", t_star=0) as guard:  # one branch only: its half of the image embeddings
+    with fastguard.enable(
+        pipe, "stp", t_star=0
+    ) as guard:  # one branch only: its half of the image embeddings
         call(pipe, ip_adapter_image_embeds=embeds)
         assert guard.report[0].denoiser_rows == STEPS
 
@@ -327,7 +361,9 @@ def test_callback_sees_every_step(sd):
     with fastguard.enable(sd, "cfg"):
         call(sd, callback_on_step_end=collector(ours))
     assert [s[:2] for s in ours] == [s[:2] for s in stock]
-    for (_, _, a), (_, _, b) in zip(ours, stock, strict=True):  # kept latents are not overwritten by later steps
+    for (_, _, a), (_, _, b) in zip(
+        ours, stock, strict=True
+    ):  # kept latents are not overwritten by later steps
         torch.testing.assert_close(a, b, rtol=0, atol=1e-4 * b.abs().max().item())
 
 
@@ -352,11 +388,17 @@ def _cut_off(pipe, step, timestep, kwargs):
     return {"prompt_embeds": kwargs["prompt_embeds"].chunk(2)[-1]}
 
 
-@pytest.mark.parametrize("callback", [_replace, _in_place, _scale, _cut_off], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "callback", [_replace, _in_place, _scale, _cut_off], ids=lambda f: f.__name__
+)
 @pytest.mark.parametrize("scheduler", ["ddim", "euler"])
 def test_callback_changes_are_honoured(callback, scheduler):
     pipe = pipelines.sd(scheduler=SCHEDULERS[scheduler]())
-    same(pipe, callback_on_step_end=callback, callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"])
+    same(
+        pipe,
+        callback_on_step_end=callback,
+        callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"],
+    )
 
 
 def test_what_a_call_notes_on_the_pipeline_stays_readable(sd):
@@ -413,17 +455,23 @@ def test_from_pipe_copies_and_pickles_are_stock(sd):
         other = diffusers.StableDiffusionImg2ImgPipeline.from_pipe(sd)
         assert type(other) is diffusers.StableDiffusionImg2ImgPipeline and other.unet is sd.unet
         twin = copy.deepcopy(sd)
-        assert type(twin) is diffusers.StableDiffusionPipeline and "_fastguard_guard" not in vars(twin)
+        assert type(twin) is diffusers.StableDiffusionPipeline and "_fastguard_guard" not in vars(
+            twin
+        )
         auto = diffusers.AutoPipelineForInpainting.from_pipe(sd)
         assert type(auto) is diffusers.StableDiffusionInpaintPipeline
     assert torch.equal(call(twin), call(sd))
 
 
 def test_pickle_is_stock():
-    pipe = pipelines.sd()  # never called: transformers hangs hooks on a called text encoder that no pickle takes
+    pipe = (
+        pipelines.sd()
+    )  # never called: transformers hangs hooks on a called text encoder that no pickle takes
     with fastguard.enable(pipe, "cfg"):
         loaded = pickle.loads(pickle.dumps(pipe))
-    assert type(loaded) is diffusers.StableDiffusionPipeline and "_fastguard_guard" not in vars(loaded)
+    assert type(loaded) is diffusers.StableDiffusionPipeline and "_fastguard_guard" not in vars(
+        loaded
+    )
     loaded.set_progress_bar_config(disable=True)
     assert torch.equal(call(loaded), call(pipe))
 
@@ -482,17 +530,32 @@ def test_ungated_policy_warns_once(sd, caplog):
 
 
 def test_four_policies_in_one_call_equal_four_calls(sd):
-    policies = ["cfg", fastguard.policy("stp", t_star=600), "dtp", fastguard.policy("og+dtp", guidance_scale=6.0)]
+    policies = [
+        "cfg",
+        fastguard.policy("stp", t_star=600),
+        "dtp",
+        fastguard.policy("og+dtp", guidance_scale=6.0),
+    ]
     kwargs = {"prompt": ["cat", "dog", "a", "red"], "num_inference_steps": 12}
     with fastguard.enable(sd, policies) as guard:
         together = call(sd, **kwargs, generator=pipelines.generators([1, 2, 3, 4]))
         batch = list(guard.report)
     for i, policy in enumerate(policies):
         with fastguard.enable(sd, policy, monitor=True) as guard:
-            alone = call(sd, prompt=kwargs["prompt"][i], num_inference_steps=12, generator=pipelines.generators([i + 1]))
+            alone = call(
+                sd,
+                prompt=kwargs["prompt"][i],
+                num_inference_steps=12,
+                generator=pipelines.generators([i + 1]),
+            )
             report = guard.report[0]
-        torch.testing.assert_close(together[i : i + 1], alone, rtol=0, atol=1e-4 * alone.abs().max().item())
-        assert (report.transition_step, report.forced) == (batch[i].transition_step, batch[i].forced)
+        torch.testing.assert_close(
+            together[i : i + 1], alone, rtol=0, atol=1e-4 * alone.abs().max().item()
+        )
+        assert (report.transition_step, report.forced) == (
+            batch[i].transition_step,
+            batch[i].forced,
+        )
         np.testing.assert_allclose(report.d_curve, batch[i].d_curve, rtol=1e-4)
 
 

@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 def wheel(tmp_path_factory) -> zipfile.ZipFile:
     out = tmp_path_factory.mktemp("wheel")
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", out, ROOT], check=True
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", out, ROOT],
+        check=True,
     )
     (path,) = out.glob("fastguard-*.whl")
     return zipfile.ZipFile(path)
@@ -44,4 +45,6 @@ def test_kernels_is_not_importable_by_that_name(wheel, tmp_path):
     """Unpacked alone on the path, `import kernels` fails and `import fastguard.kernels.layout` works."""
     wheel.extractall(tmp_path)
     check = "import fastguard.kernels.layout, importlib.util as u; assert u.find_spec('kernels') is None or 'site-packages' in str(u.find_spec('kernels').origin)"
-    subprocess.run([sys.executable, "-c", check], cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}, check=True)
+    subprocess.run(
+        [sys.executable, "-c", check], cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}, check=True
+    )
