@@ -234,3 +234,63 @@ def _close(got: Tensor, want: np.ndarray, size: np.ndarray, relative: float, abs
     error = np.abs(value - want)
     worst = np.unravel_index(np.argmax(np.where(error <= allowed, 0, np.nan_to_num(error, nan=np.inf) + 1e-300)), error.shape)
     assert (error <= allowed).all(), f"{what}: at {worst} {value[worst]} instead of {want[worst]}, allowed {allowed[worst]}"
+
+
+def alone(case: Case, b: int) -> Case:
+    """Sample b of a case as a batch of one."""
+    batch = case.uncond.shape[0]
+    halves = {name: slice(b, None, batch) for name in ("model_input", "timestep_out")}
+    columns = {"trace", "history"}
+    taken = {}
+    for name, tensor in case.arguments.items():
+        if tensor is None or name == "rows":
+            taken[name] = tensor
+        elif name in columns:
+            taken[name] = clone(tensor[:, b : b + 1])
+        else:
+            taken[name] = tensor[halves.get(name, slice(b, b + 1))].clone()
+    taken["trace"] = taken["trace"].contiguous()
+    taken["history"] = history_for(taken["x"], len(case.arguments["history"])).copy_(taken["history"])
+    cond = None if case.cond is None else case.cond[b : b + 1].clone()
+    return Case(case.uncond[b : b + 1].clone(), cond, taken)
+
+
+def permuted(case: Case, order: list[int]) -> Case:
+    """The same samples at other places of the batch."""
+    batch = len(order)
+    both = order + [batch + b for b in order]
+    taken = {}
+    for name, tensor in case.arguments.items():
+        if tensor is None or name == "rows":
+            taken[name] = tensor
+        elif name in ("trace", "history"):
+            taken[name] = tensor[:, order].contiguous()
+        else:
+            taken[name] = tensor[both[: len(tensor)]]
+    return Case(case.uncond[order], None if case.cond is None else case.cond[order], taken)
+
+
+def same_bits(got: Tensor, want: Tensor, what: str) -> None:
+    kind = {8: torch.int64, 4: torch.int32, 2: torch.int16}[got.element_size()]
+    assert torch.equal(got.contiguous().view(kind), want.contiguous().view(kind)), what
+
+
+def check_batch_invariance(shape: tuple[int, ...], *, seed: int = 0, **options: Any) -> None:
+    """Every sample of a mixed batch, run alone and at another place, gives the same d, state, x, m and model input, to the bit."""
+    backend = options.pop("backend")
+    batch = shape[0]
+    case = make(seed, shape, **options)
+    whole = case.clone()
+    whole.run(backend=backend)
+    order = list(np.random.default_rng(seed).permutation(batch))
+    moved = permuted(case, order)
+    moved.run(backend=backend)
+    for name, tensor in permuted(whole, order).arguments.items():
+        if tensor is not None:
+            same_bits(moved.arguments[name], tensor, f"{name} at another place")
+    for b in range(batch):
+        single = alone(case, b)
+        single.run(backend=backend)
+        for name, tensor in alone(whole, b).arguments.items():
+            if tensor is not None:
+                same_bits(single.arguments[name], tensor, f"{name} of sample {b} alone")

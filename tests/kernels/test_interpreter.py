@@ -1,30 +1,24 @@
-"""The Triton kernels in Triton's interpreter, on the CPU, against the float64 reference.
+"""The Triton kernels in Triton's interpreter, on the CPU, against the float64 reference."""
 
-TRITON_INTERPRET must be set before triton is imported, so pytest runs this file once more in a process of its own.
-"""
-
-import os
-import subprocess
-import sys
+import math
 
 import pytest
 import torch
 
-from . import cases
+from . import cases, interpreted
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytest.importorskip("triton")
 
-if not INTERPRETED:
+if not interpreted.HERE:
 
     def test_kernels_in_the_interpreter():
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-        run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-        print(run.stdout[-4000:])
-        assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+        interpreted.run_file(__file__)
 
 else:
     from fastguard.kernels import guided_step as kernel
+
+    ONE_LAUNCH = (5, 4, 3, 5)
+    TWO_LAUNCHES = (3, 4, 67, 65)
 
     def run_and_check(shape, seed, **options):
         case = cases.make(seed, shape, **options)
@@ -32,13 +26,47 @@ else:
         run.run(backend="triton")
         cases.check(case, run, interpreted=True)
 
-    @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (5, 4, 3, 5), (4, 4, 32, 32), (2, 4, 3, 8, 8)])
-    def test_one_launch(shape):
-        for seed in range(4):
-            run_and_check(shape, seed, slots=seed)
+    @pytest.mark.parametrize("seed", range(4))
+    @pytest.mark.parametrize("shape", [(1, 1, 1, 1), ONE_LAUNCH, (4, 4, 32, 32), (2, 4, 3, 8, 8)])
+    def test_one_launch(shape, seed):
+        assert kernel.launch_shape(math.prod(shape[1:]))[1] == 1
+        run_and_check(shape, seed, slots=seed)
 
-    @pytest.mark.parametrize("shape", [(3, 4, 67, 65), (2, 4, 96, 96)])
+    @pytest.mark.parametrize("shape", [TWO_LAUNCHES, (2, 4, 96, 96)])
     def test_two_launches(shape):
-        assert shape[1] * shape[2] * shape[3] > kernel.SINGLE
+        assert kernel.launch_shape(math.prod(shape[1:]))[1] > 1
         for seed in range(3):
             run_and_check(shape, seed)
+
+    def test_sd15_takes_one_launch():
+        assert kernel.launch_shape(4 * 64 * 64)[1] == 1
+
+    def test_more_partial_sums_than_one_round_adds_up(monkeypatch):
+        monkeypatch.setattr(kernel, "PARTIALS", 4)
+        run_and_check(TWO_LAUNCHES, 1, uniform=True)
+
+    @pytest.mark.parametrize("shape", [ONE_LAUNCH, TWO_LAUNCHES])
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+    def test_dtypes_noise_and_memory_formats(dtype, shape):
+        for seed, (noise, channels_last) in enumerate([(None, True), (torch.float32, False), (dtype, True)]):
+            run_and_check(shape, seed, dtype=dtype, noise=noise, channels_last=channels_last)
+
+    @pytest.mark.parametrize("shape", [ONE_LAUNCH, TWO_LAUNCHES])
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"both": False},
+            {"halves": 1, "timestep": torch.int64},
+            {"halves": None, "timestep": None},
+            {"extra_channels": 4, "slots": 0},
+            {"uniform": True, "noise": torch.float32, "slots": 3},
+        ],
+        ids=str,
+    )
+    def test_options(options, shape):
+        for seed in range(2):
+            run_and_check(shape, seed, **options)
+
+    @pytest.mark.parametrize("shape", [(32, 4, 3, 5), (8, 4, 67, 65)])
+    def test_bits_do_not_depend_on_the_batch(shape):
+        cases.check_batch_invariance(shape, backend="triton", dtype=torch.float16)

@@ -1,0 +1,109 @@
+"""No access out of bounds and no race, in every configuration that the launcher can choose.
+
+TileLens's sanitizer solves for addresses outside the tensors. Its race detector (3.1.1) only collects accesses, so here its tracer
+collects the addresses that each program really touches and `races` looks for one that two programs of a launch touch and at least
+one writes.
+"""
+
+import importlib.util
+import inspect
+import itertools
+from collections import defaultdict
+
+import pytest
+import torch
+
+from . import cases, interpreted
+
+pytest.importorskip("triton")
+tilelens = pytest.importorskip("tilelens")
+
+if not interpreted.HERE:
+
+    def test_memory_in_the_interpreter():
+        interpreted.run_file(__file__)
+
+else:
+    from tilelens.clients import Sanitizer, Tracer
+    from tilelens.core.data import Grid, Load, Store
+
+    from fastguard.kernels import guided_step as kernel
+
+    ONE_LAUNCH, TWO_LAUNCHES = (2, 4, 3, 5), (2, 4, 67, 65)
+    CONFIGURATIONS = [
+        {"dtype": dtype, "both": both, "noise": noise, "halves": halves, "timestep": timestep, "slots": slots}
+        for (dtype, both), (noise, halves, timestep, slots) in itertools.product(
+            [(torch.float16, True), (torch.bfloat16, True), (torch.float32, True), (torch.float32, False)],
+            [(None, 2, None, 0), (torch.float32, 1, torch.int64, 1), ("model", None, torch.float32, 2), (None, 2, None, 3)],
+        )
+    ]
+
+    def traced(client, module, monkeypatch):
+        clients = []
+        for name in ("_norm_kernel", "_step_kernel"):
+            clients.append(client())
+            monkeypatch.setattr(module, name, tilelens.trace(client=clients[-1])(getattr(module, name)))
+        return clients
+
+    def run(module, shape, seed=0, **options):
+        if options.get("noise") == "model":
+            options["noise"] = options["dtype"]
+        case = cases.make(seed, shape, **options)
+        order = list(inspect.signature(module._guided_step_triton).parameters)[2:]
+        arguments = {**case.arguments, "z": case.arguments["noise"], "scratch": None}
+        module._guided_step_triton(case.uncond, case.cond, *(arguments[name] for name in order))
+
+    def races(client):
+        """Addresses that two programs of one launch touch, one of them writing."""
+        readers, writers, program = defaultdict(set), defaultdict(set), None
+        for record in client.records:
+            if isinstance(record, Grid):
+                program = record.idx
+            elif isinstance(record, Load | Store):
+                touched = (record.ptr + record.offsets)[record.masks.astype(bool)].ravel().tolist()
+                for address in touched:
+                    (readers if isinstance(record, Load) else writers)[address].add(program)
+        return [
+            address for address, wrote in writers.items() if len(wrote | readers[address]) > 1
+        ]  # fmt: skip
+
+    def planted(old, new, tmp_path):
+        """The module with one line changed and without the operator, which may be registered only once."""
+        source = inspect.getsource(kernel).split("# ---", 4)
+        text = "# ---".join(source[:-1]).replace("from .", "from fastguard.kernels.").replace("kernels. import", "kernels import")
+        assert text.count(old) >= 1, f"{old!r} is not in the source"
+        path = tmp_path / "planted.py"
+        path.write_text(text.replace(old, new))
+        spec = importlib.util.spec_from_file_location("planted", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    @pytest.mark.parametrize("shape", [ONE_LAUNCH, TWO_LAUNCHES])
+    @pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=str)
+    def test_in_bounds(configuration, shape, monkeypatch):
+        traced(lambda: Sanitizer(abort_on_error=True), kernel, monkeypatch)
+        run(kernel, shape, **configuration)
+
+    @pytest.mark.parametrize("shape", [ONE_LAUNCH, TWO_LAUNCHES])
+    def test_planted_out_of_bounds_is_found(shape, monkeypatch, tmp_path):
+        module = planted("mask = offs < n\n    e = ", "mask = offs < n + 1\n    e = ", tmp_path)
+        traced(lambda: Sanitizer(abort_on_error=True), module, monkeypatch)
+        with pytest.raises((SystemExit, Exception)) as raised:
+            run(module, shape)
+        assert raised.type in (SystemExit, ValueError), raised
+
+    @pytest.mark.parametrize("shape", [ONE_LAUNCH, TWO_LAUNCHES])
+    @pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=str)
+    def test_no_races(configuration, shape, monkeypatch):
+        clients = traced(Tracer, kernel, monkeypatch)
+        run(kernel, shape, **configuration)
+        assert any(client.records for client in clients)
+        assert [races(client) for client in clients] == [[], []]
+
+    def test_planted_race_is_found(monkeypatch, tmp_path):
+        """Without the snapshot the second launch reads the state that its first block writes."""
+        module = planted("state_ptr if snapshot_ptr is None else snapshot_ptr", "state_ptr", tmp_path)
+        clients = traced(Tracer, module, monkeypatch)
+        run(module, TWO_LAUNCHES)
+        assert races(clients[1])
