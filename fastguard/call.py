@@ -34,7 +34,6 @@ from fastguard.policy import Policy
 from fastguard.report import Report
 from fastguard.schedule import Schedule, compile_schedule
 
-
 NOISE_AHEAD = 2**28  # bytes: noise up to this size is drawn before the loop
 
 
@@ -42,7 +41,12 @@ class Call:
     """State of one generation. `scheduler` and `denoiser` are the originals behind the pipeline's shadows."""
 
     def __init__(
-        self, policy: Policy, family: Family, arguments: Mapping[str, Any], scheduler: Any, denoiser: Any
+        self,
+        policy: Policy,
+        family: Family,
+        arguments: Mapping[str, Any],
+        scheduler: Any,
+        denoiser: Any,
     ) -> None:
         self.policy, self.family, self.arguments = policy, family, arguments
         self.scheduler, self.denoiser = scheduler, denoiser
@@ -107,7 +111,10 @@ class Call:
         timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
         self._compiled(timestep)
         if (ready := self._ready_input(sample)) is not None:
-            args, kwargs = (ready, *args[1:]) if args else args, kwargs if args else {**kwargs, name: ready}
+            args, kwargs = (
+                (ready, *args[1:]) if args else args,
+                kwargs if args else {**kwargs, name: ready},
+            )
         rows = sample.shape[0]
         guided = self.family.guided(self.pipe, self.arguments)
         if not guided and self.row == 0 and self.policy.guarded:
@@ -120,7 +127,10 @@ class Call:
         if guided and self._rescale > 0.0:
             branches = "both"  # rescaling needs the conditional output even where guidance does not
         if guided and branches != "both":
-            args, kwargs = select_branch(args, branches, batch), select_branch(kwargs, branches, batch)
+            args, kwargs = (
+                select_branch(args, branches, batch),
+                select_branch(kwargs, branches, batch),
+            )
 
         result = self.denoiser(*args, **kwargs)
         output = result[0]
@@ -154,7 +164,7 @@ class Call:
 
         self._keep_step_index(before + 1)
         latents = self._latents()
-        self._returned, self._returned_version = latents, _version(latents)
+        self._returned, self._returned_version = latents, _version(latents) if self.observed else 0
         return (latents,) if not kwargs.get("return_dict", True) else _Step(prev_sample=latents)
 
     @property
@@ -269,11 +279,21 @@ class Call:
         """
         schedule, generator = self.schedule, self.arguments.get("generator")
         size = sum(schedule.draws) * latents.numel() * latents.element_size()
-        passed_on = "generator" in inspect.signature(self.scheduler.step).parameters and hasattr(self.pipe, "prepare_extra_step_kwargs")
-        if self.observed or not 0 < size <= NOISE_AHEAD or torch.is_autocast_enabled(latents.device.type) or not passed_on:
+        passed_on = "generator" in inspect.signature(self.scheduler.step).parameters and hasattr(
+            self.pipe, "prepare_extra_step_kwargs"
+        )
+        if (
+            self.observed
+            or not 0 < size <= NOISE_AHEAD
+            or torch.is_autocast_enabled(latents.device.type)
+            or not passed_on
+        ):
             return None
         shape, dtype = latents.shape, schedule.noise_dtype or latents.dtype
-        return [randn_tensor(shape, generator=generator, device=latents.device, dtype=dtype) if n else None for n in schedule.draws]
+        return [
+            randn_tensor(shape, generator=generator, device=latents.device, dtype=dtype) if n else None
+            for n in schedule.draws
+        ]
 
     def _rescaled(self, guided: torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor:
         """guidance_rescale of Lin et al. 2023 (arXiv 2305.08891, section 3.4): pull the standard deviation back to cond's."""
@@ -324,7 +344,9 @@ class _Step(dict):
 def _version(tensor: torch.Tensor) -> float:
     try:
         return tensor._version
-    except RuntimeError:  # inference tensors count no versions: NaN, unequal to itself, takes every tensor for a changed one
+    except (
+        RuntimeError
+    ):  # inference tensors count no versions: NaN, unequal to itself, takes every tensor for a changed one
         return math.nan
 
 
@@ -347,9 +369,9 @@ def _begin_index(scheduler: Any, timestep: Any) -> int:
     if begin is not None:
         return int(begin)
     timesteps = scheduler.timesteps
-    if isinstance(timestep, torch.Tensor) and isinstance(timesteps, torch.Tensor):
-        if torch._C._is_alias_of(timestep, timesteps):
-            return (timestep.storage_offset() - timesteps.storage_offset()) // max(timesteps.stride(0), 1)
+    tensors = isinstance(timestep, torch.Tensor) and isinstance(timesteps, torch.Tensor)
+    if tensors and torch._C._is_alias_of(timestep, timesteps):
+        return (timestep.storage_offset() - timesteps.storage_offset()) // max(timesteps.stride(0), 1)
     matches = [i for i, t in enumerate(timesteps) if float(t) == float(torch.as_tensor(timestep).flatten()[0])]
     if not matches:
         raise ValueError(f"timestep={timestep!r}: must be one of scheduler.timesteps")

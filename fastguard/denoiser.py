@@ -32,9 +32,5 @@ def select_branch(tree: Any, branch: Branches, batch: int) -> Any:
 
 
 def placeholder(output: torch.Tensor, rows: int) -> torch.Tensor:
-    """A [rows, C, 1, ...] stand-in for the model output, for the pipeline's own guidance arithmetic, whose result is ignored.
-
-    The pipeline chunks and combines it as always (two to four operations a step), at the cost of `rows * C` numbers.
-    """
-    corner = output[(slice(None), slice(None), *(slice(0, 1) for _ in output.shape[2:]))]
-    return corner if output.shape[0] == rows else corner.repeat(2, *(1 for _ in output.shape[1:]))
+    """[rows, C, 1, ...] zeros for the pipeline's own guidance arithmetic, whose result is ignored; in host memory, where it launches nothing."""
+    return torch.zeros((rows, output.shape[1], *(1 for _ in output.shape[2:])), dtype=output.dtype)

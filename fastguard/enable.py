@@ -8,13 +8,15 @@ import inspect
 import logging
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from fastguard.call import Call
 from fastguard.families import Family, find
-from fastguard.policy import Policy, policy as make_policy
+from fastguard.pending import settled
+from fastguard.policy import Policy
+from fastguard.policy import policy as make_policy
 from fastguard.report import Report
 from fastguard.shadow import shadow
 
@@ -97,6 +99,9 @@ class Guard:
                 },
             )
             twin.__dict__[family.denoiser] = shadow(denoiser, {"__call__": call.denoise})
+            twin.__dict__["progress_bar"] = _before(call.begin, twin.progress_bar)
+            if hasattr(pipe, "prepare_latents"):
+                twin.__dict__["prepare_latents"] = _after(twin.prepare_latents, call.prepare_latents)
             # Offloading replaces the pipeline's hooks at the end of a call: they belong to the original.
             twin.__dict__["maybe_free_model_hooks"] = pipe.maybe_free_model_hooks
             held_back = twin.__dict__.copy()
@@ -104,13 +109,30 @@ class Guard:
             if hasattr(pipe, "_interrupt"):
                 pipe._interrupt = False
             try:
-                return stock_call(twin, *args, **kwargs)
+                return settled(stock_call(twin, *args, **kwargs))
             finally:
                 self._last = self._thread.last = call.report()
                 # What the call noted on itself (num_timesteps, guidance scale ...) stays readable, as in a stock call.
                 for name, value in twin.__dict__.items():
                     if held_back.get(name, held_back) is not value:
                         pipe.__dict__[name] = value
+
+
+def _before(first: Callable[[], None], function: Callable) -> Callable:
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        first()
+        return function(*args, **kwargs)
+
+    return call
+
+
+def _after(function: Callable, then: Callable) -> Callable:
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return then(function(*args, **kwargs))
+
+    return call
 
 
 def _one_policy(policy: Any, overrides: dict[str, Any]) -> Policy:
