@@ -15,9 +15,7 @@ NAN, INF = math.nan, math.inf
 TIMES = [900.0, 700.0, 500.0, 300.0, 100.0]
 
 
-def report(
-    policies: list[Policy], d: list[list[float]], states: list[dict[State, float]], **fields
-) -> Report:
+def report(policies: list[Policy], d: list[list[float]], states: list[dict[State, float]], **fields) -> Report:
     """A report on K = 5 rows and latents of 4 elements; `states` are what differs from the initial state after all rows."""
     plan = lower(policies, timesteps=TIMES, observe=[True] * 5, guidance_scale=7.5, elements=4)
     state = plan.state.clone()
@@ -167,18 +165,16 @@ def test_plot(mixed, tmp_path):
     axes = figure.axes[0]
     curves = [line for line in axes.lines if not str(line.get_label()).startswith("_")]
     assert [line.get_label() for line in curves] == ["0: cfg", "1: og+dtp", "2: dtp", "3: dtp"]
-    assert list(curves[1].get_ydata()) == pytest.approx(
-        [2, math.sqrt(2), math.sqrt(0.75), 1, math.sqrt(1.25)]
-    )
+    assert list(curves[1].get_ydata()) == pytest.approx([2, math.sqrt(2), math.sqrt(0.75), 1, math.sqrt(1.25)])
     assert axes.xaxis_inverted()
     (gate,) = [line for line in axes.lines if line.get_linestyle() == "--"]
     assert set(gate.get_ydata()) == {1.5}
     marks = {
-        (line.get_marker(), *line.get_xdata(), *line.get_ydata())
-        for line in axes.lines
-        if line.get_marker() in "ov"
+        (line.get_marker(), *line.get_xdata(), *line.get_ydata()) for line in axes.lines if line.get_marker() in "ov"
     }
     assert ("o", 300.0, 1.0) in marks
+    hollow = [line.get_markerfacecolor() == "white" for line in axes.lines if line.get_marker() == "o"]
+    assert hollow == [False, True], "forced by the deadline: hollow"
     assert ("v", 500.0, math.sqrt(0.75)) in marks
 
 
