@@ -19,9 +19,7 @@ app = typer.Typer(
 
 Model = Annotated[
     str,
-    typer.Argument(
-        help="Directory or hub id of a diffusers pipeline; 'testbed' is the embedded model."
-    ),
+    typer.Argument(help="Directory or hub id of a diffusers pipeline; 'testbed' is the embedded model."),
 ]
 PolicyName = Annotated[
     str | None,
@@ -36,15 +34,9 @@ Gate = Annotated[
     float | None,
     typer.Option(help="Guard only images whose RMS(c - u) reaches this at the first steps."),
 ]
-Steps = Annotated[
-    int | None, typer.Option(help="Denoising steps; the pipeline's default unless given.")
-]
-Scale = Annotated[
-    float | None, typer.Option(help="Guidance scale; the pipeline's default unless given.")
-]
-Scheduler = Annotated[
-    str | None, typer.Option(help="Diffusers scheduler in place of the model's own, e.g. DDIM.")
-]
+Steps = Annotated[int | None, typer.Option(help="Denoising steps; the pipeline's default unless given.")]
+Scale = Annotated[float | None, typer.Option(help="Guidance scale; the pipeline's default unless given.")]
+Scheduler = Annotated[str | None, typer.Option(help="Diffusers scheduler in place of the model's own, e.g. DDIM.")]
 
 
 @contextmanager
@@ -53,11 +45,7 @@ def _refusing() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        message = (
-            f"{error.strerror}: {error.filename}"
-            if isinstance(error, OSError) and error.filename
-            else str(error)
-        )
+        message = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.filename else str(error)
         typer.echo(f"error: {message}", err=True)
         raise typer.Exit(2) from None
 
@@ -84,67 +72,95 @@ def generate(
     model: Model,
     out: Annotated[
         Path,
-        typer.Option(
-            help="Directory for the images; made if missing, resumed if it holds some of them."
-        ),
+        typer.Option(help="Directory for the images; made if missing, resumed if it holds some of them."),
     ],
     policy: PolicyName = None,
     gate: Gate = None,
-    prompt: Annotated[
-        list[str] | None, typer.Option(help="A prompt; may be given several times.")
-    ] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given several times.")] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="Text file with one prompt per line.")
+        Path | None,
+        typer.Option(
+            help="File of prompts: .txt with one a line, or .csv, .jsonl, .parquet with the fields id, prompt,"
+            " negative_prompt, seed, steps, guidance_scale, policy, width, height; what a row leaves out comes from the options."
+        ),
     ] = None,
-    negative_prompt: Annotated[str | None, typer.Option(help="For all images.")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What the images shall not show.")] = None,
     seed: Annotated[int, typer.Option(help="Image n of a prompt is made from seed + n.")] = 0,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 50,
     guidance_scale: Scale = None,
-    batch_size: Annotated[int, typer.Option(help="Images per call of the pipeline.")] = 1,
+    width: Annotated[int | None, typer.Option(help="Pixels; the model's own size unless given.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels; the model's own size unless given.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Images per call of the pipeline; halved if memory is short.")] = 8,
     images_per_prompt: Annotated[int, typer.Option(help="Images per prompt.")] = 1,
+    format: Annotated[str, typer.Option(help="png, jpeg or webp.")] = "png",
+    quality: Annotated[int, typer.Option(help="Of jpeg and webp, 1 to 100.")] = 95,
+    shard_size: Annotated[
+        int | None, typer.Option(help="Write WebDataset shards of so many images instead of a file per image.")
+    ] = None,
+    keep_going: Annotated[
+        bool, typer.Option("--keep-going", help="Leave out what is bad or fails, and list it in rejected.jsonl.")
+    ] = False,
     dtype: Annotated[
         str,
         typer.Option(help="float32, float16 or bfloat16; auto: float16 on a GPU, else float32."),
     ] = "auto",
-    device: Annotated[
-        str, typer.Option(help="Torch device; auto: a GPU if there is one.")
-    ] = "auto",
+    device: Annotated[str, typer.Option(help="Torch device; auto: a GPU if there is one.")] = "auto",
     scheduler: Scheduler = None,
+    workers: Annotated[int | None, typer.Option(help="Threads that encode and write images.")] = None,
+    engine: Annotated[str, typer.Option(help="local, or ray: several processes on one machine or many.")] = "local",
+    actors: Annotated[int, typer.Option(help="ray: processes with a model each.")] = 1,
+    cpus_per_actor: Annotated[float, typer.Option(help="ray: CPUs of each.")] = 1.0,
+    gpus_per_actor: Annotated[float, typer.Option(help="ray: GPUs of each; a fraction shares one.")] = 0.0,
+    ray_address: Annotated[
+        str | None, typer.Option(help="ray: address of a cluster; a local one is started unless given.")
+    ] = None,
 ) -> None:
-    """Make images from prompts under a policy; what was done is in the PNG's text and in report.json. Run again to resume."""
+    """Make images from prompts under a policy, each once. manifest.jsonl has a line per image; run again to resume."""
     with ExitStack() as stack:
         with _refusing():
             from fastguard import generate as generation
-            from fastguard.inspection import inspect_model
-            from fastguard.models import prepare, quiet, scheduler_class
-            from fastguard.prompts import read_lines
+            from fastguard.models import quiet
 
-            device, dtype = prepare(device, dtype)
-            job = generation.Job(
-                model=model,
-                policy=_policy(policy, gate, model),
-                prompts=(*(prompt or ()), *(read_lines(prompts) if prompts else ())),
-                out=out,
+            if (prompts is None) == (not prompt):
+                raise ValueError("prompts: give either --prompt, once or more, or --prompts FILE")
+            task = generation.prepare(
+                model,
+                prompts or prompt or [],
+                out,
+                policy=_policy(policy, None, model),
+                gate=gate,
                 negative_prompt=negative_prompt,
                 seed=seed,
                 steps=steps,
                 guidance_scale=guidance_scale,
+                width=width,
+                height=height,
                 images_per_prompt=images_per_prompt,
                 batch_size=batch_size,
+                format=format,
+                quality=quality,
+                shard_size=shard_size,
+                keep_going=keep_going,
                 dtype=dtype,
-                scheduler=None if scheduler is None else scheduler_class(scheduler).__name__,
                 device=device,
+                scheduler=scheduler,
+                workers=workers,
+                engine=engine,
+                actors=actors,
+                cpus_per_actor=cpus_per_actor,
+                gpus_per_actor=gpus_per_actor,
+                ray_address=ray_address,
             )
-            inspect_model(
-                model, job.policy, steps=steps, guidance_scale=guidance_scale, scheduler=scheduler
-            ).check()
-            stack.enter_context(generation.claim(job))
+            stack.enter_context(task.open())
         quiet()
         try:
-            summary = generation.run(job)
-        except KeyboardInterrupt:
-            typer.echo("interrupted; the same command resumes", err=True)
-            raise typer.Exit(130) from None
+            summary = task.run()
+        except generation.Interrupted as stop:
+            typer.echo(stop, err=True)
+            raise typer.Exit(128 + stop.number) from None
+        except OSError as error:
+            typer.echo(f"error: {error}; what is in the manifest is done, and the same command resumes", err=True)
+            raise typer.Exit(1) from None
     typer.echo(f"{summary}\n{summary.report}")
 
 
@@ -179,9 +195,7 @@ def inspect(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Directory for the pictures and the page.")] = Path(
-        "demo"
-    ),
+    out: Annotated[Path, typer.Option(help="Directory for the pictures and the page.")] = Path("demo"),
 ) -> None:
     """Memorized and ordinary prompts with and without the guard, on the embedded model: a page with pictures and curves."""
     with _refusing():
@@ -195,23 +209,17 @@ def demo(
 @app.command()
 def calibrate(
     model: Annotated[str, typer.Option(help="Directory or hub id of a pipeline, or 'testbed'.")],
-    prompts: Annotated[
-        Path, typer.Option(help='Ordinary prompts: a .jsonl file of {"prompt": "..."}.')
-    ],
+    prompts: Annotated[Path, typer.Option(help='Ordinary prompts: a .jsonl file of {"prompt": "..."}.')],
     out: Annotated[Path, typer.Option(help="The policy file to write, .json.")],
     policy: PolicyName = None,
-    fpr: Annotated[
-        float, typer.Option(help="Share of ordinary prompts that may be caught.")
-    ] = 0.01,
+    fpr: Annotated[float, typer.Option(help="Share of ordinary prompts that may be caught.")] = 0.01,
     confidence: Annotated[float, typer.Option(help="That it is no more than that.")] = 0.95,
     seeds: Annotated[int, typer.Option(help="Images per prompt; the largest counts.")] = 1,
     steps: Annotated[int, typer.Option(help="Denoising steps, as the policy will be used.")] = 50,
     guidance_scale: Scale = None,
     batch_size: Annotated[int, typer.Option(help="Images per call of the pipeline.")] = 8,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16; auto.")] = "auto",
-    device: Annotated[
-        str, typer.Option(help="Torch device; auto: a GPU if there is one.")
-    ] = "auto",
+    device: Annotated[str, typer.Option(help="Torch device; auto: a GPU if there is one.")] = "auto",
     scheduler: Scheduler = None,
 ) -> None:
     """Choose the gate from ordinary prompts, with a guarantee on how many of them it may catch, and write a policy file."""
@@ -235,9 +243,7 @@ def calibrate(
         device, dtype = prepare(device, dtype)
         if out.suffix != ".json" or not out.parent.is_dir():
             raise ValueError(f"out={str(out)!r}: must be a .json file in an existing directory")
-        inspect_model(
-            model, chosen, steps=steps, guidance_scale=guidance_scale, scheduler=scheduler
-        ).check()
+        inspect_model(model, chosen, steps=steps, guidance_scale=guidance_scale, scheduler=scheduler).check()
     quiet()
     pipe = load_pipeline(model, dtype=dtype, device=device, scheduler=scheduler)
     scale: dict[str, Any] = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
@@ -259,9 +265,7 @@ def calibrate(
         "dtype": dtype,
         "scheduler": type(pipe.scheduler).__name__,
     }
-    _policy(policy, result.threshold, model).save(
-        out, provenance={**result.to_dict(), **used, **scale}
-    )
+    _policy(policy, result.threshold, model).save(out, provenance={**result.to_dict(), **used, **scale})
     typer.echo(f"gate {result.threshold:.6g}. {result.statement}.\n{out}")
 
 

@@ -1,297 +1,182 @@
-"""Images from a list of prompts into a directory, resumable: every image is made once, and one that is there is complete.
+"""Images from prompts into a directory: from a prompt file or a list, on one device or many, resumable.
 
-The PNG itself is the record: its text chunks hold the prompt, the seed, the policy and the report of that image, so a run that was
-killed loses nothing, and report.json is only a summary of the files. Image n of a prompt uses seed + n whatever its batch.
+    import fastguard.generate
+
+    summary = fastguard.generate.generate("path/or/id", "prompts.csv", "out", policy="og+dtp", gate=0.03)
+
+manifest.jsonl in the directory has one line per finished image and says all that is known of it. The same call again makes only
+what is missing. See docs/generate.md and docs/ray.md; the machinery is in `fastguard.batch`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
-from collections.abc import Iterator
+import functools
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
-
-from fastguard import checks
-from fastguard.files import finite, read_json, write_atomic, write_json
-from fastguard.models import DTYPES
+from fastguard import checks, models
+from fastguard.batch.fitting import Limits, guard_disabled
+from fastguard.batch.job import Interrupted, Job, Runner, Summary
+from fastguard.batch.local import LocalRunner
+from fastguard.batch.pictures import Picture
+from fastguard.batch.prompt_files import BadRows, Problem, load
+from fastguard.batch.request import FIELDS, Defaults, Request
 from fastguard.policy import Policy
-from fastguard.report import ImageReport
+from fastguard.policy import policy as make_policy
 
-SETTINGS, REPORT = "settings.json", "report.json"
-CHUNK = "fastguard"  # text chunk with all that is known of an image, as JSON
+__all__ = ["FIELDS", "BadRows", "Interrupted", "Problem", "Request", "Summary", "Task", "generate", "prepare"]
+
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+ENGINES = ("local", "ray")
+Prompts = str | os.PathLike[str] | Iterable[str | Mapping[str, Any]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What to make. Everything but out, batch_size and device decides what the images look like.
+def generate(
+    model: Any, prompts: Prompts, out: str | os.PathLike[str], *, progress: bool = True, **options: Any
+) -> Summary:
+    """Make the images of `prompts` in the directory `out`; those that are there already are kept. All options are `prepare`'s.
 
-    guidance_scale, negative_prompt, scheduler: None is the pipeline's own. ValueError names the argument that is not allowed.
+    Raises what `prepare` raises before anything is done; afterwards `Interrupted` (SIGTERM, SIGINT), OSError (disk full) or the
+    error of an image: what the manifest lists by then is done, and the same call goes on from there.
     """
-
-    model: str
-    policy: Policy
-    prompts: tuple[str, ...]
-    out: Path
-    negative_prompt: str | None = None
-    seed: int = 0
-    steps: int = 50
-    guidance_scale: float | None = None
-    images_per_prompt: int = 1
-    batch_size: int = 1
-    dtype: str = "float32"
-    scheduler: str | None = None
-    device: str = "cpu"
-
-    def __post_init__(self) -> None:
-        if not self.prompts:
-            raise ValueError("prompts: there are none; give at least one")
-        empty = [i for i, prompt in enumerate(self.prompts) if not prompt.strip()]
-        if empty:
-            raise ValueError(f"prompts: number {empty[0] + 1} is empty")
-        checks.integer("seed", self.seed, 0)
-        if self.seed + self.images_per_prompt > 2**63:
-            raise ValueError(f"seed={self.seed}: must be below 2**63")
-        for name in ("steps", "images_per_prompt", "batch_size"):
-            checks.integer(name, getattr(self, name), 1)
-        checks.choice("dtype", self.dtype, DTYPES)
-        if checks.common_length(vars(self.policy)) is not None:
-            raise ValueError("policy: per-image lists are not possible here, the batches vary")
-        if self.guidance_scale is not None:
-            checks.number("guidance_scale", self.guidance_scale, "a finite number")
-            if self.policy.guidance_scale is not None:
-                raise ValueError(
-                    f"guidance_scale={self.guidance_scale}: the policy has its own, {self.policy.guidance_scale};"
-                    " give one of them"
-                )
-            if self.policy.guarded and self.guidance_scale <= 1:
-                raise ValueError(
-                    f"guidance_scale={self.guidance_scale}: must be above 1 under policy {self.policy.name!r}"
-                    " (at or below 1 pipelines run no unconditional branch, so there is nothing to guard)"
-                )
-
-    def settings(self) -> dict[str, Any]:
-        """What two runs must have in common for one to finish the other."""
-        digest = hashlib.sha256(json.dumps(self.prompts).encode()).hexdigest()
-        return {
-            "fastguard_settings": 1,
-            "model": self.model,
-            "policy": self.policy.to_dict(),
-            "prompts": {"count": len(self.prompts), "sha256": digest},
-            "negative_prompt": self.negative_prompt,
-            "seed": self.seed,
-            "steps": self.steps,
-            "guidance_scale": self.guidance_scale,
-            "images_per_prompt": self.images_per_prompt,
-            "dtype": self.dtype,
-            "scheduler": self.scheduler,
-        }
-
-    def tasks(self) -> list[Task]:
-        """The images, in order."""
-        digits = max(5, len(str(len(self.prompts) - 1)))
-        return [
-            Task(prompt, seed, self.out / f"{i:0{digits}d}-{seed}.png")
-            for i, prompt in enumerate(self.prompts)
-            for seed in range(self.seed, self.seed + self.images_per_prompt)
-        ]
+    with prepare(model, prompts, out, **options).open() as task:
+        return task.run(progress=progress)
 
 
-@dataclass(frozen=True)
+def prepare(
+    model: Any,
+    prompts: Prompts,
+    out: str | os.PathLike[str],
+    *,
+    policy: str | os.PathLike[str] | Policy = "og+dtp",
+    gate: float | None = None,
+    negative_prompt: str | None = None,
+    seed: int = 0,
+    steps: int = 50,
+    guidance_scale: float | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    images_per_prompt: int = 1,
+    batch_size: int = 8,
+    format: str = "png",
+    quality: int = 95,
+    shard_size: int | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    scheduler: str | None = None,
+    keep_going: bool = False,
+    workers: int | None = None,
+    engine: str = "local",
+    actors: int = 1,
+    cpus_per_actor: float = 1.0,
+    gpus_per_actor: float = 0.0,
+    ray_address: str | None = None,
+) -> Task:
+    """A batch job, checked: every prompt, the model's configuration and the directory. Loads no weights and writes nothing.
+
+    model             directory or hub id of a text-to-image pipeline; a pipeline (local engine only), used as it is
+    prompts           file (.txt, .csv, .jsonl, .parquet), or a list of prompts or of mappings with the fields `FIELDS`
+    policy ... images_per_prompt   for rows that do not say otherwise, see `fastguard.batch.request.Defaults`
+    batch_size        images per call of the pipeline; halved whenever memory is short
+    format, quality   png, jpeg or webp; quality of the latter two, 1 to 100
+    shard_size        write WebDataset shards of so many images; None: a file per image, named by its id
+    dtype, device, scheduler   of a model given by name. auto: a GPU with float16 if there is one, otherwise the CPU with float32
+    keep_going        leave out bad rows and images that fail, and list them in rejected.jsonl; otherwise they are refused
+    workers           threads that encode and write images
+    engine            "local", or "ray": `actors` processes with a model each, on `cpus_per_actor` CPUs and `gpus_per_actor` GPUs
+    ray_address       of a running cluster; None: a local one is started for the job
+
+    BadRows (a ValueError; `problems` has the lines) for bad rows, ValueError for another argument that is not allowed,
+    OSError for a file that cannot be read, TypeError for a pipeline that the guard does not know.
+    """
+    checks.choice("engine", engine, ENGINES)
+    checks.choice("dtype", dtype, DTYPES)
+    if workers is not None:
+        checks.integer("workers", workers, 1)
+    picture = Picture(format, quality)
+    defaults = Defaults(
+        policy=make_policy(policy),
+        gate=gate,
+        negative_prompt=negative_prompt,
+        seed=seed,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        width=width,
+        height=height,
+        images_per_prompt=images_per_prompt,
+    )
+    requests, problems = load(prompts, defaults, keep_going=keep_going)
+    settings, loader, limits = _model(model, dtype, device, scheduler, engine, gpus_per_actor)
+    if guard_disabled():
+        settings["guard"] = "disabled"  # such images are not to be taken for guarded ones later
+    job = Job(
+        requests, Path(out), settings=settings, batch_size=batch_size, picture=picture, shard_size=shard_size,
+        keep_going=keep_going, problems=problems,
+    )  # fmt: skip
+    job.fit(limits)
+    common: dict[str, Any] = {"settings": settings, "picture": picture, "keep_going": keep_going}
+
+    if engine == "local":
+
+        def runner() -> Runner:
+            return LocalRunner(loader(), workers=workers, **common)
+
+        return Task(job, runner)
+
+    from fastguard.batch.ray_engine import RayRunner
+
+    ray = RayRunner(loader, actors=actors, cpus=cpus_per_actor, gpus=gpus_per_actor, address=ray_address, **common)
+    return Task(job, lambda: ray)
+
+
 class Task:
-    prompt: str
-    seed: int
-    path: Path
+    """A checked job. `open` makes its directory ours; `run`, inside it, loads the model if an image is missing, and works."""
+
+    def __init__(self, job: Job, runner: Callable[[], Runner]) -> None:
+        self.job, self._runner = job, runner
+        job.refuse()
+
+    @contextmanager
+    def open(self) -> Iterator[Task]:
+        """Only from here on something is written. ValueError if another process works in the directory."""
+        with self.job.open():
+            yield self
+
+    def run(self, *, progress: bool = True) -> Summary:
+        return self.job.run(self._runner, progress=progress)
 
 
-@contextmanager
-def claim(job: Job) -> Iterator[None]:
-    """Make job.out this job's directory for as long as the context lasts.
+def _model(
+    model: Any, dtype: str, device: str, scheduler: str | None, engine: str, gpus: float
+) -> tuple[dict[str, Any], Callable[[], Any], Limits]:
+    """The settings that records name, how to get the pipeline, and what it allows."""
+    if not isinstance(model, (str, os.PathLike)):
+        if engine != "local" or (dtype, device, scheduler) != ("auto", "auto", None):
+            raise ValueError("model: is a pipeline already; engine, dtype, device and scheduler need one given by name")
+        name = str(getattr(model, "name_or_path", "") or type(model).__name__)
+        settings = {
+            "model": name,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "scheduler": type(model.scheduler).__name__,
+        }
+        return settings, lambda: model, Limits.of_pipeline(model)
 
-    ValueError if it holds something else, was made with other settings (the message says which), or another process is using it;
-    OSError if it cannot be written.
-    """
-    if job.out.exists() and not job.out.is_dir():
-        raise ValueError(f"out={job.out}: is a file, must be a directory")
-    job.out.mkdir(parents=True, exist_ok=True)
-    with _locked(job.out / ".lock"):
-        path, wanted = job.out / SETTINGS, job.settings()
-        if path.exists():
-            differences = list(_differences(read_json(path), wanted))
-            if differences:
-                raise ValueError(
-                    f"out={job.out}: was made with other settings: {'; '.join(differences)}"
-                )
-        elif any(not entry.name.startswith(".") for entry in job.out.iterdir()):
-            raise ValueError(
-                f"out={job.out}: is not empty and has no {SETTINGS}; choose another directory"
-            )
-        for leftover in job.out.glob(".*.tmp"):  # of a killed run: we hold the lock
-            leftover.unlink()
-        write_json(path, wanted)
-        yield
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold `path` against other processes. The system lets go of it when this process ends, however it ends."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: two runs into one directory are the user's own risk
-        yield
-        return
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"out={path.parent}: another process is writing there") from None
-        yield
+    name = os.fspath(model)
+    kind = None if scheduler is None else models.scheduler_class(scheduler).__name__
+    if engine == "ray":  # the actors have the devices, this machine may have none
+        device = ("cuda" if gpus else "cpu") if device == "auto" else device
+        on_gpu = device.startswith("cuda")
+        kept = ("float16" if on_gpu else "float32") if dtype == "auto" else dtype
+    else:
+        device, kept = models.prepare(device, dtype)
+    loader = functools.partial(_load, name, dtype=kept, device=device, scheduler=kind)
+    named: dict[str, Any] = {"model": name, "dtype": kept, "scheduler": kind}
+    return named, loader, Limits.of_model(name, kind)
 
 
-def _differences(there: Any, here: Any, name: str = "") -> Iterator[str]:
-    if isinstance(there, dict) and isinstance(here, dict):
-        for key in dict.fromkeys([*here, *there]):
-            yield from _differences(there.get(key), here.get(key), f"{name}.{key}" if name else key)
-    elif there != here:
-        yield f"{name} is {json.dumps(there)} there, {json.dumps(here)} here"
-
-
-def read_record(task: Task, settings: str) -> dict[str, Any] | None:
-    """What the finished image says about itself; None if it is missing, damaged, or not the image of this task and settings."""
-    try:
-        with Image.open(task.path) as image:
-            image.verify()  # the checksums of all chunks
-        with Image.open(task.path) as image:
-            image.load()
-            record = json.loads(image.text[CHUNK])  # type: ignore[attr-defined]
-    except (OSError, SyntaxError, KeyError, AttributeError, ValueError):
-        return None
-    same = record.get("settings"), record.get("prompt"), record.get("seed")
-    return record if same == (settings, task.prompt, task.seed) else None
-
-
-def encode(
-    image: Image.Image, job: Job, task: Task, report: ImageReport | None, settings: str
-) -> bytes:
-    """The PNG of an image with all that is known of it in its text chunks."""
-    record = {
-        "settings": settings,
-        "prompt": task.prompt,
-        "seed": task.seed,
-        "device": job.device,
-        "image": None if report is None else report.to_dict(),
-    }
-    texts = {
-        "prompt": task.prompt,
-        "negative_prompt": job.negative_prompt or "",
-        "seed": str(task.seed),
-        "model": job.model,
-        "steps": str(job.steps),
-        "scheduler": job.scheduler or "the model's own",
-        "guidance_scale": "the pipeline's own"
-        if job.guidance_scale is None
-        else f"{job.guidance_scale:g}",
-        "policy": job.policy.name,
-        "gate": "none" if report is None else report.gate_text() or "none",
-        "transition": "none" if report is None else report.transition_text() or "none",
-        CHUNK: json.dumps(finite(record), allow_nan=False),
-    }
-    info = PngInfo()
-    for key, text in texts.items():
-        info.add_itxt(key, str(text))
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG", pnginfo=info)
-    return buffer.getvalue()
-
-
-def digest(settings: dict[str, Any]) -> str:
-    """A short name of the settings, written into every image."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-
-
-@dataclass(frozen=True)
-class Summary:
-    total: int
-    made: int
-    report: Path
-    caught: int
-    transitions: int
-    forced: int
-
-    def __str__(self) -> str:
-        return (
-            f"{self.total} images, {self.made} of them made now; caught by the gate: {self.caught}, transitions: "
-            f"{self.transitions}, of them forced by the deadline: {self.forced}"
-        )
-
-
-def run(job: Job, *, progress: bool = True) -> Summary:
-    """Make the images of `job` that are not there yet; use it inside `claim(job)`. The model is loaded only if one is missing."""
-    from tqdm import tqdm
-
-    settings = digest(job.settings())
-    tasks = job.tasks()
-    records = {task: read_record(task, settings) for task in tasks}
-    todo = [task for task, record in records.items() if record is None]
-    if todo:
-        from fastguard.enable import enable
-        from fastguard.models import load_pipeline
-
-        pipe = load_pipeline(job.model, dtype=job.dtype, device=job.device, scheduler=job.scheduler)
-        guard = enable(pipe, job.policy)
-        with tqdm(
-            total=len(tasks), initial=len(tasks) - len(todo), unit="image", disable=not progress
-        ) as bar:
-            for start in range(0, len(todo), job.batch_size):
-                batch = todo[start : start + job.batch_size]
-                images = _call(pipe, job, batch)
-                reports = guard.report or [None] * len(batch)
-                for task, image, report in zip(batch, images, reports, strict=True):
-                    write_atomic(task.path, encode(image, job, task, report, settings))
-                    records[task] = read_record(task, settings)
-                    bar.update()
-    return _summarize(job, records, made=len(todo))
-
-
-def _call(pipe: Any, job: Job, batch: list[Task]) -> list[Image.Image]:
-    import torch
-
-    optional: dict[str, Any] = {}
-    if job.guidance_scale is not None:
-        optional["guidance_scale"] = job.guidance_scale
-    if job.negative_prompt is not None:
-        optional["negative_prompt"] = [job.negative_prompt] * len(batch)
-    return pipe(
-        prompt=[task.prompt for task in batch],
-        num_inference_steps=job.steps,
-        # On the host: the same noise on every device, and for an image whatever batch it is in.
-        generator=[torch.Generator("cpu").manual_seed(task.seed) for task in batch],
-        **optional,
-    ).images
-
-
-def _summarize(job: Job, records: dict[Task, dict[str, Any] | None], *, made: int) -> Summary:
-    lost = [task.path.name for task, record in records.items() if record is None]
-    if lost:
-        raise RuntimeError(
-            f"out={job.out}: {len(lost)} images cannot be read back, first {lost[0]}"
-        )
-    images = [{"file": task.path.name, **(record or {})} for task, record in records.items()]
-    path = write_json(
-        job.out / REPORT, {"fastguard_generate": 1, "settings": job.settings(), "images": images}
-    )
-    reports = [entry["image"] for entry in images if entry["image"] is not None]
-    return Summary(
-        total=len(images),
-        made=made,
-        report=path,
-        caught=sum(1 for r in reports if r["gate"] and r["gate"]["caught"]),
-        transitions=sum(1 for r in reports if r["transition_step"] is not None),
-        forced=sum(1 for r in reports if r["forced"]),
-    )
+def _load(name: str, **options: Any) -> Any:
+    """The pipeline; looked up when it is called, in an actor too."""
+    return models.load_pipeline(name, **options)

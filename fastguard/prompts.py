@@ -7,11 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
-def read_lines(path: Path) -> list[str]:
-    """One prompt per line of a UTF-8 text file. ValueError if there is none or a line is empty, OSError if it cannot be read."""
-    return [line for _, line in _lines(path)]
-
-
 def read_jsonl(path: Path) -> list[str]:
     """The "prompt" of every line's JSON object. ValueError if a line has none or is not JSON, OSError if it cannot be read."""
     found = []

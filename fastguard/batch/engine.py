@@ -132,7 +132,7 @@ class Engine:
         self.stop()
 
     def _encode(self, batch: Batch) -> Iterator[Any]:
-        yield from self._parts(batch, lambda part, _: (part, self.stages.encode(part)), len(batch))
+        yield from self._parts(batch, lambda part, _: (part, self.stages.encode(part)))
 
     def _denoise(self, item: tuple[Batch, dict[str, Any]]) -> Iterator[Any]:
         batch, text = item
@@ -141,7 +141,7 @@ class Engine:
             arguments = {name: value[start : start + len(part)] for name, value in text.items()}
             return self.stages.denoise(part, arguments)
 
-        for output in self._parts(batch, work, self.limit or len(batch)):
+        for output in self._parts(batch, work):
             if self._stop.is_set():  # interrupted in its loop: these are no images
                 return
             yield output
@@ -155,11 +155,14 @@ class Engine:
                     return
             yield self._pool.submit(self.finish, item.batch[index], image, record)
 
-    def _parts(self, batch: Batch, work: Callable[[Batch, int], T], size: int) -> Iterator[T | Failed]:
-        """work(part, start) for parts of at most `size` images, smaller ones where the memory is short or, keeping going, one fails."""
-        todo = [(start, min(start + size, len(batch))) for start in range(0, len(batch), size)]
+    def _parts(self, batch: Batch, work: Callable[[Batch, int], T]) -> Iterator[T | Failed]:
+        """work(part, start) for parts as large as the memory allows or, keeping going and one image fails, single ones."""
+        todo = [(0, len(batch))]
         while todo and not self._stop.is_set():
             start, end = todo.pop(0)
+            if self.limit is not None and end - start > self.limit:
+                todo.insert(0, (start + self.limit, end))
+                end = start + self.limit
             part = batch[start:end]
             try:
                 yield work(part, start)
@@ -168,12 +171,13 @@ class Engine:
                 failure = _without_frames(error)
             count, short = end - start, out_of_memory(failure)
             if count > 1 and (short or self.keep_going):
-                half = (count + 1) // 2 if short else 1
                 if short:
-                    self.limit = half
-                    logger.warning("out of memory with %d images at a time: going on with %d", count, half)
+                    self.limit = (count + 1) // 2
+                    logger.warning("out of memory with %d images at a time: going on with %d", count, self.limit)
                     free()
-                todo[:0] = [(i, min(i + half, end)) for i in range(start, end, half)]
+                    todo.insert(0, (start, end))
+                else:
+                    todo[:0] = [(i, i + 1) for i in range(start, end)]
             elif self.keep_going:
                 yield Failed(part[0], f"{type(failure).__name__}: {failure}")
             else:

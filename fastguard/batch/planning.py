@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from fastguard.batch.fitting import guard_disabled
 from fastguard.batch.request import Request
 
 Batch = list[Request]
 
 
 def shape(request: Request) -> tuple[Any, ...]:
-    """What all images of one call of a pipeline must have in common; seed, scale, prompts and policy may differ."""
-    return request.steps, request.height, request.width, request.guided
+    """What all images of one call of a pipeline must have in common; seed, scale, prompts and policy may differ.
+
+    It is the guard that gives each image its own scale: a stock call has one.
+    """
+    scale = request.stock_scale if guard_disabled() else None
+    return request.steps, request.height, request.width, request.guided, scale
 
 
 def plan(

@@ -55,6 +55,12 @@ class Request:
         """Whether the pipeline runs its unconditional branch: as in diffusers, not at a guidance scale of 1 and below."""
         return self.guidance_scale is None or self.guidance_scale > 1
 
+    @property
+    def stock_scale(self) -> float | None:
+        """The scale of a call without the guard; None is the pipeline's own."""
+        own: Any = self.policy.guidance_scale
+        return self.guidance_scale if self.guidance_scale is not None or isinstance(own, tuple) else own
+
     def identity(self) -> dict[str, Any]:
         """All that decides what the image looks like, apart from the model: two requests with the same id must agree in it."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

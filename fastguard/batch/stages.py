@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from PIL import Image
 
 import fastguard
 from fastguard.batch.decoding import decoder
+from fastguard.batch.fitting import guard_disabled
 from fastguard.batch.memory import halving
 from fastguard.batch.request import Request
 from fastguard.batch.text import TextStage
@@ -32,7 +32,7 @@ class Denoised:
     batch: Sequence[Request]
     latents: torch.Tensor | None
     images: list[Image.Image] | None
-    report: Report
+    report: Report | None  # none if the guard is disabled
     seconds: Callable[[], float]
     ready: Any = None  # event after which another stream may read the latents
 
@@ -46,10 +46,6 @@ class Stages:
     """
 
     def __init__(self, pipe: Any, requests: Iterable[Request], settings: dict[str, Any]) -> None:
-        if os.environ.get("FASTGUARD_DISABLE", "0") not in ("", "0"):
-            raise ValueError(
-                "FASTGUARD_DISABLE is set: batches need the guard, which applies each row's policy and scale"
-            )
         before = pipe.__dict__.get("_fastguard_guard")
         self._policy_before = None if before is None else before.policy
         self.pipe, self.settings = pipe, settings
@@ -57,6 +53,7 @@ class Stages:
         self._decode = decoder(pipe)
         self._text = None if self._decode is None else TextStage(pipe, requests)
         self._scale = inspect.signature(type(pipe).__call__).parameters["guidance_scale"].default
+        self._disabled = guard_disabled()
         self._stream: Any = None
 
     def close(self) -> None:
@@ -85,6 +82,7 @@ class Stages:
         policies = [request.policy for request in batch]
         same = all(policy == policies[0] for policy in policies)
         self.guard.policy = policies[0] if same else Policy.stack(policies)
+        scale = first.stock_scale if self._disabled or not first.guided else None  # else the policies have them
         watch = _Watch(self.pipe._execution_device)
         result = self.pipe(
             **text,
@@ -93,13 +91,10 @@ class Stages:
             # On the host: the same noise on every device, and for an image whatever batch it is in.
             generator=[torch.Generator("cpu").manual_seed(request.seed) for request in batch],
             output_type="pil" if self._decode is None else "latent",
-            # Scales above 1 are in the policies, each image's own.
-            **({} if first.guided else {"guidance_scale": 1.0}),
+            **({} if scale is None else {"guidance_scale": scale}),
         ).images
         watch.stop()
-        report = self.guard.report
-        if report is None:
-            raise RuntimeError("the pipeline ran no step")
+        report = None if self._disabled else self.guard.report
         latents, images = (None, result) if self._decode is None else (result, None)
         return Denoised(batch, latents, images, report, watch.seconds, watch.end)
 
@@ -128,7 +123,6 @@ class Stages:
     def record(self, denoised: Denoised, index: int, image: Image.Image) -> dict[str, Any]:
         """All that is known of an image: the manifest's line, and what its file says about itself."""
         request: Request = denoised.batch[index]
-        report: ImageReport = denoised.report.images[index]
         own: Any = request.policy.guidance_scale
         return {
             "id": request.id,
@@ -143,25 +137,23 @@ class Stages:
             "height": image.height,
             **self.settings,
             "scheduler": type(self.pipe.scheduler).__name__,
-            "transition_step": report.transition_step,
-            "transition_timestep": report.transition_timestep,
-            "minimum_timestep": report.minimum_timestep,
-            "transition_text": report.transition_text(),
-            "margin": report.margin,
-            "forced": report.forced,
-            "gate": report.gate,
-            "gate_text": report.gate_text(),
-            "non_finite": report.non_finite,
-            "d_curve": report.d_curve,
-            "timesteps": report.timesteps,
-            "denoiser_rows": report.denoiser_rows,
-            "path": report.path,
-            "reason": report.reason,
+            **_reported(None if denoised.report is None else denoised.report.images[index]),
             "batch": len(denoised.batch),
             "seconds": round(denoised.seconds() / len(denoised.batch), 6),
             "device": str(self.pipe._execution_device),
             "versions": VERSIONS,
         }
+
+
+_REPORTED = (
+    "transition_step", "transition_timestep", "minimum_timestep", "margin", "forced", "gate", "non_finite", "d_curve", "timesteps",
+    "denoiser_rows", "path", "reason",
+)  # fmt: skip
+
+
+def _reported(report: ImageReport | None) -> dict[str, Any]:
+    texts = {"gate_text": report and report.gate_text(), "transition_text": report and report.transition_text()}
+    return {name: getattr(report, name, None) for name in _REPORTED} | texts
 
 
 class _Watch:
