@@ -404,6 +404,13 @@ def _store_15(ptr, columns):
 
 
 @_jit
+def _times(weight, values):
+    """weight * values; under a weight of 0 a NaN stays behind, as in the twin."""
+    weight = weight.to(tl.float32)
+    return tl.where(weight != 0, weight * values, 0.0)
+
+
+@_jit
 def _add_term(total, weight, ptr, offs, mask):
     """total + weight * ptr[offs]; under a weight of 0 nothing is read."""
     weight = weight.to(tl.float32)
@@ -433,8 +440,8 @@ def _advance(
     if c_ptr is not None:
         e += g * (tl.load(c_ptr + offs, mask, other=0.0).to(tl.float32) - e)
     x = tl.load(x_ptr + offs, mask, other=0.0)
-    m = row[codes.P].to(tl.float32) * x + row[codes.Q].to(tl.float32) * e
-    x = row[codes.A].to(tl.float32) * x + row[codes.B].to(tl.float32) * m
+    m = _times(row[codes.P], x) + _times(row[codes.Q], e)
+    x = _times(row[codes.A], x) + _times(row[codes.B], m)
     if SLOTS > 0:
         x = _add_term(x, row[codes.H0], history_ptr, offs, mask)
     if SLOTS > 1:

@@ -263,8 +263,10 @@ def permuted(case: Case, order: list[int]) -> Case:
     for name, tensor in case.arguments.items():
         if tensor is None or name == "rows":
             taken[name] = tensor
-        elif name in ("trace", "history"):
+        elif name == "trace":
             taken[name] = tensor[:, order].contiguous()
+        elif name == "history":
+            taken[name] = history_for(case.arguments["x"], len(tensor)).copy_(tensor[:, order])
         else:
             taken[name] = tensor[both[: len(tensor)]]
     return Case(case.uncond[order], None if case.cond is None else case.cond[order], taken)
@@ -277,7 +279,7 @@ def same_bits(got: Tensor, want: Tensor, what: str) -> None:
 
 def check_batch_invariance(shape: tuple[int, ...], *, seed: int = 0, **options: Any) -> None:
     """Every sample of a mixed batch, run alone and at another place, gives the same d, state, x, m and model input, to the bit."""
-    backend = options.pop("backend")
+    backend, every = options.pop("backend"), options.pop("every", 1)
     batch = shape[0]
     case = make(seed, shape, **options)
     whole = case.clone()
@@ -288,7 +290,7 @@ def check_batch_invariance(shape: tuple[int, ...], *, seed: int = 0, **options: 
     for name, tensor in permuted(whole, order).arguments.items():
         if tensor is not None:
             same_bits(moved.arguments[name], tensor, f"{name} at another place")
-    for b in range(batch):
+    for b in range(0, batch, every):
         single = alone(case, b)
         single.run(backend=backend)
         for name, tensor in alone(whole, b).arguments.items():

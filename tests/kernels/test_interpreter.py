@@ -1,6 +1,7 @@
 """The Triton kernels in Triton's interpreter, on the CPU, against the float64 reference."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -17,8 +18,17 @@ if not interpreted.HERE:
 else:
     from fastguard.kernels import guided_step as kernel
 
+    from . import test_decisions_of_the_op as decisions
+
     ONE_LAUNCH = (5, 4, 3, 5)
     TWO_LAUNCHES = (3, 4, 67, 65)
+
+    @pytest.fixture(params=[1, 2])
+    def launches(request, monkeypatch):
+        """Both launch schemes, on latents small enough for the interpreter."""
+        if request.param == 2:
+            monkeypatch.setattr(kernel, "SINGLE", 32)
+            monkeypatch.setattr(kernel, "BLOCK", 32)
 
     def run_and_check(shape, seed, **options):
         case = cases.make(seed, shape, **options)
@@ -32,11 +42,10 @@ else:
         assert kernel.launch_shape(math.prod(shape[1:]))[1] == 1
         run_and_check(shape, seed, slots=seed)
 
-    @pytest.mark.parametrize("shape", [TWO_LAUNCHES, (2, 4, 96, 96)])
+    @pytest.mark.parametrize("shape", [TWO_LAUNCHES, (1, 4, 96, 96)])
     def test_two_launches(shape):
         assert kernel.launch_shape(math.prod(shape[1:]))[1] > 1
-        for seed in range(3):
-            run_and_check(shape, seed)
+        run_and_check(shape, 1)
 
     def test_sd15_takes_one_launch():
         assert kernel.launch_shape(4 * 64 * 64)[1] == 1
@@ -45,13 +54,11 @@ else:
         monkeypatch.setattr(kernel, "PARTIALS", 4)
         run_and_check(TWO_LAUNCHES, 1, uniform=True)
 
-    @pytest.mark.parametrize("shape", [ONE_LAUNCH, TWO_LAUNCHES])
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-    def test_dtypes_noise_and_memory_formats(dtype, shape):
+    def test_dtypes_noise_and_memory_formats(dtype, launches):
         for seed, (noise, channels_last) in enumerate([(None, True), (torch.float32, False), (dtype, True)]):
-            run_and_check(shape, seed, dtype=dtype, noise=noise, channels_last=channels_last)
+            run_and_check(ONE_LAUNCH, seed, dtype=dtype, noise=noise, channels_last=channels_last)
 
-    @pytest.mark.parametrize("shape", [ONE_LAUNCH, TWO_LAUNCHES])
     @pytest.mark.parametrize(
         "options",
         [
@@ -63,10 +70,13 @@ else:
         ],
         ids=str,
     )
-    def test_options(options, shape):
+    def test_options(options, launches):
         for seed in range(2):
-            run_and_check(shape, seed, **options)
+            run_and_check(ONE_LAUNCH, seed, **options)
 
-    @pytest.mark.parametrize("shape", [(32, 4, 3, 5), (8, 4, 67, 65)])
-    def test_bits_do_not_depend_on_the_batch(shape):
-        cases.check_batch_invariance(shape, backend="triton", dtype=torch.float16)
+    def test_bits_do_not_depend_on_the_batch(launches):
+        cases.check_batch_invariance((32, 4, 3, 5), backend="triton", dtype=torch.float16, every=5)
+
+    def test_whole_generations_decide_as_the_reference():
+        with warnings.catch_warnings(action="ignore"):  # overflow to infinity is part of the curves
+            decisions.play_and_check(*decisions.random_generation(0), backend="triton")

@@ -29,7 +29,15 @@ else:
 
     from fastguard.kernels import guided_step as kernel
 
-    ONE_LAUNCH, TWO_LAUNCHES = (2, 4, 3, 5), (2, 4, 67, 65)
+    SHAPE = (2, 4, 3, 5)
+
+    @pytest.fixture(params=[1, 2])
+    def launches(request, monkeypatch):
+        """The kernels of both launch schemes, on latents small enough for the interpreter."""
+        if request.param == 2:
+            monkeypatch.setattr(kernel, "SINGLE", 32)
+            monkeypatch.setattr(kernel, "BLOCK", 16)
+
     CONFIGURATIONS = [
         {"dtype": dtype, "both": both, "noise": noise, "halves": halves, "timestep": timestep, "slots": slots}
         for (dtype, both), (noise, halves, timestep, slots) in itertools.product(
@@ -50,7 +58,10 @@ else:
             options["noise"] = options["dtype"]
         case = cases.make(seed, shape, **options)
         order = list(inspect.signature(module._guided_step_triton).parameters)[2:]
-        arguments = {**case.arguments, "z": case.arguments["noise"], "scratch": None}
+        # The sanitizer executes no store, so what the first launch would hand to the second must be there already.
+        scratch, state = module.scratch_for(case.arguments["x"]), case.arguments["state"]
+        scratch[: 2 * state.numel()].view(torch.float64).copy_(state.flatten())
+        arguments = {**case.arguments, "z": case.arguments["noise"], "scratch": scratch}
         module._guided_step_triton(case.uncond, case.cond, *(arguments[name] for name in order))
 
     def races(client):
@@ -79,25 +90,27 @@ else:
         spec.loader.exec_module(module)
         return module
 
-    @pytest.mark.parametrize("shape", [ONE_LAUNCH, TWO_LAUNCHES])
     @pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=str)
-    def test_in_bounds(configuration, shape, monkeypatch):
+    def test_in_bounds(configuration, launches, monkeypatch):
         traced(lambda: Sanitizer(abort_on_error=True), kernel, monkeypatch)
-        run(kernel, shape, **configuration)
+        run(kernel, SHAPE, **configuration)
 
-    @pytest.mark.parametrize("shape", [ONE_LAUNCH, TWO_LAUNCHES])
+    @pytest.mark.parametrize("shape", [SHAPE, (2, 4, 67, 65)])
+    def test_in_bounds_at_full_size(shape, monkeypatch):
+        traced(lambda: Sanitizer(abort_on_error=True), kernel, monkeypatch)
+        run(kernel, shape, slots=3, noise=torch.float32)
+
+    @pytest.mark.parametrize("shape", [SHAPE, (2, 4, 67, 65)])
     def test_planted_out_of_bounds_is_found(shape, monkeypatch, tmp_path):
         module = planted("mask = offs < n\n    e = ", "mask = offs < n + 1\n    e = ", tmp_path)
         traced(lambda: Sanitizer(abort_on_error=True), module, monkeypatch)
-        with pytest.raises((SystemExit, Exception)) as raised:
+        with pytest.raises(SystemExit):
             run(module, shape)
-        assert raised.type in (SystemExit, ValueError), raised
 
-    @pytest.mark.parametrize("shape", [ONE_LAUNCH, TWO_LAUNCHES])
     @pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=str)
-    def test_no_races(configuration, shape, monkeypatch):
+    def test_no_races(configuration, launches, monkeypatch):
         clients = traced(Tracer, kernel, monkeypatch)
-        run(kernel, shape, **configuration)
+        run(kernel, SHAPE, **configuration)
         assert any(client.records for client in clients)
         assert [races(client) for client in clients] == [[], []]
 
@@ -105,5 +118,5 @@ else:
         """Without the snapshot the second launch reads the state that its first block writes."""
         module = planted("state_ptr if snapshot_ptr is None else snapshot_ptr", "state_ptr", tmp_path)
         clients = traced(Tracer, module, monkeypatch)
-        run(module, TWO_LAUNCHES)
+        run(module, (2, 4, 67, 65))
         assert races(clients[1])
