@@ -8,6 +8,18 @@ batched call for both branches), `loop` (buffers and the body of a step, around 
 from fastguard.enable import Guard, enable
 from fastguard.policy import PRESETS, Policy, policy
 from fastguard.report import ImageReport, Report
+from fastguard.syncs import SyncReport, assert_sync_free, find_syncs
 
 __version__ = "0.1.0"
-__all__ = ["PRESETS", "Guard", "ImageReport", "Policy", "Report", "enable", "policy"]
+__all__ = [
+    "PRESETS",
+    "Guard",
+    "ImageReport",
+    "Policy",
+    "Report",
+    "SyncReport",
+    "assert_sync_free",
+    "enable",
+    "find_syncs",
+    "policy",
+]

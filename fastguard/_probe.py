@@ -1,0 +1,222 @@
+"""Run a pipeline's own call on a device that is not there (or on a GPU), with a `Stream` listening to its denoising loop.
+
+The call runs on a copy of the pipeline object. Only the denoiser (and a ControlNet) is put on the device, as a fake copy that costs
+no memory; its forward is run once for each kind of arguments. The loop is what runs inside the pipeline's progress bar: all of it,
+from before the first `scheduler.scale_model_input` to after the last `scheduler.step`.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
+
+from fastguard._pretend import DEVICE, Labelled, Pretend
+from fastguard._stream import Op, Stream
+from fastguard.enable import enable
+
+_DENOISERS = ("unet", "transformer")
+_MODELS = (*_DENOISERS, "controlnet", "vae")
+
+
+class Memory:
+    """Fake copies of models and what their forward gave for each kind of arguments, for use by several runs (`remembering`)."""
+
+    def __init__(self) -> None:
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.models: dict[int, tuple[Any, Any, Any]] = {}
+        self.results: dict[tuple[int, str], tuple[Any, list[Op]]] = {}
+
+    def copy(self, model: Any, pretend: Pretend) -> tuple[Any, Any]:
+        """The model's fake copy and its forward."""
+        if id(model) not in self.models:
+            twin = pretend.module(model)
+            self.models[id(model)] = model, twin, twin.forward  # the original, too, so that its id stays its own
+        return self.models[id(model)][1:]
+
+
+_memory: ContextVar[Memory | None] = ContextVar("_memory", default=None)
+
+
+@contextmanager
+def remembering() -> Iterator[None]:
+    """Inside, a model that has been run is not copied again, nor run again on arguments of the same kind: do not change it."""
+    token = _memory.set(Memory())
+    try:
+        yield
+    finally:
+        _memory.reset(token)
+
+
+def run(pipe: Any, arguments: Mapping[str, Any], *, values: bool) -> tuple[Stream, str | None]:
+    """Call the pipeline on a pretended device: (what its loop did, why it broke off if it did).
+
+    values     device tensors hold values (stock loops look at them) or none (`Pretend`)
+    arguments  of the call; tensors among them are moved to the device before
+    """
+    stream = Stream()
+    memory = _memory.get() or Memory()
+    pretend = Pretend(stream, values=values, fake=memory.fake)
+    twin = copy_of(pipe, stream, DEVICE)
+    _with_values_in_set_timesteps(twin.scheduler)
+    for name in _MODELS:
+        model = getattr(twin, name, None)
+        if isinstance(model, torch.nn.Module):
+            twin.__dict__[name], forward = memory.copy(model, pretend)
+            if name in _DENOISERS:
+                listening = _listening(forward, id(model), memory, pretend, stream)
+                twin.__dict__[name].forward = listening
+    moved = tree_map_only(torch.Tensor, pretend.tensor, dict(arguments))
+    with pretend, torch.no_grad(), _running(pretend):
+        try:
+            twin(**moved)
+        except Exception as error:
+            if not stream.started:
+                raise
+            if not stream.finished:  # what follows the loop (decoding, reports) may fail on tensors without values
+                return stream, f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    return stream, None
+
+
+_pretend: ContextVar[Pretend] = ContextVar("_pretend")
+
+
+@contextmanager
+def _running(pretend: Pretend) -> Iterator[None]:
+    token = _pretend.set(pretend)
+    try:
+        yield
+    finally:
+        _pretend.reset(token)
+
+
+def _with_values_in_set_timesteps(scheduler: Any) -> None:
+    """Some schedulers bring sigmas to the device and back to make their timesteps: before the loop, so they may have values."""
+    scheduler.__class__ = _scheduler_class(type(scheduler))
+
+
+@functools.lru_cache(maxsize=64)
+def _scheduler_class(base: Any) -> type:
+    @functools.wraps(base.set_timesteps)
+    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
+        pretend = _pretend.get()
+        with pretend.holding(values=True):
+            result = base.set_timesteps(self, *args, **kwargs)
+        if not pretend.values:
+            for name, value in vars(self).items():
+                if isinstance(value, Labelled):
+                    setattr(self, name, pretend.fake(value))
+        return result
+
+    return type(base)(base.__name__, (base,), {"set_timesteps": set_timesteps, "__module__": base.__module__})
+
+
+def copy_of(pipe: Any, stream: Stream, device: torch.device | None) -> Any:
+    """The pipeline again, under the same policy if it is guarded; the stream is open while its progress bar is.
+
+    device  where it believes to be; None: where it is
+    """
+    guard = pipe.__dict__.get("_fastguard_guard")
+    base = type(pipe).__dict__.get("_fastguard_stock", type(pipe))
+
+    @contextmanager
+    def progress_bar(self: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        with base.progress_bar(self, *args, **kwargs) as bar:
+            stream.open = stream.started = True
+            try:
+                yield bar
+                stream.finished = True
+            finally:
+                stream.open = False
+
+    namespace: dict[str, Any] = {"progress_bar": progress_bar, "__module__": base.__module__}
+    if device is not None:
+        namespace["device"] = namespace["_execution_device"] = property(lambda self: device)
+    twin = object.__new__(type(base)(base.__name__, (base,), namespace))
+    twin.__dict__.update(pipe.__dict__)
+    twin.__dict__.pop("_fastguard_guard", None)
+    twin.__dict__["scheduler"] = copy.copy(pipe.scheduler)
+    twin.__dict__["_progress_bar_config"] = {"disable": True}
+    twin.__dict__["_all_hooks"] = []
+    if guard is not None:
+        enable(twin, guard.policy)
+    return twin
+
+
+@contextmanager
+def counted(pipe: Any, stream: Stream) -> Iterator[None]:
+    """Inside, the calls of the pipeline's denoiser are the stream's."""
+    denoiser = next(getattr(pipe, name) for name in _DENOISERS if getattr(pipe, name, None) is not None)
+
+    def before(*_: Any) -> None:
+        stream.denoiser = True
+
+    def after(*_: Any) -> None:
+        stream.denoiser = False
+        stream.row += 1
+
+    hooks = (denoiser.register_forward_pre_hook(before), denoiser.register_forward_hook(after))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _listening(forward: Any, model: int, memory: Memory, pretend: Pretend, stream: Stream) -> Any:
+    """The denoiser's forward, without values, once for each kind of arguments; counts its calls."""
+
+    @functools.wraps(forward)
+    def listening(*args: Any, **kwargs: Any) -> Any:
+        was_open, stream.open = stream.open, False
+        args, kwargs = tree_map_only(Labelled, pretend.fake, (args, kwargs))
+        key = model, repr(tree_map_only(torch.Tensor, _kind, (args, kwargs)))
+        stream.open = was_open
+        with stream.in_denoiser():
+            if key not in memory.results:
+                before = len(stream.ops)
+                with pretend.holding(values=False):
+                    result = forward(*args, **kwargs)
+                memory.results[key] = result, stream.ops[before:]
+            else:
+                result, ops = memory.results[key]
+                stream.ops += [replace(op, row=stream.row) for op in ops]
+            stream.open = False
+            result = tree_map_only(torch.Tensor, pretend.like, result)
+            stream.open = was_open
+        return result
+
+    return listening
+
+
+def _kind(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device
+
+
+def example_arguments(pipe: Any) -> dict[str, Any]:
+    """One prompt's embeddings (zeros) of the width that a text-to-image pipeline's denoiser wants; {} if it is another kind."""
+    denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+    config = denoiser.config
+    kind = type(denoiser).__name__
+    vectors: dict[str, tuple[int, ...]] = {}
+    if kind == "UNet2DConditionModel":
+        vectors["prompt_embeds"] = (77, config.cross_attention_dim)
+        if config.addition_embed_type == "text_time":
+            times = 6 * config.addition_time_embed_dim
+            vectors["pooled_prompt_embeds"] = (config.projection_class_embeddings_input_dim - times,)
+    elif kind == "SD3Transformer2DModel":
+        vectors["prompt_embeds"] = (77, config.joint_attention_dim)
+        vectors["pooled_prompt_embeds"] = (config.pooled_projection_dim,)
+    elif kind.startswith("PixArt"):
+        vectors["prompt_embeds"] = (120, config.caption_channels)
+        vectors["prompt_attention_mask"] = (120,)
+    given = {name: torch.zeros(1, *shape, dtype=denoiser.dtype) for name, shape in vectors.items()}
+    return {**given, **{f"negative_{name}": value for name, value in given.items()}}

@@ -1,0 +1,168 @@
+"""Where the host waits: every synchronisation and every copy between host and device in a pipeline's denoising loop, line by line.
+
+    fastguard.assert_sync_free(pipe)          # raises with the list if there are any
+    print(fastguard.find_syncs(pipe))         # the list
+
+The pipeline's own `__call__` runs, for a few steps, guarded if it is guarded; the pipeline itself is left as it is. On a GPU the
+program is watched as it runs, under torch's sync debug mode. Without one it runs on a CUDA device that is not there
+(`_pretend`): stock loops on labelled tensors, which have values that the loop can look at; guarded loops on fake tensors, which
+have none, so that a look cannot go unnoticed. The model costs no memory then, whatever its size.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from fastguard import _probe
+from fastguard._stream import TO_DEVICE, TO_HOST, WAIT, Op, Real, Stream, innermost_line
+
+Technique = Literal["auto", "gpu", "labelled", "fake"]
+_ALLOWED = ("auto", "gpu", "labelled", "fake")
+
+
+@dataclass(frozen=True)
+class SyncReport:
+    """What was found.
+
+    pipeline, scheduler  class names
+    guarded              whether the pipeline was guarded
+    technique            "gpu", "labelled" or "fake"
+    steps                denoiser calls that ran
+    ops                  operations in the loop that synchronise or copy; `Op.row` counts the denoiser calls before them
+    broke_off            why the loop did not run to its end, if it did not (on fake tensors: somebody wanted a value)
+    """
+
+    pipeline: str
+    scheduler: str
+    guarded: bool
+    technique: str
+    steps: int
+    ops: tuple[Op, ...]
+    broke_off: str | None = None
+
+    @property
+    def free(self) -> bool:
+        """The loop ran to its end without a synchronisation or copy."""
+        return not self.ops and self.broke_off is None
+
+    def lines(self) -> list[dict[str, Any]]:
+        """By line of Python, in the order of their first occurrence."""
+        places = Counter((op.line, op.code, op.sync, op.denoiser) for op in self.ops)
+        return [
+            {
+                "line": line,
+                "code": code,
+                "kind": kind,
+                "count": count,
+                "in_denoiser": denoiser,
+                "rows": sorted({op.row for op in self.ops if (op.line, op.sync) == (line, kind)}),
+            }
+            for (line, code, kind, denoiser), count in places.items()
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        names = ("pipeline", "scheduler", "guarded", "technique", "steps", "broke_off", "free")
+        return {**{name: getattr(self, name) for name in names}, "lines": self.lines()}
+
+    def __str__(self) -> str:
+        kinds = Counter(op.sync for op in self.ops)
+        counts = ", ".join(f"{kinds[kind]} x {kind}" for kind in (WAIT, TO_HOST, TO_DEVICE) if kinds[kind])
+        how = "guarded" if self.guarded else "stock"
+        head = f"{self.pipeline} ({how}), {self.scheduler}, {self.steps} denoiser calls, {self.technique} tensors: "
+        text = [head + (counts or "no synchronisation, no copy")]
+        for found in self.lines():
+            rows = found["rows"]
+            where = f"{found['line']}{' (in the denoiser)' if found['in_denoiser'] else ''}"
+            text.append(
+                f"  {found['count']:>4} x {found['kind']:<15}  {where}  after denoiser calls {rows[0]} to {rows[-1]}"
+            )
+            text.append(f"         {found['code']}")
+        if self.broke_off is not None:
+            text.append(f"  the loop broke off: {self.broke_off}")
+        return "\n".join(text)
+
+
+def find_syncs(pipe: Any, *, steps: int = 4, technique: Technique = "auto", **arguments: Any) -> SyncReport:
+    """Run a call of `pipe` and report where its denoising loop waits for the device or copies from or to it.
+
+    pipe       a diffusers pipeline that shows a progress bar around its loop, guarded or not, on a GPU or on the CPU
+    steps      num_inference_steps of the call
+    technique  "auto": "gpu" for a pipeline on a GPU; elsewhere "fake" if it is guarded and "labelled" if not (or if a guarded
+               loop breaks off on fake tensors, because the scheduler's own step() runs in it)
+    arguments  of the call. Without any, text-to-image pipelines get one prompt's embeddings (zeros); on a GPU a prompt
+
+    ValueError for another technique, or where the arguments of the call are needed and missing.
+    """
+    if technique not in _ALLOWED:
+        raise ValueError(f"technique={technique!r}: must be one of {', '.join(_ALLOWED)}")
+    guarded = "_fastguard_guard" in pipe.__dict__
+    if technique == "auto" and torch.device(pipe.device).type == "cuda":
+        technique = "gpu"
+    if not arguments and not (arguments := _probe.example_arguments(pipe)):
+        raise ValueError(f"{type(pipe).__name__}: pass the arguments of a call, e.g. image=..., prompt_embeds=...")
+    arguments = {"output_type": "latent", "num_inference_steps": steps, **arguments}
+    if technique == "gpu":
+        stream, broke_off = _on_gpu(pipe, arguments)
+    else:
+        values = technique == "labelled" or (technique == "auto" and not guarded)
+        stream, broke_off = _probe.run(pipe, arguments, values=values)
+        if broke_off is not None and technique == "auto" and not values:
+            values = True
+            stream, broke_off = _probe.run(pipe, arguments, values=True)
+        technique = "labelled" if values else "fake"
+    return SyncReport(
+        pipeline=type(pipe).__name__,
+        scheduler=type(pipe.scheduler).__name__,
+        guarded=guarded,
+        technique=technique,
+        steps=stream.row,
+        ops=tuple(op for op in stream.ops if op.sync),
+        broke_off=broke_off,
+    )
+
+
+def assert_sync_free(pipe: Any, *, steps: int = 4, technique: Technique = "auto", **arguments: Any) -> SyncReport:
+    """`find_syncs`, and AssertionError with its report unless the loop ran to its end without a synchronisation or copy."""
+    report = find_syncs(pipe, steps=steps, technique=technique, **arguments)
+    if not report.free:
+        raise AssertionError(str(report))
+    return report
+
+
+def _on_gpu(pipe: Any, arguments: Mapping[str, Any]) -> tuple[Stream, str | None]:
+    """The call on the GPU that the pipeline is on; a first call, unwatched, compiles and allocates."""
+    device = torch.device(pipe.device)
+    moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+    stream = Stream()
+    twin = _probe.copy_of(pipe, stream, None)
+    twin(**moved)
+    stream.forget()
+    with Real(stream), _sync_debug(stream), _probe.counted(twin, stream):
+        twin(**moved)
+    return stream, None
+
+
+@contextmanager
+def _sync_debug(stream: Stream) -> Iterator[None]:
+    """torch's sync debug mode, its warnings as operations of the stream (unless the line has been noted for one already)."""
+
+    def note(message: Warning | str, *_: Any) -> None:
+        if stream.open and "synchroniz" in str(message).lower():
+            stream.warned(innermost_line())
+
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.showwarning = note  # type: ignore[assignment]
+            yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
