@@ -160,7 +160,6 @@ def decide(where, state, rule, row, d, both):  # no annotations: Triton would co
 
 
 # ------------------------------------------------------------------------------------------------------------ plain torch
-@torch.no_grad()
 def guided_step_torch(
     uncond: Tensor,
     cond: Tensor | None,
@@ -182,8 +181,13 @@ def guided_step_torch(
     body and not in its tail, and which of the two an element meets depends on the batch.
     """
     batch, size = x.shape[0], x.numel() // x.shape[0]
-    delta, work = _torch_workspace(x, size, scratch)
-    e, u, latents = delta[:, :size], _flat(uncond, size), _flat(x, size)
+    width = _width(size)
+    scratch = scratch_for(x) if scratch is None else scratch
+    delta, work = (scratch.as_strided((batch, width), (width, 1), start) for start in (0, batch * width))
+    u, latents, e = _flat(uncond, size), _flat(x, size), delta
+    if width > size:
+        delta[:, size:].zero_()
+        e = delta[:, :size]
     if cond is None:
         e.copy_(u)
         d = [math.nan] * batch
@@ -194,12 +198,12 @@ def guided_step_torch(
         else:  # torch subtracts in the inputs' dtype, d is defined on values cast to float32
             e.copy_(c).sub_(u)
         torch.mul(delta, delta, out=work)
-        parts = work.view(batch, -1, min(PART, work.shape[1])).sum(2)
-        d = parts.sum(1).tolist()
+        d = (work if width <= PART else work.view(batch, -1, PART).sum(2)).sum(1).tolist()
 
-    host = [t.cpu().numpy() for t in (state, trace, rows, rules, guidance)]  # on the CPU these are views, not copies
+    on_host = x.device.type == "cpu"
+    host = [(t if on_host else t.cpu()).numpy() for t in (state, trace, rows, rules, guidance)]  # on the CPU these are views
     plan = _decide_on_host(*host, d, cond is not None)
-    if x.device.type != "cpu":
+    if not on_host:
         state.copy_(torch.from_numpy(host[0]))
         trace.copy_(torch.from_numpy(host[1]))
 
@@ -208,14 +212,15 @@ def guided_step_torch(
     y = None if model_input is None else _flat(model_input, size).view(-1, batch, size)
     times = None if timestep_out is None else timestep_out.view(-1, batch)
     for form, run in _runs(plan.forms):
-        whole = run == slice(0, batch)  # nearly always, and slicing seven tensors costs as much as two passes over small latents
+        whole = run.stop - run.start == batch  # nearly always, and seven slices cost as much as two passes over small latents
 
         def part(tensor: Tensor, dim: int = 0, whole: bool = whole, run: slice = run) -> Tensor:
             return tensor if whole else tensor.narrow(dim, run.start, run.stop - run.start)
 
-        g, *values, scale = torch.from_numpy(plan.table[:, run]).to(x.device).unbind()
+        table = torch.from_numpy(plan.table[:, run])
+        g, *values, scale = (table if on_host else table.to(x.device)).unbind()
         p, q, a, b, *h, n = map(_Term, form.kinds, values)
-        m, latent, product = part(e), part(latents), part(work)[:, :size]
+        m, latent, product = part(e), part(latents), part(work if width == size else work[:, :size])
         if cond is not None:
             m.mul_(g).add_(part(u))
         q.multiply(m)
@@ -254,37 +259,42 @@ def _decide_on_host(
     """`decide` for every sample on Python floats; updates state and trace. A tensor operation on B numbers costs 1 to 2 us and
     `decide` has 60, a sample on Python floats costs 2 us."""
     forms: list[_Form | None] = []
-    at: list[tuple[int, int, int]] = []  # row, step and guidance column
     known: dict[int, tuple[list[float], _Form | None]] = {}
-    states = state.tolist()
-    for b, rule in enumerate(rules.tolist()):
-        k = int(states[b][State.STEP])
-        r = k + int(states[b][State.BASE])
-        if r not in known:
-            row = rows[r].tolist()
-            known[r] = row, _form(row, rows[r + 1, Row.S]) if row[Row.ACTIVE] else None
-        row, form = known[r]
+    states, r, k, column = state.tolist(), [], [], []
+    for b, (old, rule) in enumerate(zip(states, rules.tolist())):
+        step = int(old[codes.STEP])
+        at = step + int(old[codes.BASE])
+        if at not in known:
+            row = rows[at].tolist()
+            known[at] = row, _form(row, rows[at + 1, codes.S]) if row[codes.ACTIVE] else None
+        row, form = known[at]
+        before = False
+        if form is not None:
+            states[b], before = decide(_select, old, rule, row, d[b], both)
+            trace[step, b] = d[b]
         forms.append(form)
-        if form is None:
-            at.append((r, 0, 0))
-            continue
-        states[b], before = decide(_select, states[b], rule, row, d[b], both)
-        trace[k, b] = d[b]
-        at.append((r, k, 0 if before else 1))
+        r.append(at)
+        k.append(step if form else 0)
+        column.append(0 if before else 1)
     state[:] = states
 
-    r, k, column = np.array(at).T
-    following = rows[np.minimum(r + 1, len(rows) - 1)]
     table = np.empty((10, len(forms), 1), dtype=np.float32)
-    table[0, :, 0] = guidance[np.arange(len(forms)), k, column]
-    table[1:9, :, 0] = rows[r, Row.P : Row.N + 1].T
-    table[9, :, 0] = following[:, Row.S]
-    return _HostPlan(forms, table, following[:, Row.TIMESTEP])
+    table[0, :, 0] = guidance[range(len(forms)), k, column]
+    if len(known) == 1:
+        following = rows[min(at + 1, len(rows) - 1)]
+        table[1:9, :, 0] = rows[at, codes.P : codes.N + 1, None]
+        times = np.full(len(forms), following[codes.TIMESTEP])
+    else:
+        following = rows[np.minimum(np.array(r) + 1, len(rows) - 1)].T
+        table[1:9, :, 0] = rows[r, codes.P : codes.N + 1].T
+        times = following[codes.TIMESTEP]
+    table[9, :, 0] = following[codes.S]
+    return _HostPlan(forms, table, times)
 
 
 def _form(row: list[float], scale: float) -> _Form:
-    kinds = tuple(value if value in (0.0, 1.0) else None for value in row[Row.P : Row.N + 1])
-    return _Form(kinds, int(row[Row.STORE]), bool(scale == 1.0))
+    kinds = tuple([value if value == 0.0 or value == 1.0 else None for value in row[codes.P : codes.N + 1]])
+    return _Form(kinds, int(row[codes.STORE]), scale == 1.0)
 
 
 def _runs(forms: list[_Form | None]) -> Iterator[tuple[_Form, slice]]:
@@ -319,17 +329,6 @@ class _Term(NamedTuple):
 
 def _select(condition: bool, yes: float, no: float) -> float:
     return yes if condition else no
-
-
-def _torch_workspace(x: Tensor, size: int, scratch: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Two [B, width] buffers; width is size, rounded up to whole parts (filled with 0) where there are several."""
-    width = _width(size)
-    count = 2 * x.shape[0] * width
-    scratch = scratch_for(x) if scratch is None else scratch
-    delta, work = scratch[:count].view(2, -1, width).unbind()
-    if width > size:
-        delta[:, size:].zero_()
-    return delta, work
 
 
 def _width(size: int) -> int:
@@ -603,6 +602,8 @@ def _run(
     scratch: Tensor | None,
     backend: str,
 ) -> None:
+    if torch.is_grad_enabled():
+        uncond, cond = uncond.detach(), None if cond is None else cond.detach()
     uncond = _like(uncond, x)
     cond = None if cond is None else _like(cond, x)
     noise = noise if noise is None or _dense_like(noise, x) else _like(noise.contiguous(), x)
