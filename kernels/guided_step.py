@@ -37,7 +37,7 @@ try:
 except ImportError:  # not on every platform; the twin needs none
     triton = tl = None
 
-BACKENDS = ("torch", "triton")
+BACKENDS = ("torch", "triton", "compiled")
 PART = 16384  # the twin sums d in parts of PART elements: below torch's grain of 32,768, under which a sum is never split by threads
 
 
@@ -72,7 +72,8 @@ def guided_step(
         noise: [B, C, *S] of any of the three dtypes, read where N != 0.
         timestep_out: [B or 2B], any number dtype, the next row's timestep.
         scratch: workspace from `scratch_for(x)`, reused between calls; None: allocated by this call.
-        backend: "triton" | "torch"; None: triton on CUDA and ROCm, torch elsewhere (environment variable FASTGUARD_BACKEND overrides).
+        backend: "triton", "torch" or "compiled" (see `compiled.py`: CPU, needs a C compiler); None: triton on CUDA and ROCm, torch
+            elsewhere, unless the environment variable FASTGUARD_BACKEND names one.
 
     Raises:
         ValueError: a shape, dtype or memory format other than the above.
@@ -608,7 +609,11 @@ def _run(
     cond = None if cond is None else _like(cond, x)
     noise = noise if noise is None or _dense_like(noise, x) else _like(noise.contiguous(), x)
     buffers = (x, history, model_input, trace, state, rows, rules, guidance, noise, timestep_out, scratch)
-    (_guided_step_triton if backend == "triton" else guided_step_torch)(uncond, cond, *buffers)
+    if backend == "compiled":
+        from .compiled import guided_step_compiled as run
+    else:
+        run = _guided_step_triton if backend == "triton" else guided_step_torch
+    run(uncond, cond, *buffers)
 
 
 def _fake(*_: Any) -> None:
