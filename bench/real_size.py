@@ -56,6 +56,7 @@ def pipeline(size: str, scheduler: Any, model: Any = None, dtype: torch.dtype = 
         "unet": model or unet(size, dtype),
         "scheduler": scheduler,
     }
+    pipe: Any
     if size == "SDXL":
         pipe = diffusers.StableDiffusionXLPipeline(**parts, text_encoder_2=None, tokenizer_2=None)
     else:

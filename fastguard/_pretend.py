@@ -42,8 +42,12 @@ class Labelled(torch.Tensor):
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
+    def tolist(self) -> Any:
+        """As torch does for tensors of a device: copied to the host first."""
+        return self.cpu().tolist()
+
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise RuntimeError(f"{func}: a labelled tensor left the check that made it")
 
 

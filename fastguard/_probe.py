@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
+import diffusers
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
@@ -104,7 +105,9 @@ def _with_values_in_set_timesteps(scheduler: Any) -> None:
 
 
 @functools.lru_cache(maxsize=64)
-def _scheduler_class(base: Any) -> type:
+def _scheduler_class(kind: Hashable) -> type:
+    base: Any = kind
+
     @functools.wraps(base.set_timesteps)
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
         pretend = _pretend.get()
@@ -203,19 +206,18 @@ def _kind(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 def example_arguments(pipe: Any) -> dict[str, Any]:
     """One prompt's embeddings (zeros) of the width that a text-to-image pipeline's denoiser wants; {} if it is another kind."""
-    denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+    denoiser: Any = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
     config = denoiser.config
-    kind = type(denoiser).__name__
     vectors: dict[str, tuple[int, ...]] = {}
-    if kind == "UNet2DConditionModel":
+    if isinstance(denoiser, diffusers.UNet2DConditionModel):
         vectors["prompt_embeds"] = (77, config.cross_attention_dim)
         if config.addition_embed_type == "text_time":
             times = 6 * config.addition_time_embed_dim
             vectors["pooled_prompt_embeds"] = (config.projection_class_embeddings_input_dim - times,)
-    elif kind == "SD3Transformer2DModel":
+    elif isinstance(denoiser, diffusers.SD3Transformer2DModel):
         vectors["prompt_embeds"] = (77, config.joint_attention_dim)
         vectors["pooled_prompt_embeds"] = (config.pooled_projection_dim,)
-    elif kind.startswith("PixArt"):
+    elif isinstance(denoiser, diffusers.PixArtTransformer2DModel):
         vectors["prompt_embeds"] = (120, config.caption_channels)
         vectors["prompt_attention_mask"] = (120,)
     given = {name: torch.zeros(1, *shape, dtype=denoiser.dtype) for name, shape in vectors.items()}

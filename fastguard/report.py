@@ -113,7 +113,7 @@ class Report(Sequence[ImageReport]):
         self.path, self.reason = path, reason
         self._plan, self._numbers, self._denoiser_rows = plan, numbers, denoiser_rows
         self._ready = (
-            torch.cuda.current_stream(numbers.device).record_event() if numbers.is_cuda else None
+            torch.cuda.current_stream(numbers.device).record_event() if numbers.is_cuda and torch.cuda.is_initialized() else None
         )
         self._images: tuple[ImageReport, ...] | None = None
 

@@ -103,29 +103,38 @@ def find_syncs(pipe: Any, *, steps: int = 4, technique: Technique = "auto", **ar
     if technique not in _ALLOWED:
         raise ValueError(f"technique={technique!r}: must be one of {', '.join(_ALLOWED)}")
     guarded = "_fastguard_guard" in pipe.__dict__
-    if technique == "auto" and torch.device(pipe.device).type == "cuda":
-        technique = "gpu"
-    if not arguments and not (arguments := _probe.example_arguments(pipe)):
-        raise ValueError(f"{type(pipe).__name__}: pass the arguments of a call, e.g. image=..., prompt_embeds=...")
+    on_gpu = technique == "auto" and torch.device(pipe.device).type == "cuda"
+    given, arguments = arguments, arguments or _probe.example_arguments(pipe)
     arguments = {"output_type": "latent", "num_inference_steps": steps, **arguments}
-    if technique == "gpu":
-        stream, broke_off = _on_gpu(pipe, arguments)
-    else:
-        values = technique == "labelled" or (technique == "auto" and not guarded)
-        stream, broke_off = _probe.run(pipe, arguments, values=values)
-        if broke_off is not None and technique == "auto" and not values:
-            values = True
-            stream, broke_off = _probe.run(pipe, arguments, values=True)
-        technique = "labelled" if values else "fake"
+    try:
+        stream, used, broke_off = _run(pipe, arguments, "gpu" if on_gpu else technique, guarded)
+    except Exception as error:  # before the loop; whatever happens in it is reported
+        if given:
+            raise
+        raise ValueError(
+            f"{type(pipe).__name__}: pass the arguments of a call, e.g. image=..., prompt_embeds=... ({error})"
+        ) from error
     return SyncReport(
         pipeline=type(pipe).__name__,
         scheduler=type(pipe.scheduler).__name__,
         guarded=guarded,
-        technique=technique,
+        technique=used,
         steps=stream.row,
         ops=tuple(op for op in stream.ops if op.sync),
         broke_off=broke_off,
     )
+
+
+def _run(pipe: Any, arguments: Mapping[str, Any], technique: str, guarded: bool) -> tuple[Stream, str, str | None]:
+    """(what the loop did, the technique that saw it, why it broke off)"""
+    if technique == "gpu":
+        return _on_gpu(pipe, arguments), "gpu", None
+    if technique == "fake" or (technique == "auto" and guarded):
+        stream, broke_off = _probe.run(pipe, arguments, values=False)
+        if broke_off is None or technique == "fake":
+            return stream, "fake", broke_off
+    stream, broke_off = _probe.run(pipe, arguments, values=True)
+    return stream, "labelled", broke_off
 
 
 def assert_sync_free(pipe: Any, *, steps: int = 4, technique: Technique = "auto", **arguments: Any) -> SyncReport:
@@ -136,7 +145,7 @@ def assert_sync_free(pipe: Any, *, steps: int = 4, technique: Technique = "auto"
     return report
 
 
-def _on_gpu(pipe: Any, arguments: Mapping[str, Any]) -> tuple[Stream, str | None]:
+def _on_gpu(pipe: Any, arguments: Mapping[str, Any]) -> Stream:
     """The call on the GPU that the pipeline is on; a first call, unwatched, compiles and allocates."""
     device = torch.device(pipe.device)
     moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
@@ -146,7 +155,7 @@ def _on_gpu(pipe: Any, arguments: Mapping[str, Any]) -> tuple[Stream, str | None
     stream.forget()
     with Real(stream), _sync_debug(stream), _probe.counted(twin, stream):
         twin(**moved)
-    return stream, None
+    return stream
 
 
 @contextmanager
