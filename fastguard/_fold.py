@@ -37,8 +37,8 @@ def fold(trace: Trace, form: np.ndarray) -> Folded | None:
     rows = len(form)
     if not np.isfinite(form).all():
         return None
-    # m's scale is free: with 1 on the larger side m has one rounded product less. Matters where late rows extrapolate from m
-    # (DPM-Solver++ 3M to sigma_min: 9e-7 of float32 error without, 4e-7 with).
+    # m's scale is free: with 1 on the larger side m has one rounded product less. It shows where a row extrapolates from m
+    # (DPM-Solver++ 3M to sigma_min, 20 steps, differs from stock by 1.7e-6 instead of 2.0e-6).
     form = form / np.abs(form).max(axis=1, keepdims=True)
     lags = np.zeros((rows, rows))
     back = np.zeros(rows)
@@ -105,5 +105,5 @@ def _assign_slots(lags: np.ndarray) -> tuple[list[dict[int, int]], list[int], in
         if last[k] > k:
             store[k] = min(set(range(len(live) + 1)) - set(live.values()))
             live[k] = store[k]
-        most = max(most, *(slot + 1 for slot in live.values()), 0) if live else most
+        most = max([most, *(slot + 1 for slot in live.values())])
     return slots, store, most

@@ -30,9 +30,7 @@ def weights(scheduler: Any, levels: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     with np.errstate(all="ignore"):
         if flow_path or prediction == "flow_prediction":
             alpha, sigma = 1.0 - levels, levels
-            prediction = (
-                "flow_prediction" if any("FlowMatch" in name for name in names) else prediction
-            )
+            prediction = "flow_prediction" if any("FlowMatch" in name for name in names) else prediction
         elif hasattr(scheduler, "precondition_outputs"):
             data = config["sigma_data"] ** 2
             c_out = levels**2 * data / (levels**2 + data)
@@ -65,9 +63,7 @@ def _signal_and_noise(scheduler: Any, levels: np.ndarray) -> tuple[np.ndarray, n
     if hasattr(scheduler, "ets"):  # IPNDM: one alpha and beta per entry of `timesteps`
         known = scheduler.timesteps.double().cpu().numpy()
         rows = np.abs(known[None, :] - levels[:, None]).argmin(axis=1)
-        alphas, betas = (
-            getattr(scheduler, name).double().cpu().numpy()[rows] for name in ("alphas", "betas")
-        )
+        alphas, betas = (getattr(scheduler, name).double().cpu().numpy()[rows] for name in ("alphas", "betas"))
         return alphas, betas
     return np.full_like(levels, np.nan), np.full_like(levels, np.nan)
 

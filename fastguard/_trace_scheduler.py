@@ -49,11 +49,9 @@ class Trace:
     """Lanes of K rows: columns [0, K) are x_j, [K, 2K) e_j, [2K, 3K) z_j; the probes are random columns."""
 
     out: np.ndarray  # [K, 3K] coefficients of x_{k+1}
-    converted: (
-        np.ndarray
-    )  # [K, 2] (P, Q) of the output as the scheduler keeps it; NaN where it keeps none
+    converted: np.ndarray  # [K, 2] (P, Q) of the output as the scheduler keeps it; NaN where it keeps none
     scale: np.ndarray  # [K] factor of scale_model_input
-    sigma: np.ndarray  # [K] noise level as the scheduler names it (sigma, or the timestep where it has none); NaN unknown
+    sigma: np.ndarray  # [K] noise level: sigma, or the timestep where the scheduler has no sigmas; NaN if unknown
     starts: np.ndarray  # [K] bool: the evaluation begins a block (it is no mid-stage)
     draws: tuple[int, ...]  # noise draws per row
     noise_dtype: torch.dtype | None  # dtype of the draws; None: the model's
@@ -69,15 +67,15 @@ class Lanes(TorchFunctionMode):
 
     shape: torch.Size
     noise: Callable[[], torch.Tensor]
-    dtypes: list[torch.dtype | None] = field(default_factory=list)
+    dtypes: list[torch.dtype] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         super().__init__()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is torch.randn and tuple(args[0]) == tuple(self.shape):
-            self.dtypes.append(kwargs.get("dtype"))
+        if func is torch.randn and args and args[0] == self.shape:  # the form of diffusers' randn_tensor
+            self.dtypes.append(kwargs.get("dtype") or torch.get_default_dtype())
             return self.noise()
         if func in _OTHER_DRAWS:
             raise RuntimeError(f"it draws random numbers by {func.__name__}")
@@ -132,42 +130,59 @@ def _clone(value: Any) -> Any:
     return value  # numbers, strings, functions and the frozen config
 
 
+def replaced_step(scheduler: Any) -> str | None:
+    """Why step() is not the class's own: somebody hooks it, and must see every call of it."""
+    if "step" in vars(scheduler):
+        return "step() is replaced on the instance"
+    owner = next(kind for kind in type(scheduler).__mro__ if "step" in vars(kind))
+    step = vars(owner)["step"]
+    if getattr(step, "__qualname__", None) != f"{owner.__qualname__}.step" or hasattr(step, "__wrapped__"):
+        return f"{owner.__name__}.step is replaced"
+    return None
+
+
 def first_row(scheduler: Any, begin_index: int) -> int:
     return begin_index or getattr(scheduler, "begin_index", None) or 0
 
 
 def trace(scheduler: Any, step_kwargs: Mapping[str, Any], begin_index: int) -> Trace:
-    """Step a private copy through all rows from `begin_index` on. Never raises for what the scheduler does: see `problem`."""
+    """Step a private copy through all rows from `begin_index` on. What the scheduler raises ends up in `problem`."""
     # A default device is itself such a mode; entering the CPU's for nothing would double the cost of every scalar.
     on_cpu = nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
     with torch.no_grad(), on_cpu:
         twin = private_copy(scheduler)
         timesteps = twin.timesteps[begin_index:]
-        return _trace(twin, timesteps, step_kwargs, lambda: private_copy(scheduler))
+        result = _blank(len(timesteps), float(getattr(twin, "init_noise_sigma", 1.0)))
+        result.problem = replaced_step(scheduler)  # then only scale, sigma and starts are recorded
+        _run(twin, timesteps, step_kwargs, result)
+        if any(result.draws):
+            result.noise_dtype = _noise_dtype(private_copy(scheduler), timesteps, step_kwargs)
+    return result
 
 
-def _trace(
-    twin: Any, timesteps: torch.Tensor, step_kwargs: Mapping[str, Any], fresh: Callable[[], Any]
-) -> Trace:
-    rows = len(timesteps)
-    lanes = 3 * rows
-    shape = torch.Size((1, 1, 1, lanes + PROBES))
+def _blank(rows: int, first_scale: float) -> Trace:
     rng = np.random.default_rng(0)
-    e = rng.standard_normal((rows, PROBES))
-    z = rng.standard_normal((rows, PROBES))
-    result = Trace(
-        out=np.zeros((rows, lanes)),
+    x, e, z = (rng.standard_normal((rows + extra, PROBES)) for extra in (1, 0, 0))
+    return Trace(
+        out=np.zeros((rows, 3 * rows)),
         converted=np.full((rows, 2), np.nan),
         scale=np.ones(rows),
         sigma=np.full(rows, np.nan),
         starts=np.ones(rows, dtype=bool),
         draws=(0,) * rows,
         noise_dtype=None,
-        probe_x=np.zeros((rows + 1, PROBES)),
+        probe_x=x * first_scale,  # all but the first are replaced by what the scheduler makes of them
         probe_e=e,
         probe_z=z,
     )
-    result.probe_x[0] = rng.standard_normal(PROBES) * float(getattr(twin, "init_noise_sigma", 1.0))
+
+
+def _run(twin: Any, timesteps: torch.Tensor, step_kwargs: Mapping[str, Any], result: Trace) -> None:
+    rows = len(timesteps)
+    lanes = 3 * rows
+    shape = torch.Size((1, 1, 1, lanes + PROBES))
+    draws = [0] * rows
+    row = 0
 
     def lane(column: int, probes: np.ndarray) -> torch.Tensor:
         tensor = torch.zeros(shape, dtype=torch.float64)
@@ -175,16 +190,13 @@ def _trace(
         tensor[..., lanes:] = torch.from_numpy(probes)
         return tensor
 
-    draws = [0] * rows
-    row = 0
-
     def noise() -> torch.Tensor:
         draws[row] += 1
-        return lane(2 * rows + row, z[row])
+        return lane(2 * rows + row, result.probe_z[row])
 
     mode = Lanes(shape, noise)
     for row, t in enumerate(timesteps):
-        x, e_row = lane(row, result.probe_x[row]), lane(rows + row, e[row])
+        x, e = lane(row, result.probe_x[row]), lane(rows + row, result.probe_e[row])
         try:
             with mode:
                 scaled = twin.scale_model_input(x, t) if hasattr(twin, "scale_model_input") else x
@@ -198,40 +210,34 @@ def _trace(
             result.problem = result.problem or "scale_model_input is more than a factor"
         result.sigma[row] = _sigma(twin, t)
         result.starts[row] = _starts_block(twin)
-        if result.problem is None:
-            try:
+        index = getattr(twin, "step_index", None)
+        try:
+            if result.problem is None:
                 with mode:
-                    after = twin.step(e_row, t, x, **step_kwargs, return_dict=False)[0]
-            except Exception as error:
-                result.problem = f"step failed at row {row}: {type(error).__name__}: {error}"
+                    after = twin.step(e, t, x, **step_kwargs, return_dict=False)[0].reshape(-1).numpy()
+        except Exception as error:
+            result.problem = f"step failed at row {row}: {type(error).__name__}: {error}"
         if result.problem is not None:  # go on for scale, sigma and starts alone
-            if getattr(twin, "step_index", None) is not None:
-                twin._step_index += 1
+            if index is not None:
+                twin._step_index = index + 1
             continue
-        if hasattr(twin, "order_list"):  # single-step DPM: the block's base is the sample it keeps
-            result.starts[row] = twin.sample is x
-        values = after.reshape(-1).numpy()
-        if not np.isfinite(values).all():
+        if not np.isfinite(after).all():
             result.problem = f"step is not finite at row {row}"
             continue
-        result.out[row] = values[:lanes]
-        result.probe_x[row + 1] = values[lanes:]
+        if hasattr(twin, "order_list"):  # single-step DPM keeps the sample at which a block begins
+            result.starts[row] = twin.sample is x
+        result.out[row], result.probe_x[row + 1] = after[:lanes], after[lanes:]
         result.converted[row] = _kept_output(twin, shape, row, rows)
     result.draws = tuple(draws)
     if max(draws, default=0) > 1 and result.problem is None:
         result.problem = f"it draws noise {max(draws)} times in one row"
-    if any(draws):
-        result.noise_dtype = _noise_dtype(fresh(), timesteps, step_kwargs)
-    return result
 
 
 def _sigma(twin: Any, t: torch.Tensor) -> float:
     """Noise level of the row about to run: sigma where the scheduler has sigmas, else its timestep."""
     index = getattr(twin, "step_index", None)
     if index is not None and getattr(twin, "sigmas", None) is not None:
-        midway = not getattr(twin, "state_in_first_order", True) and hasattr(
-            twin, "sigmas_interpol"
-        )
+        midway = not getattr(twin, "state_in_first_order", True) and hasattr(twin, "sigmas_interpol")
         return float((twin.sigmas_interpol if midway else twin.sigmas)[index])
     return float(t)
 
@@ -245,23 +251,23 @@ def _starts_block(twin: Any) -> bool:
 
 
 def _kept_output(twin: Any, shape: torch.Size, row: int, rows: int) -> tuple[float, float]:
-    """(P, Q) of the converted output m = P x + Q e that the scheduler keeps for later rows; NaN if it keeps none."""
-    lists = [value[-1:] for value in vars(twin).values() if isinstance(value, list)]
-    for kept in [item for items in lists for item in items] + list(vars(twin).values()):
+    """(P, Q) of the converted output m = P x + Q e that the scheduler keeps for later rows; NaN if it keeps none.
+
+    Lists hold outputs (model_outputs, ets, derivatives), newest last. A tensor by itself may also be the sample: it has no e.
+    """
+    values = list(vars(twin).values())
+    listed = [value[-1] for value in values if isinstance(value, list) and value]
+    for kept, is_output in [(v, True) for v in listed] + [(v, False) for v in values]:
         if not isinstance(kept, torch.Tensor) or kept.shape != shape:
             continue
-        values = kept.reshape(-1)[: 3 * rows].numpy()
-        others = np.delete(values, [row, rows + row])
-        if not others.any() and (
-            values[rows + row] != 0.0 or any(kept is item for items in lists for item in items)
-        ):
-            return float(values[row]), float(values[rows + row])
+        lanes = kept.reshape(-1)[: 3 * rows].numpy()
+        p, q = float(lanes[row]), float(lanes[rows + row])
+        if np.count_nonzero(lanes) == (p != 0.0) + (q != 0.0) and (is_output or q != 0.0):
+            return p, q
     return np.nan, np.nan
 
 
-def _noise_dtype(
-    twin: Any, timesteps: torch.Tensor, step_kwargs: Mapping[str, Any]
-) -> torch.dtype | None:
+def _noise_dtype(twin: Any, timesteps: torch.Tensor, step_kwargs: Mapping[str, Any]) -> torch.dtype | None:
     """Dtype that stock draws in when sample and model output are float16; None if it is theirs."""
     shape = torch.Size((1, 1, 1, 1))
     zero = torch.zeros(shape, dtype=torch.float16)
@@ -275,5 +281,5 @@ def _noise_dtype(
         except Exception:
             return None
         if mode.dtypes:
-            return None if mode.dtypes[0] in (None, torch.float16) else mode.dtypes[0]
+            return None if mode.dtypes[0] == torch.float16 else mode.dtypes[0]
     return None

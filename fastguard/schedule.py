@@ -22,7 +22,7 @@ import torch
 
 from fastguard._fold import Folded, fold, free_form
 from fastguard._noise_level import weights
-from fastguard._trace_scheduler import Trace, first_row, own_state, trace
+from fastguard._trace_scheduler import Trace, first_row, own_state, replaced_step, trace
 from fastguard.kernels.layout import HISTORY, Row
 
 # Relative to the largest value of x'; beyond them the scheduler's own step() runs.
@@ -231,6 +231,7 @@ def _key(scheduler: Any, arguments: Mapping[str, Any], begin: int) -> bytes:
             (
                 id(kind),
                 kind.__qualname__,
+                replaced_step(scheduler),
                 begin,
                 sorted(arguments.items(), key=lambda pair: pair[0]),
             )

@@ -9,24 +9,19 @@ original's, whose class bears the same name, and whose replaced methods talk to 
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 
 @functools.lru_cache(maxsize=256)
-def _shadow_class(original: type, methods: tuple[str, ...]) -> type:
-    def replacement(name: str) -> Callable:
-        method = inspect.getattr_static(original, name)
+def _shadow_class(original: type, names: tuple[str, ...]) -> type:
+    def replaced(name: str) -> Any:
+        if name == "__call__":  # Python looks it up on the class and calls it: no property
+            return lambda self, *args, **kwargs: self._fastguard_replacements[name](*args, **kwargs)
+        # A property, because it comes before an attribute of the instance: somebody may have hooked the method there.
+        return property(lambda self: self._fastguard_replacements[name])
 
-        # wraps: pipelines read the signature of scheduler.step to learn whether it takes eta or a generator.
-        @functools.wraps(method)
-        def call(self, *args, **kwargs):
-            return self._fastguard_replacements[name](*args, **kwargs)
-
-        return call
-
-    namespace: dict[str, Any] = {name: replacement(name) for name in methods}
+    namespace: dict[str, Any] = {name: replaced(name) for name in names}
     # A slot, because the instance __dict__ belongs to the original.
     namespace["__slots__"] = ("_fastguard_replacements",)
     namespace["__module__"] = original.__module__
@@ -36,9 +31,20 @@ def _shadow_class(original: type, methods: tuple[str, ...]) -> type:
 
 
 def shadow(original: Any, replacements: dict[str, Callable]) -> Any:
-    """An object that is `original` in all but the methods named in `replacements`."""
-    names = tuple(name for name in replacements if hasattr(type(original), name))
-    twin = object.__new__(_shadow_class(type(original), names))
-    object.__setattr__(twin, "_fastguard_replacements", replacements)
+    """An object that is `original` in all but the methods named in `replacements`; a method that it has not is not added."""
+    # wraps: pipelines read the signature of scheduler.step to learn whether it takes eta or a generator.
+    wrapped = {
+        name: functools.wraps(getattr(original, name))(_function(method))
+        for name, method in replacements.items()
+        if hasattr(original, name)
+    }
+    kind: Any = type(original)
+    twin: Any = object.__new__(_shadow_class(kind, tuple(wrapped)))
+    object.__setattr__(twin, "_fastguard_replacements", wrapped)
     object.__setattr__(twin, "__dict__", original.__dict__)
     return twin
+
+
+def _function(method: Callable) -> Callable:
+    """A function around a bound method, which itself takes no attributes."""
+    return lambda *args, **kwargs: method(*args, **kwargs)

@@ -126,6 +126,24 @@ def test_thresholding_runs_its_own_step():
     assert same(pipe).path == "own step"
 
 
+@pytest.mark.parametrize("where", ["instance", "class"])
+def test_a_hooked_step_still_sees_every_call(monkeypatch, where):
+    """Then the table does not describe it: the guard decides and guides, the hooked step() does the rest."""
+    pipe, seen = pipelines.sd(), []
+    target = pipe.scheduler if where == "instance" else type(pipe.scheduler)
+    step = target.step
+
+    def hooked(*args, **kwargs):
+        seen.append(int(args[-2]))
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(target, "step", hooked)
+    report = same(pipe)
+    assert report.path == "own step" and "replaced" in report.reason
+    timesteps = pipe.scheduler.timesteps.tolist()
+    assert seen == timesteps + timesteps
+
+
 # Other pipelines ------------------------------------------------------------------------------------------------------------
 
 SD_KINDS = {
