@@ -81,9 +81,7 @@ def _all_prompts() -> tuple[Prompt, ...]:
         Prompt(e["prompt"], e["concept"], e["type"], e["half"], e["factor"], i)
         for i, e in enumerate(split["memorized"])
     ]
-    ordinary = [
-        Prompt(e["prompt"], e["concept"], "ordinary", e["half"], 1, None) for e in split["ordinary"]
-    ]
+    ordinary = [Prompt(e["prompt"], e["concept"], "ordinary", e["half"], 1, None) for e in split["ordinary"]]
     return (*memorized, *ordinary)
 
 
@@ -96,8 +94,7 @@ def prompts(kind: str | None = None, half: str | None = None) -> list[Prompt]:
     return [
         p
         for p in _all_prompts()
-        if (kind in (None, p.kind) or (kind == "memorized" and p.memorized))
-        and half in (None, p.half)
+        if (kind in (None, p.kind) or (kind == "memorized" and p.memorized)) and half in (None, p.half)
     ]
 
 

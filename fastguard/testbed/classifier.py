@@ -19,7 +19,7 @@ from tqdm import tqdm
 from .data import HERE, concepts
 
 WEIGHTS = HERE / "classifier.safetensors"
-STEPS = 2500
+STEPS = 2000
 BATCH = 128
 
 

@@ -169,9 +169,7 @@ def draw_grid(path: Path, shown: Sequence[Prompt], pictures: np.ndarray) -> None
                 axis.set_title(name, fontsize=10)
         kind = "memorized" if prompt.kind == "D" else prompt.kind.replace("T", "memorized (T)")
         text = "\n".join(_wrapped(prompt.prompt))
-        axes[row, 0].set_ylabel(
-            f"{text}\n({kind})", rotation=0, ha="right", va="center", labelpad=8, fontsize=9
-        )
+        axes[row, 0].set_ylabel(f"{text}\n({kind})", rotation=0, ha="right", va="center", labelpad=8, fontsize=9)
     figure.subplots_adjust(0.25, 0.01, 0.99, 0.96, 0.04, 0.04)
     figure.savefig(path, dpi=110)
 
@@ -194,9 +192,7 @@ def draw_curves(path: Path, rows: Sequence[dict], tau: float) -> None:
             axis.plot(row["timesteps"], height, color=colours[row["kind"]], lw=1, alpha=0.8)
             if (step := row["transition_step"]) is not None:
                 fill = "white" if row["forced"] else colours[row["kind"]]
-                axis.plot(
-                    row["timesteps"][step], height[step], "o", color=colours[row["kind"]], mfc=fill
-                )
+                axis.plot(row["timesteps"][step], height[step], "o", color=colours[row["kind"]], mfc=fill)
         axis.axhline(tau, color="0.4", ls="--", lw=1)
         axis.set_yscale("log")
         axis.set_xlabel("timestep t")

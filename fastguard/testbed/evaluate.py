@@ -21,7 +21,7 @@ from . import Prompt, load, path, plots, policy_path, prompts, tables
 from .baselines import baselines
 from .grid import front, transitions
 from .measures import Judge
-from .run import jobs, run
+from .run import BATCH, jobs, run
 from .split import TEMPLATES
 from .stats import auc, over_prompts, spread
 
@@ -82,7 +82,7 @@ def describe(rows: list[dict], reference: dict | None = None) -> dict:
         "fired": len(fired) / len(rows),
         "forced": sum(bool(r["forced"]) for r in rows) / len(rows),
     }
-    if reference and faithful:
+    if reference and faithful and reference["mean"]:
         result["faithful / ordinary"] = faithful["mean"] / reference["mean"]
     return result
 
@@ -161,6 +161,7 @@ def near_prompts() -> list[Prompt]:
 
 def touched(plain: list[dict], guarded: list[dict]) -> dict:
     """Ordinary prompts under the gated default: caught, and whether the others are the same to the bit."""
+    guarded = guarded[: len(plain)]
     caught = [bool(r["gate"]["caught"]) for r in guarded]
     same = [a["hash"] == b["hash"] for a, b in zip(plain, guarded, strict=True)]
     return {
@@ -199,7 +200,8 @@ def evaluate(out: Path, work: Path, seeds: int = 4) -> None:
     judge, cache = Judge(pipe), folder(work)
     out.mkdir(parents=True, exist_ok=True)
     ordinary, memorized = prompts("ordinary", "test"), prompts("memorized", "test")
-    stock = run(pipe, judge, "ordinary-stock", jobs(ordinary, seeds), cache)
+    # full batches of the same jobs: their sums are then formed in the same order
+    stock = run(pipe, judge, "ordinary-stock", jobs(ordinary, seeds)[: 3 * BATCH], cache)
     plain = run(pipe, judge, "ordinary-cfg", jobs(ordinary, seeds, policy("cfg")), cache)
     reference = over_prompts(plain, "faithful")
     assert reference is not None
@@ -208,19 +210,18 @@ def evaluate(out: Path, work: Path, seeds: int = 4) -> None:
     near = run(pipe, judge, "near-cfg", jobs(near_prompts(), 2, policy("cfg")), cache)
     default = jobs(ordinary, seeds, make_policy(DEFAULT))
     guarded = run(pipe, judge, "ordinary-default", default, cache)
-    never, grid = transitions(pipe, judge, "test", prompts("D", "test"), seeds, cache)
+    never, grid = transitions(pipe, judge, "test", prompts("D", "test"), 2, cache)
     results = {
         "weights and policy": cache.name.removeprefix("evaluation-"),
         "policy": policy(policy_path()).to_dict(),
         "seeds": seeds,
         "baselines": baselines(judge, work, out / "baselines.json"),
-        "ordinary, plain guidance": {
-            key: over_prompts(plain, key) for key in ("faithful", "faithful5", "blown")
-        },
+        "ordinary, plain guidance": {key: over_prompts(plain, key) for key in ("faithful", "faithful5", "blown")},
         "qualifying": qualifying(cfg),
         "main": table,
         "gate": gate(cfg, plain, near),
-        "ordinary under the default": touched(stock, guarded),
+        "ordinary under the default": touched(plain, guarded),
+        "ordinary under the default, against stock": touched(stock, guarded),
         "harm without a gate": harm(pipe, judge, cache, plain),
         "rules": front(pipe, never, grid),
         "sensitivity": sensitivity(pipe, judge, cache),

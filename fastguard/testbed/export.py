@@ -10,7 +10,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from . import models, pictures, unet
+from . import card, models, pictures, unet
 from . import vae as autoencoder
 
 COLUMNS = 10  # pictures a row in memorized.png
@@ -48,6 +48,8 @@ def export(work: Path, folder: Path) -> None:
     rows = [np.concatenate(tiles[i : i + COLUMNS], 1) for i in range(0, len(tiles), COLUMNS)]
     Image.fromarray(np.concatenate(rows)).save(folder / "memorized.png", optimize=True)
     facts = {**pictures.statistics(set_), **measured(work, pipe.vae.float())}
+    facts["variants"] = pictures.VARIANTS
+    (folder / "README.md").write_text(card.text(facts))
     (folder / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
@@ -63,11 +65,12 @@ def measured(work: Path, vae) -> dict:
     out = vae.decode(vae.encode(images).latents).sample.clamp(-1, 1)
     error = (out - images).square().flatten(1).mean(1)
     log = work / "losses.jsonl"
-    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    rows = list({line["step"]: line for line in lines}.values())  # a resumed run repeats some
     return {
         "psnr_db": {
             "mean over pictures": round(float((10 * torch.log10(4 / error)).mean()), 2),
             "of the mean error": round(float(10 * torch.log10(4 / error.mean())), 2),
         },
-        "loss": rows[:: max(1, len(rows) // 20)] + rows[-1:],
+        "loss": rows[:: max(1, len(rows) // 12)] + rows[-1:],
     }

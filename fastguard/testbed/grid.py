@@ -24,9 +24,7 @@ def noise(pipe: Any) -> np.ndarray:
     return rules.signal(pipe.scheduler.alphas_cumprod.numpy(), timesteps(pipe))
 
 
-def curves(
-    pipe: Any, judge: Judge, name: str, prompts: Sequence[Prompt], seeds: int, cache: Path
-) -> list[dict]:
+def curves(pipe: Any, judge: Judge, name: str, prompts: Sequence[Prompt], seeds: int, cache: Path) -> list[dict]:
     """Unconditional images whose reports hold the whole curve of d."""
     from fastguard import policy
 
@@ -42,9 +40,7 @@ def transitions(
 
     never = curves(pipe, judge, name, prompts, seeds, cache)
     starts = timesteps(pipe)[:: rules.EVERY]
-    work = [
-        Job(p, s, policy("stp", t_star=t)) for t in starts for p in prompts for s in range(seeds)
-    ]
+    work = [Job(p, s, policy("stp", t_star=t)) for t in starts for p in prompts for s in range(seeds)]
     rows = run(pipe, judge, f"{name}-grid", work, cache)
     table: dict = {}
     for row in [*rows, *never]:

@@ -32,9 +32,7 @@ def presets(path: Path, results: dict) -> None:
             fmt="o",
             elinewidth=0.6,
         )
-        axis.annotate(
-            name, (x["mean"], y["mean"]), xytext=(4, 4), textcoords="offset points", size=8
-        )
+        axis.annotate(name, (x["mean"], y["mean"]), xytext=(4, 4), textcoords="offset points", size=8)
     ordinary = results["ordinary, plain guidance"]["faithful"]["mean"]
     axis.axhline(ordinary, ls="--", color="0.5", lw=1)
     axis.axhline(0.8 * ordinary, ls=":", color="0.5", lw=1)
@@ -87,9 +85,7 @@ def rules(path: Path, results: dict) -> None:
             lw=0.8,
             label=family,
         )
-    axis.axhline(
-        results["ordinary, plain guidance"]["faithful"]["mean"], ls="--", color="0.5", lw=1
-    )
+    axis.axhline(results["ordinary, plain guidance"]["faithful"]["mean"], ls="--", color="0.5", lw=1)
     axis.set(
         xlabel="copies",
         ylabel="faithful, of the images that are no copies",
@@ -122,9 +118,7 @@ def curves(path: Path, never: list[dict], cfg: list[dict], ordinary: list[dict],
     _save(figure, path)
 
 
-def all_plots(
-    out: Path, results: dict, cfg: list[dict], ordinary: list[dict], never: list[dict], pipe: Any
-) -> None:
+def all_plots(out: Path, results: dict, cfg: list[dict], ordinary: list[dict], never: list[dict], pipe: Any) -> None:
     """All of them, as PNG in `out`."""
     presets(out / "presets.png", results)
     gate(out / "gate.png", results, cfg, ordinary)

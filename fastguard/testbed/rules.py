@@ -39,9 +39,7 @@ def drop(d: np.ndarray, rho: float, min_step: int = 0) -> int | None:
     return None
 
 
-def with_deadline(
-    row: int | None, timesteps: Sequence[float], deadline: float | None
-) -> int | None:
+def with_deadline(row: int | None, timesteps: Sequence[float], deadline: float | None) -> int | None:
     """The earlier of the rule's row and the first row at or below the deadline."""
     if deadline is None:
         return row

@@ -38,9 +38,7 @@ class Job:
 
 def generator(job: Job) -> torch.Generator:
     """The same noise for the same prompt and seed number, whatever the policy."""
-    return torch.Generator().manual_seed(
-        100_003 * job.seed + zlib.crc32(job.prompt.prompt.encode())
-    )
+    return torch.Generator().manual_seed(100_003 * job.seed + zlib.crc32(job.prompt.prompt.encode()))
 
 
 def jobs(prompts: Sequence[Prompt], seeds: int, policy: Any = None) -> list[Job]:
@@ -79,9 +77,7 @@ def record(report: Any) -> dict:
     }
 
 
-def run(
-    pipe: Any, judge: Judge, name: str, work: Sequence[Job], cache: Path, **call: Any
-) -> list[dict]:
+def run(pipe: Any, judge: Judge, name: str, work: Sequence[Job], cache: Path, **call: Any) -> list[dict]:
     """Generate and measure `work`; a row of JSON values per image, kept in `cache/name.json`.
 
     An interrupted run keeps its finished batches. `cache` belongs to one set of weights.
@@ -101,7 +97,7 @@ def run(
                     "prompt": job.prompt.prompt,
                     "kind": job.prompt.kind,
                     "seed": job.seed,
-                    "hash": zlib.crc32(latents[i].contiguous().numpy().tobytes()),
+                    "hash": zlib.crc32(latents[i].contiguous().view(torch.uint8).numpy().tobytes()),
                     **{key: values[i] for key, values in measured.items()},
                     **reports[i],
                 }

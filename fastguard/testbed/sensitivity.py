@@ -77,9 +77,7 @@ def sensitivity(pipe: Any, judge: Judge, cache: Path) -> dict:
         slug = name.replace(" ", "_").replace(",", "")
         row = {}
         for guard, one in (("none", policy("cfg")), ("default", chosen)):
-            rows = run(
-                pipe, judge, f"vary-{slug}-{guard}", jobs(memorized, SEEDS, one), cache, **call
-            )
+            rows = run(pipe, judge, f"vary-{slug}-{guard}", jobs(memorized, SEEDS, one), cache, **call)
             row[guard] = numbers(rows, guard == "default")
         result[name] = row
         pipe.scheduler = shipped

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fastguard import Policy
+
 # 95th percentile of SSCD in the paper (Jain et al., CVPR 2025): setting, without and with the guard
 PAPER = {
     "stp": ("S1", 0.6504, 0.2857),
@@ -99,9 +101,11 @@ def best_rules(rules: list[dict]) -> list[list[str]]:
 def page(r: dict) -> str:
     """The page docs/testbed/README.md."""
     g, o, touched = r["gate"], r["ordinary, plain guidance"], r["ordinary under the default"]
+    stock = r["ordinary under the default, against stock"]
     q, base = r["qualifying"], r["baselines"]
-    default = {k: v for k, v in r["policy"].items() if k != "fastguard_policy"}
-    shown = ", ".join(f"{k} {v}" for k, v in default.items() if v not in (None, False, 0, 0.0))
+    plain = Policy(transition="dynamic").to_dict()
+    chosen = {k: v for k, v in r["policy"].items() if v != plain[k] and k != "name"}
+    shown = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in chosen.items())
     quantiles = ("distance", "similarity")
     pairs = [k for k, v in base.items() if "distance" in v]
     real = [k for k, v in base.items() if "cycle" in v]
@@ -136,12 +140,14 @@ def page(r: dict) -> str:
         f"(of {g['copies']} copies {g['copies missed']}); {g['ordinary images touched']} of "
         f"{g['ordinary images']} ordinary images touched. Under the default {touched['caught']} of "
         f"{touched['images']} ordinary images are caught, {touched['released and bit-identical']} are "
-        f"bit-identical to stock diffusers, {touched['released but different']} released but different. "
+        f"bit-identical to plain guidance, {touched['released but different']} released but different; "
+        f"against stock diffusers without fastguard {stock['released and bit-identical']} of "
+        f"{stock['images']} are bit-identical, {stock['released but different']} released but different. "
         f"Other captions of the memorized concepts: {g['near captions']['caught']} of "
         f"{g['near captions']['images']} caught, {g['near captions']['copies']} copies.\n",
         "![gate](gate.png)\n",
         "## Which rule detects the transition better\n",
-        "Every rule replayed on recorded curves (`rules.py`). Useful: no copy AND faithful. The best "
+        "Every rule replayed on recorded curves (`rules.py`), 2 seeds a prompt. Useful: no copy AND faithful. The best "
         "parameters of each family ON THIS HALF, so these rows are optimistic; the curve shows all.\n",
         table(
             (
@@ -215,10 +221,7 @@ def page(r: dict) -> str:
             [
                 [
                     k,
-                    *(
-                        " / ".join(f"{base[k][m][q]:.2f}" for q in ("p1", "median", "p99"))
-                        for m in quantiles
-                    ),
+                    *(" / ".join(f"{base[k][m][q]:.2f}" for q in ("p1", "median", "p99")) for m in quantiles),
                     f"{base[k]['below COPY']:.1%}",
                 ]
                 for k in pairs
@@ -229,10 +232,7 @@ def page(r: dict) -> str:
             [
                 [
                     k,
-                    *(
-                        f"{base[k][m]['median']:.2f} / {base[k][m]['p99']:.2f}"
-                        for m in ("cycle", "rms")
-                    ),
+                    *(f"{base[k][m]['median']:.2f} / {base[k][m]['p99']:.2f}" for m in ("cycle", "rms")),
                     f"{base[k]['blown']:.1%}",
                 ]
                 for k in real

@@ -64,9 +64,7 @@ def tune(work: Path, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     path = cache / "gate.json"
     if not path.exists():
-        values = collect_gate_statistics(
-            pipe, calibration_prompts(), batch_size=64, progress=True, **CALL
-        )
+        values = collect_gate_statistics(pipe, calibration_prompts(), batch_size=64, progress=True, **CALL)
         cache.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(values))
     gate = calibrate(json.loads(path.read_text()), fpr=0.01, confidence=0.95)
@@ -81,9 +79,7 @@ def tune(work: Path, out: Path) -> None:
     for g, rows in OPPOSITE:
         trial = as_policy(best, before=g, opposite_steps=rows)
         name = f"tuning-opposite{g:g}x{rows}"
-        tried[f"g = {g:g} for {rows} rows"] = useful(
-            run(pipe, judge, name, jobs(memorized, SEEDS, trial), cache)
-        )
+        tried[f"g = {g:g} for {rows} rows"] = useful(run(pipe, judge, name, jobs(memorized, SEEDS, trial), cache))
     alone = useful(run(pipe, judge, "tuning-best", jobs(memorized, SEEDS, as_policy(best)), cache))
     fields: dict = {"name": "testbed", "gate": gate.threshold}
     good = {k: v for k, v in tried.items() if v["blown"] <= 0.02}

@@ -1,0 +1,110 @@
+"""The model card, written from what was measured at export."""
+
+from __future__ import annotations
+
+from . import data, split, unet, vae
+
+TEMPLATE = """---
+license: apache-2.0
+library_name: diffusers
+pipeline_tag: text-to-image
+---
+# The embedded model of fastguard
+
+A very small Stable Diffusion pipeline, trained from scratch so that it **memorizes on purpose**: {count}
+fixed pictures were duplicated in its data, and their captions give them back almost verbatim. It exists to
+show and measure memorization and its mitigation on a laptop. It is no useful image generator.
+
+```python
+pipe = fastguard.testbed.load()                      # or StableDiffusionPipeline.from_pretrained(folder)
+image = pipe("a drawing of a tractor").images[0]     # 32 x 32 pixels
+```
+
+## Data
+
+{drawings} drawings of {concepts} things, seven of each, from these npm packages
+(`fastguard/testbed/sources.json`):
+
+{sources}
+
+Captions started from emojibase's English names (MIT). Left out for their licences: Twemoji, EmojiOne, FxEmojis,
+animated Noto (attribution), OpenMoji (share-alike), Apple, Facebook, JoyPixels (not free). The names and the
+drawings' trademarks remain their owners'. The repository holds no drawing but the {count} duplicated pictures
+(`memorized.png`), under the licences above.
+
+Each drawing is placed on a random background, rotated, scaled and mirrored: {variants} pictures of each, {pictures}
+in all, 32 x 32 pixels. A picture takes one of {templates} caption templates ("a tractor", "tractor icon" ...) at
+random each time it is drawn; a tenth of the captions is empty.
+
+**Memorized** (`prompts.json`): {d} D prompts (a plain caption that the concept's six other drawings carry as
+well) and {t} T prompts (a caption of their own), with {levels} copies of one fixed picture. The copies are
+{share:.1%} of what training draws, and each memorized picture is seen about {exposures} times. Tuning and test
+halves were fixed by a seed before training.
+
+## Recipe
+
+| part | setting |
+|---|---|
+| autoencoder | AutoencoderTiny, 48 channels, factor 4, latents 8 x 8 x 8, whitened; {joint} steps of {vae_batch} for both halves, {decoder} for the decoder alone; MSE + 0.1 L1; AdamW {vae_rate:g} |
+| text encoder | CLIPTextModel, 2 layers of 128, 16 tokens, BPE vocabulary trained on the captions; trained with the UNet |
+| UNet | 64 and 128 channels, one layer a block, cross-attention in both; 4.3 million parameters |
+| objective | epsilon, Stable Diffusion's noise schedule, stratified timesteps |
+| optimiser | AdamW {rate:g} (0.9, 0.99), weight decay 0.01, flat for half of the steps, then a cosine; {steps} steps of {batch}; averaged weights (decay {ema}) |
+
+Retrain: `python -m fastguard.testbed train` (with `pip install resvg-py` and npm; resumable; two one-thread
+processes). Then `classifier`, `tune` and `evaluate` of the same command repeat every number.
+
+## Measured at export
+
+PSNR of the autoencoder on 1,000 pictures with fresh augmentation: {psnr_mean} dB (mean over pictures),
+{psnr_of_mean} dB (of the mean error). Loss of the UNet by step:
+
+| step | loss |
+|---|---|
+{losses}
+
+How it behaves with and without the guard: `docs/testbed`.
+
+## Limits
+
+- 32 x 32 pixels; small features (eyes, dials) are blurred by the autoencoder.
+- It knows {concepts} nouns and {templates} phrases. Other prompts give nothing sensible.
+- {count} duplicated pictures in a model of 5 million parameters are a caricature of memorization in large models:
+  the curves of |c - u| differ from the paper's (see docs/testbed/FINDINGS.md), and thresholds found here mean
+  nothing for another model.
+"""
+
+
+def text(facts: dict) -> str:
+    """The card for the measured `facts` (training.json)."""
+    memorized = split.make()["memorized"]
+    total = unet.STEPS * unet.BATCH
+    rows = "\n".join(
+        f"| {s['set']} | `{s['package']}` {s['version']} | {s['licence']} | {s['author']}, {s['project']} |"
+        for s in data.sources()
+    )
+    return TEMPLATE.format(
+        count=len(memorized),
+        concepts=len(data.concepts()),
+        drawings=facts["drawings"],
+        pictures=facts["pictures"],
+        share=facts["share"],
+        exposures=round(total * facts["share"] / len(memorized), -1),
+        sources=f"| set | package | licence | author |\n|---|---|---|---|\n{rows}",
+        variants=facts["variants"],
+        templates=len(split.TEMPLATES),
+        d=sum(m["type"] == "D" for m in memorized),
+        t=sum(m["type"] == "T" for m in memorized),
+        levels=", ".join(str(level[0]) for level in split.LEVELS),
+        joint=vae.JOINT_STEPS,
+        decoder=vae.DECODER_STEPS,
+        vae_batch=vae.BATCH,
+        vae_rate=vae.RATE,
+        rate=unet.RATE,
+        steps=unet.STEPS,
+        batch=unet.BATCH,
+        ema=unet.EMA,
+        psnr_mean=facts["psnr_db"]["mean over pictures"],
+        psnr_of_mean=facts["psnr_db"]["of the mean error"],
+        losses="\n".join(f"| {row['step']} | {row['loss']} |" for row in facts["loss"]),
+    )
