@@ -209,7 +209,7 @@ def _run(twin: Any, timesteps: torch.Tensor, step_kwargs: Mapping[str, Any], res
         if not torch.allclose(scaled, result.scale[row] * x, rtol=1e-12, atol=0.0):
             result.problem = result.problem or "scale_model_input is more than a factor"
         result.sigma[row] = _sigma(twin, t)
-        result.starts[row] = _starts_block(twin)
+        result.starts[row] = _starts_block(twin, row)
         index = getattr(twin, "step_index", None)
         try:
             if result.problem is None:
@@ -218,14 +218,11 @@ def _run(twin: Any, timesteps: torch.Tensor, step_kwargs: Mapping[str, Any], res
         except Exception as error:
             result.problem = f"step failed at row {row}: {type(error).__name__}: {error}"
         if result.problem is not None:  # go on for scale, sigma and starts alone
-            if index is not None:
-                twin._step_index = index + 1
+            _count_step(twin, index)
             continue
         if not np.isfinite(after).all():
             result.problem = f"step is not finite at row {row}"
             continue
-        if hasattr(twin, "order_list"):  # single-step DPM keeps the sample at which a block begins
-            result.starts[row] = twin.sample is x
         result.out[row], result.probe_x[row + 1] = after[:lanes], after[lanes:]
         result.converted[row] = _kept_output(twin, shape, row, rows)
     result.draws = tuple(draws)
@@ -242,12 +239,26 @@ def _sigma(twin: Any, t: torch.Tensor) -> float:
     return float(t)
 
 
-def _starts_block(twin: Any) -> bool:
-    """False where the row about to run is a mid-stage of Heun, KDPM2 or of PNDM's Runge-Kutta steps."""
+def _starts_block(twin: Any, row: int) -> bool:
+    """False where the row about to run is a mid-stage of Heun, KDPM2, single-step DPM or PNDM's Runge-Kutta steps."""
+    if hasattr(
+        twin, "order_list"
+    ):  # the n-th evaluation of a block has order n, after a late start at most that of the rows run
+        return min(twin.order_list[twin.step_index], row + 1) == 1
     runge_kutta = getattr(twin, "prk_timesteps", None)
     if runge_kutta is not None and twin.counter < len(runge_kutta):
         return twin.counter % 4 == 0
     return bool(getattr(twin, "state_in_first_order", True))
+
+
+def _count_step(twin: Any, index: int | None) -> None:
+    """Move the twin's counters past a row whose step() is not run."""
+    if index is not None:
+        twin._step_index = index + 1
+    if hasattr(twin, "counter"):
+        twin.counter += 1
+    if hasattr(twin, "state_in_first_order"):  # Heun reads it from dt, KDPM2 from sample
+        twin.dt = twin.sample = 0.0 if twin.state_in_first_order else None
 
 
 def _kept_output(twin: Any, shape: torch.Size, row: int, rows: int) -> tuple[float, float]:
