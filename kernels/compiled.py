@@ -105,7 +105,9 @@ def guided_step_compiled(u: Tensor, c: Tensor | None, x: Tensor, history: Tensor
     """`guided_step` for float32 tensors on the CPU; others go to the twin."""
     latents = (u, c, model_input, noise)
     if x.device.type != "cpu" or any(t is not None and t.dtype != torch.float32 for t in latents):
-        guided_step_torch(u, c, x, history, model_input, trace, state, rows, rules, guidance, noise, timestep_out, scratch)
+        guided_step_torch(
+            u, c, x, history, model_input, trace, state, rows, rules, guidance, noise, timestep_out, scratch
+        )
         return
     batch = x.shape[0]
     times = None if timestep_out is None else timestep_out.double()
@@ -122,7 +124,7 @@ def guided_step_compiled(u: Tensor, c: Tensor | None, x: Tensor, history: Tensor
         0 if times is None else times.shape[0] // batch,
         min(torch.get_num_threads(), batch) if x.numel() > 32768 else 1,  # torch's own grain for a second thread
     )
-    if timestep_out is not None and times is not timestep_out:
+    if timestep_out is not None and times is not None:
         timestep_out.copy_(times)
 
 
@@ -140,7 +142,9 @@ def library() -> Any:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as folder:  # on the same disk, so that the rename below is atomic
             built = Path(folder) / "built.so"
-            run = subprocess.run([compiler, *FLAGS, "-", "-o", built, "-lm"], input=text, capture_output=True, text=True)
+            run = subprocess.run(
+                [compiler, *FLAGS, "-", "-o", built, "-lm"], input=text, capture_output=True, text=True
+            )
             if run.returncode:
                 raise RuntimeError(f"backend 'compiled': {compiler} failed:\n{run.stderr[-2000:]}")
             built.rename(path)
@@ -187,9 +191,9 @@ def _translate_decide() -> str:
                 assert isinstance(node, ast.Assign)
                 (target,) = node.targets
                 if isinstance(target, ast.Tuple):  # columns of state and rule
-                    for index, name in enumerate(target.elts):
-                        lines.append(f"double {_expression(name)} = {_expression(node.value)}[{index}];")
-                        known.add(_expression(name))
+                    for index, name in enumerate(map(_expression, target.elts)):
+                        lines.append(f"double {name} = {_expression(node.value)}[{index}];")
+                        known.add(name)
                 elif isinstance(node.value, ast.Tuple):  # the new state
                     lines.extend(f"state[{i}] = {_expression(value)};" for i, value in enumerate(node.value.elts))
                 else:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from itertools import groupby
 from typing import Any, NamedTuple, NoReturn
 
@@ -108,7 +108,9 @@ def scratch_for(x: Tensor) -> Tensor:
 
 def history_for(x: Tensor, slots: int) -> Tensor:
     """[slots, *x.shape] zeros, every slot in x's memory format."""
-    return torch.empty_strided((slots, *x.shape), (x.numel(), *x.stride()), dtype=torch.float32, device=x.device).zero_()
+    return torch.empty_strided(
+        (slots, *x.shape), (x.numel(), *x.stride()), dtype=torch.float32, device=x.device
+    ).zero_()
 
 
 def decide(where, state, rule, row, d, both):  # no annotations: Triton would compile them
@@ -118,7 +120,23 @@ def decide(where, state, rule, row, d, both):  # no annotations: Triton would co
     of that world, the sequences are indexed by `layout`'s columns, and all is float64, so every world decides the same.
     `both` (a Python bool) = both branches ran, so d is known. A NaN compares false: it never fires a rule nor raises a maximum.
     """
-    (k, base, phase, j, last, before_last, maximum, last_row, transition, minimum, margin, gate_step, gate_d, forced, non_finite) = state
+    (
+        k,
+        base,
+        phase,
+        j,
+        last,
+        before_last,
+        maximum,
+        last_row,
+        transition,
+        minimum,
+        margin,
+        gate_step,
+        gate_d,
+        forced,
+        non_finite,
+    ) = state
     (kind, switch_row, gate, gate_steps, min_step, floor, rho, magnitude) = rule
     if both:
         non_finite = where(((d - d) != 0) & (non_finite < 0), k, non_finite)
@@ -156,7 +174,23 @@ def decide(where, state, rule, row, d, both):  # no annotations: Triton would co
     transition = where(switched, k, transition)
     forced = where(switched & (kind != codes.NONE), 1.0, forced)
     phase = where(switched, codes.AFTER, phase)
-    state = (k + 1, base, phase, j, last, before_last, maximum, last_row, transition, minimum, margin, gate_step, gate_d, forced, non_finite)
+    state = (
+        k + 1,
+        base,
+        phase,
+        j,
+        last,
+        before_last,
+        maximum,
+        last_row,
+        transition,
+        minimum,
+        margin,
+        gate_step,
+        gate_d,
+        forced,
+        non_finite,
+    )
     return state, phase == codes.BEFORE
 
 
@@ -199,11 +233,16 @@ def guided_step_torch(
         else:  # torch subtracts in the inputs' dtype, d is defined on values cast to float32
             e.copy_(c).sub_(u)
         torch.mul(delta, delta, out=work)
-        d = (work if width <= PART else work.view(batch, -1, PART).sum(2)).sum(1).tolist()
+        parts = work if width <= PART else work.view(batch, -1, PART).sum(2)
+        # Of all operations on just 32,768 elements (8 small latents) torch starts threads for the sum alone; it is not worth it.
+        halves = parts.chunk(2) if parts.numel() == 2 * PART else (parts,)
+        d = [value for half in halves for value in half.sum(1).tolist()]
 
     on_host = x.device.type == "cpu"
-    host = [(t if on_host else t.cpu()).numpy() for t in (state, trace, rows, rules, guidance)]  # on the CPU these are views
-    plan = _decide_on_host(*host, d, cond is not None)
+    host = [
+        (t if on_host else t.cpu()).numpy() for t in (state, trace, rows, rules, guidance)
+    ]  # on the CPU these are views
+    plan = _decide_on_host(d, cond is not None, *host)
     if not on_host:
         state.copy_(torch.from_numpy(host[0]))
         trace.copy_(torch.from_numpy(host[1]))
@@ -213,7 +252,9 @@ def guided_step_torch(
     y = None if model_input is None else _flat(model_input, size).view(-1, batch, size)
     times = None if timestep_out is None else timestep_out.view(-1, batch)
     for form, run in _runs(plan.forms):
-        whole = run.stop - run.start == batch  # nearly always, and seven slices cost as much as two passes over small latents
+        whole = (
+            run.stop - run.start == batch
+        )  # nearly always, and seven slices cost as much as two passes over small latents
 
         def part(tensor: Tensor, dim: int = 0, whole: bool = whole, run: slice = run) -> Tensor:
             return tensor if whole else tensor.narrow(dim, run.start, run.stop - run.start)
@@ -228,14 +269,16 @@ def guided_step_torch(
         p.add_to(m, latent, product)
         a.multiply(latent)
         b.add_to(latent, m, product)
-        for term, slot in zip(h, slots):
+        for term, slot in zip(h, slots, strict=False):  # three terms, as many slots as there are
             term.add_to(latent, part(slot), product)
         if z is not None:
             n.add_to(latent, part(z), product)
         if form.store >= 0:
             part(slots[form.store]).copy_(m)
         if y is not None:
-            part(y, 1).copy_(latent if form.unscaled else torch.mul(latent, scale, out=product))
+            source = latent if form.unscaled else torch.mul(latent, scale, out=product)
+            for half in y:
+                part(half).copy_(source)
         if times is not None:
             part(times, 1).copy_(torch.from_numpy(plan.times[run]))
 
@@ -255,14 +298,20 @@ class _HostPlan(NamedTuple):
 
 
 def _decide_on_host(
-    state: np.ndarray, trace: np.ndarray, rows: np.ndarray, rules: np.ndarray, guidance: np.ndarray, d: list[float], both: bool
+    d: list[float],
+    both: bool,
+    state: np.ndarray,
+    trace: np.ndarray,
+    rows: np.ndarray,
+    rules: np.ndarray,
+    guidance: np.ndarray,
 ) -> _HostPlan:
     """`decide` for every sample on Python floats; updates state and trace. A tensor operation on B numbers costs 1 to 2 us and
     `decide` has 60, a sample on Python floats costs 2 us."""
     forms: list[_Form | None] = []
     known: dict[int, tuple[list[float], _Form | None]] = {}
     states, r, k, column = state.tolist(), [], [], []
-    for b, (old, rule) in enumerate(zip(states, rules.tolist())):
+    for b, (old, rule) in enumerate(zip(states, rules.tolist(), strict=True)):
         step = int(old[codes.STEP])
         at = step + int(old[codes.BASE])
         if at not in known:
@@ -378,7 +427,7 @@ def _load_8(ptr):
 
 @_jit
 def _load_15(ptr):
-    return _load_8(ptr) + (
+    return _load_8(ptr) + (  # noqa: RUF005 - Triton cannot unpack
         tl.load(ptr + 8), tl.load(ptr + 9), tl.load(ptr + 10), tl.load(ptr + 11), tl.load(ptr + 12), tl.load(ptr + 13),
         tl.load(ptr + 14),
     )  # fmt: skip
@@ -609,11 +658,14 @@ def _run(
     cond = None if cond is None else _like(cond, x)
     noise = noise if noise is None or _dense_like(noise, x) else _like(noise.contiguous(), x)
     buffers = (x, history, model_input, trace, state, rows, rules, guidance, noise, timestep_out, scratch)
-    if backend == "compiled":
-        from .compiled import guided_step_compiled as run
+    if backend == "triton":
+        _guided_step_triton(uncond, cond, *buffers)
+    elif backend == "torch":
+        guided_step_torch(uncond, cond, *buffers)
     else:
-        run = _guided_step_triton if backend == "triton" else guided_step_torch
-    run(uncond, cond, *buffers)
+        from .compiled import guided_step_compiled
+
+        guided_step_compiled(uncond, cond, *buffers)
 
 
 def _fake(*_: Any) -> None:
@@ -643,7 +695,7 @@ def _like(tensor: Tensor, x: Tensor) -> Tensor:
 
 
 def _strides(tensor: Tensor) -> list[int]:
-    return [stride for stride, size in zip(tensor.stride()[1:], tensor.shape[1:]) if size > 1]
+    return [stride for stride, size in zip(tensor.stride()[1:], tensor.shape[1:], strict=True) if size > 1]
 
 
 def _dense_like(tensor: Tensor, x: Tensor) -> bool:
@@ -668,7 +720,11 @@ def _check(
 ) -> None:
     shape, batch = x.shape, x.shape[0]
     batches = (batch, 2 * batch)
-    if x.dtype != torch.float32 or not x.numel() or not (x.is_contiguous() or x.is_contiguous(memory_format=_LAST.get(x.dim(), torch.contiguous_format))):
+    if (
+        x.dtype != torch.float32
+        or not x.numel()
+        or not (x.is_contiguous() or x.is_contiguous(memory_format=_LAST.get(x.dim(), torch.contiguous_format)))
+    ):
         _refuse("x", x, "float32 [B, C, *S], not empty, contiguous or channels_last")
     for name, tensor in (("uncond", uncond), ("cond", cond), ("noise", noise)):
         if tensor is not None and (tensor.shape != shape or tensor.dtype not in _FLOATS):
@@ -682,14 +738,20 @@ def _check(
         or slots > layout.HISTORY
         or (slots and history.stride()[1:] != x.stride() and not _dense_like(history[0], x))
     ):
-        _refuse("history", history, f"float32 [0 to {layout.HISTORY}, *{list(shape)}] in x's memory format, see history_for")
+        _refuse(
+            "history", history, f"float32 [0 to {layout.HISTORY}, *{list(shape)}] in x's memory format, see history_for"
+        )
     if model_input is not None and (
         model_input.shape[0] not in batches
         or model_input.shape[1:] != shape[1:]
         or model_input.dtype not in _FLOATS
         or not _dense_like(model_input, x)
     ):
-        _refuse("model_input", model_input, f"float16, bfloat16 or float32 [B or 2B, *{list(shape[1:])}] in x's memory format")
+        _refuse(
+            "model_input",
+            model_input,
+            f"float16, bfloat16 or float32 [B or 2B, *{list(shape[1:])}] in x's memory format",
+        )
     if trace.dtype != torch.float32 or trace.dim() != 2 or trace.shape[1] != batch or not trace.is_contiguous():
         _refuse("trace", trace, f"contiguous float32 [steps, {batch}]")
     if state.dtype != torch.float64 or state.shape != (batch, len(State)) or not state.is_contiguous():
@@ -698,11 +760,20 @@ def _check(
         _refuse("rules", rules, f"contiguous float64 [{batch}, {len(Rule)}]")
     if rows.dtype != torch.float64 or rows.dim() != 2 or rows.shape[1] != len(Row) or not rows.is_contiguous():
         _refuse("rows", rows, f"contiguous float64 [rows, {len(Row)}]")
-    if guidance.dtype != torch.float32 or guidance.dim() != 3 or guidance.shape[::2] != (batch, 2) or not guidance.is_contiguous():
+    if (
+        guidance.dtype != torch.float32
+        or guidance.dim() != 3
+        or guidance.shape[::2] != (batch, 2)
+        or not guidance.is_contiguous()
+    ):
         _refuse("guidance", guidance, f"contiguous float32 [{batch}, steps, 2]")
-    if timestep_out is not None and (timestep_out.dim() != 1 or timestep_out.shape[0] not in batches or not timestep_out.is_contiguous()):
+    if timestep_out is not None and (
+        timestep_out.dim() != 1 or timestep_out.shape[0] not in batches or not timestep_out.is_contiguous()
+    ):
         _refuse("timestep_out", timestep_out, f"contiguous [{batch}] or [{2 * batch}]")
 
 
 def _refuse(name: str, tensor: Tensor, allowed: str) -> NoReturn:
-    raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)} with strides {list(tensor.stride())}; allowed: {allowed}")
+    raise ValueError(
+        f"{name} is {tensor.dtype} {list(tensor.shape)} with strides {list(tensor.stride())}; allowed: {allowed}"
+    )

@@ -42,7 +42,9 @@ class Rule(IntEnum):
     """One row per sample: when the guard's guidance ends. See ALGORITHMS in the documentation of `fastguard.policy`."""
 
     KIND = 0  # RuleKind
-    SWITCH_ROW = 1  # first row at which the sample switches anyway (static transition or deadline); NEVER if there is none
+    SWITCH_ROW = (
+        1  # first row at which the sample switches anyway (static transition or deadline); NEVER if there is none
+    )
     GATE = 2  # caught if d >= GATE (the smallest float32 d with sqrt(d / elements) >= tau)
     GATE_STEPS = 3  # observations in which the gate may catch; 0 = no gate
     MIN_STEP = 4  # observation index before which minima (drops) are ignored

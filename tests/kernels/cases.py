@@ -179,7 +179,10 @@ def _tensor(rng: np.random.Generator, shape: tuple[int, ...], dtype: torch.dtype
 
 def check(before: Case, after: Case, *, interpreted: bool = False) -> None:
     """Compare every tensor of `after` (a clone of `before` that was run) with the float64 reference."""
-    old = {name: None if t is None else t.numpy().copy() if t.dtype != torch.bfloat16 else t.float().numpy() for name, t in before.arguments.items()}
+    old = {
+        name: None if t is None else t.numpy().copy() if t.dtype != torch.bfloat16 else t.float().numpy()
+        for name, t in before.arguments.items()
+    }
     new = after.arguments
     uncond = before.uncond.float().numpy()
     cond = None if before.cond is None else before.cond.float().numpy()
@@ -232,8 +235,12 @@ def _close(got: Tensor, want: np.ndarray, size: np.ndarray, relative: float, abs
     value = got.double().numpy()
     allowed = ROUNDINGS * HALF_ULP * size + relative * np.abs(want) * (1 + 1e-3) + absolute
     error = np.abs(value - want)
-    worst = np.unravel_index(np.argmax(np.where(error <= allowed, 0, np.nan_to_num(error, nan=np.inf) + 1e-300)), error.shape)
-    assert (error <= allowed).all(), f"{what}: at {worst} {value[worst]} instead of {want[worst]}, allowed {allowed[worst]}"
+    worst = np.unravel_index(
+        np.argmax(np.where(error <= allowed, 0, np.nan_to_num(error, nan=np.inf) + 1e-300)), error.shape
+    )
+    assert (error <= allowed).all(), (
+        f"{what}: at {worst} {value[worst]} instead of {want[worst]}, allowed {allowed[worst]}"
+    )
 
 
 def alone(case: Case, b: int) -> Case:

@@ -55,11 +55,12 @@ def decide(state: np.ndarray, rule: np.ndarray, row: np.ndarray, d: float | None
                     s["PHASE"] = Phase.PLAIN
             if s["PHASE"] == Phase.BEFORE and rule[Rule.KIND] == RuleKind.MINIMUM:
                 last, before = s["LAST"], s["BEFORE_LAST"]
-                if j >= 2 and last < before and last < statistic and j - 1 >= rule[Rule.MIN_STEP]:
-                    if last < rule[Rule.FLOOR] * s["MAXIMUM"]:
-                        s["MINIMUM_STEP"] = s["LAST_ROW"]
-                        s["MARGIN"] = 1 - last / min(before, statistic)
-                        s["PHASE"], s["TRANSITION_STEP"] = Phase.AFTER, k
+                dip = j >= 2 and last < before and last < statistic
+                deep = j >= 2 and last < rule[Rule.FLOOR] * s["MAXIMUM"]
+                if dip and deep and j - 1 >= rule[Rule.MIN_STEP]:
+                    s["MINIMUM_STEP"] = s["LAST_ROW"]
+                    s["MARGIN"] = 1 - last / min(before, statistic)
+                    s["PHASE"], s["TRANSITION_STEP"] = Phase.AFTER, k
             elif s["PHASE"] == Phase.BEFORE and rule[Rule.KIND] == RuleKind.DROP:
                 peak = statistic if statistic > s["MAXIMUM"] else s["MAXIMUM"]
                 if j >= rule[Rule.MIN_STEP] and statistic < rule[Rule.RHO] * peak:

@@ -24,7 +24,9 @@ def test_compiled_equals_the_reference(shape, seed):
     cases.check(case, run)
 
 
-@pytest.mark.parametrize("options", [{"halves": 1, "timestep": torch.int64}, {"halves": None, "timestep": None}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"halves": 1, "timestep": torch.int64}, {"halves": None, "timestep": None}], ids=str
+)
 def test_options(options):
     for seed in range(6):
         case = cases.make(seed, (6, 4, 8, 8), **options)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastguard.kernels.guided_step import guided_step, history_for
-from fastguard.kernels.layout import NEVER, Magnitude, Phase, Row, Rule, RuleKind, State
+from fastguard.kernels.layout import NEVER, Magnitude, Phase, Row, RuleKind, State
 
 from . import reference
 
@@ -21,7 +21,9 @@ LEVELS = [0.0, 0.1, 0.5, 1.0, 1.0000001, 1.5, 2.0, 3.0, 1e-30, 1e25, math.nan, m
 def generations(draw):
     steps = draw(st.integers(1, 12))
     batch = draw(st.integers(1, 6))
-    deltas = draw(st.lists(st.lists(st.sampled_from(LEVELS), min_size=steps, max_size=steps), min_size=batch, max_size=batch))
+    deltas = draw(
+        st.lists(st.lists(st.sampled_from(LEVELS), min_size=steps, max_size=steps), min_size=batch, max_size=batch)
+    )
     observe = draw(st.lists(st.sampled_from([0.0, 1.0, 1.0]), min_size=steps, max_size=steps))
     weights = draw(st.lists(st.sampled_from([0.25, 0.3, 1.0, 4.0]), min_size=2 * steps, max_size=2 * steps))
     rules = [

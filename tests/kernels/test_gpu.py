@@ -9,7 +9,15 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA or ROCm device"),
 ]
-SHAPES = [(1, 1, 1, 1), (5, 4, 3, 5), (3, 4, 67, 65), (8, 4, 64, 64), (2, 4, 128, 128), (2, 16, 5, 32, 32), (1, 4, 256, 256)]
+SHAPES = [
+    (1, 1, 1, 1),
+    (5, 4, 3, 5),
+    (3, 4, 67, 65),
+    (8, 4, 64, 64),
+    (2, 4, 128, 128),
+    (2, 16, 5, 32, 32),
+    (1, 4, 256, 256),
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -17,7 +25,13 @@ SHAPES = [(1, 1, 1, 1), (5, 4, 3, 5), (3, 4, 67, 65), (8, 4, 64, 64), (2, 4, 128
 def test_device_equals_the_reference(shape, dtype):
     for seed in range(4):
         case = cases.make(
-            seed, shape, dtype=dtype, slots=seed, noise=dtype if seed % 2 else None, both=seed != 3, channels_last=seed == 2
+            seed,
+            shape,
+            dtype=dtype,
+            slots=seed,
+            noise=dtype if seed % 2 else None,
+            both=seed != 3,
+            channels_last=seed == 2,
         )
         run = case.to("cuda")
         run.run()

@@ -42,7 +42,12 @@ else:
         {"dtype": dtype, "both": both, "noise": noise, "halves": halves, "timestep": timestep, "slots": slots}
         for (dtype, both), (noise, halves, timestep, slots) in itertools.product(
             [(torch.float16, True), (torch.bfloat16, True), (torch.float32, True), (torch.float32, False)],
-            [(None, 2, None, 0), (torch.float32, 1, torch.int64, 1), ("model", None, torch.float32, 2), (None, 2, None, 3)],
+            [
+                (None, 2, None, 0),
+                (torch.float32, 1, torch.int64, 1),
+                ("model", None, torch.float32, 2),
+                (None, 2, None, 3),
+            ],
         )
     ]
 
@@ -81,7 +86,11 @@ else:
     def planted(old, new, tmp_path):
         """The module with one line changed and without the operator, which may be registered only once."""
         source = inspect.getsource(kernel).split("# ---", 4)
-        text = "# ---".join(source[:-1]).replace("from .", "from fastguard.kernels.").replace("kernels. import", "kernels import")
+        text = (
+            "# ---".join(source[:-1])
+            .replace("from .", "from fastguard.kernels.")
+            .replace("kernels. import", "kernels import")
+        )
         assert text.count(old) >= 1, f"{old!r} is not in the source"
         path = tmp_path / "planted.py"
         path.write_text(text.replace(old, new))

@@ -14,10 +14,18 @@ OPERATOR = torch.ops.fastguard.guided_step.default
 
 def operands(case, backend="torch"):
     names = ["x", "history", "model_input", "trace", "state", "rows", "rules", "guidance", "noise", "timestep_out"]
-    return (case.uncond, case.cond, *(case.arguments[name] for name in names), kernel.scratch_for(case.arguments["x"]), backend)
+    return (
+        case.uncond,
+        case.cond,
+        *(case.arguments[name] for name in names),
+        kernel.scratch_for(case.arguments["x"]),
+        backend,
+    )
 
 
-@pytest.mark.parametrize("options", [{}, {"both": False}, {"noise": torch.float32}, {"halves": None, "timestep": None}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"both": False}, {"noise": torch.float32}, {"halves": None, "timestep": None}], ids=str
+)
 def test_opcheck(options):
     torch.library.opcheck(OPERATOR, operands(cases.make(0, (3, 4, 4, 4), inactive=0.0, slots=1, **options)))
 

@@ -1,0 +1,129 @@
+"""The guided step on the CPU against diffusers' own arithmetic between two denoiser calls, DPM++ 2M, float32.
+
+    python -m pytest bench/test_guided_step.py --benchmark-only
+
+Stock: chunk, u + g (c - u), scheduler.step, cat, scale_model_input, and what an eager guard needs on top, one norm per sample. No
+host-side preparation is timed on either side (set_timesteps; compiling the schedule). Threads: OMP_NUM_THREADS or torch's default.
+"""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler
+
+from bench.pairs import alternating
+from fastguard.kernels.guided_step import guided_step, history_for, scratch_for
+from fastguard.policy import lower, policy
+from fastguard.schedule import compile_schedule
+
+SHAPES = [(8, 4, 32, 32), (16, 4, 64, 64)]
+STEPS = 20
+LIMITS = {"torch": 0.8, "compiled": 0.5}
+BACKENDS = [
+    "torch",
+    pytest.param("compiled", marks=pytest.mark.skipif(not shutil.which("cc"), reason="no compiler")),
+]
+
+
+def scheduler() -> DPMSolverMultistepScheduler:
+    made = DPMSolverMultistepScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
+    )
+    made.set_timesteps(STEPS)
+    return made
+
+
+class Stock:
+    """STEPS steps of diffusers' arithmetic; the "denoiser" answers with fixed tensors."""
+
+    def __init__(self, x: torch.Tensor, outputs: torch.Tensor) -> None:
+        self.start, self.outputs, self.scheduler = x, outputs, scheduler()
+        self.timesteps = self.scheduler.timesteps
+        self.norms: list[torch.Tensor] = []
+
+    def __call__(self) -> torch.Tensor:
+        made, x, self.norms = self.scheduler, self.start, []
+        # What set_timesteps would reset.
+        made.model_outputs = [None] * made.config.solver_order
+        made.lower_order_nums, made._step_index = 0, None
+        for t in self.timesteps:
+            u, c = self.outputs.chunk(2)
+            e = u + 7.5 * (c - u)
+            self.norms.append((c - u).float().flatten(1).norm(dim=1))
+            x = made.step(e, t, x).prev_sample
+            model_input = made.scale_model_input(torch.cat([x] * 2), t)
+        return model_input
+
+
+class Guided:
+    """The same through the guided step, with the rule of `dtp` deciding for every sample."""
+
+    def __init__(self, x: torch.Tensor, outputs: torch.Tensor, backend: str) -> None:
+        batch = x.shape[0]
+        schedule = compile_schedule(scheduler())
+        plan = lower(
+            policy("dtp", before=7.5).samples(batch),
+            timesteps=schedule.timesteps,
+            observe=schedule.rows[:-1, 10].bool(),
+            guidance_scale=7.5,
+            elements=x[0].numel(),
+        )
+        self.start, self.first, self.outputs, self.backend = x, plan.state, outputs, backend
+        self.buffers = {
+            "x": x.clone(),
+            "history": history_for(x, schedule.history),
+            "model_input": torch.cat([x] * 2),
+            "trace": torch.zeros(STEPS, batch),
+            "state": plan.state.clone(),
+            "rows": schedule.rows,
+            "rules": plan.rules,
+            "guidance": plan.guidance,
+            "scratch": scratch_for(x),
+        }
+
+    def __call__(self) -> torch.Tensor:
+        self.buffers["x"].copy_(self.start)
+        self.buffers["state"].copy_(self.first)
+        for _ in range(STEPS):
+            u, c = self.outputs.chunk(2)
+            guided_step(u, c, **self.buffers, backend=self.backend)
+        return self.buffers["model_input"]
+
+
+def peers(shape: tuple[int, ...], backend: str) -> tuple[Stock, Guided]:
+    """Both, after they were seen to compute the same."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator)
+    outputs = torch.randn((2 * shape[0], *shape[1:]), generator=generator)
+    stock, guided = Stock(x, outputs), Guided(x, outputs, backend)
+    want = stock()
+    torch.testing.assert_close(guided(), want, rtol=0, atol=1e-5 * want.abs().max().item())
+    torch.testing.assert_close(guided.buffers["trace"].sqrt(), torch.stack(stock.norms))
+    return stock, guided
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_stock(benchmark, shape):
+    benchmark.group = f"arithmetic of {STEPS} steps, {shape}"
+    benchmark(peers(shape, "torch")[0])
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_guided(benchmark, shape, backend):
+    benchmark.group = f"arithmetic of {STEPS} steps, {shape}"
+    benchmark(peers(shape, backend)[1])
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ratio(benchmark, capsys, shape, backend):
+    """Alternating pairs, as the machine may be busy; limits of the README."""
+    stock, guided = peers(shape, backend)
+    ratios = benchmark.pedantic(alternating, (guided, stock), {"pairs": 20}, rounds=1)
+    with capsys.disabled():
+        print(f"\n{backend} / stock at {shape}, {torch.get_num_threads()} threads: {ratios}")
+    assert ratios.median <= LIMITS[backend]
