@@ -26,6 +26,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from fastguard.denoiser import placeholder, select_branch
 from fastguard.families import Family
+from fastguard.graphed import Arguments, Capturing, Graphed
 from fastguard.kernels.layout import Row
 from fastguard.loop import Loop
 from fastguard.pending import Pending, values_of
@@ -33,6 +34,7 @@ from fastguard.plan import Plan, lower
 from fastguard.policy import Policy
 from fastguard.report import Report
 from fastguard.schedule import Schedule, compile_schedule
+from fastguard.shadow import one_row
 
 NOISE_AHEAD = 2**28  # bytes: noise up to this size is drawn before the loop
 
@@ -47,9 +49,13 @@ class Call:
         arguments: Mapping[str, Any],
         scheduler: Any,
         denoiser: Any,
+        capturing: Capturing,
     ) -> None:
         self.policy, self.family, self.arguments = policy, family, arguments
         self.scheduler, self.denoiser = scheduler, denoiser
+        self.graphed = Graphed(capturing, denoiser)
+        self._recorded = False  # this row was run by `graphed`
+        self._seen: torch.Tensor | None = None  # the latents of this row as the pipeline has them
         self.pipe: Any = None  # set by the caller: the copy on which the stock loop runs
         # Somebody may look at, keep or change the latents between two steps.
         self.observed = family.rewrites_latents or any(
@@ -64,6 +70,7 @@ class Call:
         self._returned: torch.Tensor | None = None  # the latents that the buffers hold, as the pipeline knows them
         self._returned_version: float = 0
         self._pending: Pending | None = None
+        self._drawn_now: torch.Tensor | None = None  # for this row, by a launch that did not take place
         self._drawn: list[torch.Tensor | None] | None = None
         self._placeholder: torch.Tensor | None = None
         self._outputs: tuple[torch.Tensor, torch.Tensor | None] | None = None
@@ -73,7 +80,21 @@ class Call:
     def set_timesteps(self, *args: Any, **kwargs: Any) -> Any:
         """Remember the arguments: the table is compiled from the same call made on the host, without reading the device back."""
         self._timesteps_arguments = (args, kwargs)
-        return self.scheduler.set_timesteps(*args, **kwargs)
+        result = self.scheduler.set_timesteps(*args, **kwargs)
+        device = self.pipe._execution_device
+        if self.graphed.may_be_whole(device):
+            self.graphed.make_whole(device, self._needs_steps())
+            if self.graphed.whole:
+                one_row(self.pipe.scheduler)
+        return result
+
+    def counted(self, progress_bar: Any) -> Any:
+        """The pipeline's progress bar; a generation in one launch is one tick."""
+
+        def bar(iterable: Any = None, total: int | None = None) -> Any:
+            return progress_bar(iterable, 1 if self.graphed.whole else total)
+
+        return bar
 
     def prepare_latents(self, result: Any) -> Any:
         """Remember what the pipeline's prepare_latents returned: the loop will start from it."""
@@ -101,7 +122,7 @@ class Call:
         if (ready := self._ready_input(sample)) is not None:
             return ready
         scale = float(schedule.rows[self.row, Row.S])
-        sample = values_of(sample)
+        sample = self._seen = values_of(sample)
         return sample if scale == 1.0 else sample * scale
 
     def denoise(self, *args: Any, **kwargs: Any) -> Any:
@@ -110,7 +131,10 @@ class Call:
         sample = args[0] if args else kwargs[name]
         timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
         self._compiled(timestep)
-        if (ready := self._ready_input(sample)) is not None:
+        ready = self._ready_input(sample)
+        if ready is None:
+            ready = self.graphed.resident(sample)
+        if ready is not None:
             args, kwargs = (
                 (ready, *args[1:]) if args else args,
                 kwargs if args else {**kwargs, name: ready},
@@ -126,11 +150,13 @@ class Call:
         branches = self._planned(sample, batch).branches[self.row] if guided else "cond"
         if guided and self._rescale > 0.0:
             branches = "both"  # rescaling needs the conditional output even where guidance does not
-        if guided and branches != "both":
+        if guided and branches != "both" and not self.graphed.whole:
             args, kwargs = (
                 select_branch(args, branches, batch),
                 select_branch(kwargs, branches, batch),
             )
+        if self.graphed.loop is not None and self._record((args, kwargs), sample, branches, batch):
+            return (placeholder(self.graphed.loop.model_input, rows),)
 
         result = self.denoiser(*args, **kwargs)
         output = result[0]
@@ -142,10 +168,12 @@ class Call:
         return (stand_in, *result[1:]) if isinstance(result, tuple) else type(result)(stand_in)
 
     def step(self, model_output: Any, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if self._outputs is None:
+        if self._outputs is None and not self._recorded:
             raise RuntimeError("scheduler.step was called without a denoiser call before it")
         if self.row == 0:
             self._check_step_kwargs(kwargs)
+        if self._recorded:
+            return self._handed_back(self.loop.dtype, None, timestep, sample, args, kwargs)
         if self.loop is None:
             self._start(sample)
         elif not self._unchanged(sample):
@@ -154,15 +182,26 @@ class Call:
 
         channels = sample.shape[1]  # a model may predict more than the latents' channels (a variance)
         uncond, cond = (None if t is None else t[:, :channels] for t in self._outputs)
-        before = self.row
         self.loop.advance(uncond, cond, self._noise(sample, uncond.dtype, kwargs.get("generator")))
-        self.row += 1
-        self._outputs = None
+        return self._handed_back(uncond.dtype, cond, timestep, sample, args, kwargs)
+
+    def _handed_back(
+        self,
+        dtype: torch.dtype,
+        cond: torch.Tensor | None,
+        timestep: Any,
+        sample: torch.Tensor,
+        args: tuple,
+        kwargs: dict,
+    ) -> Any:
+        """What scheduler.step returns, now that the fused op has run."""
+        self.row = len(self.schedule.timesteps) if self.graphed.whole else self.row + 1
+        self._outputs, self._recorded = None, False
         if not self.schedule.linear:
-            guided = self._rescaled(self.loop.x.to(uncond.dtype), cond)
+            guided = self._rescaled(self.loop.x.to(dtype), cond)
             return self.scheduler.step(guided, timestep, sample, *args, **kwargs)
 
-        self._keep_step_index(before + 1)
+        self._keep_step_index(self.row)
         latents = self._latents()
         self._returned, self._returned_version = latents, _version(latents) if self.observed else 0
         return (latents,) if not kwargs.get("return_dict", True) else _Step(prev_sample=latents)
@@ -188,6 +227,10 @@ class Call:
         """Compile again if the pipeline calls step() with other arguments than expected."""
         relevant = {k: v for k, v in kwargs.items() if k not in ("generator", "return_dict")}
         if relevant != self._step_kwargs:
+            if self._recorded:
+                raise RuntimeError(
+                    f"scheduler.step was expected to get {self._step_kwargs} and got {relevant}; use capture='off'"
+                )
             self._compile(relevant)
             self.loop = None
 
@@ -234,7 +277,10 @@ class Call:
     def _start(self, latents: torch.Tensor) -> None:
         halves = 2 if self.family.guided(self.pipe, self.arguments) else 1
         plan = self._planned(latents, latents.shape[0])
-        self.loop = Loop(self.schedule, plan, latents, halves=halves)
+        noise_dtype = self.schedule.noise_dtype or latents.dtype
+        self.loop = self.graphed.lease(latents, self.schedule, plan, halves=halves, noise_dtype=noise_dtype)
+        if self.loop is None:
+            self.loop = Loop(self.schedule, plan, latents, halves=halves)
 
     # Within a step ---------------------------------------------------------------------------------------------------------
 
@@ -251,7 +297,7 @@ class Call:
     def _latents(self) -> torch.Tensor:
         """What the pipeline gets back from a step."""
         if self.observed or self.row == len(self.schedule.timesteps):
-            return self.loop.latents(fresh=self.observed)
+            return self.loop.latents(fresh=self.observed or self.graphed.loop is not None)
         if self._pending is None:
             x, loop = self.loop.x, self.loop
             self._pending = Pending(lambda: loop.latents(fresh=True), x.shape, x.stride(), loop.dtype, x.device)
@@ -269,6 +315,9 @@ class Call:
             return None
         if self._drawn is not None:
             return self._drawn[self.row]
+        if self._drawn_now is not None:
+            noise, self._drawn_now = self._drawn_now, None
+            return noise
         dtype = self.schedule.noise_dtype or dtype
         return randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=dtype)
 
@@ -279,9 +328,7 @@ class Call:
         """
         schedule, generator = self.schedule, self.arguments.get("generator")
         size = sum(schedule.draws) * latents.numel() * latents.element_size()
-        passed_on = "generator" in inspect.signature(self.scheduler.step).parameters and hasattr(
-            self.pipe, "prepare_extra_step_kwargs"
-        )
+        passed_on = self._passes_generator()
         if (
             self.observed
             or not 0 < size <= NOISE_AHEAD
@@ -294,6 +341,67 @@ class Call:
             randn_tensor(shape, generator=generator, device=latents.device, dtype=dtype) if n else None
             for n in schedule.draws
         ]
+
+    def _passes_generator(self) -> bool:
+        """Whether the pipeline hands its generator to scheduler.step, where stock draws."""
+        accepted = inspect.signature(self.scheduler.step).parameters
+        return "generator" in accepted and hasattr(self.pipe, "prepare_extra_step_kwargs")
+
+    # Recorded --------------------------------------------------------------------------------------------------------------
+
+    def _needs_steps(self) -> str | None:
+        """Why the stock loop must go through its rows one by one."""
+        if self.family.name != "text-to-image":
+            return "only Stable Diffusion and SDXL text-to-image run as a whole"
+        if self.observed:
+            return "a callback looks at every step"
+        if self.arguments.get("denoising_end") is not None:
+            return "denoising_end ends the loop early"
+        schedule = self._compiled(self.scheduler.timesteps[0])
+        return None if schedule.linear else schedule.reason
+
+    def _record(self, arguments: Arguments, sample: torch.Tensor, branches: str, batch: int) -> bool:
+        """Run denoiser and fused op of this row, or of all, in `graphed`; False if they are to be run here."""
+        loop = self.graphed.loop
+        if self.graphed.whole:
+            self._run_whole(arguments)
+            return True
+        if arguments[1].get("return_dict") is not False or self._rescale > 0.0:
+            return False
+        self._follow_guidance_scale(sample)
+        if self.observed and self.schedule.linear:
+            seen = sample if self._seen is None else self._seen
+            loop.load_latents(seen[:batch, : loop.x.shape[1]])
+        generator = self.arguments.get("generator") if self._passes_generator() else None
+        noise = self._noise(loop.x, loop.dtype, generator)
+        if noise is not None:
+            loop.noise[0].copy_(noise)
+        self._recorded = self.graphed.step(arguments, branches, channels=loop.x.shape[1], observed=self.observed)
+        if self._recorded:
+            self.rows_run += 2 if branches == "both" else 1
+        elif self._drawn is None:
+            self._drawn_now = noise
+        return self._recorded
+
+    def _run_whole(self, arguments: Arguments) -> None:
+        loop = self.graphed.loop
+        rows = len(self.schedule.timesteps)
+        guided = len(loop.model_input) == 2 * len(loop.x)
+        branches = self.plan.branches if guided else ("cond",) * rows
+        generator = self.arguments.get("generator") if self._passes_generator() else None
+        slots = iter(loop.noise)
+        for self.row in range(rows):
+            if (noise := self._noise(loop.x, loop.dtype, generator)) is not None:
+                next(slots).copy_(noise)
+        self.row = 0
+        args, kwargs = arguments
+        if "timestep" in kwargs:
+            kwargs = {**kwargs, "timestep": loop.timestep}
+        else:
+            args = (args[0], loop.timestep, *args[2:])
+        self.graphed.generation((args, kwargs), branches, self.schedule.draws, channels=loop.x.shape[1])
+        self.rows_run += sum(2 if branch == "both" else 1 for branch in branches)
+        self._recorded = True
 
     def _rescaled(self, guided: torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor:
         """guidance_rescale of Lin et al. 2023 (arXiv 2305.08891, section 3.4): pull the standard deviation back to cond's."""
@@ -315,15 +423,24 @@ class Call:
         """What happened, or None if the loop never ran. Reads nothing from the device yet."""
         if self.loop is None:
             return None
+        path = "fused" if self.schedule.linear else "own step"
+        if self.graphed.replayed:
+            path += ", loop graph" if self.graphed.whole else ", step graph"
         return Report.read(
             state=self.loop.state,
             trace=self.loop.trace,
             plan=self.plan,
             rows_run=self.rows_run,
             steps=self.row,
-            path="fused" if self.schedule.linear else "own step",
-            reason=self.schedule.reason,
+            path=path,
+            reason="; ".join(filter(None, (self.schedule.reason, self.graphed.reason))) or None,
         )
+
+    def close(self) -> None:
+        """The call is over and its report made."""
+        if self.graphed.whole and hasattr(self.pipe, "_num_timesteps"):
+            self.pipe._num_timesteps = self.row
+        self.graphed.give_back()
 
 
 class _Step(dict):

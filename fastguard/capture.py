@@ -44,6 +44,11 @@ class Recorder(Protocol):
 RECORDERS: dict[str, Callable[[torch.device], Recorder]] = {"cuda": cuda_graphs.Recorder}
 
 
+def records(device: torch.device) -> bool:
+    """Whether graphs can be recorded on a device."""
+    return device.type in RECORDERS and (device.type != "cuda" or cuda_graphs.available())
+
+
 class Content(Protocol):
     """The tensors of a workspace, whatever they are."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -37,9 +37,9 @@ def compile_denoiser(denoiser: torch.nn.Module, options: Mapping[str, Any] | Non
     return compiled
 
 
-def records_graphs(module: torch.nn.Module) -> str | None:
-    """Why a module is no good inside a capture: it, or a part of it, was compiled with graphs of its own."""
-    for part in module.modules():
+def records_graphs(parts: Iterable[torch.nn.Module]) -> str | None:
+    """Why a module of these parts is no good inside a capture: one of them was compiled with graphs of its own."""
+    for part in parts:
         for config in _compiler_configs(part):
             if config.get(_SWITCH):
                 return (

@@ -99,6 +99,11 @@ class Recorder:
         return sum(s["total_size"] for s in segments if tuple(s["segment_pool_id"]) == self._pool)
 
 
+def available() -> bool:
+    """Whether there is a device at all: without one, tensors that call themselves CUDA ones are make-believe."""
+    return bool(cuda.is_available())
+
+
 def finish(device: torch.device) -> None:
     """Wait for the device, for a clock that is about to be read."""
     if device.type == "cuda":

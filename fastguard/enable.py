@@ -8,54 +8,80 @@ import inspect
 import logging
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from fastguard.call import Call
+from fastguard.capture import Graphs
+from fastguard.engine import Engine
 from fastguard.families import Family, find
 from fastguard.pending import settled
 from fastguard.policy import Policy
 from fastguard.policy import policy as make_policy
 from fastguard.report import Report
 from fastguard.shadow import shadow
+from fastguard.tune import Tuning, tune
 
 logger = logging.getLogger("fastguard")
 
 _ATTRIBUTE = "_fastguard_guard"
 
 
-def enable(pipe: Any, policy: str | Policy | Sequence[str | Policy] = "og+dtp", **overrides: Any) -> Guard:
+def enable(
+    pipe: Any,
+    policy: str | Policy | Sequence[str | Policy] = "og+dtp",
+    *,
+    capture: str = "auto",
+    attention_backend: str | None = None,
+    compile: bool | Mapping[str, Any] = False,
+    **overrides: Any,
+) -> Guard:
     """Guard `pipe` in place: the same calls, the same outputs, under `policy`. Also a context manager.
 
     pipe       a diffusers pipeline on the allow-list (`fastguard.families`)
     policy     a preset's name, a policy, a path to a policy file, or a list of them: one per image (or per prompt) of every call
+    capture    CUDA graphs: "off", "step" (each row is one launch), "loop" (Stable Diffusion and SDXL text-to-image: the generation
+               is one launch; else as "step"), "auto" ("step" on CUDA for small batches and latents, see `fastguard.graphed`, else
+               "off"). What cannot be recorded runs eagerly, and the report says why
+    attention_backend  who computes the denoiser's attention: one of diffusers' names ("native", "xformers", "flash", ...); None:
+               whatever the model does
+    compile    torch.compile the denoiser for the guard's calls: True, or a dictionary of its arguments
     overrides  fields of the policy to replace, e.g. gate=0.02
 
-    Enabling a guarded pipeline again replaces its policy. FASTGUARD_DISABLE=1 in the environment makes every call a stock call.
-    TypeError for a pipeline that is not supported, ValueError for a bad policy.
+    Enabling a guarded pipeline again replaces policy and options. FASTGUARD_DISABLE=1 in the environment makes every call a stock
+    call. TypeError for a pipeline that is not supported, ValueError for a bad policy or an option that cannot work here.
     """
     base = _stock_class(type(pipe))
     family = find(base)
     chosen = _one_policy(policy, overrides)
+    engine = Engine.of(
+        getattr(pipe, family.denoiser),
+        capture=capture,
+        attention_backend=attention_backend,
+        compile=compile,
+    )
     warning = chosen.ungated_warning()
     guard = pipe.__dict__.get(_ATTRIBUTE)
     if warning and not (guard and guard.policy == chosen):
         logger.warning(warning)
     if guard is None:
-        guard = pipe.__dict__[_ATTRIBUTE] = Guard(pipe, family, chosen)
+        guard = pipe.__dict__[_ATTRIBUTE] = Guard(pipe, family, chosen, engine)
         pipe.__class__ = _enabled_class(base)
     else:
         guard.policy = chosen
+        guard.use(engine)
     return guard
 
 
 class Guard:
     """The guard of one pipeline: its policy, the report of the last call, and the way back."""
 
-    def __init__(self, pipe: Any, family: Family, policy: Policy) -> None:
+    def __init__(self, pipe: Any, family: Family, policy: Policy, engine: Engine) -> None:
         self.policy = policy
         self.family = family
+        self.engine = engine
+        self.graphs = Graphs()
         self._pipe = pipe
         self._last: Report | None = None
         self._thread = threading.local()
@@ -65,8 +91,19 @@ class Guard:
         """What happened, per image, in the last call made by this thread (or, if it made none, by any)."""
         return getattr(self._thread, "last", None) or self._last
 
+    def use(self, engine: Engine) -> None:
+        """Run the denoiser in another way from the next call on. Graphs are kept: their keys hold these options."""
+        self.engine = engine
+
+    def tune(self, *args: Any, **kwargs: Any) -> Tuning:
+        """Make the same call under every capture mode, keep the fastest, and return what each cost. Arguments as of the pipeline."""
+        tuning = tune(self, self._pipe, args, kwargs)
+        self.use(dataclasses.replace(self.engine, capture=tuning.chosen))
+        return tuning
+
     def disable(self) -> None:
-        """Give the pipeline its stock class back. Nothing else was ever changed."""
+        """Give the pipeline its stock class back and the graphs' memory. Nothing else was ever changed."""
+        self.graphs.clear()
         self._pipe.__dict__.pop(_ATTRIBUTE, None)
         self._pipe.__class__ = _stock_class(type(self._pipe))
 
@@ -86,7 +123,8 @@ class Guard:
             raise ValueError(reason)
         with _exclusive(pipe.scheduler) as scheduler:
             denoiser = getattr(pipe, family.denoiser)
-            call = Call(self.policy, family, values, scheduler, denoiser)
+            runs, capturing = self.engine.lend(denoiser, self.graphs)
+            call = Call(self.policy, family, values, scheduler, runs, capturing)
             twin = object.__new__(type(pipe))
             twin.__dict__.update(pipe.__dict__)
             twin.__dict__["_fastguard_origin"] = pipe
@@ -99,7 +137,7 @@ class Guard:
                 },
             )
             twin.__dict__[family.denoiser] = shadow(denoiser, {"__call__": call.denoise})
-            twin.__dict__["progress_bar"] = _before(call.begin, twin.progress_bar)
+            twin.__dict__["progress_bar"] = _before(call.begin, call.counted(twin.progress_bar))
             if hasattr(pipe, "prepare_latents"):
                 twin.__dict__["prepare_latents"] = _after(twin.prepare_latents, call.prepare_latents)
             # Offloading replaces the pipeline's hooks at the end of a call: they belong to the original.
@@ -112,6 +150,7 @@ class Guard:
                 return settled(stock_call(twin, *args, **kwargs))
             finally:
                 self._last = self._thread.last = call.report()
+                call.close()
                 # What the call noted on itself (num_timesteps, guidance scale ...) stays readable, as in a stock call.
                 for name, value in twin.__dict__.items():
                     if held_back.get(name, held_back) is not value:

@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from diffusers.models import attention_dispatch
 
+from fastguard.compiled import records_graphs
+
 # Of torch's own entries on every module only these say what it computes; the other ten are dictionaries of hooks for training.
 _TORCH = frozenset(vars(torch.nn.Module())) - {"_parameters", "_buffers", "_modules", "training"}
 _DEPTH = 4  # processor -> list of scales -> number; deeper objects count by identity
@@ -150,7 +152,7 @@ def obstacle(modules: list[torch.nn.Module]) -> str | None:
             return f"a forward hook on {where} runs Python in every forward"
         if module.training and isinstance(module, torch.nn.Dropout) and module.p > 0:
             return "a Dropout is in training mode; call eval() on the model"
-    return None
+    return records_graphs(modules)
 
 
 def ambient() -> tuple[Any, ...]:
@@ -175,4 +177,5 @@ def _precision() -> str:
     try:
         return torch.get_float32_matmul_precision()
     except RuntimeError:  # set through torch's newer switches, which this one refuses to read
-        return f"{torch.backends.fp32_precision} {torch.backends.cuda.matmul.fp32_precision}"
+        backends: Any = torch.backends
+        return f"{backends.fp32_precision} {backends.cuda.matmul.fp32_precision}"

@@ -43,7 +43,9 @@ class Tape(TorchDispatchMode):
         name = func._schema.name.split("::")[1]
         tags = getattr(func, "tags", ())
         sync = torch.Tag.data_dependent_output in tags or torch.Tag.dynamic_output_shape in tags
-        if sync or name.startswith(RANDOM) or func is aten.lift_fresh.default:
+        # A number may stay on the host, where CUDA bakes it into the launch; an array would have to be copied to the device.
+        from_host = func is aten.lift_fresh.default and args[0].dim() > 0
+        if sync or name.startswith(RANDOM) or from_host:
             raise RuntimeError(f"operation not permitted when stream is capturing: {name}")
         # An alias keeps the address when the tensor is given another one (`parameter.data = ...`).
         args, kwargs = tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs))

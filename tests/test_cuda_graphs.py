@@ -97,6 +97,9 @@ class Cuda:
     def memory_snapshot(self):
         return self.segments
 
+    def is_available(self):
+        return True
+
     def synchronize(self, device):
         self.log.append(f"synchronize {device}")
 
@@ -217,8 +220,11 @@ def test_clock_and_memory(cuda):
     assert cuda.log[-2:] == ["synchronize cuda:0", "reset peak"]
 
 
-def test_capture_uses_it_on_cuda(cuda):
+def test_capture_uses_it_on_cuda(cuda, monkeypatch):
     """`Graphs` on top: lease, record, replay, evict, in this order."""
+    assert capture.records(DEVICE) and not capture.records(torch.device("cpu"))
+    monkeypatch.setattr(cuda, "is_available", lambda: False)
+    assert not capture.records(DEVICE)
     graphs = capture.Graphs(limit=1)
     content = type("Content", (), {"nbytes": 8})()
     workspace = graphs.lease("shape", DEVICE, lambda: content)

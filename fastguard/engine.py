@@ -1,0 +1,81 @@
+"""How a guard runs its denoiser: recorded or not, compiled or not, with whose attention."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fastguard.attention import attend_with, check, find
+from fastguard.capture import MODES, Graphs
+from fastguard.compiled import check_compile, compile_denoiser, records_graphs
+from fastguard.fingerprint import Fingerprint
+from fastguard.graphed import Capturing
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Checked options. compile: arguments of torch.compile, None for none."""
+
+    capture: str = "auto"
+    attention_backend: str | None = None
+    compile: Mapping[str, Any] | None = None
+    _made: _Made = field(default_factory=lambda: _Made(), repr=False, compare=False)
+
+    @classmethod
+    def of(
+        cls,
+        denoiser: torch.nn.Module,
+        *,
+        capture: str,
+        attention_backend: str | None,
+        compile: bool | Mapping[str, Any],
+    ) -> Engine:
+        """ValueError names the option that is not allowed, or that cannot work with this denoiser where it is now."""
+        if capture not in MODES:
+            raise ValueError(f"capture={capture!r}: allowed are {', '.join(map(repr, MODES))}")
+        options = check_compile(compile)
+        if options is not None and not isinstance(denoiser, torch.nn.Module):
+            raise ValueError(f"compile={compile!r}: {type(denoiser).__name__} is no torch module")
+        if capture in ("step", "loop") and (found := records_graphs(denoiser.modules())) is not None:
+            raise ValueError(f"capture={capture!r}: {found}")
+        if attention_backend is not None:
+            find(attention_backend)
+            some = next(denoiser.parameters(), torch.empty(0))
+            dtype = some.dtype if some.is_floating_point() else torch.float16  # quantised weights
+            check(attention_backend, some.device, dtype)
+        return cls(capture, attention_backend, options)
+
+    def lend(self, denoiser: torch.nn.Module, graphs: Graphs) -> tuple[Callable[..., Any], Capturing]:
+        """The denoiser as a call shall run it, and what a call needs to record it."""
+        made = self._made.of(denoiser, self.compile)
+        options = (self.attention_backend, repr(self.compile))
+        capturing = Capturing(self.capture, graphs, made.fingerprint, options)
+        return attend_with(self.attention_backend, made.runs), capturing
+
+
+class _Made:
+    """What is made once per denoiser: its compiled form and its fingerprint."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._denoiser: torch.nn.Module | None = None
+        self._fingerprint: Fingerprint | None = None
+        self.runs: Any = None
+
+    def of(self, denoiser: torch.nn.Module, options: Mapping[str, Any] | None) -> _Made:
+        with self._lock:
+            if self._denoiser is not denoiser:
+                self._denoiser, self._fingerprint = denoiser, None
+                self.runs = compile_denoiser(denoiser, options)
+        return self
+
+    def fingerprint(self) -> Fingerprint:
+        with self._lock:
+            if self._fingerprint is None:
+                assert self._denoiser is not None
+                self._fingerprint = Fingerprint(self._denoiser)
+            return self._fingerprint

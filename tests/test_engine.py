@@ -1,0 +1,319 @@
+"""Options of `enable`: who computes attention, compilation inside a capture, and what cannot be recorded."""
+
+from __future__ import annotations
+
+import re
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+import fastguard
+from fastguard import attention
+from fastguard.fingerprint import Fingerprint
+from tests import pipelines, simulator
+
+SIZE = {"height": 16, "width": 16}
+
+
+@pytest.fixture(scope="module")
+def sd():
+    return pipelines.sd()
+
+
+def call(pipe, steps=2, **kwargs):
+    generator = torch.Generator().manual_seed(3)
+    arguments = {"prompt": "a cat", "output_type": "latent", "guidance_scale": 4.0, **SIZE, **kwargs}
+    return pipe(num_inference_steps=steps, generator=generator, **arguments).images
+
+
+def run(pipe, **options):
+    with fastguard.enable(pipe, "cfg", **options) as guard:
+        return call(pipe), guard.report
+
+
+# Defaults -------------------------------------------------------------------------------------------------------------------
+
+
+def test_on_the_cpu_nothing_is_recorded(sd):
+    with fastguard.enable(sd, "cfg") as guard:
+        call(sd)
+        assert (guard.report.path, guard.report.reason, guard.graphs()) == ("fused", None, [])
+        assert guard.graphs.bytes == 0
+    for mode in ("step", "loop"):
+        _, report = run(sd, capture=mode)
+        assert report.path == "fused"
+        assert f"capture='{mode}': nothing records graphs on device 'cpu'" in report.reason
+
+
+def test_auto_records_small_work_only(sd):
+    with simulator.recording(), fastguard.enable(sd, "cfg") as guard:
+        call(sd)
+        assert guard.report.path == "fused, step graph"
+        call(sd, height=256, width=256, steps=1)  # 2 x 128 x 128 positions are the limit
+        assert guard.report.path == "fused, step graph"
+        call(sd, height=264, width=256, steps=1)
+        assert (guard.report.path, guard.report.reason) == ("fused", None)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"capture": "graph"}, "capture='graph': allowed are 'off', 'step', 'loop', 'auto'"),
+        ({"compile": "yes"}, "compile='yes': must be True, False or a dictionary"),
+        ({"compile": {"mode": "reduce-overhead"}}, "mode='reduce-overhead' would record CUDA graphs"),
+        ({"compile": {"mode": "max-autotune"}}, "mode='max-autotune' would record CUDA graphs"),
+        ({"compile": {"options": {"triton.cudagraphs": True}}}, "triton.cudagraphs must be off"),
+        ({"compile": {"backend": "cudagraphs"}}, "must be off"),
+        ({"attention_backend": "fast"}, "attention_backend='fast': allowed are None, .*flash.*sdpa.*xformers"),
+        ({"attention_backend": 3}, "attention_backend=3: allowed are"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_bad_options(sd, options, message):
+    with pytest.raises(ValueError, match=message):
+        fastguard.enable(sd, "cfg", **options)
+    assert "_fastguard_guard" not in vars(sd)
+
+
+def test_enabling_again_replaces_options(sd):
+    with simulator.recording():
+        guard = fastguard.enable(sd, "cfg", capture="step")
+        assert fastguard.enable(sd, "cfg", capture="off") is guard
+        call(sd)
+        assert guard.report.path == "fused"
+        guard.disable()
+
+
+# Attention ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["sdpa", "native", "native_math", "_native_math"])
+def test_attention_backends_of_torch(sd, name):
+    """The named backend computes, and the numbers are attention's."""
+    expected, _ = run(sd)
+    ours, _ = run(sd, attention_backend=name)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
+    with simulator.recording():
+        recorded, report = run(sd, attention_backend=name, capture="step")
+    assert torch.equal(recorded, ours) and report.path == "fused, step graph"
+
+
+def test_the_dispatcher_is_asked_in_our_calls_only(sd, monkeypatch):
+    asked = []
+    original = attention.dispatch.dispatch_attention_fn
+
+    def dispatch(*args, backend=None, **kwargs):
+        asked.append(backend)
+        return original(*args, backend=backend, **kwargs)
+
+    processors = dict(sd.unet.attn_processors)
+    with fastguard.enable(sd, "cfg", attention_backend="native_math"):
+        monkeypatch.setattr(attention.dispatch, "dispatch_attention_fn", dispatch)
+        call(sd)
+        inside = len(asked)
+        assert inside and set(asked) == {attention.Backend._NATIVE_MATH}
+        F.scaled_dot_product_attention(*torch.ones(3, 1, 1, 4, 8))
+        thread = threading.Thread(target=lambda: F.scaled_dot_product_attention(*torch.ones(3, 1, 1, 4, 8)))
+        thread.start()
+        thread.join()
+        assert len(asked) == inside
+    call(sd)
+    assert len(asked) == inside
+    assert sd.unet.attn_processors == processors
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("xformers", "install `xformers"), ("flash", "install `flash-attn"), ("sage", "sageattention"), ("flash_hub", "kernels")],
+)  # fmt: skip
+def test_backends_that_are_missing_say_what_they_need(sd, name, message, monkeypatch):
+    monkeypatch.setattr(attention.dispatch, "is_kernels_available", lambda: False)
+    for flag in ("_CAN_USE_XFORMERS_ATTN", "_CAN_USE_FLASH_ATTN", "_CAN_USE_SAGE_ATTN"):
+        monkeypatch.setattr(attention.dispatch, flag, False)
+    with pytest.raises(ValueError, match=f"attention_backend='{name}': cannot run with .*{message}"):
+        fastguard.enable(sd, "cfg", attention_backend=name)
+
+
+def test_a_backend_that_computes_something_else_is_refused(sd, monkeypatch):
+    monkeypatch.setattr(attention.dispatch, "dispatch_attention_fn", lambda q, *a, **k: q * 2)
+    with pytest.raises(ValueError, match="cannot run"):
+        fastguard.enable(sd, "cfg", attention_backend="native")
+
+
+# Compilation ----------------------------------------------------------------------------------------------------------------
+
+
+def test_compiled_denoiser_inside_a_capture(sd):
+    torch._dynamo.reset()
+    expected, _ = run(sd)
+    unet, forward = sd.unet, sd.unet.forward
+    for capture in ("off", "step"):
+        with simulator.recording():
+            ours, report = run(sd, compile={"backend": "aot_eager"}, capture=capture)
+        assert report.path == ("fused" if capture == "off" else "fused, step graph"), report.reason
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
+    assert sd.unet is unet and sd.unet.forward == forward and unet._compiled_call_impl is None
+
+
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_modules_with_graphs_of_their_own_are_refused(mode, in_place):
+    pipe = pipelines.sd()
+    if in_place:
+        pipe.unet.mid_block.compile(mode=mode)
+    else:
+        pipe.unet.mid_block = torch.compile(pipe.unet.mid_block, mode=mode)
+    for capture in ("step", "loop"):
+        with pytest.raises(ValueError, match=f"capture='{capture}': .*CUDA graphs of its own"):
+            fastguard.enable(pipe, "cfg", capture=capture)
+    assert "CUDA graphs of its own" in Fingerprint(pipe.unet).obstacle
+    with fastguard.enable(pipe, "cfg"):
+        pass  # "auto" leaves such a model alone
+
+
+# What cannot be recorded ----------------------------------------------------------------------------------------------------
+
+
+class Moves(ModelHook):
+    def pre_forward(self, module, *args, **kwargs):
+        return args, kwargs
+
+
+def accelerate_hook(pipe):
+    add_hook_to_module(pipe.unet, Moves())
+    return lambda: remove_hook_from_module(pipe.unet)
+
+
+def forward_hook(pipe):
+    return pipe.unet.conv_in.register_forward_pre_hook(lambda module, args: None).remove
+
+
+def group_offload(pipe):
+    from diffusers.hooks import apply_group_offloading
+
+    apply_group_offloading(
+        pipe.unet, onload_device=torch.device("cpu"), offload_device=torch.device("cpu"), offload_type="leaf_level"
+    )  # fmt: skip
+    return lambda: None
+
+
+def dropout(pipe):
+    pipe.unet.mid_block.dropout = torch.nn.Dropout(0.0).train()
+    pipe.unet.mid_block.dropout.p = 0.1
+    return lambda: None
+
+
+@pytest.mark.parametrize(
+    ("obstacle", "reason"),
+    [
+        (accelerate_hook, "Moves of accelerate on UNet2DConditionModel runs Python in every forward"),
+        (forward_hook, "a forward hook on Conv2d runs Python in every forward"),
+        (group_offload, "group_offloading on Conv2d runs Python in every forward|group_offloading"),
+        (dropout, "a Dropout is in training mode"),
+    ],
+)
+def test_what_runs_python_in_every_forward_stays_eager(obstacle, reason):
+    pipe = pipelines.sd()
+    with simulator.recording(), fastguard.enable(pipe, "cfg", capture="step") as guard:
+        expected = call(pipe)
+        undo = obstacle(pipe)
+        for mode in ("step", "loop", "auto"):
+            fastguard.enable(pipe, "cfg", capture=mode)
+            assert torch.equal(call(pipe), expected)
+            assert guard.report.path == "fused"
+            assert re.search(reason, guard.report.reason), guard.report.reason
+        undo()
+
+
+def test_autocast_stays_eager(sd):
+    with simulator.recording(), torch.autocast("cpu", dtype=torch.bfloat16):
+        _, report = run(sd, capture="step")
+    assert report.path == "fused" and "autocast" in report.reason
+
+
+def test_a_model_that_synchronises_falls_back_and_says_so(sd, monkeypatch):
+    pipe = pipelines.sd()
+    expected, _ = run(pipe)
+    forward = pipe.unet.conv_in.forward
+    pipe.unet.conv_in.forward = lambda x: forward(x) * (x.sum().item() * 0 + 1)
+    with simulator.recording(), fastguard.enable(pipe, "cfg", capture="step") as guard:
+        for mode in ("step", "loop", "step"):
+            fastguard.enable(pipe, "cfg", capture=mode)
+            assert torch.equal(call(pipe), expected)
+            assert guard.report.path == "fused"
+            assert "capture failed, everything runs eagerly from here on" in guard.report.reason
+
+
+def test_arguments_that_nobody_can_compare_stay_eager(sd):
+    from fastguard.static_inputs import unhashable
+
+    assert unhashable(((torch.ones(1), 2.0, None), {"a": [{"b": "c"}]})) is None
+    found = unhashable(((), {"cross_attention_kwargs": {"mask": object()}}))
+    assert found == "arguments[1]['cross_attention_kwargs']['mask'] is a object"
+
+
+def test_concurrent_calls_of_one_shape():
+    """One of them has the graphs' tensors, the others run eagerly: all get their own images."""
+    pipe = pipelines.sd()
+
+    def one(scale):
+        return call(pipe, guidance_scale=scale, steps=3)
+
+    scales = [2.0, 4.0, 6.0]
+    with simulator.recording(), fastguard.enable(pipe, "cfg", capture="step") as guard:
+        alone = [one(s) for s in scales]
+        results, reports = [None] * 3, [None] * 3
+        barrier = threading.Barrier(3)
+
+        def work(i):
+            barrier.wait()
+            results[i] = one(scales[i])
+            reports[i] = guard.report
+
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert all(torch.equal(a, b) for a, b in zip(alone, results, strict=True))
+    paths = [report.path for report in reports]
+    assert "fused, step graph" in paths
+    assert all(r.path == "fused, step graph" or "another call" in r.reason for r in reports)
+
+
+# Quantised weights ----------------------------------------------------------------------------------------------------------
+
+
+def test_addresses_inside_quantised_weights_belong_to_the_fingerprint():
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    linear = torch.nn.Linear(2, 2, bias=False)
+    linear.weight = torch.nn.Parameter(TwoTensor(torch.ones(2, 2), torch.ones(2, 2)))
+    fingerprint = Fingerprint(linear)
+    before = fingerprint()
+    assert fingerprint() == before
+    linear.weight.b = torch.ones(2, 2)
+    assert fingerprint() != before
+
+
+# Choosing by measurement ----------------------------------------------------------------------------------------------------
+
+
+def test_tune_measures_and_chooses(sd):
+    with simulator.recording(), fastguard.enable(sd, "cfg") as guard:
+        tuning = guard.tune("a cat", num_inference_steps=2, output_type="latent", **SIZE)
+        paths = [t.path for t in tuning.timings]
+        assert paths == ["fused", "fused, step graph", "fused, loop graph"]
+        assert all(t.seconds > 0 for t in tuning.timings) and tuning.timings[0].bytes == 0
+        assert tuning.timings[2].bytes > tuning.timings[1].bytes > 0
+        assert guard.engine.capture == tuning.chosen
+        assert f"{tuning.chosen}*" in str(tuning)
+
+
+def test_tune_without_a_device_chooses_off(sd):
+    with fastguard.enable(sd, "cfg") as guard:
+        tuning = guard.tune("a cat", num_inference_steps=1, output_type="latent", **SIZE)
+        assert tuning.chosen == "off" and "nothing records graphs" in str(tuning)
