@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from fastguard.doctor import doctor
+
 app = typer.Typer(
     help="Memorization guard and accelerator for diffusers pipelines.",
     no_args_is_help=True,
@@ -267,6 +269,9 @@ def calibrate(
     }
     _policy(policy, result.threshold, model).save(out, provenance={**result.to_dict(), **used, **scale})
     typer.echo(f"gate {result.threshold:.6g}. {result.statement}.\n{out}")
+
+
+app.command()(doctor)
 
 
 def _policy(name: str | None, gate: float | None, model: str) -> Any:
