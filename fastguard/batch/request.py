@@ -65,7 +65,7 @@ class Request:
         """All that decides what the image looks like, apart from the model: two requests with the same id must agree in it."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         del values["id"], values["line"]
-        return values | {"policy": self.policy.to_dict()}
+        return values | {"policy": _policy_values(self.policy)}
 
     def digest(self, settings: Mapping[str, Any]) -> str:
         """A short name of the identity under the model's `settings`; written into every image."""
@@ -156,7 +156,18 @@ def _policy_and_scale(given: Mapping[str, Any], defaults: Defaults, base: Path) 
                 " (at or below 1 pipelines run no unconditional branch, so there is nothing to guard)"
             )
         return chosen, scale
-    return dataclasses.replace(chosen, guidance_scale=scale), scale
+    return _scaled(chosen, scale), scale
+
+
+@functools.lru_cache(maxsize=4096)
+def _scaled(chosen: Policy, scale: float) -> Policy:
+    """Checked once, and not for each of a million rows."""
+    return dataclasses.replace(chosen, guidance_scale=scale)
+
+
+@functools.lru_cache(maxsize=4096)
+def _policy_values(chosen: Policy) -> dict[str, Any]:
+    return chosen.to_dict()
 
 
 def _policy(value: Any, gate: float | None, base: Path) -> Policy:

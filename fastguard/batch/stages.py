@@ -50,8 +50,9 @@ class Stages:
         self._policy_before = None if before is None else before.policy
         self.pipe, self.settings = pipe, settings
         self.guard = enable(pipe, "cfg")
+        self.device = pipe._execution_device  # walks through all modules: asked once
         self._decode = decoder(pipe)
-        self._text = None if self._decode is None else TextStage(pipe, requests)
+        self._text = None if self._decode is None else TextStage(pipe, requests, self.device)
         self._scale = inspect.signature(type(pipe).__call__).parameters["guidance_scale"].default
         self._disabled = guard_disabled()
         self._stream: Any = None
@@ -83,7 +84,7 @@ class Stages:
         same = all(policy == policies[0] for policy in policies)
         self.guard.policy = policies[0] if same else Policy.stack(policies)
         scale = first.stock_scale if self._disabled or not first.guided else None  # else the policies have them
-        watch = _Watch(self.pipe._execution_device)
+        watch = _Watch(self.device)
         result = self.pipe(
             **text,
             **size,
@@ -140,7 +141,7 @@ class Stages:
             **_reported(None if denoised.report is None else denoised.report.images[index]),
             "batch": len(denoised.batch),
             "seconds": round(denoised.seconds() / len(denoised.batch), 6),
-            "device": str(self.pipe._execution_device),
+            "device": str(self.device),
             "versions": VERSIONS,
         }
 

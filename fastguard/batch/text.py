@@ -29,8 +29,8 @@ class TextStage:
     embedding depend (in the last place) on the company, so a resumed run gets the same ones. With negative prompts likewise.
     """
 
-    def __init__(self, pipe: Any, requests: Iterable[Request]) -> None:
-        self.pipe = pipe
+    def __init__(self, pipe: Any, requests: Iterable[Request], device: Any) -> None:
+        self.pipe, self.device = pipe, device
         call = inspect.signature(type(pipe).__call__).parameters
         accepted = inspect.signature(type(pipe).encode_prompt).parameters
         self._options: dict[str, Any] = {name: None for name in ("prompt_2", "prompt_3") if name in accepted}
@@ -82,7 +82,7 @@ class TextStage:
         with torch.no_grad():
             outputs = self.pipe.encode_prompt(
                 prompt=prompts,
-                device=self.pipe._execution_device,
+                device=self.device,
                 num_images_per_prompt=1,
                 do_classifier_free_guidance=negative,
                 **options,
