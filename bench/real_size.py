@@ -39,7 +39,7 @@ _UNETS: dict[str, dict[str, Any]] = {
 SIZES = tuple(_UNETS)
 
 
-def unet(size: str, dtype: torch.dtype = torch.float16) -> diffusers.UNet2DConditionModel:
+def unet(size: str, dtype: torch.dtype = torch.float16) -> Any:
     """The UNet on the meta device."""
     with torch.device("meta"):
         return _cast(diffusers.UNet2DConditionModel(**_UNETS[size]), dtype)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
@@ -101,12 +101,12 @@ def _running(pretend: Pretend) -> Iterator[None]:
 
 def _with_values_in_set_timesteps(scheduler: Any) -> None:
     """Some schedulers bring sigmas to the device and back to make their timesteps: before the loop, so they may have values."""
-    scheduler.__class__ = _scheduler_class(type(scheduler))
+    base: Any = type(scheduler)
+    scheduler.__class__ = _scheduler_class(base)
 
 
 @functools.lru_cache(maxsize=64)
-def _scheduler_class(kind: Hashable) -> type:
-    base: Any = kind
+def _scheduler_class(base: Any) -> type:
 
     @functools.wraps(base.set_timesteps)
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:

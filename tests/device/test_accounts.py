@@ -1,0 +1,123 @@
+"""Launches and bytes of a step, the page that holds them, and the runner that measures the rest where there is a GPU."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from bench import accounts, gpu, gpu_benchmarks, real_size, roofline
+from fastguard import _probe
+from fastguard._pretend import Pretend
+from fastguard.kernels.layout import State
+from fastguard.loop import Loop
+from tests import schedulers
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers' about the schedulers' configurations
+
+# Stock in float32, launches on latents: cat, three for the guidance, and the scheduler's.
+STOCK = {"ddim": 10, "euler": 11, "dpm-2m": 14, "euler-ancestral": 14, "deis-2": 16, "pndm": 16, "unipc-2": 28}
+
+
+@pytest.fixture(scope="module", params=real_size.SIZES)
+def sized(request):
+    models = {dtype: real_size.unet(request.param, dtype) for dtype in (torch.float16, torch.float32)}
+
+    def pipe(name, dtype=torch.float16):
+        return real_size.pipeline(request.param, schedulers.SD[name](), models[dtype], dtype)
+
+    with _probe.remembering():
+        yield request.param, pipe
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_a_step_is_one_launch_or_two(sized, name):
+    size, pipe = sized
+    stock, ours = accounts.stock(pipe(name, torch.float32)), accounts.guarded(pipe(name))
+    assert round(stock.launches - stock.numbers) == STOCK[name]
+    assert (ours.launches, ours.numbers, ours.waits) == (1 if size == "SD 1.5" else 2, 0, 0)
+
+
+def test_a_planted_launch_is_counted(sized, monkeypatch):
+    size, pipe = sized
+    advance = Loop.advance
+
+    def wasteful(self, *args):
+        self.x.mul_(1.0)
+        return advance(self, *args)
+
+    monkeypatch.setattr(Loop, "advance", wasteful)
+    ours = accounts.guarded(pipe("euler"))
+    elements = 4 * real_size.unet(size).config.sample_size ** 2
+    assert ours.launches == accounts.launches(elements) + 1
+    monkeypatch.undo()
+    assert ours.moved == accounts.guarded(pipe("euler")).moved + 8 * elements
+
+
+def test_bytes_on_paper():
+    schedule = accounts.table(schedulers.SD["ddim"]())
+    numbers = 4 * 64 * 64
+    tables = 8 * (2 * 15 + 2 * 15 + 8) + 8
+    # float32 x read and written, float16 u, c and two halves of the next input
+    assert accounts.fused_bytes(schedule, 5, numbers, torch.float16) == numbers * (4 + 4 + 2 + 2 + 2 + 2) + tables
+    # four times as many: u and c are read twice
+    assert accounts.fused_bytes(schedule, 5, 4 * numbers, torch.float16) == 4 * numbers * (8 + 8 + 4) + tables
+    # one tensor of history read and one written
+    second = accounts.table(schedulers.SD["dpm-2m"]())
+    assert accounts.fused_bytes(second, 5, numbers, torch.float16) == numbers * (16 + 4 + 4) + tables
+
+
+def test_an_eager_guard_costs_eight_launches():
+    assert accounts.eager_guard() == 8
+
+
+def test_the_page_is_current():
+    page = roofline.FILE.read_text(encoding="utf-8")
+    _, *sections = page.split("\n## ")
+    for size, section in zip(real_size.SIZES, sections, strict=True):
+        assert section.startswith(size)
+        for line in roofline.lines(size, ["ddim", "euler-ancestral"]):
+            assert str(line) in section, "run python -m bench.roofline"
+        assert {line.split(" |")[0][2:] for line in section.splitlines() if line.startswith("| ")} >= set(schedulers.SD)
+
+
+def test_the_benchmarked_step_runs():
+    """The GPU benchmark's own code, on tensors that stand for a GPU's."""
+    with Pretend(lambda *_: lambda result: None, values=True), torch.no_grad():
+        work, moved = gpu_benchmarks._guided_step(2, 64)
+        work()
+        work()
+    assert moved == 2 * accounts.fused_bytes(
+        accounts.table(schedulers.SD["dpm-2m"](), 20), 10, 4 * 64 * 64, torch.float16
+    )
+    state = work.__closure__ and next(c.cell_contents for c in work.__closure__ if isinstance(c.cell_contents, dict))
+    assert state["state"].held[:, State.STEP].tolist() == [11.0, 11.0]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_runner_says_what_it_skipped(tmp_path):
+    out = tmp_path / "gpu.json"
+    assert gpu.main(["--out", str(out), "--tests", "tests/device/test_planted.py"]) == 0
+    result = json.loads(out.read_text())
+    assert result["device"] is None and result["versions"]["torch"] == torch.__version__
+    assert result["tests"]["counts"] == {"skipped": 2}
+    assert {case["reason"] for case in result["tests"]["cases"]} == {"needs a GPU"}
+    assert {(entry["outcome"], entry["reason"]) for entry in result["benchmarks"]} == {("skipped", "no GPU")}
+
+
+def test_a_failing_benchmark_fails_the_run(tmp_path, monkeypatch):
+    def broken():
+        """Breaks."""
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(gpu, "device", lambda: {"name": "a GPU"})
+    monkeypatch.setattr(gpu, "run_tests", lambda paths: {"exit_code": 0, "counts": {"passed": 1}, "cases": []})
+    monkeypatch.setattr(gpu, "BENCHMARKS", {"works": lambda: [{"a": float("nan")}], "broken": broken})
+    out = tmp_path / "gpu.json"
+    assert gpu.main(["--out", str(out)]) == 1
+    works, failed = json.loads(out.read_text())["benchmarks"]
+    assert works["results"] == [{"a": None}] and failed["reason"] == "RuntimeError: broken"
+    monkeypatch.setattr(gpu, "run_tests", lambda paths: {"exit_code": 1, "counts": {"failed": 1}, "cases": []})
+    assert gpu.main(["--out", str(out)]) == 1
+    assert {entry["reason"] for entry in json.loads(out.read_text())["benchmarks"]} == {"a test failed"}
