@@ -117,12 +117,16 @@ def kill(model: str, count: int, steps: int, batch: int, kills: int, folder: Pat
     seconds = time.perf_counter() - begin
     stamps = sorted(line["mtime_ns"] for line in _lines(whole))
     working = (stamps[-1] - stamps[0]) / 1e9
-    starting = seconds - working
     known: dict[str, int] = {}
     done = []
-    for _ in tqdm(range(kills), desc="kills", leave=False):
+    for i in tqdm(range(kills), desc="kills", leave=False):
         process = subprocess.Popen(command(killed), **quiet_run)
-        time.sleep(random.uniform(0.5, 1.0) * starting + random.uniform(0, working / kills))
+        if i % 5 == 0:  # while it starts, or soon after
+            time.sleep(random.uniform(0, seconds - working))
+        else:  # after a share of the work
+            while process.poll() is None and len(list(killed.glob("*.png"))) <= len(known):
+                time.sleep(0.01)
+            time.sleep(random.uniform(0, working / kills))
         process.kill()
         process.wait()
         now = {path.name: path.stat().st_mtime_ns for path in killed.glob("*.png")}

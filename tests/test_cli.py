@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 import fastguard
 from fastguard.cli import app
+from fastguard.generate import Interrupted
 from fastguard.policy import Policy, policy
 from tests import pipelines
 
@@ -259,6 +260,24 @@ def test_failed_write_leaves_no_part(model, tmp_path, monkeypatch):
     monkeypatch.undo()
     assert not list(tmp_path.glob("*.png"))
     assert invoke(*command).exit_code == 0
+
+
+def test_exit_codes(model, tmp_path, monkeypatch):
+    command = ("generate", model, "--prompt", "a cat", "--out", tmp_path, "--steps", 1, "--policy", "cfg")
+    errors = {
+        143: Interrupted(signal.SIGTERM),
+        130: Interrupted(signal.SIGINT),
+        1: OSError(28, "No space left on device"),
+    }
+    for code, error in errors.items():
+
+        def run(self, error=error):
+            raise error
+
+        monkeypatch.setattr("fastguard.generate.Task.run", run)
+        result = invoke(*command)
+        assert result.exit_code == code
+        assert "resumes" in result.stderr
 
 
 BAD = [

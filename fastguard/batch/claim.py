@@ -40,6 +40,15 @@ def check_free(out: Path) -> None:
             pass
 
 
+def ignores_case(out: Path) -> bool:
+    """Whether "A.png" and "a.png" are the same file in `out`: tried on the names of directories that exist."""
+    for path in (out.absolute(), *out.absolute().parents):
+        other = path.with_name(path.name.swapcase())
+        if path.exists() and path.name != other.name:
+            return other.exists() and other.samefile(path)
+    return False
+
+
 @contextmanager
 def claim(out: Path, settings: dict[str, Any]) -> Iterator[None]:
     """Make `out` this process' directory for as long as the context lasts; errors as in `check`, and if another process has it."""

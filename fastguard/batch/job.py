@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fastguard import checks
-from fastguard.batch.claim import check, check_free, claim, differences
+from fastguard.batch.claim import check, check_free, claim, differences, ignores_case
 from fastguard.batch.engine import Failed
 from fastguard.batch.fitting import Limits
 from fastguard.batch.manifest import Manifest
@@ -80,6 +80,16 @@ class Job:
             ]
             if dotted:
                 raise BadRows("prompts", dotted)
+        elif ignores_case(out):
+            folded: dict[str, Request] = {}
+            same = [(r, folded.setdefault(r.id.casefold(), r)) for r in requests]
+            twins = [
+                Problem(r.line or 0, f"id={r.id!r}: is the same file as id={o.id!r} here")
+                for r, o in same
+                if r is not o
+            ]
+            if twins:
+                raise BadRows("prompts", twins)
         self._all_settings = {
             "fastguard_generate": 1, **settings, "format": self.picture.format, "shard_size": shard_size,
         }  # fmt: skip
@@ -97,23 +107,26 @@ class Job:
 
     def _done(self) -> set[str]:
         """Ids of the images that are there. BadRows if one is there that was made from something else."""
-        lines, done, problems = self.manifest.latest(), set(), []
+        index, done = self.manifest.index(), set()
+        others: dict[str, Request] = {}
         for request in self.requests:
-            line = lines.get(request.id)
+            line = index.get(request.id)
             if line is None:
                 continue
             if line.get("request") != request.digest(self.settings):
-                own = {k: v for k, v in (request.identity() | self.settings).items() if v is not None}
-                what = "; ".join(differences({key: line.get(key) for key in own}, own))
-                what = what or "another negative_prompt, guidance_scale, width or height"
-                problems.append(
-                    Problem(request.line or 0, f"id={request.id!r}: was made in {self.out} from other values: {what}")
-                )
+                others[request.id] = request
             elif self.store.holds(line):
                 done.add(request.id)
-        if problems:
-            raise BadRows("prompts", problems)
+        if others:
+            latest = {line["id"]: line for line in self.manifest.lines() if line["id"] in others}
+            raise BadRows("prompts", [self._other_values(others[id], line) for id, line in latest.items()])
         return done
+
+    def _other_values(self, request: Request, line: dict[str, Any]) -> Problem:
+        own = {key: value for key, value in (request.identity() | self.settings).items() if value is not None}
+        what = "; ".join(differences({key: line.get(key) for key in own}, own))
+        what = what or "another negative_prompt, guidance_scale, width or height"
+        return Problem(request.line or 0, f"id={request.id!r}: was made in {self.out} from other values: {what}")
 
     def fit(self, limits: Limits) -> None:
         """BadRows if the model cannot make some of the images; keeping going, they are left out and reported."""
@@ -180,7 +193,7 @@ class Job:
 
     def _adopt(self) -> set[str]:
         """Images that a killed run had finished but not yet listed: they say themselves what they are. Returns their ids."""
-        listed = self.manifest.latest()
+        listed = self.manifest.index()
         lines = []
         for request in self.requests:
             path = self.store.path(request)

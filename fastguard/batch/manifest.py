@@ -16,6 +16,7 @@ from fastguard.batch.growing import Growing
 from fastguard.files import finite
 
 NAME = "manifest.jsonl"
+_INDEXED = ("request", "file", "offset", "bytes", "mtime_ns", "sha256")
 
 
 class Manifest:
@@ -43,9 +44,9 @@ class Manifest:
                     ) from None
                 yield line
 
-    def latest(self) -> dict[str, dict[str, Any]]:
-        """The last line of every id: an image that had gone missing was made again and has two."""
-        return {line["id"]: line for line in self.lines()}
+    def index(self) -> dict[str, dict[str, Any]]:
+        """Per id what says whether its image is still there and the same: of its last line, an image made again has two."""
+        return {line["id"]: {key: line[key] for key in _INDEXED if key in line} for line in self.lines()}
 
     def open(self) -> None:
         """Begin to append; a torn last line is cut off."""

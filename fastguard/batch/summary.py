@@ -39,20 +39,24 @@ def summarize(
     out: Path, requests: Sequence[Request], manifest: Manifest, settings: Mapping[str, Any], *, made: int, rejected: int
 ) -> Summary:
     """Write report.json: the settings, the counts and, of small jobs, the manifest's lines in the order of the requests."""
-    lines = manifest.latest()
-    images = [lines[request.id] for request in requests if request.id in lines]
+    wanted = {request.id for request in requests}
+    small = len(wanted) <= LISTED
+    lines: dict[str, dict[str, Any]] = {}
+    for line in manifest.lines():
+        if line["id"] in wanted:
+            lines[line["id"]] = line if small else {key: line[key] for key in ("gate", "transition_step", "forced")}
     counts = {
-        "total": len(images),
+        "total": len(lines),
         "rejected": rejected,
-        "caught": sum(1 for line in images if line["gate"] and line["gate"]["caught"]),
-        "transitions": sum(1 for line in images if line["transition_step"] is not None),
-        "forced": sum(1 for line in images if line["forced"]),
+        "caught": sum(1 for line in lines.values() if line["gate"] and line["gate"]["caught"]),
+        "transitions": sum(1 for line in lines.values() if line["transition_step"] is not None),
+        "forced": sum(1 for line in lines.values() if line["forced"]),
     }
     report = {
         "fastguard_generate": 1,
         "settings": dict(settings),
         **counts,
         "manifest": manifest.path.name,
-        "images": images if len(images) <= LISTED else None,
+        "images": [lines[request.id] for request in requests if request.id in lines] if small else None,
     }
     return Summary(made=made, report=write_json(out / REPORT, finite(report)), **counts)

@@ -221,6 +221,22 @@ def test_other_values_under_the_same_id_are_refused(pipe, tmp_path):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_directories_that_ignore_case(pipe, tmp_path, monkeypatch):
+    rows = [{"id": "a", "prompt": "x"}, {"id": "A", "prompt": "y"}]
+    prepare(pipe, rows, tmp_path, policy="cfg")
+    monkeypatch.setattr("fastguard.batch.job.ignores_case", lambda out: True)
+    with pytest.raises(BadRows, match="line 2: id='A': is the same file as id='a' here"):
+        prepare(pipe, rows, tmp_path, policy="cfg")
+    prepare(pipe, rows, tmp_path, policy="cfg", shard_size=9)
+
+
+def test_long_jobs_are_summarized_without_a_list(pipe, tmp_path, monkeypatch):
+    monkeypatch.setattr("fastguard.batch.summary.LISTED", 3)
+    summary = generate(pipe, ROWS[:4], tmp_path, **OPTIONS)
+    report = json.loads(summary.report.read_text())
+    assert (report["images"], report["total"], report["transitions"]) == (None, 4, 4)
+
+
 def test_damaged_manifest_is_told(pipe, tmp_path):
     generate(pipe, ROWS[:4], tmp_path, **OPTIONS)
     manifest = tmp_path / "manifest.jsonl"
