@@ -63,9 +63,10 @@ class Call:
         )
         self.row = 0
         self.rows_run = 0  # denoiser rows per image so far
-        self.schedule: Schedule | None = None
-        self.plan: Plan | None = None
-        self.loop: Loop | None = None
+        # Each None until the loop begins.
+        self.schedule: Any = None  # Schedule
+        self.plan: Any = None  # Plan
+        self.loop: Any = None  # Loop
         self._timesteps_arguments: tuple[tuple, dict] = ((), {})
         self._returned: torch.Tensor | None = None  # the latents that the buffers hold, as the pipeline knows them
         self._returned_version: float = 0
@@ -73,7 +74,7 @@ class Call:
         self._drawn_now: torch.Tensor | None = None  # for this row, by a launch that did not take place
         self._drawn: list[torch.Tensor | None] | None = None
         self._placeholder: torch.Tensor | None = None
-        self._outputs: tuple[torch.Tensor, torch.Tensor | None] | None = None
+        self._outputs: Any = None  # (uncond, cond or None) of a row between denoiser and step
 
     # What the shadows call -------------------------------------------------------------------------------------------------
 
@@ -181,7 +182,8 @@ class Call:
         self._follow_guidance_scale(sample)
 
         channels = sample.shape[1]  # a model may predict more than the latents' channels (a variance)
-        uncond, cond = (None if t is None else t[:, :channels] for t in self._outputs)
+        uncond, cond = self._outputs
+        uncond, cond = uncond[:, :channels], None if cond is None else cond[:, :channels]
         self.loop.advance(uncond, cond, self._noise(sample, uncond.dtype, kwargs.get("generator")))
         return self._handed_back(uncond.dtype, cond, timestep, sample, args, kwargs)
 
@@ -487,7 +489,7 @@ def _begin_index(scheduler: Any, timestep: Any) -> int:
         return int(begin)
     timesteps = scheduler.timesteps
     tensors = isinstance(timestep, torch.Tensor) and isinstance(timesteps, torch.Tensor)
-    if tensors and torch._C._is_alias_of(timestep, timesteps):
+    if tensors and torch._C._is_alias_of(timestep, timesteps):  # type: ignore[attr-defined]
         return (timestep.storage_offset() - timesteps.storage_offset()) // max(timesteps.stride(0), 1)
     matches = [i for i, t in enumerate(timesteps) if float(t) == float(torch.as_tensor(timestep).flatten()[0])]
     if not matches:

@@ -155,7 +155,8 @@ class Graphs:
             assert self._recorder is not None
             workspace = self._workspaces.get(key)
             if workspace is None:
-                workspace = self._workspaces[key] = Workspace(key, make())
+                with torch.inference_mode(False):  # so that calls in either mode may write to them
+                    workspace = self._workspaces[key] = Workspace(key, make())
             elif workspace.busy:
                 return None
             workspace.busy = True
@@ -185,7 +186,10 @@ class Graphs:
         """The program recorded under this key, else a new one."""
         with self._lock:
             graph = self._graphs.get((workspace.key, key))
-            return graph.program if graph is not None else make()
+            if graph is not None:
+                return graph.program
+            with torch.inference_mode(False):
+                return make()
 
     def run(self, workspace: Workspace, key: Hashable, program: Program) -> str | None:
         """Run the body once, whose inputs are loaded: as a graph (None), or eagerly (the reason why)."""

@@ -2,7 +2,7 @@
 
 A body recorded here obeys one contract: it reads and writes tensors that live outside the graph's memory pool, and returns
 nothing. So no tensor of the pool is ever looked at after a replay, and graphs can share one pool whatever the order in which they
-run, as long as no two of them run at the same time: a lock per device orders their launches, an event orders their streams.
+run, as long as no two of them run at the same time: per device, a lock orders their launches and an event their streams.
 """
 
 from __future__ import annotations
@@ -32,13 +32,20 @@ def _capture_stream(device: torch.device) -> Any:
     return cuda.Stream(device)
 
 
+@lru_cache(maxsize=64)
+def _last_use(device: torch.device) -> Any:
+    """Of any pool and of the buffers around it. One per device, not per pool: graphs captured on one stream also share its cuBLAS
+    workspace."""
+    return cuda.Event()
+
+
 class Recorder:
     """Records bodies as CUDA graphs on one device, in one memory pool, and replays them."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.lock = device_lock(device)
-        self._used = cuda.Event()  # the last use of the pool or of the buffers around it
+        self._used = _last_use(device)
         self.new_pool()
 
     def new_pool(self) -> None:
@@ -74,7 +81,7 @@ class Recorder:
         return graph
 
     def replay(self, graph: Any) -> None:
-        """Launch on the current stream, after the last launch from this pool on whatever stream that was."""
+        """Launch on the current stream, after the last launch on this device on whatever stream that was."""
         with self.lock:
             self.enter()
             graph.replay()

@@ -59,7 +59,7 @@ class Graphed:
         self._capturing, self._graphs, self._denoiser = capturing, capturing.graphs, denoiser
         self._workspace: Workspace | None = None
         self._print: Hashable = None
-        self.loop: StaticLoop | None = None
+        self.loop: Any = None  # StaticLoop
         self.whole = False
         self.replayed = 0
         self.reason: str | None = None
@@ -137,7 +137,6 @@ class Graphed:
 
         `observed`: somebody runs between the rows, so neither model nor arguments are taken to be as they were.
         """
-        assert self.loop is not None
         if observed and not self._may_record(self.loop.x.device):
             return False
 
@@ -156,7 +155,6 @@ class Graphed:
     ) -> None:
         """Run all rows, whose noise has been drawn."""
         loop = self.loop
-        assert loop is not None
         batch = len(loop.x)
 
         def row(tree: Arguments, k: int) -> None:
@@ -183,7 +181,6 @@ class Graphed:
         """The body of a step: nothing in it may depend on the row, the schedule or a scale but through tensors."""
         args, kwargs = tree
         loop = self.loop
-        assert loop is not None
         output = self._denoiser(*args, **kwargs)[0][:, :channels]
         uncond, cond = output.chunk(2) if branches == "both" else (output, None)
         loop.advance(uncond, cond, loop.noise[slot] if slot < len(loop.noise) else None)
@@ -198,7 +195,7 @@ class Graphed:
     ) -> bool:
         """False: nothing was run, `reason` says why."""
         workspace, loop = self._workspace, self.loop
-        if workspace is None or loop is None:
+        if workspace is None:
             return False
         if (problem := unhashable(arguments)) is not None:
             self.reason = f"{problem}: nobody can tell whether it changes"
@@ -224,7 +221,6 @@ class Graphed:
         body: Callable[[Arguments], None],
         warm_up: Callable[[Arguments], None] | None = None,
     ) -> Program:
-        assert self.loop is not None
         return Program(
             body=lambda: body(inputs.tree),
             warm_up=lambda: (warm_up or body)(inputs.tree),

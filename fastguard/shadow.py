@@ -64,4 +64,5 @@ def _one_row_class(shadow_class: type) -> type:
 
 def one_row(scheduler: Any) -> None:
     """Make a shadow of a scheduler show the first of its timesteps only: whoever loops over them has one row to run."""
-    scheduler.__class__ = _one_row_class(type(scheduler))
+    kind: Any = type(scheduler)
+    scheduler.__class__ = _one_row_class(kind)

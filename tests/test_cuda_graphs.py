@@ -120,10 +120,12 @@ def _WAITS(cuda):
 @pytest.fixture
 def cuda(monkeypatch):
     cuda_graphs._capture_stream.cache_clear()
+    cuda_graphs._last_use.cache_clear()
     fake = Cuda()
     monkeypatch.setattr(cuda_graphs, "cuda", fake)
     yield fake
     cuda_graphs._capture_stream.cache_clear()
+    cuda_graphs._last_use.cache_clear()
 
 
 def test_warm_up_capture_and_replay(cuda):
@@ -183,6 +185,7 @@ def test_one_stream_and_one_lock_per_device_one_pool_per_recorder(cuda):
         recorder.record(lambda: None, lambda: None, [])
     captures = [line for line in cuda.log if line.startswith("capture in")]
     assert captures == [f"capture in pool {n} on side1, thread_local" for n in (1, 2)]
+    assert first._used is second._used, "two guards may not use the stream's cuBLAS workspace at once"
     first.new_pool()
     assert cuda.log[-1] == "empty cache"
     first.record(lambda: None, lambda: None, [])

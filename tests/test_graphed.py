@@ -140,6 +140,15 @@ def test_one_step_graph_serves_every_schedule_scale_and_policy(sd, recorders):
     assert recorders[0].tapes == [], "disable() gives the memory back"
 
 
+def test_inference_mode_and_no_grad_in_turn(sd):
+    expected, _ = eager(sd)
+    with fastguard.enable(sd, "cfg", capture="step") as guard:
+        for inference in (True, False, True, False):
+            with torch.inference_mode(inference):
+                assert torch.equal(call(sd), expected)
+                assert guard.report.path == "fused, step graph", guard.report.reason
+
+
 def test_what_a_call_notes_on_the_pipeline(sd):
     for mode in ("step", "loop"):
         with fastguard.enable(sd, "cfg", capture=mode):
