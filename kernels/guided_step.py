@@ -103,7 +103,7 @@ def choose_backend(x: Tensor, backend: str | None = None) -> str:
 def scratch_for(x: Tensor) -> Tensor:
     """Workspace that `guided_step` can reuse for every step on latents like x: float32, one dimension, contents irrelevant."""
     size = x.numel() // x.shape[0]
-    return x.new_empty(x.shape[0] * max(2 * _width(size), 2 * len(State) + -(-size // BLOCK)))
+    return x.new_empty(x.shape[0] * max(2 * _width(size), 2 * len(State) + -(-2 * size // BLOCK)))
 
 
 def history_for(x: Tensor, slots: int) -> Tensor:
@@ -397,13 +397,13 @@ def _flat(tensor: Tensor, size: int) -> Tensor:
 # that copy and writes only the state, so no program reads what another one of the same launch writes.
 # All sizes depend on the latent's size alone: with it the order of the sum, and so the bits of d, would change.
 SINGLE = 16384
-SINGLE_BLOCK, SINGLE_WARPS = 4096, 16  # 8 elements per thread: one 16-byte access in float16, two in float32
-BLOCK, WARPS = 2048, 8
+SINGLE_BLOCK, SINGLE_THREADS = 4096, 512  # 8 elements per thread: one 16-byte access in float16, two in float32
+BLOCK, THREADS = 2048, 256
 PARTIALS = 128  # partial sums that one program adds up at a time
 
 
 def _jit(function: Callable[..., Any]) -> Any:
-    integers = ["n", "u_stride", "c_stride", "slot_stride", "batch", "steps", "y_halves", "t_halves"]
+    integers = ["n", "u_stride", "c_stride", "slot_stride", "slots", "steps", "y_halves", "t_halves"]
     present = [name for name in integers if name in function.__code__.co_varnames[: function.__code__.co_argcount]]
     return function if triton is None else triton.jit(function, do_not_specialize=present)
 
@@ -434,9 +434,8 @@ def _load_15(ptr):
 
 
 @_jit
-def _store_15(ptr, columns):
-    tl.store(ptr, columns[0])
-    tl.store(ptr + 1, columns[1])
+def _store_state(ptr, columns):
+    tl.store(ptr, columns[0])  # column 1, BASE, never changes: kept for this store it would spill on gfx942
     tl.store(ptr + 2, columns[2])
     tl.store(ptr + 3, columns[3])
     tl.store(ptr + 4, columns[4])
@@ -460,11 +459,12 @@ def _times(weight, values):
 
 
 @_jit
-def _add_term(total, weight, ptr, offs, mask):
+def _add_term(total, weight, exists, ptr, offs, mask):
     """total + weight * ptr[offs]; under a weight of 0 nothing is read."""
     weight = weight.to(tl.float32)
-    if weight != 0:
-        total += weight * tl.load(ptr + offs, mask, other=0.0).to(tl.float32)
+    if exists:
+        if weight != 0:
+            total += weight * tl.load(ptr + offs, mask, other=0.0).to(tl.float32)
     return total
 
 
@@ -480,7 +480,7 @@ def _squares(u_ptr, c_ptr, start, n, BLOCK: tl.constexpr):
 @_jit
 def _advance(
     u_ptr, c_ptr, x_ptr, history_ptr, y_ptr, z_ptr, start, n, slot_stride, y_stride, y_halves, g, row, scale,
-    SLOTS: tl.constexpr, BLOCK: tl.constexpr,
+    slots, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Elements start to start + BLOCK of one sample, to whose first element the pointers point."""
     offs = start + tl.arange(0, BLOCK)
@@ -491,14 +491,11 @@ def _advance(
     x = tl.load(x_ptr + offs, mask, other=0.0)
     m = _times(row[codes.P], x) + _times(row[codes.Q], e)
     x = _times(row[codes.A], x) + _times(row[codes.B], m)
-    if SLOTS > 0:
-        x = _add_term(x, row[codes.H0], history_ptr, offs, mask)
-    if SLOTS > 1:
-        x = _add_term(x, row[codes.H1], history_ptr + slot_stride, offs, mask)
-    if SLOTS > 2:
-        x = _add_term(x, row[codes.H2], history_ptr + 2 * slot_stride, offs, mask)
+    x = _add_term(x, row[codes.H0], slots > 0, history_ptr, offs, mask)
+    x = _add_term(x, row[codes.H1], slots > 1, history_ptr + slot_stride, offs, mask)
+    x = _add_term(x, row[codes.H2], slots > 2, history_ptr + 2 * slot_stride, offs, mask)
     if z_ptr is not None:
-        x = _add_term(x, row[codes.N], z_ptr, offs, mask)
+        x = _add_term(x, row[codes.N], True, z_ptr, offs, mask)
     tl.debug_barrier()  # m may overwrite a slot that threads of another layout are still reading
     tl.store(x_ptr + offs, x, mask)
     store = row[codes.STORE].to(tl.int64)
@@ -506,8 +503,9 @@ def _advance(
         tl.store(history_ptr + store * slot_stride + offs, m, mask)
     if y_ptr is not None:
         y = scale.to(tl.float32) * x
-        for half in range(y_halves):
-            tl.store(y_ptr + half * y_stride + offs, y, mask)
+        tl.store(y_ptr + offs, y, mask)
+        if y_halves > 1:
+            tl.store(y_ptr + y_stride + offs, y, mask)
 
 
 @_jit
@@ -518,8 +516,10 @@ def _norm_kernel(
     b = tl.program_id(1).to(tl.int64)
     part = tl.program_id(0)
     if part == 0:
-        at = b * codes.STATE_WIDTH
-        _store_15(snapshot_ptr + at, _load_15(state_ptr + at))
+        columns = tl.arange(0, 16)
+        at = b * codes.STATE_WIDTH + columns
+        mask = columns < codes.STATE_WIDTH
+        tl.store(snapshot_ptr + at, tl.load(state_ptr + at, mask, other=0.0), mask)
     if c_ptr is not None:
         squares = _squares(u_ptr + b * u_stride * UNIT, c_ptr + b * c_stride * UNIT, part * BLOCK, n * UNIT, BLOCK)
         tl.store(partials_ptr + b * tl.num_programs(0) + part, tl.sum(squares))
@@ -529,16 +529,15 @@ def _norm_kernel(
 def _step_kernel(
     u_ptr, c_ptr, x_ptr, history_ptr, y_ptr, trace_ptr, state_ptr, rows_ptr, rules_ptr, guidance_ptr, z_ptr, times_ptr,
     snapshot_ptr, partials_ptr,
-    n, u_stride, c_stride, slot_stride, batch, steps, y_halves, t_halves,
-    SLOTS: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr, PARTIALS: tl.constexpr,
+    n, u_stride, c_stride, slot_stride, slots, steps, y_halves, t_halves,
+    UNIT: tl.constexpr, BLOCK: tl.constexpr, PARTIALS: tl.constexpr,
 ):  # fmt: skip
     """The step of sample program_id(1): of all of it (no snapshot), or of block program_id(0) after `_norm_kernel`.
 
     Sizes and strides of latents come in units of UNIT elements: with 16 the compiler knows that 16-byte accesses are aligned.
     """
-    b = tl.program_id(1).to(tl.int64)
+    b, batch = tl.program_id(1).to(tl.int64), tl.num_programs(1)
     n = n * UNIT
-    slot_stride = slot_stride * UNIT
     u_ptr += b * u_stride * UNIT
     if c_ptr is not None:
         c_ptr += b * c_stride * UNIT
@@ -568,12 +567,13 @@ def _step_kernel(
         next_row_ptr = rows_ptr + codes.ROW_WIDTH
         if first == 0:
             tl.debug_barrier()  # every thread has read the state that is overwritten here
-            _store_15(state_ptr + b * codes.STATE_WIDTH, new_state)
+            _store_state(state_ptr + b * codes.STATE_WIDTH, new_state)
             tl.store(trace_ptr + k * batch + b, d)
             if times_ptr is not None:
                 time = tl.load(next_row_ptr + codes.TIMESTEP)
-                for half in range(t_halves):
-                    tl.store(times_ptr + half * batch + b, time)
+                tl.store(times_ptr + b, time)
+                if t_halves > 1:
+                    tl.store(times_ptr + batch + b, time)
         row = _load_15(rows_ptr)  # again: held across the decision, 15 doubles would spill on gfx942
         scale = tl.load(next_row_ptr + codes.S)
         guidance_ptr += (b * steps + k) * 2
@@ -581,18 +581,25 @@ def _step_kernel(
         for start in range(first, end, BLOCK):
             _advance(
                 u_ptr, c_ptr, x_ptr + b * n, history_ptr + b * n, None if y_ptr is None else y_ptr + b * n,
-                None if z_ptr is None else z_ptr + b * n, start, n, slot_stride, batch * n.to(tl.int64), y_halves,
-                g, row, scale, SLOTS, BLOCK,
+                None if z_ptr is None else z_ptr + b * n, start, n, slot_stride.to(tl.int64) * UNIT, batch * n.to(tl.int64), y_halves,
+                g, row, scale, slots, BLOCK,
             )  # fmt: skip
 
 
-def launch_shape(size: int) -> tuple[int, int, dict[str, int]]:
-    """Elements per block, blocks per sample and compiler options for latents of `size` elements: the whole heuristic."""
+def launch_shape(
+    size: int, aligned: bool = True, hip: bool = torch.version.hip is not None
+) -> tuple[int, int, dict[str, int]]:
+    """Elements per block, blocks per sample and compiler options for latents of `size` elements: the whole heuristic.
+
+    Where accesses are not aligned to 16 bytes every element has a mask of its own: half as many, or gfx942 spills them.
+    """
+    warp, part = (64 if hip else 32), (1 if aligned else 2)
     if size > SINGLE:
-        return BLOCK, -(-size // BLOCK), {"num_warps": WARPS}
+        block = BLOCK // part
+        return block, -(-size // block), {"num_warps": THREADS // warp}
     # One program per SM is all there is, so let it have 128 registers: at its own choice of 64, ptxas spills on sm_100.
-    limit = {} if torch.version.hip else {"maxnreg": 128}
-    return SINGLE_BLOCK, 1, {"num_warps": SINGLE_WARPS, **limit}
+    limit = {} if hip else {"maxnreg": 128}
+    return SINGLE_BLOCK // part, 1, {"num_warps": SINGLE_THREADS // warp, **limit}
 
 
 def _guided_step_triton(
@@ -613,11 +620,11 @@ def _guided_step_triton(
     batch = x.shape[0]
     size = x.numel() // batch
     latents = [t for t in (u, c, x, history, model_input, z) if t is not None]
-    strides = [0 if t is None else t.stride(0) for t in (u, c, history)]
+    strides = [0 if t is None or t.shape[0] == 1 else t.stride(0) for t in (u, c, history)]
     aligned = all(number % 16 == 0 for number in (size, *strides)) and all(t.data_ptr() % 16 == 0 for t in latents)
     unit = 16 if aligned else 1
     n, u_stride, c_stride, slot_stride = (number // unit for number in (size, *strides))
-    block, parts, options = launch_shape(size)
+    block, parts, options = launch_shape(size, aligned)
     snapshot = partials = None
     if parts > 1:
         scratch = scratch_for(x) if scratch is None else scratch
@@ -628,10 +635,10 @@ def _guided_step_triton(
         )  # fmt: skip
     _step_kernel[(parts, batch)](
         u, c, x, history, model_input, trace, state, rows, rules, guidance, z, timestep_out, snapshot, partials,
-        n, u_stride, c_stride, slot_stride, batch, guidance.shape[1],
+        n, u_stride, c_stride, slot_stride, history.shape[0], guidance.shape[1],
         0 if model_input is None else model_input.shape[0] // batch,
         0 if timestep_out is None else timestep_out.shape[0] // batch,
-        SLOTS=history.shape[0], UNIT=unit, BLOCK=block, PARTIALS=PARTIALS, **options,
+        UNIT=unit, BLOCK=block, PARTIALS=PARTIALS, **options,
     )  # fmt: skip
 
 

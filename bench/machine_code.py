@@ -1,0 +1,300 @@
+"""Machine code of the guided step for GPUs that are not here: registers, spills, widths of accesses, bytes per sample.
+
+    python -m bench.machine_code            # writes bench/MACHINE_CODE.md
+    python -m bench.machine_code --all      # every configuration that the launcher can choose (about ten minutes)
+
+Triton compiles for a named target without the device; ptxas, cuobjdump and LLVM's AMD backend ship inside it. What this cannot
+show is time: that takes a GPU (`python -m bench.gpu`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from tqdm import tqdm
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastguard.kernels import guided_step as kernels
+from fastguard.kernels.layout import Row, Rule, State
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+SIZES = {"one launch": 4 * 64 * 64, "two launches": 4 * 128 * 128}
+WIDTH = {"fp16": 2, "bf16": 2, "fp32": 4, "i64": 8}
+SLOTS = 3  # what is counted: all history is read, and both halves of the model input are written
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What makes Triton compile another kernel: types of pointers, which of them are None, and the launch heuristic.
+
+    `aligned`: all sizes divide by 16 (UNIT = 16); otherwise accesses are as narrow as one element.
+    """
+
+    kernel: str  # "norm" | "step"
+    launches: str  # key of SIZES
+    model: str = "fp16"
+    both: bool = True
+    noise: str | None = None
+    model_input: bool = True
+    timestep: str | None = "fp32"
+    aligned: bool = True
+
+    def source(self) -> ASTSource:
+        single = self.launches == "one launch"
+        pointers = {
+            "u_ptr": self.model,
+            "c_ptr": self.model if self.both else None,
+            "x_ptr": "fp32",
+            "history_ptr": "fp32",
+            "y_ptr": self.model if self.model_input else None,
+            "trace_ptr": "fp32",
+            "state_ptr": "fp64",
+            "rows_ptr": "fp64",
+            "rules_ptr": "fp64",
+            "guidance_ptr": "fp32",
+            "z_ptr": self.noise,
+            "times_ptr": self.timestep,
+            "snapshot_ptr": None if single else "fp64",
+            "partials_ptr": None if single else "fp32",
+        }
+        block, _, _ = kernels.launch_shape(SIZES[self.launches], self.aligned)
+        values: dict[str, Any] = {
+            "UNIT": 16 if self.aligned else 1,
+            "BLOCK": block,
+            "PARTIALS": kernels.PARTIALS,
+        }
+        function = kernels._norm_kernel if self.kernel == "norm" else kernels._step_kernel
+        signature, constants, attributes = {}, {}, {}
+        for index, name in enumerate(function.arg_names):
+            if name in pointers and pointers[name] is not None:
+                signature[name] = f"*{pointers[name]}"
+                attributes[(index,)] = [["tt.divisibility", 16]]  # torch aligns what it allocates
+            elif name in pointers or name in values:
+                signature[name] = "constexpr"
+                constants[(index,)] = values.get(name)
+            else:
+                signature[name] = "i32"
+        return ASTSource(function, signature, constants, attributes)
+
+    def compile(self, target: str, **options: int) -> Code:
+        gpu = TARGETS[target]
+        hip = gpu.backend == "hip"
+        _, _, chosen = kernels.launch_shape(SIZES[self.launches], self.aligned, hip)
+        built = triton.compile(self.source(), target=gpu, options={**chosen, **options})
+        threads = built.metadata.num_warps * gpu.warp_size
+        return (_read_hip if hip else _read_cuda)(built, threads)
+
+    def tile_bytes(self) -> dict[str, int]:
+        """Bytes of latents that the kernel's text reads and writes per element, each access counted once."""
+        w, both = WIDTH[self.model], int(self.both)
+        norm = 2 * w * both
+        if self.kernel == "norm":
+            return {"loads": norm, "stores": 0}
+        loads = w + w * both + 4 + 4 * SLOTS + (WIDTH[self.noise] if self.noise else 0)
+        loads += norm if self.launches == "one launch" else 0
+        return {"loads": loads, "stores": 8 + (2 * w if self.model_input else 0)}
+
+    def paper_bytes(self) -> int:
+        """Bytes of latents that one sample's step must move through this kernel."""
+        return SIZES[self.launches] * sum(self.tile_bytes().values())
+
+    def counted_bytes(self, code: Code) -> int:
+        """The same from the accesses in the machine code, with the scalars (state, rules, row, partial sums)."""
+        block, programs, _ = kernels.launch_shape(SIZES[self.launches], self.aligned)
+        wide = SIZES[self.launches] // block * 16 * code.threads * (code.wide_loads + code.wide_stores)
+        return wide + programs * code.narrow_bytes
+
+
+@dataclass(frozen=True)
+class Code:
+    """What the assembler's output says. Wide = 16 bytes; an access counts once, however often it runs."""
+
+    threads: int
+    registers: int
+    shared: int
+    spills: int  # bytes of stack and local memory, or spilled registers
+    wide_loads: int
+    wide_stores: int
+    narrow_bytes: int  # bytes of all other accesses of one thread
+
+    def faults(self, configuration: Configuration) -> list[str]:
+        """Why this code must not ship."""
+        found = []
+        if self.spills:
+            found.append(f"{self.spills} spilled")
+        if configuration.aligned:
+            block, _, _ = kernels.launch_shape(SIZES[configuration.launches])
+            tile = configuration.tile_bytes()
+            for name, have in (("loads", self.wide_loads), ("stores", self.wide_stores)):
+                want = block * tile[name] / (16 * self.threads)
+                if have != want:
+                    found.append(f"{have} 16-byte {name} instead of {want:g}")
+            counted, paper = configuration.counted_bytes(self), configuration.paper_bytes()
+            if paper and not 0.95 * paper <= counted <= 1.05 * paper:
+                found.append(f"{counted} bytes a sample, {paper} on paper")
+        return found
+
+
+def _read_cuda(built: Any, threads: int) -> Code:
+    binaries = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [binaries / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+        sass = subprocess.run(
+            [binaries / "cuobjdump", "-sass", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    local = len(re.findall(r"\b(?:LDL|STL)\b", sass))
+    # Widths from the PTX: ptxas keeps them, and unrolls loops, in which an access would count more than once.
+    accesses = re.findall(r"\b(ld|st)\.global(?:\.[a-zA-Z_:0-9]+?)*?(?:\.v(\d))?\.[busf](\d+)\s", built.asm["ptx"])
+    widest = {("ld", "LDG"): 0, ("st", "STG"): 0}
+    for kind, name in widest:
+        widest[kind, name] = len(re.findall(rf"\b{name}\.E\.(?:\w+\.)*128\b", sass))
+    loads, stores, narrow = 0, 0, 0
+    for kind, lanes, bits in accesses:
+        size = int(lanes or 1) * int(bits) // 8
+        if size == 16:
+            loads, stores = loads + (kind == "ld"), stores + (kind == "st")
+        else:
+            narrow += size
+    if (loads and not widest["ld", "LDG"]) or (stores and not widest["st", "STG"]):
+        loads = stores = 0  # ptxas split them
+    return Code(
+        threads,
+        registers=numbers["REG"],
+        shared=built.metadata.shared,
+        spills=numbers["STACK"] + numbers["LOCAL"] + local,
+        wide_loads=loads,
+        wide_stores=stores,
+        narrow_bytes=narrow,
+    )
+
+
+def _read_hip(built: Any, threads: int) -> Code:
+    text = built.asm["amdgcn"]
+
+    def number(name: str) -> int:
+        return int(re.findall(rf"\.{name}:\s*(\d+)", text)[-1])
+
+    # Widths from LLVM's IR, as the assembler also joins neighbouring scalars; it must then hold at least as many 16-byte accesses.
+    sizes = {"double": 8, "float": 4, "i64": 8, "i32": 4, "half": 2, "bfloat": 2, "i16": 2}
+    loads, stores, narrow = 0, 0, 0
+    pattern = r"\b(load|store) (?:volatile )?(?:<(\d+) x )?(\w+)>?[^,\n]*, ptr addrspace\(1\)"
+    for kind, lanes, unit in re.findall(pattern, built.asm["llir"]):
+        size = int(lanes or 1) * sizes[unit]
+        if size == 16:
+            loads, stores = loads + (kind == "load"), stores + (kind == "store")
+        else:
+            narrow += size
+    for kind, found in (("load", loads), ("store", stores)):
+        assert len(re.findall(rf"\b(?:global|flat|buffer)_{kind}_dwordx4\b", text)) >= found, "LLVM split a wide access"
+    return Code(
+        threads,
+        registers=number("vgpr_count"),
+        shared=built.metadata.shared,
+        spills=number("vgpr_spill_count") + number("sgpr_spill_count") + number("private_segment_fixed_size"),
+        wide_loads=loads,
+        wide_stores=stores,
+        narrow_bytes=narrow,
+    )
+
+
+def configurations() -> Iterator[Configuration]:
+    """Every one that the launcher can choose."""
+    models = ("fp16", "bf16", "fp32")
+    for model, both, aligned in itertools.product(models, (True, False), (True, False)):
+        yield Configuration("norm", "two launches", model, both, aligned=aligned)
+        for launches, noise, model_input, timestep in itertools.product(
+            SIZES, (None, *sorted({"fp32", model})), (True, False), (None, "fp32", "i64")
+        ):
+            yield Configuration("step", launches, model, both, noise, model_input, timestep, aligned)
+
+
+def typical() -> list[Configuration]:
+    """Those that pipelines run: everything is there; with noise, without, and with one branch."""
+    chosen = []
+    for model in ("fp16", "bf16", "fp32"):
+        chosen.append(Configuration("norm", "two launches", model))
+        for launches in SIZES:
+            chosen += [
+                Configuration("step", launches, model),
+                Configuration("step", launches, model, noise="fp32"),
+                Configuration("step", launches, model, both=False),
+            ]
+    return chosen
+
+
+def markdown(chosen: list[Configuration]) -> str:
+    """The table. RuntimeError if any configuration has a fault."""
+    lines = [
+        "# Machine code of the guided step",
+        "",
+        f"Written by `python -m bench.machine_code`, Triton {triton.__version__}. Compiled without a GPU.",
+        "",
+        "Bytes are per sample and launch, at 4x64x64 (one launch) and 4x128x128 (two launches), two halves of the model input and",
+        f"{SLOTS} history slots; *counted* = from the accesses in the machine code, with state ({8 * len(State)} bytes), rules "
+        f"({8 * len(Rule)}) and rows ({8 * len(Row)});",
+        "*paper* = latents alone. Spills: none (stack, local memory, spilled registers; on gfx942 scalar registers too). Every access to",
+        "latents is 16 bytes wide where the latent's size divides by 16, else as narrow as one element.",
+        "",
+        "| target | kernel | launches | model dtype | noise | branches | registers | shared bytes | 16-byte loads | 16-byte stores | counted bytes | paper bytes |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for target, configuration in tqdm(list(itertools.product(TARGETS, chosen)), desc="compile"):
+        code = configuration.compile(target)
+        if faults := code.faults(configuration):
+            raise RuntimeError(f"{target}, {configuration}: {'; '.join(faults)}")
+        if not configuration.aligned:
+            continue
+        cells = [
+            target,
+            configuration.kernel,
+            configuration.launches,
+            configuration.model,
+            configuration.noise or "none",
+            "both" if configuration.both else "one",
+            code.registers,
+            code.shared,
+            code.wide_loads,
+            code.wide_stores,
+            f"{configuration.counted_bytes(code):,}",
+            f"{configuration.paper_bytes():,}",
+        ]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.machine_code", description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--all", action="store_true", help="check every configuration; the table keeps the typical ones"
+    )
+    arguments = parser.parse_args()
+    if arguments.all:
+        markdown(list(configurations()))
+    table = markdown(typical())
+    path = Path(__file__).with_name("MACHINE_CODE.md")
+    path.write_text(table)
+    print(f"{path}: {table.count(chr(10)) - 12} rows, no faults")
+
+
+if __name__ == "__main__":
+    main()

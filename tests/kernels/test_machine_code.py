@@ -1,0 +1,128 @@
+"""The gate on machine code: nothing spills, every access to latents is 16 bytes wide, no byte moves that need not; and planted faults
+are found. `python -m bench.machine_code --all` does this for every configuration there is."""
+
+import dataclasses
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from bench.machine_code import SIZES, TARGETS, Configuration, configurations, typical
+from fastguard.kernels import guided_step as kernels
+
+from . import cases, interpreted
+
+pytestmark = pytest.mark.skipif(interpreted.HERE, reason="needs the compiler, not the interpreter")
+
+STEP = Configuration("step", "one launch", "fp16")
+# Every value of every property occurs; the fullest kernels of both launch schemes are among them.
+COVERING = [
+    STEP,
+    Configuration("step", "one launch", "fp32", noise="fp32", timestep="i64"),
+    Configuration("step", "one launch", "bf16", noise="bf16", both=False, timestep=None),
+    Configuration("step", "one launch", "fp16", noise="fp32", aligned=False),
+    Configuration("step", "two launches", "fp32", noise="fp32"),
+    Configuration("step", "two launches", "bf16", model_input=False),
+    Configuration("step", "two launches", "fp16", noise="fp16", aligned=False),
+    Configuration("norm", "two launches", "fp16"),
+    Configuration("norm", "two launches", "fp32"),
+    Configuration("norm", "two launches", "bf16", both=False, aligned=False),
+]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("configuration", COVERING, ids=str)
+def test_no_fault(configuration, target):
+    assert configuration.compile(target).faults(configuration) == []
+
+
+def test_the_sample_covers_every_property():
+    everything = list(configurations())
+    assert {*COVERING, *typical()} <= set(everything)
+    for field in dataclasses.fields(Configuration):
+        values = {getattr(configuration, field.name) for configuration in everything}
+        assert {getattr(configuration, field.name) for configuration in COVERING} == values
+
+
+@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
+def test_planted_spill_is_found(target):
+    code = STEP.compile(target, maxnreg=32)
+    assert any("spilled" in fault for fault in code.faults(STEP))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_planted_scalar_load_is_found(target):
+    """Code compiled without the promise of alignment, held to what aligned code must do."""
+    code = dataclasses.replace(STEP, aligned=False).compile(target)
+    faults = code.faults(STEP)
+    assert any("16-byte loads" in fault for fault in faults)
+    assert any("16-byte stores" in fault for fault in faults)
+
+
+def test_planted_extra_bytes_are_found():
+    """Code that reads noise, held to the count of a step without."""
+    code = dataclasses.replace(STEP, noise="fp32").compile("sm_90")
+    assert any("on paper" in fault for fault in code.faults(STEP))
+
+
+class Recorder:
+    """Stands in for a kernel and notes what the launcher passes."""
+
+    def __init__(self, kernel):
+        self.names, self.passed = kernel.arg_names, None
+
+    def __getitem__(self, grid):
+        return self.launch
+
+    def launch(self, *args, **options):
+        self.passed = {**dict(zip(self.names, args, strict=False)), **options}
+
+
+@pytest.mark.parametrize("launches", SIZES)
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "noise", "both", "halves", "timestep"),
+    [
+        (torch.float16, None, True, 2, torch.float32),
+        (torch.bfloat16, torch.float32, True, 1, torch.int64),
+        (torch.float32, torch.float32, False, None, None),
+    ],
+)
+def test_the_launcher_launches_what_is_compiled_here(
+    monkeypatch, launches, aligned, dtype, noise, both, halves, timestep
+):
+    width = {"one launch": 64, "two launches": 128}[launches]
+    shape = (2, 4, width, width) if aligned else (2, 1, width - 1, 4 * width - 1)
+    case = cases.make(0, shape, dtype=dtype, noise=noise, both=both, halves=halves, timestep=timestep)
+    recorders = {"norm": Recorder(kernels._norm_kernel), "step": Recorder(kernels._step_kernel)}
+    for name, recorder in recorders.items():
+        monkeypatch.setattr(kernels, f"_{name}_kernel", recorder)
+    case.run(backend="triton")
+    monkeypatch.undo()
+    short = {
+        torch.float16: "fp16",
+        torch.bfloat16: "bf16",
+        torch.float32: "fp32",
+        torch.float64: "fp64",
+        torch.int64: "i64",
+    }
+    for name, recorder in recorders.items():
+        if recorder.passed is None:
+            assert (name, launches) == ("norm", "one launch")
+            continue
+        configuration = Configuration(
+            name, launches, short[dtype], both, short.get(noise), halves is not None, short.get(timestep), aligned
+        )
+        source = configuration.source()
+        constants = {source.fn.arg_names[path[0]]: value for path, value in source.constants.items()}
+        _, _, options = kernels.launch_shape(SIZES[launches], aligned)
+        for argument, kind in source.signature.items():
+            passed = recorder.passed.pop(argument)
+            if isinstance(passed, torch.Tensor):
+                assert kind == f"*{short[passed.dtype]}", argument
+            elif kind == "constexpr":
+                assert constants[argument] == passed, argument
+            else:
+                assert kind == "i32" and isinstance(passed, int), argument
+        assert recorder.passed == options
