@@ -32,13 +32,18 @@ _PLAIN = (bool, int, str, bytes, complex, type(None), torch.dtype, torch.device,
 _OPAQUE = (type, ModuleType, FunctionType, BuiltinFunctionType, MethodType, torch.nn.Module)
 
 
+# Objects that count by identity, held so that no other object takes their id while a key names it.
+_held: dict[int, Any] = {}
+_generation = 0
+_HELD = 100_000  # somebody puts new objects on a model at every call: begin anew, with keys that match no old one
+
+
 class Fingerprint:
     """The key of one module, now. Cheap while nothing changed; any thread may ask."""
 
     def __init__(self, module: torch.nn.Module) -> None:
         self._module = module
         self._lock = threading.Lock()
-        self._held: dict[int, Any] = {}  # objects that count by identity, so that no other takes their id
         self._read()
 
     def __call__(self) -> Hashable:
@@ -68,12 +73,10 @@ class Fingerprint:
         self._containers: list[Any] = []
         self._tensors: list[torch.Tensor] = []
         self._wrappers: list[torch.Tensor] = []
-        if len(self._held) > 100_000:  # an object a call for a long time
-            self._held = {}
         modules = list(self._module.modules())
         self._hooks = [h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)]
         seen: set[int] = {id(module) for module in modules}
-        text = repr([(kind(m), self._mapping(vars(m), seen, 0)) for m in modules])
+        text = repr([_generation, *((kind(m), self._mapping(vars(m), seen, 0)) for m in modules)])
         self._contents = list(chain.from_iterable(map(_items, self._containers)))
         self._addresses = self._where()
         digest = hashlib.sha256(text.encode())
@@ -99,7 +102,7 @@ class Fingerprint:
             (self._wrappers if wrapper else self._tensors).append(value)
             return (tuple(value.shape), str(value.dtype), kind(value))
         if isinstance(value, _OPAQUE) or depth >= _DEPTH:
-            return self._identity(value)
+            return _identity(value)
         if id(value) in seen:
             return "seen"
         if isinstance(value, dict):
@@ -111,15 +114,20 @@ class Fingerprint:
         if hasattr(value, "__dict__"):
             seen.add(id(value))
             return [kind(value), self._mapping(vars(value), seen, depth + 1)]
-        return self._identity(value)
+        return _identity(value)
 
-    def _identity(self, value: Any) -> str:
-        if isinstance(value, torch.nn.Module):
-            return kind(value)  # it is read in its own place
-        if isinstance(value, MethodType):  # a new object at every look
-            return f"{value.__func__.__qualname__} of {id(value.__self__)}"
-        self._held[id(value)] = value
-        return f"{kind(value)} {id(value)}"
+
+def _identity(value: Any) -> str:
+    global _generation
+    if isinstance(value, torch.nn.Module):
+        return kind(value)  # it is read in its own place
+    if isinstance(value, MethodType):  # a new object at every look
+        return f"{value.__func__.__qualname__} of {_identity(value.__self__)}"
+    if len(_held) > _HELD:
+        _held.clear()
+        _generation += 1
+    _held[id(value)] = value
+    return f"{kind(value)} {id(value)}"
 
 
 def _items(container: Any) -> Any:

@@ -430,3 +430,24 @@ def test_two_hundred_changes_in_random_order(recorders):
             change(pipe, False)
         pipe.unet.disable_freeu()
     assert recorders[0].tapes == []
+
+
+# On a device ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("mode", ["step", "loop"])
+def test_graphs_of_a_device(mode):
+    pipe = pipelines.sd(scheduler=schedulers.SD["euler-ancestral"]()).to("cuda")
+    kwargs = {"steps": 6, "height": 64, "width": 64}
+    for policy in ("cfg", "og+dtp", "stp"):
+        with fastguard.enable(pipe, policy, capture="off"):
+            expected = [call(pipe, seeds=seeds, **kwargs) for seeds in ((1, 2), (3, 4))]
+        with fastguard.enable(pipe, policy, capture=mode) as guard:
+            for _ in range(2):
+                images = [call(pipe, seeds=seeds, **kwargs) for seeds in ((1, 2), (3, 4))]
+            assert guard.report.path == f"fused, {mode} graph", guard.report.reason
+            assert all(info.bytes >= 0 and info.replays > 0 for info in guard.graphs())
+        for a, b in zip(images, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-4 * b.abs().max().item())
