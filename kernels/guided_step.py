@@ -243,9 +243,8 @@ def guided_step_torch(
         d = [value for half in halves for value in half.sum(1).tolist()]
 
     on_host = x.device.type == "cpu"
-    host = [
-        (t if on_host else t.cpu()).numpy() for t in (state, trace, rows, rules, guidance)
-    ]  # on the CPU these are views
+    tables = (state, trace, rows, rules, guidance)
+    host = [t.numpy() if on_host else t.cpu().numpy() for t in tables]  # on the CPU these are views
     plan = _decide_on_host(d, cond is not None, *host)
     if not on_host:
         state.copy_(torch.from_numpy(host[0]))
@@ -281,8 +280,9 @@ def guided_step_torch(
             part(slots[form.store]).copy_(m)
         if y is not None:
             source = latent if form.unscaled else torch.mul(latent, scale, out=product)
-            for half in y:
-                part(half).copy_(source)
+            # One copy into both halves, unless torch would start threads for it alone (as for the sum above).
+            for target in (part(y, 1),) if torch.get_num_threads() == 1 or batch * size != 2 * PART else map(part, y):
+                target.copy_(source)
         if times is not None:
             part(times, 1).copy_(torch.from_numpy(plan.times[run]))
 
@@ -315,30 +315,36 @@ def _decide_on_host(
     forms: list[_Form | None] = []
     known: dict[int, tuple[list[float], _Form | None]] = {}
     run, states, r, k, column = _scalar_decide(), state.tolist(), [], [], []
-    for b, (old, rule) in enumerate(zip(states, rules.tolist(), strict=True)):
-        step = int(old[codes.STEP])
-        at = step + int(old[codes.BASE])
-        if at not in known:
-            row = rows[at].tolist()
-            known[at] = row, _form(row, rows[at + 1, codes.S]) if row[codes.ACTIVE] else None
-        row, form = known[at]
+    last = -1
+    for b, rule in enumerate(rules.tolist()):
+        old = states[b]
+        step = int(old[0])
+        at = step + int(old[1])
+        if at != last:  # as a rule all samples are at the same row
+            if at not in known:
+                row = rows[at].tolist()
+                known[at] = row, _form(row, rows[at + 1, codes.S]) if row[codes.ACTIVE] else None
+            (row, form), last = known[at], at
         before = False
         if form is not None:
             states[b], before = run(None, old, rule, row, d[b], both)
             trace[step, b] = d[b]
+        else:
+            step = 0  # there may be no guidance for it
         forms.append(form)
         r.append(at)
-        k.append(step if form else 0)
+        k.append(step)
         column.append(0 if before else 1)
     state[:] = states
 
     table = np.empty((10, len(forms), 1), dtype=np.float32)
-    table[0, :, 0] = guidance[range(len(forms)), k, column]
-    if len(known) == 1:
-        following = rows[min(at + 1, len(rows) - 1)]
-        table[1:9, :, 0] = rows[at, codes.P : codes.N + 1, None]
+    if len(known) == 1 and k.count(step) == len(k):
+        table[0, :, 0] = [pair[i] for pair, i in zip(guidance[:, step].tolist(), column, strict=True)]
+        following = rows[min(at + 1, len(rows) - 1)].tolist()
+        table[1:9] = rows[at, codes.P : codes.N + 1, None, None]
         times = np.full(len(forms), following[codes.TIMESTEP])
     else:
+        table[0, :, 0] = guidance[range(len(forms)), k, column]
         following = rows[np.minimum(np.array(r) + 1, len(rows) - 1)].T
         table[1:9, :, 0] = rows[r, codes.P : codes.N + 1].T
         times = following[codes.TIMESTEP]
@@ -685,7 +691,7 @@ def _run(
     scratch: Tensor | None,
     backend: str,
 ) -> None:
-    if torch.is_grad_enabled():
+    if uncond.requires_grad or (cond is not None and cond.requires_grad):
         uncond, cond = uncond.detach(), None if cond is None else cond.detach()
     uncond = _like(uncond, x)
     cond = None if cond is None else _like(cond, x)

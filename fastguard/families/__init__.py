@@ -16,7 +16,15 @@ from fastguard.families.pixart import PIXART
 from fastguard.families.stable_diffusion import CONTROLNET, IMAGE_TO_IMAGE, INPAINT, TEXT_TO_IMAGE
 from fastguard.families.stable_diffusion_3 import SD3, SD3_INPAINT
 
-FAMILIES: tuple[Family, ...] = (TEXT_TO_IMAGE, IMAGE_TO_IMAGE, INPAINT, CONTROLNET, SD3, SD3_INPAINT, PIXART)
+FAMILIES: tuple[Family, ...] = (
+    TEXT_TO_IMAGE,
+    IMAGE_TO_IMAGE,
+    INPAINT,
+    CONTROLNET,
+    SD3,
+    SD3_INPAINT,
+    PIXART,
+)
 
 
 def find(pipeline_class: type) -> Family:

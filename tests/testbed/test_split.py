@@ -11,9 +11,7 @@ def test_committed_file_is_what_the_seed_gives():
 
 def test_halves_and_kinds_share_no_concept():
     groups = [
-        {p.concept for p in prompts(kind, half)}
-        for kind in ("D", "T", "ordinary")
-        for half in ("tuning", "test")
+        {p.concept for p in prompts(kind, half)} for kind in ("D", "T", "ordinary") for half in ("tuning", "test")
     ]
     assert sum(map(len, groups)) == len(set.union(*groups)) == len(prompts()) == 225
 
