@@ -5,6 +5,8 @@ A PyPI package named `kernels` exists (diffusers and transformers import it), so
 regular builds.
 """
 
+from pathlib import Path
+
 from setuptools import setup
 
 TEST = ["pytest>=8", "pytest-xdist>=3.6", "pytest-benchmark>=5", "hypothesis>=6.100", "peft>=0.17"]
@@ -18,7 +20,7 @@ setup(
     name="fastguard",
     version="0.1.0",
     description="Memorization guard and accelerator for Hugging Face diffusers: one fused op per denoising step",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import platform
+from functools import partial
 from pathlib import Path
 
 import diffusers
@@ -21,8 +22,8 @@ from fastguard import testbed
 from fastguard.files import write_json
 
 SCHEDULERS = {
-    "DDIM": lambda config: diffusers.DDIMScheduler.from_config(config),
-    "DPM++ 2M": lambda config: diffusers.DPMSolverMultistepScheduler.from_config(config),
+    "DDIM": diffusers.DDIMScheduler.from_config,
+    "DPM++ 2M": diffusers.DPMSolverMultistepScheduler.from_config,
 }
 
 
@@ -48,8 +49,8 @@ def measure(model: Path | None, batch: int, steps: int, pairs: int) -> dict[str,
         for policy in ("cfg", "dtp", "stp"):
             with fastguard.enable(guarded, policy):
                 results[name][policy] = alternating(
-                    lambda g=guarded: run(g),
-                    lambda s=stock: run(s),
+                    partial(run, guarded),
+                    partial(run, stock),
                     pairs=pairs,
                     progress=f"{name}, {policy}",
                 )
@@ -60,9 +61,7 @@ def _load(model: Path | None, make) -> diffusers.StableDiffusionPipeline:
     pipe = (
         testbed.load()
         if model is None
-        else diffusers.StableDiffusionPipeline.from_pretrained(
-            model, safety_checker=None, torch_dtype=torch.float32
-        )
+        else diffusers.StableDiffusionPipeline.from_pretrained(model, safety_checker=None, torch_dtype=torch.float32)
     )
     pipe.scheduler = make(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
@@ -70,9 +69,7 @@ def _load(model: Path | None, make) -> diffusers.StableDiffusionPipeline:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--model",
         type=Path,

@@ -29,9 +29,7 @@ BACKENDS = [
 
 
 def scheduler() -> DPMSolverMultistepScheduler:
-    made = DPMSolverMultistepScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
-    )
+    made = DPMSolverMultistepScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     made.set_timesteps(STEPS)
     return made
 

@@ -40,11 +40,7 @@ class Calibration:
 def _binomial_cdf(m: int, n: int, p: float) -> float:
     """P(Binomial(n, p) <= m)."""
     logs = [
-        math.lgamma(n + 1)
-        - math.lgamma(k + 1)
-        - math.lgamma(n - k + 1)
-        + k * math.log(p)
-        + (n - k) * math.log1p(-p)
+        math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) + k * math.log(p) + (n - k) * math.log1p(-p)
         for k in range(m + 1)
     ]
     return math.fsum(math.exp(value) for value in logs)
@@ -139,9 +135,7 @@ def collect_gate_statistics(
     try:
         for start in tqdm(range(0, len(work), batch_size), disable=not progress, desc="calibration"):
             batch = work[start : start + batch_size]
-            generators = [
-                torch.Generator().manual_seed(seed + start + i) for i in range(len(batch))
-            ]
+            generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(batch))]
             pipe(
                 batch,
                 generator=generators,
@@ -149,7 +143,7 @@ def collect_gate_statistics(
                 callback_on_step_end=stop,
                 **call,
             )
-            for i, image in enumerate(guard.report):
+            for i, image in enumerate(guard.report or ()):
                 rows = [rms for rms in image.rms_curve[:gate_steps] if rms is not None]
                 owner = (start + i) // seeds
                 largest[owner] = max(largest[owner], *rows)

@@ -333,6 +333,7 @@ class Call:
         passed_on = self._passes_generator()
         if (
             self.observed
+            or self.arguments.get("denoising_end") is not None  # fewer rows run: the rest of the draws is not made
             or not 0 < size <= NOISE_AHEAD
             or torch.is_autocast_enabled(latents.device.type)
             or not passed_on

@@ -10,16 +10,9 @@ from typing import Any
 BEFORE = ("zero", "conditional", "opposite")
 
 
-def number(
-    name: str, value: Any, allowed: str, test: Callable[[float], bool] = lambda value: True
-) -> float:
+def number(name: str, value: Any, allowed: str, test: Callable[[float], bool] = lambda value: True) -> float:
     """`value` as a finite float that passes `test`. A bool is no number."""
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, Real)
-        or not math.isfinite(value)
-        or not test(float(value))
-    ):
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or not test(float(value)):
         raise ValueError(f"{name}={value!r}: must be {allowed}")
     return float(value)
 
@@ -34,9 +27,7 @@ def integer(name: str, value: Any, lowest: int) -> int:
 def choice(name: str, value: Any, allowed: tuple[str | None, ...]) -> Any:
     """`value` if it is one of `allowed`."""
     if not (value is None or isinstance(value, str)) or value not in allowed:
-        raise ValueError(
-            f"{name}={value!r}: allowed are {', '.join(repr(item) for item in allowed)}"
-        )
+        raise ValueError(f"{name}={value!r}: allowed are {', '.join(repr(item) for item in allowed)}")
     return value
 
 
@@ -70,24 +61,16 @@ def _guidance_scale(name: str, value: Any) -> float | tuple[float, ...] | None:
     if value is None:
         return None
     if isinstance(value, tuple) and value:
-        return tuple(
-            number(f"{name}[{k}]", item, "a finite number") for k, item in enumerate(value)
-        )
+        return tuple(number(f"{name}[{k}]", item, "a finite number") for k, item in enumerate(value))
     return number(name, value, allowed)
 
 
 def _timestep(name: str, value: Any) -> float | None:
-    return (
-        None if value is None else number(name, value, "None or a timestep >= 0", lambda t: t >= 0)
-    )
+    return None if value is None else number(name, value, "None or a timestep >= 0", lambda t: t >= 0)
 
 
 def _gate(name: str, value: Any) -> float | None:
-    return (
-        None
-        if value is None
-        else number(name, value, "None or a finite number above 0", lambda tau: tau > 0)
-    )
+    return None if value is None else number(name, value, "None or a finite number above 0", lambda tau: tau > 0)
 
 
 def _flag(name: str, value: Any) -> bool:
@@ -107,17 +90,13 @@ _FIELDS: dict[str, Callable[[str, Any], Any]] = {
     "transition": lambda name, value: choice(name, value, (None, "static", "dynamic")),
     "t_star": _timestep,
     "rule": lambda name, value: choice(name, value, ("minimum", "drop")),
-    "rho": lambda name, value: number(
-        name, value, "a number between 0 and 1, both excluded", lambda rho: 0 < rho < 1
-    ),
+    "rho": lambda name, value: number(name, value, "a number between 0 and 1, both excluded", lambda rho: 0 < rho < 1),
     "magnitude": lambda name, value: choice(name, value, ("output", "epsilon", "x0")),
     "deadline": _timestep,
     "gate": _gate,
     "gate_steps": lambda name, value: integer(name, value, 1),
     "min_step": lambda name, value: integer(name, value, 0),
-    "min_drop": lambda name, value: number(
-        name, value, "a number from 0 to below 1", lambda drop: 0 <= drop < 1
-    ),
+    "min_drop": lambda name, value: number(name, value, "a number from 0 to below 1", lambda drop: 0 <= drop < 1),
     "opposite_steps": lambda name, value: None if value is None else integer(name, value, 0),
     "monitor": _flag,
     "guidance_scale": _guidance_scale,
@@ -157,6 +136,4 @@ def _combination(v: Mapping[str, Any]) -> None:
     for name, default, met, need in needs:
         if v[name] != default and not met:
             have = f"transition={v['transition']!r}, before={v['before']!r}, rule={v['rule']!r}, gate={v['gate']!r}"
-            raise ValueError(
-                f"{name}={v[name]!r} has no effect here: it needs {need} (have {have})"
-            )
+            raise ValueError(f"{name}={v[name]!r} has no effect here: it needs {need} (have {have})")

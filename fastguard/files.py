@@ -46,9 +46,7 @@ def finite(value: Any) -> Any:
 
 def write_json(path: str | os.PathLike[str], value: Any) -> Path:
     """Write `value` as indented strict JSON, atomically. ValueError if it holds a NaN or an infinity (see `finite`)."""
-    return write_atomic(
-        path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-    )
+    return write_atomic(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:

@@ -74,9 +74,7 @@ class Inspection:
         }
         if self.switch_row is not None:
             what = "t* at" if kind == "static" else "deadline at"
-            facts["switch"] = (
-                f"{what} row {self.switch_row}, t = {self.rows[self.switch_row].timestep:g}"
-            )
+            facts["switch"] = f"{what} row {self.switch_row}, t = {self.rows[self.switch_row].timestep:g}"
         lines = [f"{key:<10} {value}" for key, value in facts.items()]
         lines += ["", f"{'row':>4} {'t':>9}  observed  branches  rows  g before   g after"]
         for r in self.rows:
@@ -105,9 +103,7 @@ def inspect_model(
     kind = pipeline_class(index)
     defaults = {name: p.default for name, p in inspect.signature(kind.__call__).parameters.items()}
     count = steps if steps is not None else int(defaults.get("num_inference_steps", 50))
-    scale = (
-        guidance_scale if guidance_scale is not None else float(defaults.get("guidance_scale", 7.5))
-    )
+    scale = guidance_scale if guidance_scale is not None else float(defaults.get("guidance_scale", 7.5))
     refusal: str | None = None
     try:
         family: str | None = find(kind).name

@@ -21,9 +21,7 @@ class Loop:
     All of them keep their addresses for the whole generation, and the step counter lives in `state`: one body serves every step.
     """
 
-    def __init__(
-        self, schedule: Schedule, plan: Plan, latents: torch.Tensor, *, halves: int
-    ) -> None:
+    def __init__(self, schedule: Schedule, plan: Plan, latents: torch.Tensor, *, halves: int) -> None:
         device = latents.device
         self.dtype = latents.dtype
         self.x = latents.to(torch.float32, copy=True)
@@ -34,9 +32,7 @@ class Loop:
             device=device,
         ).zero_()
         self.model_input = torch.cat([latents] * halves)
-        self.trace = torch.full(
-            (len(schedule.timesteps), latents.shape[0]), float("nan"), device=device
-        )
+        self.trace = torch.full((len(schedule.timesteps), latents.shape[0]), float("nan"), device=device)
         # Tables come from the host once, before the first step; nothing is copied afterwards.
         self.rows = schedule.rows.to(device, non_blocking=True)
         self.state = plan.state.to(device, copy=True, non_blocking=True)
@@ -51,9 +47,7 @@ class Loop:
         """Start the next step from other latents than the last step's (a callback or inpaint blending changed them)."""
         self.x.copy_(latents)
 
-    def advance(
-        self, uncond: torch.Tensor, cond: torch.Tensor | None, noise: torch.Tensor | None
-    ) -> None:
+    def advance(self, uncond: torch.Tensor, cond: torch.Tensor | None, noise: torch.Tensor | None) -> None:
         """One step: squared norm, decision, guidance, scheduler update, next model input. `cond` is None where one branch ran."""
         guided_step(
             uncond,

@@ -33,9 +33,7 @@ def model_index(model: str) -> Mapping[str, Any]:
     try:
         return DiffusionPipeline.load_config(where)
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"model={model!r}: no pipeline there ({str(error).splitlines()[0]})"
-        ) from error
+        raise ValueError(f"model={model!r}: no pipeline there ({str(error).splitlines()[0]})") from error
 
 
 def pipeline_class(index: Mapping[str, Any]) -> type:
@@ -56,20 +54,12 @@ def scheduler_class(name: str) -> type:
     def key(text: str) -> str:
         return text.lower().removesuffix("scheduler")
 
-    names = [
-        n for n in dir(diffusers.schedulers) if n.endswith("Scheduler") and not n.startswith("Flax")
-    ]
+    names = [n for n in dir(diffusers.schedulers) if n.endswith("Scheduler") and not n.startswith("Flax")]
     for candidate in names:
         found = getattr(diffusers, candidate, None)
-        if (
-            key(candidate) == key(name)
-            and isinstance(found, type)
-            and hasattr(found, "from_config")
-        ):
+        if key(candidate) == key(name) and isinstance(found, type) and hasattr(found, "from_config"):
             return found
-    raise ValueError(
-        f"scheduler={name!r}: allowed are {', '.join(n.removesuffix('Scheduler') for n in names)}"
-    )
+    raise ValueError(f"scheduler={name!r}: allowed are {', '.join(n.removesuffix('Scheduler') for n in names)}")
 
 
 def prepare(device: str, dtype: str) -> tuple[str, str]:
@@ -90,9 +80,7 @@ def prepare(device: str, dtype: str) -> tuple[str, str]:
     return device, checks.choice("dtype", dtype, DTYPES)
 
 
-def load_pipeline(
-    model: str, *, dtype: str = "float32", device: str = "cpu", scheduler: str | None = None
-) -> Any:
+def load_pipeline(model: str, *, dtype: str = "float32", device: str = "cpu", scheduler: str | None = None) -> Any:
     """The text-to-image pipeline of `model`, quiet (no progress bars of its own)."""
     import torch
     from diffusers import AutoPipelineForText2Image
@@ -100,9 +88,7 @@ def load_pipeline(
     with warnings.catch_warnings():
         # torch_dtype is the name that every supported diffusers knows; new ones call it deprecated.
         warnings.simplefilter("ignore", FutureWarning)
-        pipe = AutoPipelineForText2Image.from_pretrained(
-            resolve(model), torch_dtype=getattr(torch, dtype)
-        )
+        pipe = AutoPipelineForText2Image.from_pretrained(resolve(model), torch_dtype=getattr(torch, dtype))
     if scheduler is not None:
         made: Any = scheduler_class(scheduler)
         pipe.scheduler = made.from_config(pipe.scheduler.config)

@@ -56,9 +56,7 @@ def lower(
     times = tuple(float(t) for t in timesteps)
     observed = tuple(bool(o) for o in observe)
     if len(times) != len(observed):
-        raise ValueError(
-            f"observe has {len(observed)} values: must be one per timestep, {len(times)}"
-        )
+        raise ValueError(f"observe has {len(observed)} values: must be one per timestep, {len(times)}")
     scale = checks.number("guidance_scale", guidance_scale, "a finite number")
     elements = checks.integer("elements", elements, 1)
 
@@ -73,14 +71,10 @@ def lower(
         after = _after(policy, len(times), scale)
         guidance[b, :, 0] = torch.tensor(_before(policy, after), dtype=torch.float32)
         guidance[b, :, 1] = torch.tensor(after, dtype=torch.float32)
-        for row, branch in zip(
-            needed, _branches(policy, switch_row, guidance[b].tolist()), strict=True
-        ):
+        for row, branch in zip(needed, _branches(policy, switch_row, guidance[b].tolist()), strict=True):
             row.add(branch)
     branches = tuple(row.pop() if len(row) == 1 else "both" for row in needed)
-    return Plan(
-        rules, guidance, _initial_state(policies), branches, tuple(policies), times, elements
-    )
+    return Plan(rules, guidance, _initial_state(policies), branches, tuple(policies), times, elements)
 
 
 def gate_threshold(tau: float, elements: int) -> float:
@@ -107,9 +101,7 @@ def _switch_row(policy: Any, times: Sequence[float], observed: Sequence[bool]) -
 
 def _rule(policy: Any, switch_row: int, elements: int) -> list[float]:
     row = [0.0] * len(Rule)
-    row[Rule.KIND] = (
-        RuleKind[policy.rule.upper()] if policy.transition == "dynamic" else RuleKind.NONE
-    )
+    row[Rule.KIND] = RuleKind[policy.rule.upper()] if policy.transition == "dynamic" else RuleKind.NONE
     row[Rule.SWITCH_ROW] = switch_row
     row[Rule.GATE] = math.inf if policy.gate is None else gate_threshold(policy.gate, elements)
     row[Rule.GATE_STEPS] = 0 if policy.gate is None else policy.gate_steps

@@ -25,9 +25,7 @@ def plot_curves(images: Sequence[ImageReport], path: str | os.PathLike[str] | No
     except ImportError as error:
         raise ImportError("plots need matplotlib: pip install 'fastguard[plot]'") from error
 
-    figure = Figure(
-        figsize=(7.5, 4.5), layout="constrained"
-    )  # no pyplot: no global state, no display
+    figure = Figure(figsize=(7.5, 4.5), layout="constrained")  # no pyplot: no global state, no display
     axes = figure.add_subplot()
     for b, image in enumerate(images):
         heights = [float("nan") if r is None else r for r in image.rms_curve]  # NaN: a gap

@@ -86,10 +86,7 @@ class Policy:
             valid = checks.scalar_policy(values)
         else:
             each = [checks.scalar_policy(_pick(values, i), f"sample {i}: ") for i in range(length)]
-            valid = {
-                key: [v[key] for v in each] if isinstance(values[key], list) else each[0][key]
-                for key in values
-            }
+            valid = {key: [v[key] for v in each] if isinstance(values[key], list) else each[0][key] for key in values}
         for key, value in valid.items():
             object.__setattr__(self, key, value)
 
@@ -139,9 +136,7 @@ class Policy:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON values: a list is per image, {"per_step": [...]} is per denoiser row."""
-        return {"fastguard_policy": FORMAT} | {
-            key: _encode(value) for key, value in self._values().items()
-        }
+        return {"fastguard_policy": FORMAT} | {key: _encode(value) for key, value in self._values().items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Policy:
@@ -151,20 +146,12 @@ class Policy:
             or values.get("fastguard_policy") != FORMAT
             or values["fastguard_policy"] is True
         ):
-            raise ValueError(
-                f'not a fastguard policy: expected an object with "fastguard_policy": {FORMAT}'
-            )
-        given = {
-            key: value
-            for key, value in values.items()
-            if key not in ("fastguard_policy", "provenance")
-        }
+            raise ValueError(f'not a fastguard policy: expected an object with "fastguard_policy": {FORMAT}')
+        given = {key: value for key, value in values.items() if key not in ("fastguard_policy", "provenance")}
         _refuse_unknown(given)
         return cls(**{key: _decode(key, value) for key, value in given.items()})
 
-    def save(
-        self, path: str | os.PathLike[str], *, provenance: Mapping[str, Any] | None = None
-    ) -> Path:
+    def save(self, path: str | os.PathLike[str], *, provenance: Mapping[str, Any] | None = None) -> Path:
         """Write the policy as JSON, atomically. `provenance` (how the values were found) is kept in the file and ignored on loading."""
         extra = {} if provenance is None else {"provenance": dict(provenance)}
         return write_json(path, self.to_dict() | extra)
@@ -210,9 +197,7 @@ def policy(source: str | os.PathLike[str] | Policy, **overrides: Any) -> Policy:
     elif isinstance(source, str) and source in PRESETS:
         base = PRESETS[source]
     else:
-        raise ValueError(
-            f"policy={source!r}: allowed are {', '.join(PRESETS)}, a Policy, or a path ending in .json"
-        )
+        raise ValueError(f"policy={source!r}: allowed are {', '.join(PRESETS)}, a Policy, or a path ending in .json")
     _refuse_unknown(overrides)
     return dataclasses.replace(base, **overrides)
 
@@ -225,9 +210,7 @@ def _refuse_unknown(given: Mapping[str, Any]) -> None:
 
 
 def _pick(values: Mapping[str, Any], index: int) -> dict[str, Any]:
-    return {
-        key: value[index] if isinstance(value, list) else value for key, value in values.items()
-    }
+    return {key: value[index] if isinstance(value, list) else value for key, value in values.items()}
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -106,14 +106,14 @@ class ImageReport:
 class Report(Sequence[ImageReport]):
     """A sequence of `ImageReport`, one per image of a call. The device is read once, when the report is first looked at."""
 
-    def __init__(
-        self, plan: Plan, numbers: torch.Tensor, denoiser_rows: int, path: str, reason: str | None
-    ) -> None:
+    def __init__(self, plan: Plan, numbers: torch.Tensor, denoiser_rows: int, path: str, reason: str | None) -> None:
         """Use `Report.read`. numbers: float64 [len(State) + K, B] on any device."""
         self.path, self.reason = path, reason
         self._plan, self._numbers, self._denoiser_rows = plan, numbers, denoiser_rows
         self._ready = (
-            torch.cuda.current_stream(numbers.device).record_event() if numbers.is_cuda and torch.cuda.is_initialized() else None
+            torch.cuda.current_stream(numbers.device).record_event()
+            if numbers.is_cuda and torch.cuda.is_initialized()
+            else None
         )
         self._images: tuple[ImageReport, ...] | None = None
 
@@ -148,10 +148,7 @@ class Report(Sequence[ImageReport]):
             if self._ready is not None:
                 self._ready.synchronize()
             table = self._numbers.cpu().T.tolist()
-            self._images = tuple(
-                self._image(b, line[: len(State)], line[len(State) :])
-                for b, line in enumerate(table)
-            )
+            self._images = tuple(self._image(b, line[: len(State)], line[len(State) :]) for b, line in enumerate(table))
         return self._images
 
     def _image(self, b: int, state: list[float], trace: list[float]) -> ImageReport:
@@ -174,9 +171,7 @@ class Report(Sequence[ImageReport]):
             timesteps=times,
             # NaN is what a row leaves that did not run both branches, unless the op says that d itself was not finite.
             d_curve=tuple(
-                None
-                if math.isnan(d) and not 0 <= state[State.NON_FINITE] <= k < state[State.STEP]
-                else d
+                None if math.isnan(d) and not 0 <= state[State.NON_FINITE] <= k < state[State.STEP] else d
                 for k, d in enumerate(trace)
             ),
             elements=elements,

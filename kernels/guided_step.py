@@ -494,7 +494,7 @@ def _times(weight, values):
 def _add_term(total, weight, exists, ptr, offs, mask):
     """total + weight * ptr[offs]; under a weight of 0 nothing is read."""
     weight = weight.to(tl.float32)
-    if exists:
+    if exists:  # noqa: SIM102 - `exists` is a constexpr, `weight` a device value: one condition would load both
         if weight != 0:
             total += weight * tl.load(ptr + offs, mask, other=0.0).to(tl.float32)
     return total

@@ -44,9 +44,7 @@ def tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=16)
 
 
-def text_encoder(
-    projection: bool = False, seed: int = 0
-) -> CLIPTextModel | CLIPTextModelWithProjection:
+def text_encoder(projection: bool = False, seed: int = 0) -> CLIPTextModel | CLIPTextModelWithProjection:
     torch.manual_seed(seed)
     config = CLIPTextConfig(
         hidden_size=32,
@@ -105,9 +103,7 @@ def controlnet(**config: Any) -> diffusers.ControlNetModel:
         norm_num_groups=4,
         **config,
     ).eval()
-    for (
-        parameter
-    ) in model.controlnet_down_blocks.parameters():  # zero convolutions would hide a wrong residual
+    for parameter in model.controlnet_down_blocks.parameters():  # zero convolutions would hide a wrong residual
         torch.nn.init.normal_(parameter, std=0.1)
     return model
 
@@ -151,7 +147,7 @@ def sdxl(kind: str = "StableDiffusionXLPipeline", scheduler: Any = None, **compo
         "scheduler": scheduler or diffusers.EulerDiscreteScheduler(**BETAS, steps_offset=1),
     }
     if "ControlNet" in kind:
-        parts["controlnet"] = controlnet(**{k: v for k, v in _XL_UNET.items()})
+        parts["controlnet"] = controlnet(**_XL_UNET)
     return _quiet(getattr(diffusers, kind)(**{**parts, **components}))
 
 
@@ -200,9 +196,7 @@ def pixart(scheduler: Any = None) -> Any:
         norm_num_groups=1,
         use_additional_conditions=False,
     ).eval()
-    torch.nn.init.normal_(
-        transformer.proj_out.weight, std=0.02
-    )  # zero by default, which predicts nothing
+    torch.nn.init.normal_(transformer.proj_out.weight, std=0.02)  # zero by default, which predicts nothing
     scheduler = scheduler or diffusers.DPMSolverMultistepScheduler(beta_start=1e-4, beta_end=0.02)
     return _quiet(
         diffusers.PixArtAlphaPipeline(
@@ -218,12 +212,9 @@ def pixart(scheduler: Any = None) -> Any:
 def pixart_embeds(batch: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(7)
     embeds = {
-        name: torch.randn(batch, 8, 32, generator=generator)
-        for name in ("prompt_embeds", "negative_prompt_embeds")
+        name: torch.randn(batch, 8, 32, generator=generator) for name in ("prompt_embeds", "negative_prompt_embeds")
     }
-    masks = {
-        f"{name.removesuffix('embeds')}attention_mask": torch.ones(batch, 8) for name in embeds
-    }
+    masks = {f"{name.removesuffix('embeds')}attention_mask": torch.ones(batch, 8) for name in embeds}
     return {**embeds, **masks}
 
 

@@ -55,9 +55,7 @@ class Step:
     exact: np.ndarray | None = None
 
 
-def stock_run(
-    case: Case, steps: int, schedule: Schedule, *, begin: int = 0, exact: bool = False
-) -> Iterator[Step]:
+def stock_run(case: Case, steps: int, schedule: Schedule, *, begin: int = 0, exact: bool = False) -> Iterator[Step]:
     """Stock's own float32 run on random denoiser outputs; our noise comes from a second generator of the same seed."""
     shape = (2, 4, 16, 16)
     outputs, ours, stock = (torch.Generator().manual_seed(seed) for seed in (1, 7, 7))
@@ -76,17 +74,13 @@ def stock_run(
         for _ in range(schedule.draws[k]):
             z = torch.randn(shape, generator=ours)
         after = scheduler.step(e, t, x, return_dict=False, **arguments)[0].clone()
-        assert torch.equal(ours.get_state(), stock.get_state()), (
-            f"row {k}: other draws than stock's"
-        )
+        assert torch.equal(ours.get_state(), stock.get_state()), f"row {k}: other draws than stock's"
         step = Step(*(a.numpy() for a in (x, e, z, after)))
         if exact:
             with Lanes(x.shape, functools.partial(torch.Tensor.double, z)):
                 if hasattr(double, "scale_model_input"):
                     double.scale_model_input(x.double(), t)
-                step.exact = double.step(e.double(), t, x.double(), return_dict=False, **case.step)[
-                    0
-                ].numpy()
+                step.exact = double.step(e.double(), t, x.double(), return_dict=False, **case.step)[0].numpy()
         yield step
         x = after
 
@@ -104,9 +98,7 @@ class Table:
         after = row[Row.A] * x + row[Row.B] * m
         for slot, kept in enumerate(self.history):
             if row[Row.H0 + slot] != 0.0:
-                assert kept is not None, (
-                    f"row {k} reads slot {slot} before anything was stored there"
-                )
+                assert kept is not None, f"row {k} reads slot {slot} before anything was stored there"
                 after = after + row[Row.H0 + slot] * kept
         assert not row[Row.H0 + len(self.history) : Row.H0 + 3].any()
         after = after + row[Row.N] * z

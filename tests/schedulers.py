@@ -30,9 +30,7 @@ SD: dict[str, Callable[[], Any]] = {
     "dpm-2m-exponential": lambda: _MULTISTEP(**BETAS, use_exponential_sigmas=True),
     "euler-beta": lambda: d.EulerDiscreteScheduler(**BETAS, use_beta_sigmas=True),
     "dpm-2m-heun": lambda: _MULTISTEP(**BETAS, solver_type="heun"),
-    "dpm-2m-noise": lambda: _MULTISTEP(
-        **BETAS, algorithm_type="dpmsolver", final_sigmas_type="sigma_min"
-    ),
+    "dpm-2m-noise": lambda: _MULTISTEP(**BETAS, algorithm_type="dpmsolver", final_sigmas_type="sigma_min"),
     "dpm-sde-2m": lambda: _MULTISTEP(**BETAS, algorithm_type="sde-dpmsolver++"),
     "dpm-3m": lambda: _MULTISTEP(**BETAS, solver_order=3),
     "dpm-single-2": lambda: d.DPMSolverSinglestepScheduler(**BETAS),

@@ -62,9 +62,7 @@ def reference(p: Policy, d: list[float | None], s: Schedule, elements: int) -> O
     seen = [k for k in rows if s.observe[k] and d[k] is not None]
     start = 0
     if p.gate is not None:
-        rms = [
-            (k, math.sqrt(d[k] / elements)) for k in seen[: p.gate_steps] if not math.isnan(d[k])
-        ]
+        rms = [(k, math.sqrt(d[k] / elements)) for k in seen[: p.gate_steps] if not math.isnan(d[k])]
         out.caught = next((k for k, value in rms if value >= p.gate), None)
         looked = [value for k, value in rms if out.caught is None or k <= out.caught]
         out.gate_rms = max(looked, default=None)
@@ -76,11 +74,7 @@ def reference(p: Policy, d: list[float | None], s: Schedule, elements: int) -> O
     reached = [k for k in rows if limit is not None and s.observe[k] and s.times[k] <= limit]
     switch = max(reached[0], start) if reached else None
 
-    fires = (
-        _fires(p, [(k, _statistic(p, k, d[k], s)) for k in seen])
-        if p.transition == "dynamic"
-        else []
-    )
+    fires = _fires(p, [(k, _statistic(p, k, d[k], s)) for k in seen]) if p.transition == "dynamic" else []
     fires = [(k, minimum, margin) for k, minimum, margin in fires if k >= start]
     if fires and (switch is None or fires[0][0] <= switch):
         out.transition, out.minimum, out.margin = fires[0]
@@ -126,9 +120,7 @@ def run(
 ) -> tuple[Plan, Report, torch.Tensor]:
     """Drive the op over curves d = roots^2; returns the plan, the report and the guided output of every row [K, B]."""
     batch, steps = len(policies), len(s.times)
-    plan = lower(
-        policies, timesteps=s.times, observe=s.observe, guidance_scale=SCALE, elements=elements
-    )
+    plan = lower(policies, timesteps=s.times, observe=s.observe, guidance_scale=SCALE, elements=elements)
     rows = torch.zeros(steps + 1, len(Row), dtype=torch.float64)
     rows[:steps, Row.ACTIVE] = 1
     rows[:, [Row.Q, Row.B, Row.S]] = 1  # x' = e
@@ -151,9 +143,7 @@ def run(
         "guidance": plan.guidance.to(device),
     }
     u = torch.zeros(batch, 1, 1, 1, device=device)
-    curves = torch.tensor(roots, dtype=torch.float32, device=device).T.reshape(
-        steps, batch, 1, 1, 1
-    )
+    curves = torch.tensor(roots, dtype=torch.float32, device=device).T.reshape(steps, batch, 1, 1, 1)
     guided = []
     for k, branch in enumerate(plan.branches):
         outputs = {"both": (u, curves[k]), "uncond": (u, None), "cond": (curves[k], None)}[branch]
@@ -181,10 +171,7 @@ def check(
     plan, report, guided = run(policies, roots, s, elements, device)
     for b, (p, image) in enumerate(zip(policies, report, strict=True)):
         r = torch.tensor(roots[b], dtype=torch.float32)
-        d = [
-            float(value) if branch == "both" else None
-            for value, branch in zip(r * r, plan.branches, strict=True)
-        ]
+        d = [float(value) if branch == "both" else None for value, branch in zip(r * r, plan.branches, strict=True)]
         want = reference(p, d, s, elements)
         where = f"sample {b}: {p}, d = {d}"
         assert image.transition_step == want.transition, where
@@ -223,19 +210,13 @@ def _kind(p: Policy, want: Outcome) -> str:
 
 # A byte picks the root of d. Few distinct values, so that plateaus and ties are common; the others have twelve bits at most, so
 # that their square is exact in float32, or are extreme.
-ROOTS = (
-    [float(n % 7) for n in range(128)]
-    + [n * n / 256 for n in range(2, 64)]
-    + [n / 256 for n in range(1, 61)]
-)
+ROOTS = [float(n % 7) for n in range(128)] + [n * n / 256 for n in range(2, 64)] + [n / 256 for n in range(1, 61)]
 ROOTS += [NAN, INF, 2.0**62, 2.0**70, 2.0**-70, -3.0]
 assert len(ROOTS) == 256
 TIMESTEPS = st.integers(0, 12).map(float)
 
 common = {
-    "before": st.one_of(
-        st.sampled_from(["zero", "conditional", "opposite"]), st.sampled_from([-2.0, 0.5])
-    ),
+    "before": st.one_of(st.sampled_from(["zero", "conditional", "opposite"]), st.sampled_from([-2.0, 0.5])),
     "gate_steps": st.integers(1, 5),
     "gate": st.one_of(st.integers(1, 24).map(lambda n: n / 4), st.floats(1e-3, 16)),
     "guidance_scale": st.one_of(st.none(), st.sampled_from([0.0, 1.0, 7.5])),
@@ -274,11 +255,7 @@ def cases(draw: st.DrawFn) -> tuple[list[Policy], list[list[float]], Schedule, i
     weights = st.lists(st.sampled_from([0.25, 0.5, 1.0, 1.5, 4.0]), min_size=steps, max_size=steps)
     schedule = Schedule(
         times=sorted((draw(TIMESTEPS) for _ in range(steps)), reverse=True),
-        observe=draw(
-            st.one_of(
-                st.just([True] * steps), st.lists(st.booleans(), min_size=steps, max_size=steps)
-            )
-        ),
+        observe=draw(st.one_of(st.just([True] * steps), st.lists(st.booleans(), min_size=steps, max_size=steps))),
         w_epsilon=draw(weights),
         w_x0=draw(weights),
     )
@@ -307,9 +284,7 @@ def test_decisions_on_the_device(case):
 
 def plain_schedule(steps: int) -> Schedule:
     """DDIM's grid of 50 steps from t = 999 - 20 (as in the paper's figure 2), each row an observation."""
-    return Schedule(
-        [979.0 - 20 * k for k in range(steps)], [True] * steps, [1.0] * steps, [1.0] * steps
-    )
+    return Schedule([979.0 - 20 * k for k in range(steps)], [True] * steps, [1.0] * steps, [1.0] * steps)
 
 
 def outcome(p: Policy, roots: list[float], s: Schedule | None = None):
@@ -330,12 +305,8 @@ def test_plateaus_and_edges():
     bare = policy("paper-dtp")
     assert outcome(bare, [3, 2, 2, 3, 4]).transition_step is None, "a plateau is no strict minimum"
     assert outcome(bare, [3, 2, 3]).transition_step == 2, "the earliest possible"
-    assert outcome(bare, [2, 3, 4, 5]).transition_step is None, (
-        "the first observation has one neighbour only"
-    )
-    assert outcome(bare, [3, NAN, 2, 3, 1, 2]).transition_step == 5, (
-        "a NaN neighbour hides the minimum beside it"
-    )
+    assert outcome(bare, [2, 3, 4, 5]).transition_step is None, "the first observation has one neighbour only"
+    assert outcome(bare, [3, NAN, 2, 3, 1, 2]).transition_step == 5, "a NaN neighbour hides the minimum beside it"
     assert outcome(bare, [5, 4, 3, 2, 1]).transition_step is None, "monotone"
 
 
@@ -343,27 +314,20 @@ def test_deadline():
     forced = outcome(policy("dtp", deadline=919), [5, 4, 3, 2, 1])
     assert (forced.transition_step, forced.forced, forced.margin) == (3, True, None)
     both = outcome(policy("dtp", deadline=919), [5, 4, 3, 4, 1])
-    assert (both.transition_step, both.forced) == (3, False), (
-        "the rule fires in the deadline's own row: not forced"
-    )
+    assert (both.transition_step, both.forced) == (3, False), "the rule fires in the deadline's own row: not forced"
 
 
 def test_gate():
     gated = policy("paper-dtp", gate=4.0, gate_steps=3)
     late = outcome(gated, [3, 2, 4, 5, 4, 6])
-    assert (late.gate["step"], late.transition_step) == (2, 2), (
-        "caught at the very row at which the rule fires"
-    )
+    assert (late.gate["step"], late.transition_step) == (2, 2), "caught at the very row at which the rule fires"
     assert outcome(gated, [3, 3.5, 3.75, 9, 1, 2]).gate == {
         "caught": False,
         "rms": 3.75,
         "threshold": 4.0,
         "step": None,
     }
-    assert (
-        outcome(policy("dtp", gate=4.0, gate_steps=5, deadline=979), [3, 3, 4, 1]).transition_step
-        == 2
-    )
+    assert outcome(policy("dtp", gate=4.0, gate_steps=5, deadline=979), [3, 3, 4, 1]).transition_step == 2
 
 
 def test_unobserved_rows_hold():
@@ -388,6 +352,4 @@ def test_drop_rule_in_x0_space():
     s.w_x0 = [4.0, 2.0, 1.0, 0.5, 0.25]
     made = Policy(transition="dynamic", rule="drop", rho=0.25, magnitude="x0")
     image = outcome(made, [2.0, 2.0, 2.0, 2.0, 2.0], s)
-    assert (image.transition_step, image.minimum_step) == (3, None), (
-        "4 -> 16, 8, 4, 2: below a quarter at the fourth"
-    )
+    assert (image.transition_step, image.minimum_step) == (3, None), "4 -> 16, 8, 4, 2: below a quarter at the fourth"

@@ -59,9 +59,7 @@ def same(pipe, **kwargs):
         tolerance = 1e-4
     ours, stock = (np.asarray(v, dtype=np.float64) for v in (ours, stock))
     assert ours.shape == stock.shape
-    np.testing.assert_allclose(
-        ours / np.abs(stock).max(), stock / np.abs(stock).max(), rtol=0, atol=tolerance
-    )
+    np.testing.assert_allclose(ours / np.abs(stock).max(), stock / np.abs(stock).max(), rtol=0, atol=tolerance)
     return report
 
 
@@ -263,9 +261,7 @@ def test_stable_diffusion_3_refuses_skip_layer_guidance():
 
 @pytest.mark.parametrize("steps", [1, 4])
 def test_pixart(steps):
-    pipe = pipelines.pixart(
-        scheduler=diffusers.DDPMScheduler(clip_sample=False) if steps == 1 else None
-    )
+    pipe = pipelines.pixart(scheduler=diffusers.DDPMScheduler(clip_sample=False) if steps == 1 else None)
     same(
         pipe, prompt=None, negative_prompt=None, height=16, width=16, use_resolution_binning=False,
         num_inference_steps=steps, **pipelines.pixart_embeds(2),
@@ -332,9 +328,7 @@ def test_ip_adapter():
     same(pipe, ip_adapter_image_embeds=embeds)
     pipe.set_ip_adapter_scale(0.4)
     same(pipe, ip_adapter_image=[[picture(), picture(seed=1)]])
-    with fastguard.enable(
-        pipe, "stp", t_star=0
-    ) as guard:  # one branch only: its half of the image embeddings
+    with fastguard.enable(pipe, "stp", t_star=0) as guard:  # one branch only: its half of the image embeddings
         call(pipe, ip_adapter_image_embeds=embeds)
         assert guard.report[0].denoiser_rows == STEPS
 
@@ -353,7 +347,7 @@ def _ip_adapter_state(unet):
         "norm.bias": torch.zeros(dim),
     }
     weights, index = {}, 1
-    for name, processor in unet.attn_processors.items():
+    for name in unet.attn_processors:
         if name.endswith("attn1.processor"):
             continue
         module = unet.get_submodule(name.removesuffix(".processor"))
@@ -379,9 +373,7 @@ def test_callback_sees_every_step(sd):
     with fastguard.enable(sd, "cfg"):
         call(sd, callback_on_step_end=collector(ours))
     assert [s[:2] for s in ours] == [s[:2] for s in stock]
-    for (_, _, a), (_, _, b) in zip(
-        ours, stock, strict=True
-    ):  # kept latents are not overwritten by later steps
+    for (_, _, a), (_, _, b) in zip(ours, stock, strict=True):  # kept latents are not overwritten by later steps
         torch.testing.assert_close(a, b, rtol=0, atol=1e-4 * b.abs().max().item())
 
 
@@ -406,9 +398,7 @@ def _cut_off(pipe, step, timestep, kwargs):
     return {"prompt_embeds": kwargs["prompt_embeds"].chunk(2)[-1]}
 
 
-@pytest.mark.parametrize(
-    "callback", [_replace, _in_place, _scale, _cut_off], ids=lambda f: f.__name__
-)
+@pytest.mark.parametrize("callback", [_replace, _in_place, _scale, _cut_off], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("scheduler", ["ddim", "euler"])
 def test_callback_changes_are_honoured(callback, scheduler):
     pipe = pipelines.sd(scheduler=SCHEDULERS[scheduler]())
@@ -473,23 +463,17 @@ def test_from_pipe_copies_and_pickles_are_stock(sd):
         other = diffusers.StableDiffusionImg2ImgPipeline.from_pipe(sd)
         assert type(other) is diffusers.StableDiffusionImg2ImgPipeline and other.unet is sd.unet
         twin = copy.deepcopy(sd)
-        assert type(twin) is diffusers.StableDiffusionPipeline and "_fastguard_guard" not in vars(
-            twin
-        )
+        assert type(twin) is diffusers.StableDiffusionPipeline and "_fastguard_guard" not in vars(twin)
         auto = diffusers.AutoPipelineForInpainting.from_pipe(sd)
         assert type(auto) is diffusers.StableDiffusionInpaintPipeline
     assert torch.equal(call(twin), call(sd))
 
 
 def test_pickle_is_stock():
-    pipe = (
-        pipelines.sd()
-    )  # never called: transformers hangs hooks on a called text encoder that no pickle takes
+    pipe = pipelines.sd()  # never called: transformers hangs hooks on a called text encoder that no pickle takes
     with fastguard.enable(pipe, "cfg"):
         loaded = pickle.loads(pickle.dumps(pipe))
-    assert type(loaded) is diffusers.StableDiffusionPipeline and "_fastguard_guard" not in vars(
-        loaded
-    )
+    assert type(loaded) is diffusers.StableDiffusionPipeline and "_fastguard_guard" not in vars(loaded)
     loaded.set_progress_bar_config(disable=True)
     assert torch.equal(call(loaded), call(pipe))
 
@@ -567,9 +551,7 @@ def test_four_policies_in_one_call_equal_four_calls(sd):
                 generator=pipelines.generators([i + 1]),
             )
             report = guard.report[0]
-        torch.testing.assert_close(
-            together[i : i + 1], alone, rtol=0, atol=1e-4 * alone.abs().max().item()
-        )
+        torch.testing.assert_close(together[i : i + 1], alone, rtol=0, atol=1e-4 * alone.abs().max().item())
         assert (report.transition_step, report.forced) == (
             batch[i].transition_step,
             batch[i].forced,

@@ -45,6 +45,4 @@ def test_kernels_is_not_importable_by_that_name(wheel, tmp_path):
     """Unpacked alone on the path, `import kernels` fails and `import fastguard.kernels.layout` works."""
     wheel.extractall(tmp_path)
     check = "import fastguard.kernels.layout, importlib.util as u; assert u.find_spec('kernels') is None or 'site-packages' in str(u.find_spec('kernels').origin)"
-    subprocess.run(
-        [sys.executable, "-c", check], cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}, check=True
-    )
+    subprocess.run([sys.executable, "-c", check], cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}, check=True)

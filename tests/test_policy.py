@@ -92,9 +92,7 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("fields", "named", "allowed"), WRONG, ids=[named for _, named, _ in WRONG]
-)
+@pytest.mark.parametrize(("fields", "named", "allowed"), WRONG, ids=[named for _, named, _ in WRONG])
 def test_wrong_value_is_named(fields, named, allowed):
     with pytest.raises(ValueError) as error:
         Policy(**fields)
@@ -211,9 +209,7 @@ scalar_policies = st.one_of(
 )
 
 
-@given(
-    st.one_of(scalar_policies, st.lists(scalar_policies, min_size=1, max_size=4).map(Policy.stack))
-)
+@given(st.one_of(scalar_policies, st.lists(scalar_policies, min_size=1, max_size=4).map(Policy.stack)))
 def test_json_round_trip(made):
     text = json.dumps(made.to_dict(), allow_nan=False)
     assert Policy.from_dict(json.loads(text)) == made
@@ -282,9 +278,7 @@ def test_static_needs_one_branch_before_t_star():
     assert branches == ("uncond",) * 25 + ("both",) * 25
     assert plan(policy("stp", before="conditional")).branches == ("cond",) * 25 + ("both",) * 25
     assert plan(policy("stp"), policy("stp", before="conditional")).branches == ("both",) * 50
-    assert (
-        plan(policy("stp"), policy("stp", t_star=700)).branches == ("uncond",) * 15 + ("both",) * 35
-    )
+    assert plan(policy("stp"), policy("stp", t_star=700)).branches == ("uncond",) * 15 + ("both",) * 35
     for other in (policy("cfg"), policy("dtp"), policy("og+stp")):
         assert plan(policy("stp"), other).branches == ("both",) * 50
     for fields in ({"monitor": True}, {"gate": 0.1}):
@@ -293,10 +287,7 @@ def test_static_needs_one_branch_before_t_star():
 
 def test_interval_needs_one_branch_outside():
     interval = (1.0,) * 10 + (7.5,) * 20 + (0.0,) * 20
-    assert (
-        plan(policy("cfg", guidance_scale=interval)).branches
-        == ("cond",) * 10 + ("both",) * 20 + ("uncond",) * 20
-    )
+    assert plan(policy("cfg", guidance_scale=interval)).branches == ("cond",) * 10 + ("both",) * 20 + ("uncond",) * 20
     assert plan(policy("dtp", guidance_scale=interval)).branches == ("both",) * 50
     assert plan(policy("cfg", guidance_scale=interval, monitor=True)).branches == ("both",) * 50
 
@@ -329,9 +320,7 @@ def test_switch_rows():
     rules = plan(*stop, timesteps=times, observe=observe).rules
     assert rules[:, Rule.SWITCH_ROW].tolist() == [0, 0, 1, 4, 5, 5, NEVER]
     assert rules[:, Rule.KIND].tolist() == [RuleKind.NONE] * 7
-    rules = plan(
-        policy("dtp"), policy("paper-dtp"), policy("cfg"), timesteps=times, observe=observe
-    ).rules
+    rules = plan(policy("dtp"), policy("paper-dtp"), policy("cfg"), timesteps=times, observe=observe).rules
     assert rules[:, Rule.SWITCH_ROW].tolist() == [5, NEVER, NEVER]
     assert rules[:, Rule.KIND].tolist() == [RuleKind.MINIMUM, RuleKind.MINIMUM, RuleKind.NONE]
 

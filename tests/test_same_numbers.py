@@ -35,9 +35,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def check_same(pipe, steps, latents):
     stock = generate(pipe, steps, latents=latents)
-    nudged = generate(
-        pipe, steps, latents=torch.nextafter(latents, torch.full_like(latents, torch.inf))
-    )
+    nudged = generate(pipe, steps, latents=torch.nextafter(latents, torch.full_like(latents, torch.inf)))
     with fastguard.enable(pipe, "cfg") as guard:
         ours = generate(pipe, steps, latents=latents)
         report = guard.report

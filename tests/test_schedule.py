@@ -51,9 +51,7 @@ def test_late_start(case, begin):
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
-@pytest.mark.parametrize(
-    "name", ["LCM", "TCD", "EulerDiscrete", "FlowMatchEulerDiscrete", "DPMSolverMultistep"]
-)
+@pytest.mark.parametrize("name", ["LCM", "TCD", "EulerDiscrete", "FlowMatchEulerDiscrete", "DPMSolverMultistep"])
 def test_few_steps(name, steps):
     assert worst(Case(name), steps) <= TOLERANCE
 

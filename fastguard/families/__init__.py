@@ -32,7 +32,7 @@ def find(pipeline_class: type) -> Family:
     for family in FAMILIES:
         for name in family.pipelines:
             known: Any = getattr(diffusers, name, None)
-            if known is not None and getattr(pipeline_class, "__call__", None) is known.__call__:
+            if known is not None and pipeline_class.__call__ is known.__call__:
                 return family
     supported = ", ".join(name for family in FAMILIES for name in family.pipelines)
     raise TypeError(
