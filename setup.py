@@ -28,7 +28,7 @@ setup(
     package_dir={"fastguard.kernels": "kernels"},
     package_data={
         "fastguard": ["py.typed"],
-        "fastguard.testbed": ["*.json", "model/**/*", "data/**/*"],
+        "fastguard.testbed": ["*.json", "*.safetensors", "model/**/*", "data/**/*"],
     },
     include_package_data=False,
     install_requires=[
