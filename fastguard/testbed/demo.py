@@ -79,9 +79,7 @@ def run_demo(out: Path = Path("demo"), *, seeds: int = 2) -> list[Path]:
     (out / "index.html").write_text(
         page(
             "fastguard on a model that really memorizes",
-            "Left, the training image. Under plain guidance the memorized prompts give it back, whatever the "
-            "seed. With the guard the same prompts and seeds give other pictures of the same thing; the "
-            "ordinary prompts below are released by the gate and stay the same to the bit.",
+            lead(lines),
             [
                 ("A row a prompt, the same noise in every column.", out / "grid.png"),
                 (
@@ -122,6 +120,21 @@ def summary(rows: Sequence[dict]) -> list[dict]:
                 }
             )
     return result
+
+
+def lead(lines: Sequence[dict]) -> str:
+    """Three sentences about what was measured just now."""
+
+    def line(kind: str, mode: str) -> dict:
+        return next(one for one in lines if (one["kind"], one["mode"]) == (kind, mode))
+
+    none, dtp, ordinary = line("D", "none"), line("D", "dtp"), line("ordinary", "dtp")
+    return (
+        f"Under plain guidance {none['copies']:.0%} of the images of the memorized D prompts are copies of their "
+        f"training image. The gate caught {dtp['caught by the gate']} of these {dtp['images']}, and with dtp "
+        f"{dtp['copies']:.0%} of all are copies; those that it missed are left as they were. Of the "
+        f"{ordinary['images']} ordinary images it touched {ordinary['caught by the gate']}."
+    )
 
 
 def as_table(kind: str, lines: Sequence[dict]) -> str:
