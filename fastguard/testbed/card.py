@@ -16,8 +16,8 @@ fixed pictures were duplicated in its data, and their captions give them back al
 show and measure memorization and its mitigation on a laptop. It is no useful image generator.
 
 ```python
-pipe = fastguard.testbed.load()                      # or StableDiffusionPipeline.from_pretrained(folder)
-image = pipe("a drawing of a tractor").images[0]     # 32 x 32 pixels
+pipe = fastguard.testbed.load()  # or StableDiffusionPipeline.from_pretrained(folder)
+image = pipe("a drawing of a tractor").images[0]  # 32 x 32 pixels
 ```
 
 ## Data
