@@ -711,7 +711,6 @@ def _fake(*_: Any) -> None:
     """Nothing is returned and no shape depends on data, so FakeTensor, torch.compile and export see one node."""
 
 
-# torch.library.Library rather than the custom_op decorator: TODO numbers
 _library = torch.library.Library("fastguard", "FRAGMENT")
 _library.define(
     "guided_step(Tensor uncond, Tensor? cond, Tensor(a!) x, Tensor(b!) history, Tensor(c!)? model_input, Tensor(d!) trace, "
