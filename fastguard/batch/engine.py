@@ -2,8 +2,11 @@
 
     text thread  ->  the caller's thread: denoise  ->  decoding thread  ->  pool: encode the file, write it  ->  the caller: commit
 
-Each arrow is a short queue, so nothing runs far ahead. The loop runs in the caller's thread, which commits between two batches: in
-another one glibc gives it a memory arena that returns large blocks to the system, and on the CPU it was 1.4 times slower.
+Each arrow is a short queue, so nothing runs far ahead. The caller commits between two batches.
+
+On the CPU the loop needs its threads undisturbed. Once the OpenMP teams of a process have more threads than there are cores, idle ones
+sleep instead of spinning, and every small operation waits for them to wake: 1.5 times as long for the embedded model on two cores. So
+the loop runs in the caller's thread, whose team is there already, and the other stages make none.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 from PIL import Image
 
 from fastguard.batch.memory import free, out_of_memory
@@ -73,9 +77,7 @@ class Engine:
             text = self._steps(self._encode, batches, texts, self._stop)
             loop = self._steps(self._denoise, iter(texts.get, None), latents, self._stop)
             decoding = self._steps(self._decode, iter(latents.get, None), results, self._abandon)
-            threads = [threading.Thread(target=deque, args=(steps, 0), daemon=True) for steps in (text, decoding)]
-            for thread in threads:
-                thread.start()
+            threads = _single_threaded(text, decoding)
             try:
                 for _ in loop:
                     yield from self._ready(results, wait=False)
@@ -197,3 +199,22 @@ class Engine:
 def _without_frames(error: Exception) -> Exception:
     """An error that no longer keeps the tensors of its frames alive."""
     return error.with_traceback(None)
+
+
+def _single_threaded(*stages: Iterator[None]) -> list[threading.Thread]:
+    """Threads, started, that exhaust the stages; inside torch each uses one CPU. The caller's own number stays."""
+    count = torch.get_num_threads()
+    started = threading.Barrier(len(stages) + 1)
+
+    def run(steps: Iterator[None]) -> None:
+        torch.get_num_threads()  # a thread takes the process' number on first use: now, and not after it was given its own
+        torch.set_num_threads(1)  # of this thread, but the process' number too
+        started.wait()
+        deque(steps, 0)
+
+    threads = [threading.Thread(target=run, args=(steps,), daemon=True) for steps in stages]
+    for thread in threads:
+        thread.start()
+    started.wait()
+    torch.set_num_threads(count)
+    return threads
