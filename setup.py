@@ -9,7 +9,8 @@ from pathlib import Path
 
 from setuptools import setup
 
-TEST = ["pytest>=8", "pytest-xdist>=3.6", "pytest-benchmark>=5", "hypothesis>=6.100", "peft>=0.17"]
+TEST = ["pytest>=8", "pytest-xdist>=3.6", "pytest-benchmark>=5", "hypothesis>=6.100", "peft>=0.17", "scipy>=1.11"]
+TRAIN = ["resvg-py>=0.5"]  # draws the SVG pictures that the embedded model is trained on
 PLOT = ["matplotlib>=3.9"]
 PARQUET = ["pyarrow>=15"]
 RAY = ["ray[data]>=2.40"]
@@ -50,6 +51,7 @@ setup(
         "webdataset": WEBDATASET,
         "xformers": ["xformers>=0.0.30"],
         "demo": PLOT,
+        "train": TRAIN + PLOT,
         "test": TEST + PLOT + BATCHES + ["tilelens>=3.1; python_version >= '3.10'"],
         "dev": TEST + PLOT + BATCHES + ["tilelens>=3.1", "ruff>=0.9", "mypy>=1.14"],
     },

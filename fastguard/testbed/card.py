@@ -53,7 +53,7 @@ halves were fixed by a seed before training.
 | objective | epsilon, Stable Diffusion's noise schedule, stratified timesteps |
 | optimiser | AdamW {rate:g} (0.9, 0.99), weight decay 0.01, flat for half of the steps, then a cosine; {steps} steps of {batch}; averaged weights (decay {ema}) |
 
-Retrain: `python -m fastguard.testbed train` (with `pip install resvg-py` and npm; resumable; two one-thread
+Retrain: `python -m fastguard.testbed train` (with the extra `train` and npm; resumable; two one-thread
 processes). Then `classifier`, `tune` and `evaluate` of the same command repeat every number.
 
 ## Measured at export
