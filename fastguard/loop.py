@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastguard.kernels.guided_step import guided_step
+from fastguard.kernels.guided_step import guided_step, scratch_for
 from fastguard.policy import Plan
 from fastguard.schedule import Schedule
 
@@ -21,6 +21,8 @@ class Loop:
     All of them keep their addresses for the whole generation, and the step counter lives in `state`: one body serves every step.
     """
 
+    timestep: torch.Tensor | None = None  # the next row's, written by every step where a graph reads it
+
     def __init__(self, schedule: Schedule, plan: Plan, latents: torch.Tensor, *, halves: int) -> None:
         device = latents.device
         self.dtype = latents.dtype
@@ -31,6 +33,7 @@ class Loop:
             dtype=torch.float32,
             device=device,
         ).zero_()
+        self.scratch = scratch_for(self.x)
         self.model_input = torch.cat([latents] * halves)
         self.trace = torch.full((len(schedule.timesteps), latents.shape[0]), float("nan"), device=device)
         # Tables come from the host once, before the first step; nothing is copied afterwards.
@@ -61,6 +64,8 @@ class Loop:
             rules=self.rules,
             guidance=self.guidance,
             noise=noise,
+            timestep_out=self.timestep,
+            scratch=self.scratch,
         )
 
     def latents(self, *, fresh: bool) -> torch.Tensor:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastguard.kernels.guided_step import guided_step, history_for
+from fastguard.kernels.guided_step import history_for, scratch_for
 from fastguard.kernels.layout import Row, Rule, State
 from fastguard.loop import Loop
 from fastguard.policy import Plan
@@ -77,6 +77,7 @@ class StaticLoop(Loop):
         layout = torch.channels_last if last else torch.contiguous_format
         self.x = torch.empty(shape.shape, dtype=torch.float32, device=device, memory_format=layout)
         self.history = history_for(self.x, shape.history)
+        self.scratch = scratch_for(self.x)
         self.model_input = torch.empty(
             (shape.halves * batch, *shape.shape[1:]),
             dtype=shape.dtype,
@@ -89,7 +90,7 @@ class StaticLoop(Loop):
         self.rules = torch.empty(batch, len(Rule), dtype=torch.float64, device=device)
         self.guidance = torch.zeros(batch, shape.rows, 2, device=device)
         self.noise = torch.empty((shape.noises, *shape.shape), dtype=shape.noise_dtype, device=device)
-        self.timestep = torch.zeros(shape.halves * batch, dtype=shape.timestep_dtype, device=device)
+        self.timestep: torch.Tensor = torch.zeros(shape.halves * batch, dtype=shape.timestep_dtype, device=device)
 
     def load(self, schedule: Schedule, plan: Plan, latents: torch.Tensor) -> None:
         """Begin a generation. The model input of the first row is not written here."""
@@ -100,23 +101,6 @@ class StaticLoop(Loop):
         self.state.copy_(plan.state, non_blocking=True)
         self.timestep.fill_(float(schedule.rows[0, Row.TIMESTEP]))
         self.load_plan(plan)
-
-    def advance(self, uncond: torch.Tensor, cond: torch.Tensor | None, noise: torch.Tensor | None) -> None:
-        """As `Loop.advance`, and the next row's timestep."""
-        guided_step(
-            uncond,
-            cond,
-            x=self.x,
-            history=self.history,
-            model_input=self.model_input,
-            trace=self.trace,
-            state=self.state,
-            rows=self.rows,
-            rules=self.rules,
-            guidance=self.guidance,
-            noise=noise,
-            timestep_out=self.timestep,
-        )
 
     def load_plan(self, plan: Plan) -> None:
         self.rules.copy_(plan.rules, non_blocking=True)
@@ -133,7 +117,7 @@ class StaticLoop(Loop):
 
     @property
     def tensors(self) -> list[torch.Tensor]:
-        return [*self.changed, self.rows, self.rules, self.guidance, self.noise]
+        return [*self.changed, self.rows, self.rules, self.guidance, self.noise, self.scratch]
 
     @property
     def nbytes(self) -> int:

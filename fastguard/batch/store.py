@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tarfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,7 +13,7 @@ from typing import Any
 from fastguard.batch.growing import Growing, sync_directory
 from fastguard.batch.pictures import Picture
 from fastguard.batch.request import Request
-from fastguard.files import finite
+from fastguard.files import finite, write_atomic
 
 _SHARD = "shard-{:06d}.tar"
 _BLOCK = 512
@@ -60,7 +59,7 @@ class Directory:
     def prepare(self, made: Made) -> Made:
         """Write the file; from any thread. The manifest does not speak of it yet."""
         path = self.path(made.request)
-        _write(path, made.data)
+        write_atomic(path, made.data)
         return replace(made, data=b"", place=self.place(path, made.data))
 
     @staticmethod
@@ -165,17 +164,3 @@ class Shards:
 
 def _index(name: str) -> int:
     return int(name.removeprefix("shard-").removesuffix(".tar"))
-
-
-def _write(path: Path, data: bytes) -> None:
-    """The file is there whole or not at all. Nobody else writes an image of this name: the directory is claimed."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

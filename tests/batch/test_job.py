@@ -341,7 +341,7 @@ def test_disk_full(pipe, tmp_path, monkeypatch, whole, where):
         if left[0] < 0:
             raise full
 
-    stock_write, stock_append = store._write, Growing.append
+    stock_write, stock_append = store.write_atomic, Growing.append
 
     def write(path, data):
         spend()
@@ -353,7 +353,7 @@ def test_disk_full(pipe, tmp_path, monkeypatch, whole, where):
         return stock_append(self, data)
 
     if where == "image":
-        monkeypatch.setattr(store, "_write", write)
+        monkeypatch.setattr(store, "write_atomic", write)
     else:
         left[0] = 1
         monkeypatch.setattr(Growing, "append", append)
