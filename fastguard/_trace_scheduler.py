@@ -160,6 +160,27 @@ def trace(scheduler: Any, step_kwargs: Mapping[str, Any], begin_index: int) -> T
     return result
 
 
+def stock_in_float32(scheduler: Any, step_kwargs: Mapping[str, Any], begin_index: int, recorded: Trace) -> np.ndarray:
+    """x_{k+1} [K, PROBES] of the random columns as stock computes it in float32, each row from the recorded x_k."""
+    shape = torch.Size((1, 1, 1, PROBES))
+
+    def column(values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(values.astype(np.float32)).reshape(shape)
+
+    result = np.empty_like(recorded.probe_e, dtype=np.float32)
+    on_cpu = nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
+    row = 0
+    with torch.no_grad(), on_cpu, Lanes(shape, lambda: column(recorded.probe_z[row])):
+        twin = private_copy(scheduler)
+        for row, t in enumerate(twin.timesteps[begin_index:]):
+            x = column(recorded.probe_x[row])
+            if hasattr(twin, "scale_model_input"):
+                twin.scale_model_input(x, t)
+            after = twin.step(column(recorded.probe_e[row]), t, x, **step_kwargs, return_dict=False)[0]
+            result[row] = after.reshape(-1).numpy()
+    return result
+
+
 def _blank(rows: int, first_scale: float) -> Trace:
     rng = np.random.default_rng(0)
     x, e, z = (rng.standard_normal((rows + extra, PROBES)) for extra in (1, 0, 0))

@@ -50,6 +50,14 @@ SD: dict[str, Callable[[], Any]] = {
     "edm-dpm": lambda: d.EDMDPMSolverMultistepScheduler(),
 }
 
+# float32 arithmetic of their own that no table repeats to 1e-6 (tests/test_schedule.py): their own step() runs
+OWN_STEP: dict[str, Callable[[], Any]] = {
+    "euler-v-zero-snr": lambda: d.EulerDiscreteScheduler(
+        **BETAS, prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing"
+    ),
+    "lms-exponential": lambda: d.LMSDiscreteScheduler(**BETAS, use_exponential_sigmas=True),
+}
+
 FLOW: dict[str, Callable[[], Any]] = {
     "flow-euler": lambda: d.FlowMatchEulerDiscreteScheduler(shift=3.0),
     "flow-heun": lambda: d.FlowMatchHeunDiscreteScheduler(shift=3.0),

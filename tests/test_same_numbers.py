@@ -57,6 +57,13 @@ def test_stable_diffusion(name, steps):
     assert report.path == "fused", report.reason
 
 
+@pytest.mark.parametrize("name", schedulers.OWN_STEP)
+def test_own_step(name):
+    pipe = pipelines.sd(scheduler=schedulers.OWN_STEP[name]())
+    report = check_same(pipe, 50, noise(pipe))
+    assert report.path == "own step" and "rounding" in report.reason
+
+
 @pytest.mark.parametrize("steps", [20, 50])
 @pytest.mark.parametrize("name", schedulers.FLOW)
 def test_stable_diffusion_3(name, steps):

@@ -67,8 +67,7 @@ def test_beta_sigmas():
     assert compile_schedule(scheduler).linear
 
 
-# Where stock's float32 arithmetic loses more than the promise, so that nothing but itself can be within 1e-6 of it. Compared with
-# stock in float64 on the same numbers, the table has to keep the promise, and to lose less than stock does.
+# Where stock's float32 arithmetic loses so much that nothing but itself is within 1e-6 of it: its own step() runs.
 ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 STOCK_LOSES = [
     # x + derivative * dt at sigma = 4096: two numbers near 4096 leave one near 10
@@ -80,6 +79,7 @@ STOCK_LOSES = [
         {"solver_order": 1, "prediction_type": "flow_prediction", "use_flow_sigmas": True},
     ),
     # (sample - denoised) / sigma_next near sigma = 0
+    Case("FlowMatchHeunDiscrete", {"shift": 1.0}),
     Case("FlowMatchHeunDiscrete", {}, {"s_churn": 10.0}),
     # likewise, then combined over four rows with weights near 1
     Case("LMSDiscrete", {"use_karras_sigmas": True}),
@@ -87,17 +87,17 @@ STOCK_LOSES = [
 ]
 
 
-@pytest.mark.parametrize("steps", [20, 50])
 @pytest.mark.parametrize("case", STOCK_LOSES, ids=str)
-def test_equals_float64_where_stock_loses(case, steps):
-    schedule = compiled(case, steps)
-    table = Table(schedule)
-    ours, stock = [], []
-    for k, s in enumerate(stock_run(case, steps, schedule, exact=True)):
-        ours.append(deviation(table.step(k, s.x, s.e, s.z), s.exact))
-        stock.append(deviation(s.after, s.exact))
-    assert max(ours) <= TOLERANCE / 2
-    assert max(stock) > max(ours)
+def test_where_stock_loses_its_own_step_runs(case):
+    losing = 0
+    for steps in (20, 50):
+        schedule = compile_schedule(case.make(steps), step_kwargs=case.step)
+        if schedule.linear:
+            assert worst(case, steps) <= TOLERANCE
+        else:
+            losing += 1
+            assert schedule.reason.startswith("its own step loses")
+    assert losing, "nothing is lost any more: move the case to CASES"
 
 
 @pytest.mark.parametrize("steps", [20, 50])
