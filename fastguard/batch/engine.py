@@ -1,8 +1,11 @@
-"""The stages of many batches at once: while one batch is denoised, the next prompts are encoded and the last images decoded and written.
+"""The stages of many batches: while one batch is denoised, the next prompts are encoded and the last images decoded and written.
 
     text thread  ->  the caller's thread: denoise  ->  decoding thread  ->  pool: encode the file, write it  ->  the caller: commit
 
 Each arrow is a short queue, so nothing runs far ahead. The caller commits between two batches.
+
+Where text and decoding would only take the cores from the loop (`Stages.overlap`) they take turns with it in the caller's thread, and
+the writing alone goes on beside it.
 
 On the CPU the loop needs its threads undisturbed. Once the OpenMP teams of a process have more threads than there are cores, idle ones
 sleep instead of spinning, and every small operation waits for them to wake: 1.5 times as long for the embedded model on two cores. So
@@ -69,24 +72,26 @@ class Engine:
 
     def run(self, batches: Iterable[Batch]) -> Iterator[list[Made | Failed]]:
         """The images in the order in which they get ready, in groups. Whatever ends the run, those that are ready are yielded first."""
-        texts: queue.Queue = queue.Queue(1)
-        latents: queue.Queue = queue.Queue(1)
+        overlap = self.stages.overlap
+        texts: queue.Queue = queue.Queue(1 if overlap else 0)
+        latents: queue.Queue = queue.Queue(1 if overlap else 0)
         results: queue.Queue = queue.Queue()
         self._slots = threading.Semaphore(4 * self.workers)  # images that wait to be written
         with ThreadPoolExecutor(self.workers, thread_name_prefix="fastguard-write") as self._pool:
             text = self._steps(self._encode, batches, texts, self._stop)
             loop = self._steps(self._denoise, iter(texts.get, None), latents, self._stop)
             decoding = self._steps(self._decode, iter(latents.get, None), results, self._abandon)
-            threads = _single_threaded(text, decoding)
+            threads = _single_threaded(text, decoding) if overlap else []
             try:
-                for _ in loop:
+                for _ in loop if overlap else _in_turn(text, texts, loop, latents, decoding):
                     yield from self._ready(results, wait=False)
                 yield from self._ready(results, wait=True)
             finally:
                 self._abandon.set()
                 if any(thread.is_alive() for thread in threads):
                     self.stop()
-                loop.close()
+                for steps in (loop,) if overlap else (text, loop, decoding):
+                    steps.close()
                 for thread in threads:
                     thread.join()
                 self._pool.shutdown(cancel_futures=True)
@@ -194,6 +199,20 @@ class Engine:
                 yield Failed(part[0], f"{type(failure).__name__}: {failure}")
             else:
                 raise failure
+
+
+def _in_turn(
+    text: Iterator[None], texts: queue.Queue, loop: Iterator[None], latents: queue.Queue, decoding: Iterator[None]
+) -> Iterator[None]:
+    """All stages in this thread: what one puts into its queue goes through the others before the next batch is begun."""
+    for _ in text:
+        while not texts.empty():
+            next(loop)
+            while not latents.empty():
+                next(decoding)
+            yield
+    yield from loop
+    yield from decoding
 
 
 def _without_frames(error: Exception) -> Exception:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -62,6 +63,11 @@ class Stages:
             self.guard.disable()
         else:
             self.guard.policy = self._policy_before
+
+    @property
+    def overlap(self) -> bool:
+        """Whether text and decoding gain from running beside the loop: not on the CPU where torch's threads keep all its cores busy."""
+        return torch.device(self.device).type != "cpu" or torch.get_num_threads() < _cores()
 
     def interrupt(self) -> None:
         """Have the loop that is running skip its remaining steps; what it returns then is of no use."""
@@ -155,6 +161,11 @@ _REPORTED = (
 def _reported(report: ImageReport | None) -> dict[str, Any]:
     texts = {"gate_text": report and report.gate_text(), "transition_text": report and report.transition_text()}
     return {name: getattr(report, name, None) for name in _REPORTED} | texts
+
+
+def _cores() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _Watch:

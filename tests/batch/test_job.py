@@ -23,6 +23,7 @@ from PIL import Image
 from fastguard.batch import store
 from fastguard.batch.growing import Growing
 from fastguard.batch.pictures import Picture, read_record
+from fastguard.batch.stages import Stages
 from fastguard.generate import BadRows, Interrupted, generate, prepare
 from fastguard.policy import Policy, policy
 
@@ -51,6 +52,13 @@ def whole(tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "out"
     generate(pipelines.sd(), ROWS, out, **OPTIONS)
     return out
+
+
+@pytest.fixture(params=[False, True], ids=["in turn", "overlapped"])
+def overlap(request, monkeypatch):
+    """Text and decoding in the caller's thread or beside the loop, whatever this machine would choose."""
+    monkeypatch.setattr(Stages, "overlap", request.param)
+    return request.param
 
 
 def check_complete(out: Path, whole: Path, rows=ROWS) -> None:
@@ -272,6 +280,36 @@ def failing(pipe, monkeypatch, fail):
     return sizes
 
 
+def test_where_the_stages_run(pipe, tmp_path, monkeypatch, overlap, whole):
+    threads = {}
+    for name in ("encode", "denoise", "decode"):
+        original = getattr(Stages, name)
+
+        def noted(self, *args, name=name, original=original):
+            threads.setdefault(name, set()).add(threading.current_thread())
+            return original(self, *args)
+
+        monkeypatch.setattr(Stages, name, noted)
+    generate(pipe, ROWS, tmp_path / "out", **OPTIONS)
+    here = {threading.current_thread()}
+    assert threads["denoise"] == here
+    assert (threads["encode"] == here, threads["decode"] == here) == (not overlap, not overlap)
+    check_complete(tmp_path / "out", whole)
+
+
+def test_when_the_stages_overlap(pipe, monkeypatch):
+    monkeypatch.setattr("fastguard.batch.stages._cores", lambda: 2)
+    stages = Stages(pipe, [], {})
+    try:
+        for threads, device, expected in ((1, "cpu", True), (2, "cpu", False), (2, "cuda", True)):
+            monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+            stages.device = torch.device(device)
+            assert stages.overlap is expected
+    finally:
+        stages.close()
+
+
+@pytest.mark.usefixtures("overlap")
 @pytest.mark.parametrize("message", ["CUDA out of memory", "DefaultCPUAllocator: can't allocate memory"])
 def test_out_of_memory_halves_the_batch(pipe, tmp_path, monkeypatch, whole, message, caplog):
     kind = torch.OutOfMemoryError if "CUDA" in message else RuntimeError
@@ -283,6 +321,7 @@ def test_out_of_memory_halves_the_batch(pipe, tmp_path, monkeypatch, whole, mess
     assert sorted(line["id"] for line in lines(tmp_path)) == sorted(row["id"] for row in ROWS)
 
 
+@pytest.mark.usefixtures("overlap")
 def test_out_of_memory_for_one_image(pipe, tmp_path, monkeypatch):
     failing(pipe, monkeypatch, lambda sample: torch.OutOfMemoryError("CUDA out of memory"))
     with pytest.raises(torch.OutOfMemoryError):
@@ -290,6 +329,7 @@ def test_out_of_memory_for_one_image(pipe, tmp_path, monkeypatch):
     assert lines(tmp_path) == []
 
 
+@pytest.mark.usefixtures("overlap")
 def test_failing_image_is_left_out_when_keeping_going(pipe, tmp_path, monkeypatch, whole):
     """One row breaks the model: its batch mates are made, it is in rejected.jsonl with the bad rows."""
     poison = [0]
@@ -314,6 +354,7 @@ def test_failing_image_is_left_out_when_keeping_going(pipe, tmp_path, monkeypatc
     check_complete(tmp_path, whole)
 
 
+@pytest.mark.usefixtures("overlap")
 def test_error_keeps_what_was_finished(pipe, tmp_path, monkeypatch, whole):
     calls = [0]
 
@@ -330,6 +371,7 @@ def test_error_keeps_what_was_finished(pipe, tmp_path, monkeypatch, whole):
     check_complete(tmp_path, whole)
 
 
+@pytest.mark.usefixtures("overlap")
 @pytest.mark.parametrize("where", ["image", "manifest", "shard"])
 def test_disk_full(pipe, tmp_path, monkeypatch, whole, where):
     """Nothing half written stays, what was reported is there, and the same call goes on once there is room."""
@@ -371,6 +413,7 @@ def test_disk_full(pipe, tmp_path, monkeypatch, whole, where):
         check_complete(tmp_path, whole)
 
 
+@pytest.mark.usefixtures("overlap")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_ends_the_run_in_good_order(pipe, tmp_path, whole, number):
     def send():
