@@ -25,7 +25,11 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["fastguard", "fastguard.batch", "fastguard.families", "fastguard.testbed", "fastguard.kernels"],
+    packages=[
+        "fastguard",
+        *(f"fastguard.{name}" for name in ("batch", "capture", "families", "syncs", "testbed")),
+        "fastguard.kernels",
+    ],
     package_dir={"fastguard.kernels": "kernels"},
     package_data={
         "fastguard": ["py.typed"],

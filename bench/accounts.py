@@ -1,7 +1,7 @@
 """Launches and bytes of a denoising step outside the denoiser, from the operations that really run (no GPU takes part).
 
 A step is what lies between two denoiser calls: guidance, scheduler, the next model input. Stock loops run on labelled tensors,
-guarded ones on fake ones (`fastguard._probe`); a launch is an operation on the device that is neither a view, an allocation nor a
+guarded ones on fake ones (`fastguard.syncs.probe`); a launch is an operation on the device that is neither a view, an allocation nor a
 copy between host and device, and its bytes are those of its arguments and results, each counted once.
 """
 
@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 import fastguard
-from fastguard import _probe
-from fastguard._pretend import Pretend
-from fastguard._stream import Op, Stream
 from fastguard.kernels.guided_step import launch_shape
 from fastguard.kernels.layout import HISTORY, Row, Rule, State
 from fastguard.schedule import Schedule, compile_schedule
+from fastguard.syncs import probe
+from fastguard.syncs.pretend import Pretend
+from fastguard.syncs.stream import Op, Stream
 
 STEPS = 14
 EDGE = 4  # rows left out at either end: schedulers start and end with lower orders
@@ -102,8 +102,8 @@ def eager_guard() -> int:
 
 
 def _run(pipe: Any, *, values: bool) -> Stream:
-    arguments = {**_probe.example_arguments(pipe), "num_inference_steps": STEPS, "output_type": "latent"}
-    stream, broke_off = _probe.run(pipe, arguments, values=values)
+    arguments = {**probe.example_arguments(pipe), "num_inference_steps": STEPS, "output_type": "latent"}
+    stream, broke_off = probe.run(pipe, arguments, values=values)
     if broke_off is not None:
         raise RuntimeError(f"{type(pipe.scheduler).__name__}: {broke_off}")
     return stream

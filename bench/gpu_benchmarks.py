@@ -11,9 +11,9 @@ import torch
 
 import fastguard
 from bench import accounts, real_size
-from fastguard import _probe
 from fastguard.kernels.guided_step import guided_step, history_for, scratch_for
 from fastguard.policy import lower, policy
+from fastguard.syncs import probe
 from tests import schedulers
 
 SCHEDULERS = ("ddim", "euler", "dpm-2m", "pndm", "unipc-2", "ddpm")
@@ -98,9 +98,9 @@ def generations() -> list[dict[str, Any]]:
         model = _random(real_size.unet(size))
         for name in SCHEDULERS:
             pipe = real_size.pipeline(size, schedulers.SD[name](), model)
-            arguments = {k: v.cuda() for k, v in _probe.example_arguments(pipe).items()}
+            arguments = {k: v.cuda() for k, v in probe.example_arguments(pipe).items()}
             arguments |= {"num_inference_steps": 20, "output_type": "latent", "generator": torch.Generator("cuda")}
-            twin = _probe.copy_of(pipe, _probe.Stream(), torch.device("cuda"))
+            twin = probe.copy_of(pipe, probe.Stream(), torch.device("cuda"))
             work = functools.partial(twin, **arguments)
             stock = milliseconds(work, samples=10, warmup=2)
             with fastguard.enable(twin, "dtp"):

@@ -67,6 +67,33 @@ def pipeline(size: str, scheduler: Any, model: Any = None, dtype: torch.dtype = 
     return pipe
 
 
+def sd3(scheduler: Any, model: Any = None, dtype: torch.dtype = torch.float16) -> Any:
+    """Stable Diffusion 3 Medium without text encoders (stabilityai/stable-diffusion-3-medium-diffusers, transformer/config.json)."""
+    with torch.device("meta"):
+        transformer = model or _cast(
+            diffusers.SD3Transformer2DModel(
+                sample_size=128,
+                patch_size=2,
+                in_channels=16,
+                out_channels=16,
+                num_layers=24,
+                attention_head_dim=64,
+                num_attention_heads=24,
+                joint_attention_dim=4096,
+                caption_projection_dim=1536,
+                pooled_projection_dim=2048,
+                pos_embed_max_size=192,
+            ),
+            dtype,
+        )
+        vae = _cast(diffusers.AutoencoderKL(**{**_VAE, "latent_channels": 16}), dtype)
+    names = [f"{part}{n}" for part in ("text_encoder", "tokenizer") for n in ("", "_2", "_3")]
+    parts: dict[str, Any] = {"vae": vae, "transformer": transformer, "scheduler": scheduler, **dict.fromkeys(names)}
+    pipe: Any = diffusers.StableDiffusion3Pipeline(**parts)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def _cast(model: Any, dtype: torch.dtype) -> Any:
     return torch.nn.Module.to(
         model, dtype

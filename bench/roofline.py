@@ -19,7 +19,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import accounts, real_size
-from fastguard import _probe
+from fastguard.syncs import probe
 from tests import schedulers
 
 FILE = Path(__file__).with_name("ROOFLINE.md")
@@ -92,7 +92,7 @@ def lines(size: str, names: list[str]) -> Iterator[Line]:
     def pipe(name: str, dtype: torch.dtype = torch.float16) -> Any:
         return real_size.pipeline(size, schedulers.SD[name](), models[dtype], dtype)
 
-    with _probe.remembering():
+    with probe.remembering():
         for name in names:
             draws = accounts.table(schedulers.SD[name]()).draws
             yield Line(

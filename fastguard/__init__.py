@@ -7,14 +7,16 @@ batched call for both branches), `loop` (buffers and the body of a step, around 
 
 from __future__ import annotations
 
+import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from fastguard.enable import Guard, enable
-from fastguard.policy import PRESETS, Policy, policy
-from fastguard.report import ImageReport, Report
-
 if TYPE_CHECKING:
-    from fastguard.syncs import SyncReport, assert_sync_free, find_syncs
+    from fastguard.enable import Guard, enable
+    from fastguard.policy import PRESETS, Policy, policy
+    from fastguard.report import ImageReport, Report
+    from fastguard.syncs.find import SyncReport, assert_sync_free, find_syncs
 
 __version__ = "0.1.0"
 
@@ -31,10 +33,33 @@ __all__ = [
     "policy",
 ]
 
+# Where each public name lives. Imported when it is asked for: torch and diffusers take seconds, `fastguard --version` needs neither.
+_HOMES = {
+    **dict.fromkeys(("Guard", "enable"), "enable"),
+    **dict.fromkeys(("PRESETS", "Policy", "policy"), "policy"),
+    **dict.fromkeys(("ImageReport", "Report"), "report"),
+    **dict.fromkeys(("SyncReport", "assert_sync_free", "find_syncs"), "syncs.find"),
+}
+
 
 def __getattr__(name: str) -> Any:
-    if name not in ("SyncReport", "assert_sync_free", "find_syncs"):
+    if name not in _HOMES:
         raise AttributeError(f"module 'fastguard' has no attribute {name!r}")
-    from fastguard import syncs  # imports diffusers, which takes seconds
+    return getattr(importlib.import_module(f"fastguard.{_HOMES[name]}"), name)
 
-    return getattr(syncs, name)
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _function(name: str) -> property:
+    """A function that has its module's name: importing the module would put the module in its place."""
+    return property(lambda package: __getattr__(name), lambda package, module: None)
+
+
+class _Package(ModuleType):
+    enable = _function("enable")
+    policy = _function("policy")
+
+
+sys.modules[__name__].__class__ = _Package

@@ -10,6 +10,7 @@ What the loop needs is on the device before its first step (`begin`); in it the 
 denoiser and the fused op nothing is launched: the latents that the pipeline holds between two steps are `pending`, and its own
 guidance arithmetic runs on a few numbers in host memory.
 
+Where the row is recorded as a graph, `fastguard.capture.recorded` runs it between denoiser and step.
 Where the scheduler is not linear the op only decides and guides, and the scheduler's own step() runs on the guided output.
 """
 
@@ -22,21 +23,20 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 
+from fastguard.capture import recorded
+from fastguard.capture.graphed import Capturing, Graphed
 from fastguard.denoiser import placeholder, select_branch
 from fastguard.families import Family
-from fastguard.graphed import Arguments, Capturing, Graphed
 from fastguard.kernels.layout import Row
 from fastguard.loop import Loop
+from fastguard.noise import Noise
 from fastguard.pending import Pending, values_of
 from fastguard.plan import Plan, lower
 from fastguard.policy import Policy
 from fastguard.report import Report
 from fastguard.schedule import Schedule, compile_schedule
 from fastguard.shadow import one_row
-
-NOISE_AHEAD = 2**28  # bytes: noise up to this size is drawn before the loop
 
 
 class Call:
@@ -55,7 +55,7 @@ class Call:
         self.scheduler, self.denoiser = scheduler, denoiser
         self.graphed = Graphed(capturing, denoiser)
         self._recorded = False  # this row was run by `graphed`
-        self._seen: torch.Tensor | None = None  # the latents of this row as the pipeline has them
+        self.seen: torch.Tensor | None = None  # the latents of this row as the pipeline has them
         self.pipe: Any = None  # set by the caller: the copy on which the stock loop runs
         # Somebody may look at, keep or change the latents between two steps.
         self.observed = family.rewrites_latents or any(
@@ -71,8 +71,7 @@ class Call:
         self._returned: torch.Tensor | None = None  # the latents that the buffers hold, as the pipeline knows them
         self._returned_version: float = 0
         self._pending: Pending | None = None
-        self._drawn_now: torch.Tensor | None = None  # for this row, by a launch that did not take place
-        self._drawn: list[torch.Tensor | None] | None = None
+        self.noise = Noise()
         self._placeholder: torch.Tensor | None = None
         self._outputs: Any = None  # (uncond, cond or None) of a row between denoiser and step
 
@@ -84,7 +83,7 @@ class Call:
         result = self.scheduler.set_timesteps(*args, **kwargs)
         device = self.pipe._execution_device
         if self.graphed.may_be_whole(device):
-            self.graphed.make_whole(device, self._needs_steps())
+            self.graphed.make_whole(device, recorded.needs_steps(self))
             if self.graphed.whole:
                 one_row(self.pipe.scheduler)
         return result
@@ -114,16 +113,16 @@ class Call:
         self._begin = getattr(self.scheduler, "_begin_index", None) or 0
         self._compile(self._expected_step_kwargs())
         self._start(self._returned)
-        self._drawn = self._noise_ahead(self._returned)
+        self._draw_ahead(self._returned)
 
     def scale_model_input(self, sample: torch.Tensor, timestep: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
-        schedule = self._compiled(timestep)
+        schedule = self.compiled(timestep)
         if not schedule.linear:
             return self.scheduler.scale_model_input(sample, timestep, *args, **kwargs)
         if (ready := self._ready_input(sample)) is not None:
             return ready
         scale = float(schedule.rows[self.row, Row.S])
-        sample = self._seen = values_of(sample)
+        sample = self.seen = values_of(sample)
         return sample if scale == 1.0 else sample * scale
 
     def denoise(self, *args: Any, **kwargs: Any) -> Any:
@@ -131,7 +130,7 @@ class Call:
         name = self.family.sample_argument
         sample = args[0] if args else kwargs[name]
         timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
-        self._compiled(timestep)
+        self.compiled(timestep)
         ready = self._ready_input(sample)
         if ready is None:
             ready = self.graphed.resident(sample)
@@ -149,14 +148,16 @@ class Call:
             )
         batch = rows // 2 if guided else rows
         branches = self._planned(sample, batch).branches[self.row] if guided else "cond"
-        if guided and self._rescale > 0.0:
+        if guided and self.rescale > 0.0:
             branches = "both"  # rescaling needs the conditional output even where guidance does not
         if guided and branches != "both" and not self.graphed.whole:
             args, kwargs = (
                 select_branch(args, branches, batch),
                 select_branch(kwargs, branches, batch),
             )
-        if self.graphed.loop is not None and self._record((args, kwargs), sample, branches, batch):
+        if self.graphed.loop is not None:
+            self._recorded = recorded.run(self, (args, kwargs), sample, branches, batch)
+        if self._recorded:
             return (placeholder(self.graphed.loop.model_input, rows),)
 
         result = self.denoiser(*args, **kwargs)
@@ -179,12 +180,13 @@ class Call:
             self._start(sample)
         elif not self._unchanged(sample):
             self.loop.load_latents(sample)
-        self._follow_guidance_scale(sample)
+        self.follow_guidance_scale()
 
         channels = sample.shape[1]  # a model may predict more than the latents' channels (a variance)
         uncond, cond = self._outputs
         uncond, cond = uncond[:, :channels], None if cond is None else cond[:, :channels]
-        self.loop.advance(uncond, cond, self._noise(sample, uncond.dtype, kwargs.get("generator")))
+        noise = self.noise.of_row(self.schedule, self.row, sample, uncond.dtype, kwargs.get("generator"))
+        self.loop.advance(uncond, cond, noise)
         return self._handed_back(uncond.dtype, cond, timestep, sample, args, kwargs)
 
     def _handed_back(
@@ -209,12 +211,12 @@ class Call:
         return (latents,) if not kwargs.get("return_dict", True) else _Step(prev_sample=latents)
 
     @property
-    def _rescale(self) -> float:
+    def rescale(self) -> float:
         return self.family.guidance_rescale(self.pipe, self.arguments)
 
     # Start of a generation -------------------------------------------------------------------------------------------------
 
-    def _compiled(self, timestep: Any) -> Schedule:
+    def compiled(self, timestep: Any) -> Schedule:
         """The table of this call, compiled at the first thing the loop asks for."""
         if self.schedule is None:
             self._begin = _begin_index(self.scheduler, timestep)
@@ -239,8 +241,8 @@ class Call:
     def _compile(self, step_kwargs: Mapping[str, Any]) -> None:
         self._step_kwargs = dict(step_kwargs)
         own_step = self.family.own_step(self.arguments)
-        if own_step is None and self._rescale > 0.0:
-            own_step = f"guidance_rescale={self._rescale:g} needs the whole guided output before the update"
+        if own_step is None and self.rescale > 0.0:
+            own_step = f"guidance_rescale={self.rescale:g} needs the whole guided output before the update"
         schedule = compile_schedule(self._on_host(), step_kwargs=self._step_kwargs, begin_index=self._begin)
         self.schedule = schedule if own_step is None else schedule.with_own_step(own_step)
 
@@ -305,110 +307,30 @@ class Call:
             self._pending = Pending(lambda: loop.latents(fresh=True), x.shape, x.stride(), loop.dtype, x.device)
         return self._pending
 
-    def _follow_guidance_scale(self, latents: torch.Tensor) -> None:
+    def follow_guidance_scale(self) -> None:
         """A callback may change the guidance scale: the rows still to come take the new one, counters and history stay."""
         if self.family.guidance_scale(self.pipe, self.arguments) != self._scale:
             self.plan = self._lower()
             self.loop.load_plan(self.plan)
 
-    def _noise(self, latents: torch.Tensor, dtype: torch.dtype, generator: Any) -> torch.Tensor | None:
-        """The same draw from the same generators as the stock scheduler makes in this row."""
-        if not self.schedule.linear or not self.schedule.draws[self.row]:
-            return None
-        if self._drawn is not None:
-            return self._drawn[self.row]
-        if self._drawn_now is not None:
-            noise, self._drawn_now = self._drawn_now, None
-            return noise
-        dtype = self.schedule.noise_dtype or dtype
-        return randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=dtype)
+    def _draw_ahead(self, latents: torch.Tensor) -> None:
+        """Unless somebody may use the generator between two steps, or fewer rows than the table's will run."""
+        if not self.observed and self.arguments.get("denoising_end") is None and self._passes_generator():
+            self.noise.draw_ahead(self.schedule, latents, self.arguments.get("generator"))
 
-    def _noise_ahead(self, latents: torch.Tensor) -> list[torch.Tensor | None] | None:
-        """All noise of the loop in stock's order; None where it must be drawn step by step (somebody may use the generator between).
-
-        A generator in host memory would otherwise stop every step for a copy.
-        """
-        schedule, generator = self.schedule, self.arguments.get("generator")
-        size = sum(schedule.draws) * latents.numel() * latents.element_size()
-        passed_on = self._passes_generator()
-        if (
-            self.observed
-            or self.arguments.get("denoising_end") is not None  # fewer rows run: the rest of the draws is not made
-            or not 0 < size <= NOISE_AHEAD
-            or torch.is_autocast_enabled(latents.device.type)
-            or not passed_on
-        ):
-            return None
-        shape, dtype = latents.shape, schedule.noise_dtype or latents.dtype
-        return [
-            randn_tensor(shape, generator=generator, device=latents.device, dtype=dtype) if n else None
-            for n in schedule.draws
-        ]
+    @property
+    def generator(self) -> Any:
+        """What the pipeline will hand to scheduler.step to draw from."""
+        return self.arguments.get("generator") if self._passes_generator() else None
 
     def _passes_generator(self) -> bool:
         """Whether the pipeline hands its generator to scheduler.step, where stock draws."""
         accepted = inspect.signature(self.scheduler.step).parameters
         return "generator" in accepted and hasattr(self.pipe, "prepare_extra_step_kwargs")
 
-    # Recorded --------------------------------------------------------------------------------------------------------------
-
-    def _needs_steps(self) -> str | None:
-        """Why the stock loop must go through its rows one by one."""
-        if self.family.name != "text-to-image":
-            return "only Stable Diffusion and SDXL text-to-image run as a whole"
-        if self.observed:
-            return "a callback looks at every step"
-        if self.arguments.get("denoising_end") is not None:
-            return "denoising_end ends the loop early"
-        schedule = self._compiled(self.scheduler.timesteps[0])
-        return None if schedule.linear else schedule.reason
-
-    def _record(self, arguments: Arguments, sample: torch.Tensor, branches: str, batch: int) -> bool:
-        """Run denoiser and fused op of this row, or of all, in `graphed`; False if they are to be run here."""
-        loop = self.graphed.loop
-        if self.graphed.whole:
-            self._run_whole(arguments)
-            return True
-        if arguments[1].get("return_dict") is not False or self._rescale > 0.0:
-            return False
-        self._follow_guidance_scale(sample)
-        if self.observed and self.schedule.linear:
-            seen = sample if self._seen is None else self._seen
-            loop.load_latents(seen[:batch, : loop.x.shape[1]])
-        generator = self.arguments.get("generator") if self._passes_generator() else None
-        noise = self._noise(loop.x, loop.dtype, generator)
-        if noise is not None:
-            loop.noise[0].copy_(noise)
-        self._recorded = self.graphed.step(arguments, branches, channels=loop.x.shape[1], observed=self.observed)
-        if self._recorded:
-            self.rows_run += 2 if branches == "both" else 1
-        elif self._drawn is None:
-            self._drawn_now = noise
-        return self._recorded
-
-    def _run_whole(self, arguments: Arguments) -> None:
-        loop = self.graphed.loop
-        rows = len(self.schedule.timesteps)
-        guided = len(loop.model_input) == 2 * len(loop.x)
-        branches = self.plan.branches if guided else ("cond",) * rows
-        generator = self.arguments.get("generator") if self._passes_generator() else None
-        slots = iter(loop.noise)
-        for self.row in range(rows):
-            if (noise := self._noise(loop.x, loop.dtype, generator)) is not None:
-                next(slots).copy_(noise)
-        self.row = 0
-        args, kwargs = arguments
-        if "timestep" in kwargs:
-            kwargs = {**kwargs, "timestep": loop.timestep}
-        else:
-            args = (args[0], loop.timestep, *args[2:])
-        self.graphed.generation((args, kwargs), branches, self.schedule.draws, channels=loop.x.shape[1])
-        self.rows_run += sum(2 if branch == "both" else 1 for branch in branches)
-        self._recorded = True
-
     def _rescaled(self, guided: torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor:
         """guidance_rescale of Lin et al. 2023 (arXiv 2305.08891, section 3.4): pull the standard deviation back to cond's."""
-        phi = self._rescale
+        phi = self.rescale
         if phi <= 0.0 or cond is None:
             return guided
         dims = tuple(range(1, guided.ndim))

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fastguard.doctor import doctor
+from fastguard.syncs.doctor import doctor
 
 app = typer.Typer(
     help="Memorization guard and accelerator for diffusers pipelines.",

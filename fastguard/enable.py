@@ -13,15 +13,15 @@ from contextlib import contextmanager
 from typing import Any
 
 from fastguard.call import Call
-from fastguard.capture import Graphs
-from fastguard.engine import Engine
+from fastguard.capture.engine import Engine
+from fastguard.capture.graphs import Graphs
+from fastguard.capture.tune import Tuning, tune
 from fastguard.families import Family, find
 from fastguard.pending import settled
 from fastguard.policy import Policy
 from fastguard.policy import policy as make_policy
 from fastguard.report import Report
 from fastguard.shadow import shadow
-from fastguard.tune import Tuning, tune
 
 logger = logging.getLogger("fastguard")
 
@@ -42,7 +42,7 @@ def enable(
     pipe       a diffusers pipeline on the allow-list (`fastguard.families`)
     policy     a preset's name, a policy, a path to a policy file, or a list of them: one per image (or per prompt) of every call
     capture    CUDA graphs: "off", "step" (each row is one launch), "loop" (Stable Diffusion and SDXL text-to-image: the generation
-               is one launch; else as "step"), "auto" ("step" on CUDA for small batches and latents, see `fastguard.graphed`, else
+               is one launch; else as "step"), "auto" ("step" on CUDA for small batches and latents, see `fastguard.capture.graphed`, else
                "off"). What cannot be recorded runs eagerly, and the report says why
     attention_backend  who computes the denoiser's attention: one of diffusers' names ("native", "xformers", "flash", ...); None:
                whatever the model does

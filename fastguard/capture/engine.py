@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from fastguard.attention import attend_with, check, find
-from fastguard.capture import MODES, Graphs
-from fastguard.compiled import check_compile, compile_denoiser, records_graphs
-from fastguard.fingerprint import Fingerprint
-from fastguard.graphed import Capturing
+from fastguard.capture.attention import attend_with, check, find
+from fastguard.capture.compiled import check_compile, compile_denoiser, records_graphs
+from fastguard.capture.fingerprint import Fingerprint
+from fastguard.capture.graphed import Capturing
+from fastguard.capture.graphs import MODES, Graphs
 
 
 @dataclass(frozen=True)

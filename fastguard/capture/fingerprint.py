@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from diffusers.models import attention_dispatch
 
-from fastguard.compiled import records_graphs
+from fastguard.capture.compiled import records_graphs
 
 # Of torch's own entries on every module only these say what it computes; the other ten are dictionaries of hooks for training.
 _TORCH = frozenset(vars(torch.nn.Module())) - {"_parameters", "_buffers", "_modules", "training"}

@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 
-from fastguard.capture import Graphs, Program, Workspace, records
+from fastguard.capture.fingerprint import Fingerprint
+from fastguard.capture.graphs import Graphs, Program, Workspace, records
+from fastguard.capture.static_inputs import StaticInputs, signature, unhashable
+from fastguard.capture.static_loop import LoopShape, StaticLoop
 from fastguard.denoiser import select_branch
-from fastguard.fingerprint import Fingerprint
 from fastguard.policy import Plan
 from fastguard.schedule import Schedule
-from fastguard.static_inputs import StaticInputs, signature, unhashable
-from fastguard.static_loop import LoopShape, StaticLoop
 
 # "auto" records where launches take longer than the work: the denoiser's rows times the latents' positions, 2 B h w. A forward of
 # SD 1.5 / SDXL is about 980 / 2,980 kernels, 5 / 15 ms of launches at 5 us each, whatever the batch. By arithmetic alone this is

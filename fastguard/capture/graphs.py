@@ -2,7 +2,7 @@
 
 A *body* is a function without arguments or result that works on tensors at fixed addresses. Those tensors belong to a *workspace*,
 which one call at a time may lease. A graph is kept under a key that must name all that a replay cannot notice: whoever makes the
-key (`fastguard.graphed`) answers for it, this file answers for memory, order and failure.
+key (`fastguard.capture.graphed`) answers for it, this file answers for memory, order and failure.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import torch
 
-from fastguard import cuda_graphs
+from fastguard.capture import cuda_graphs
 
 MODES = ("off", "step", "loop", "auto")
 BUDGET = 4 << 30  # bytes of pool and workspaces together

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fastguard import cuda_graphs
+from fastguard.capture import cuda_graphs
 
 MODES = ("off", "step", "loop")
 REPEATS = 5

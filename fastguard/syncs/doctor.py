@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from fastguard.syncs import SyncReport
+    from fastguard.syncs.find import SyncReport
 
 
 def doctor(

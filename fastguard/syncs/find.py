@@ -5,7 +5,7 @@
 
 The pipeline's own `__call__` runs, for a few steps, guarded if it is guarded; the pipeline itself is left as it is. On a GPU the
 program is watched as it runs, under torch's sync debug mode. Without one it runs on a CUDA device that is not there
-(`_pretend`): stock loops on labelled tensors, which have values that the loop can look at; guarded loops on fake tensors, which
+(`pretend`): stock loops on labelled tensors, which have values that the loop can look at; guarded loops on fake tensors, which
 have none, so that a look cannot go unnoticed. The model costs no memory then, whatever its size.
 """
 
@@ -20,8 +20,8 @@ from typing import Any, Literal
 
 import torch
 
-from fastguard import _probe
-from fastguard._stream import TO_DEVICE, TO_HOST, WAIT, Op, Real, Stream, innermost_line
+from fastguard.syncs import probe
+from fastguard.syncs.stream import TO_DEVICE, TO_HOST, WAIT, Op, Real, Stream, innermost_line
 
 Technique = Literal["auto", "gpu", "labelled", "fake"]
 _ALLOWED = ("auto", "gpu", "labelled", "fake")
@@ -104,7 +104,7 @@ def find_syncs(pipe: Any, *, steps: int = 4, technique: Technique = "auto", **ar
         raise ValueError(f"technique={technique!r}: must be one of {', '.join(_ALLOWED)}")
     guarded = "_fastguard_guard" in pipe.__dict__
     on_gpu = technique == "auto" and torch.device(pipe.device).type == "cuda"
-    given, arguments = arguments, arguments or _probe.example_arguments(pipe)
+    given, arguments = arguments, arguments or probe.example_arguments(pipe)
     arguments = {"output_type": "latent", "num_inference_steps": steps, **arguments}
     try:
         stream, used, broke_off = _run(pipe, arguments, "gpu" if on_gpu else technique, guarded)
@@ -130,10 +130,10 @@ def _run(pipe: Any, arguments: Mapping[str, Any], technique: str, guarded: bool)
     if technique == "gpu":
         return _on_gpu(pipe, arguments), "gpu", None
     if technique == "fake" or (technique == "auto" and guarded):
-        stream, broke_off = _probe.run(pipe, arguments, values=False)
+        stream, broke_off = probe.run(pipe, arguments, values=False)
         if broke_off is None or technique == "fake":
             return stream, "fake", broke_off
-    stream, broke_off = _probe.run(pipe, arguments, values=True)
+    stream, broke_off = probe.run(pipe, arguments, values=True)
     return stream, "labelled", broke_off
 
 
@@ -150,10 +150,10 @@ def _on_gpu(pipe: Any, arguments: Mapping[str, Any]) -> Stream:
     device = torch.device(pipe.device)
     moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
     stream = Stream()
-    twin = _probe.copy_of(pipe, stream, None)
+    twin = probe.copy_of(pipe, stream, None)
     twin(**moved)
     stream.forget()
-    with Real(stream), _sync_debug(stream), _probe.counted(twin, stream):
+    with Real(stream), _sync_debug(stream), probe.counted(twin, stream):
         twin(**moved)
     return stream
 

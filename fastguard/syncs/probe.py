@@ -20,9 +20,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
-from fastguard._pretend import DEVICE, Labelled, Pretend
-from fastguard._stream import Op, Stream
 from fastguard.enable import enable
+from fastguard.syncs.pretend import DEVICE, Labelled, Pretend
+from fastguard.syncs.stream import Op, Stream
 
 _DENOISERS = ("unet", "transformer")
 _MODELS = (*_DENOISERS, "controlnet", "vae")

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastguard._pretend import tensors_in
+from fastguard.syncs.pretend import tensors_in
 
 WAIT, TO_HOST, TO_DEVICE = "synchronisation", "copy to host", "copy to device"
 
-_OURS = ("_stream.py", "_pretend.py", "_probe.py", "syncs.py")
+_OURS = ("stream.py", "pretend.py", "probe.py", "find.py")
 _NOT_A_CAUSE = (
     *(str(Path(__file__).with_name(name)) for name in _OURS),
     *(str(Path(torch.__file__).parent), warnings.__file__, contextlib.__file__, "<"),

@@ -16,7 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from fastguard import capture
+from fastguard.capture import graphs
 
 aten = torch.ops.aten
 RANDOM = ("rand", "normal", "bernoulli", "native_dropout", "exponential", "uniform")
@@ -152,11 +152,11 @@ def recording() -> Iterator[list[Recorder]]:
         made.append(Recorder(device))
         return made[-1]
 
-    capture.RECORDERS["cpu"] = make
+    graphs.RECORDERS["cpu"] = make
     try:
         yield made
     finally:
-        del capture.RECORDERS["cpu"]
+        del graphs.RECORDERS["cpu"]
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:

@@ -1,4 +1,4 @@
-"""The order of the torch.cuda calls, against a stand-in that writes them down: every branch of `fastguard.cuda_graphs`."""
+"""The order of the torch.cuda calls, against a stand-in that writes them down: every branch of `fastguard.capture.cuda_graphs`."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import threading
 import pytest
 import torch
 
-from fastguard import capture, cuda_graphs
+from fastguard.capture import cuda_graphs
+from fastguard.capture.graphs import Graphs, Program, records
 
 DEVICE = torch.device("cuda", 0)
 
 
 class Cuda:
-    """What `fastguard.cuda_graphs` uses of torch.cuda, written down in `log`."""
+    """What `fastguard.capture.cuda_graphs` uses of torch.cuda, written down in `log`."""
 
     def __init__(self):
         self.log = []
@@ -225,14 +226,14 @@ def test_clock_and_memory(cuda):
 
 def test_capture_uses_it_on_cuda(cuda, monkeypatch):
     """`Graphs` on top: lease, record, replay, evict, in this order."""
-    assert capture.records(DEVICE) and not capture.records(torch.device("cpu"))
+    assert records(DEVICE) and not records(torch.device("cpu"))
     monkeypatch.setattr(cuda, "is_available", lambda: False)
-    assert not capture.records(DEVICE)
-    graphs = capture.Graphs(limit=1)
+    assert not records(DEVICE)
+    graphs = Graphs(limit=1)
     content = type("Content", (), {"nbytes": 8})()
     workspace = graphs.lease("shape", DEVICE, lambda: content)
     for key in ("a", "a", "b"):
-        program = graphs.program(workspace, key, lambda: capture.Program(lambda: None))
+        program = graphs.program(workspace, key, lambda: Program(lambda: None))
         assert graphs.run(workspace, key, program) is None
     graphs.give_back(workspace)
     kinds = [line.split(" ")[0] for line in cuda.log if line.split(" ")[0] in ("capture", "replay", "reset")]
@@ -243,7 +244,7 @@ def test_capture_uses_it_on_cuda(cuda, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_real_graph():
-    graphs = capture.Graphs()
+    graphs = Graphs()
     device = torch.device("cuda", torch.cuda.current_device())
     content = type("Content", (), {"nbytes": 4096})()
     content.x = torch.zeros(1024, device=device)
@@ -254,7 +255,7 @@ def test_a_real_graph():
         content.x.add_(weight * 2)
 
     for _ in range(3):
-        program = graphs.program(workspace, "k", lambda: capture.Program(body, keeps=[content.x]))
+        program = graphs.program(workspace, "k", lambda: Program(body, keeps=[content.x]))
         assert graphs.run(workspace, "k", program) is None
     assert torch.equal(content.x, weight * 6)
     graphs.give_back(workspace)

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 
 import fastguard
-from fastguard import attention
-from fastguard.fingerprint import Fingerprint
-from tests import pipelines, simulator
+from fastguard.capture import attention
+from fastguard.capture.fingerprint import Fingerprint
+from tests import pipelines
+from tests.capture import simulator
 
 SIZE = {"height": 16, "width": 16}
 
@@ -248,7 +249,7 @@ def test_a_model_that_synchronises_falls_back_and_says_so(sd, monkeypatch):
 
 
 def test_arguments_that_nobody_can_compare_stay_eager(sd):
-    from fastguard.static_inputs import unhashable
+    from fastguard.capture.static_inputs import unhashable
 
     assert unhashable(((torch.ones(1), 2.0, None), {"a": [{"b": "c"}]})) is None
     found = unhashable(((), {"cross_attention_kwargs": {"mask": object()}}))

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import fastguard
-from fastguard.fingerprint import Fingerprint
-from tests import pipelines, schedulers, simulator
+from fastguard.capture.fingerprint import Fingerprint
+from tests import pipelines, schedulers
+from tests.capture import simulator
 
 SIZE = {"height": 16, "width": 16}
 
@@ -330,8 +331,8 @@ def test_ip_adapter_scale(blind, monkeypatch):
 @pytest.mark.parametrize("blind", [False, True], ids=["", "planted"])
 @pytest.mark.parametrize("name", ["prompt", "scale", "controlnet", "backend"])
 def test_changed_arguments(name, blind, monkeypatch):
-    from fastguard import fingerprint, graphed
-    from fastguard.static_inputs import StaticInputs
+    from fastguard.capture import fingerprint, graphed
+    from fastguard.capture.static_inputs import StaticInputs
 
     if blind:  # in the same order: nothing is copied; plain values are not looked at; torch's switches neither
         patches = {

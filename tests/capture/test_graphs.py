@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastguard.capture import Graphs, Program
-from tests import simulator
+from fastguard.capture.graphs import Graphs, Program
+from tests.capture import simulator
 
 CPU = torch.device("cpu")
 

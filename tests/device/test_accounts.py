@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from bench import accounts, gpu, gpu_benchmarks, real_size, roofline
-from fastguard import _probe
-from fastguard._pretend import Pretend
 from fastguard.kernels.layout import State
 from fastguard.loop import Loop
+from fastguard.syncs import probe
+from fastguard.syncs.pretend import Pretend
 from tests import schedulers
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers' about the schedulers' configurations
@@ -27,7 +27,7 @@ def sized(request):
     def pipe(name, dtype=torch.float16):
         return real_size.pipeline(request.param, schedulers.SD[name](), models[dtype], dtype)
 
-    with _probe.remembering():
+    with probe.remembering():
         yield request.param, pipe
 
 

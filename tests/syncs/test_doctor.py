@@ -9,7 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 from fastguard.cli import app
-from fastguard.doctor import examine
+from fastguard.syncs.doctor import examine
 from tests import pipelines
 
 

@@ -11,8 +11,8 @@ import pytest
 
 import fastguard
 from bench import real_size
-from fastguard import _probe
-from fastguard._stream import TO_DEVICE, WAIT
+from fastguard.syncs import probe
+from fastguard.syncs.stream import TO_DEVICE, WAIT
 from tests import schedulers
 
 STEPS = 4
@@ -22,7 +22,7 @@ STEPS = 4
 def sized(request):
     """(size, function from scheduler to pipeline); the UNet runs once for each kind of arguments."""
     model = real_size.unet(request.param)
-    with _probe.remembering():
+    with probe.remembering():
         yield request.param, lambda scheduler: real_size.pipeline(request.param, scheduler, model)
 
 
@@ -31,6 +31,34 @@ def sized(request):
 def test_guarded_loop_neither_waits_nor_copies(sized, name):
     _, pipeline = sized
     pipe = pipeline(schedulers.SD[name]())
+    with fastguard.enable(pipe, "og+dtp", gate=0.02):
+        report = fastguard.assert_sync_free(pipe, steps=STEPS)
+    assert report.technique == "fake" and report.guarded
+    assert report.steps >= STEPS
+
+
+@pytest.mark.parametrize("capture", ["off", "step", "loop"])
+@pytest.mark.filterwarnings("ignore")
+def test_the_body_that_is_captured_neither_waits_nor_copies(sized, capture):
+    """With capture asked for, the loop on a device that has no graphs runs the captured body eagerly."""
+    _, pipeline = sized
+    pipe = pipeline(schedulers.SD["ddim"]())
+    with fastguard.enable(pipe, "og+dtp", gate=0.02, capture=capture):
+        fastguard.assert_sync_free(pipe, steps=STEPS)
+
+
+@pytest.fixture(scope="module")
+def flow():
+    """From a flow scheduler to SD3 Medium's pipeline."""
+    model = real_size.sd3(schedulers.FLOW["flow-euler"]()).transformer
+    with probe.remembering():
+        yield lambda scheduler: real_size.sd3(scheduler, model)
+
+
+@pytest.mark.parametrize("name", schedulers.FLOW)
+@pytest.mark.filterwarnings("ignore")
+def test_guarded_flow_loop_neither_waits_nor_copies(flow, name):
+    pipe = flow(schedulers.FLOW[name]())
     with fastguard.enable(pipe, "og+dtp", gate=0.02):
         report = fastguard.assert_sync_free(pipe, steps=STEPS)
     assert report.technique == "fake" and report.guarded

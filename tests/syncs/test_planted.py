@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import fastguard
-from fastguard import _probe
-from fastguard._stream import TO_DEVICE, TO_HOST, WAIT, Real, Stream
 from fastguard.loop import Loop
-from fastguard.syncs import _sync_debug
+from fastguard.syncs import probe
+from fastguard.syncs.find import _sync_debug
+from fastguard.syncs.stream import TO_DEVICE, TO_HOST, WAIT, Real, Stream
 from tests import pipelines
 
 HERE = "test_planted.py"
@@ -56,7 +56,7 @@ def test_in_a_callback(pipe, fault, guarded):
         run(kwargs["latents"])
         return kwargs
 
-    arguments = {**_probe.example_arguments(pipe), "callback_on_step_end": callback}
+    arguments = {**probe.example_arguments(pipe), "callback_on_step_end": callback}
     if not guarded:
         pipe.scheduler = _euler()
         assert planted(fastguard.find_syncs(pipe, **arguments), kind, culprit) == 4
@@ -139,7 +139,7 @@ def test_copies_that_do_not_wait_are_reported_as_such(pipe):
         return kwargs
 
     with fastguard.enable(pipe, "cfg"):
-        report = fastguard.find_syncs(pipe, **_probe.example_arguments(pipe), callback_on_step_end=callback)
+        report = fastguard.find_syncs(pipe, **probe.example_arguments(pipe), callback_on_step_end=callback)
     assert [op.blocking for op in report.ops] == [False] * 4
 
 
@@ -148,7 +148,7 @@ def test_noise_of_host_generators_is_brought_before_the_loop(pipe):
     import diffusers
 
     pipe.scheduler = diffusers.EulerAncestralDiscreteScheduler(**pipelines.BETAS, steps_offset=1)
-    arguments = {**_probe.example_arguments(pipe), "generator": torch.Generator().manual_seed(0)}
+    arguments = {**probe.example_arguments(pipe), "generator": torch.Generator().manual_seed(0)}
     stock = fastguard.find_syncs(pipe, **arguments)
     assert sum(op.sync is TO_DEVICE and op.blocking for op in stock.ops) == 4
     with fastguard.enable(pipe, "cfg"):
