@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
+from fastguard.capture import graphs
 from fastguard.capture.fingerprint import Fingerprint
-from fastguard.capture.graphs import Graphs, Program, Workspace, records
+from fastguard.capture.graphs import Graphs, Program, Workspace
 from fastguard.capture.static_inputs import StaticInputs, signature, unhashable
 from fastguard.capture.static_loop import LoopShape, StaticLoop
 from fastguard.denoiser import select_branch
@@ -44,7 +45,7 @@ class Capturing:
     refusal: str | None = None
 
     def available(self, device: torch.device) -> bool:
-        return self.mode != "off" and records(device)
+        return self.mode != "off" and graphs.records(device)
 
 
 class Graphed:
@@ -91,7 +92,7 @@ class Graphed:
             if mode in ("step", "loop"):
                 self.reason = f"capture={mode!r}: nothing records graphs on device {device.type!r}"
             return None
-        if type(latents) is not torch.Tensor:  # fake, or watched by somebody: nothing that a graph could hold
+        if not graphs.holds(latents):
             return None
         if mode == "auto" and halves * latents[:, 0].numel() > LAUNCH_BOUND:
             return None

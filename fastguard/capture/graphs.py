@@ -49,6 +49,11 @@ def records(device: torch.device) -> bool:
     return device.type in RECORDERS and (device.type != "cuda" or cuda_graphs.available())
 
 
+def holds(tensor: torch.Tensor) -> bool:
+    """Whether a graph can hold the tensor: not a fake one, nor one that somebody watches."""
+    return type(tensor) is torch.Tensor
+
+
 class Content(Protocol):
     """The tensors of a workspace, whatever they are."""
 

@@ -123,7 +123,7 @@ def _scheduler_class(base: Any) -> type:
 
 
 def copy_of(pipe: Any, stream: Stream, device: torch.device | None) -> Any:
-    """The pipeline again, under the same policy if it is guarded; the stream is open while its progress bar is.
+    """The pipeline again, under the same policy and options if it is guarded; the stream is open while its progress bar is.
 
     device  where it believes to be; None: where it is
     """
@@ -150,7 +150,10 @@ def copy_of(pipe: Any, stream: Stream, device: torch.device | None) -> Any:
     twin.__dict__["_progress_bar_config"] = {"disable": True}
     twin.__dict__["_all_hooks"] = []
     if guard is not None:
-        enable(twin, guard.policy)
+        engine = guard.engine
+        # A denoiser that is not there cannot be compiled, nor an attention kernel tried on it; what is captured is the same.
+        real = {"attention_backend": engine.attention_backend, "compile": engine.compile or False} if not device else {}
+        enable(twin, guard.policy, capture=engine.capture, **real)
     return twin
 
 

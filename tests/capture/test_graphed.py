@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import random
 
@@ -9,7 +10,10 @@ import pytest
 import torch
 
 import fastguard
+from fastguard.capture import attention, engine
 from fastguard.capture.fingerprint import Fingerprint
+from fastguard.capture.static_loop import StaticLoop
+from fastguard.loop import Loop
 from tests import pipelines, schedulers
 from tests.capture import simulator
 
@@ -72,6 +76,14 @@ def test_schedulers(name, mode):
     check(pipe, policy, mode, steps=4 if "3" in name else 3)
 
 
+@pytest.mark.parametrize("name", schedulers.OWN_STEP)
+def test_schedulers_with_a_step_of_their_own(name):
+    """Denoiser, decision and guidance are recorded, the scheduler's own step() runs."""
+    pipe = pipelines.sd(scheduler=schedulers.OWN_STEP[name]())
+    for mode in ("step", "loop"):
+        check(pipe, "og+dtp", mode, path="own step, step graph", steps=4)
+
+
 @pytest.mark.parametrize("mode", ["step", "loop"])
 @pytest.mark.parametrize(
     "policy",
@@ -107,6 +119,31 @@ def test_sdxl(mode):
 def test_pixart():
     kwargs = {"prompt": None, "negative_prompt": None, "use_resolution_binning": False}
     check(pipelines.pixart(), **kwargs, **pipelines.pixart_embeds(2))
+
+
+class Int8(torch.nn.Module):
+    """A linear layer with weights in 8 bits, as quantised models have them."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.scale = torch.nn.Parameter(linear.weight.detach().abs().amax() / 127)
+        self.register_buffer("weight", (linear.weight.detach() / self.scale).round().to(torch.int8))
+        self.bias = linear.bias
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.weight.to(x.dtype) * self.scale, self.bias)
+
+
+def test_quantised_weights():
+    pipe = pipelines.sd()
+    plain, _ = eager(pipe)
+    for module in list(pipe.unet.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is torch.nn.Linear and name in ("to_q", "to_k", "to_v"):
+                setattr(module, name, Int8(child))
+    for mode in ("step", "loop"):
+        check(pipe, mode=mode, times=2)
+    assert not torch.equal(eager(pipe)[0], plain)
 
 
 def test_own_step_and_what_a_graph_does_not_do():
@@ -374,6 +411,121 @@ def test_changed_arguments(name, blind, monkeypatch):
         assert (recorded_anew == 0) == blind
     else:
         assert torch.equal(after, expected) != blind
+
+
+# Who computes attention, and whether it is compiled, changes no number worth speaking of: planted backends do.
+
+
+def _halved_attention(monkeypatch):
+    """Attention backend "native_math" as one that computes half of it."""
+    dispatch = attention.dispatch.dispatch_attention_fn
+
+    def halved(*args, backend=None, **kwargs):
+        return dispatch(*args, backend=backend, **kwargs) * (0.5 if backend is attention.Backend._NATIVE_MATH else 1.0)
+
+    monkeypatch.setattr(attention.dispatch, "dispatch_attention_fn", halved)
+    monkeypatch.setattr(engine, "check", lambda *args: None)
+    return {"attention_backend": "native"}, {"attention_backend": "native_math"}
+
+
+def _halving_compiler(monkeypatch):
+    """A torch.compile after which the denoiser gives half of what it did."""
+
+    def compiled(denoiser, options):
+        return denoiser if options is None else lambda *args, **kwargs: (denoiser(*args, **kwargs)[0] * 0.5,)
+
+    monkeypatch.setattr(engine, "compile_denoiser", compiled)
+    return {}, {"compile": True}
+
+
+@pytest.mark.parametrize("blind", [False, True], ids=["", "planted"])
+@pytest.mark.parametrize("plant", [_halved_attention, _halving_compiler])
+def test_changed_options_are_recorded_anew(sd, plant, blind, monkeypatch):
+    first, second = plant(monkeypatch)
+    with fastguard.enable(sd, "cfg", capture="off", **second):
+        expected = call(sd, steps=2)
+    if blind:
+        lend = engine.Engine.lend
+
+        def without_options(self, *args):
+            runs, capturing = lend(self, *args)
+            return runs, dataclasses.replace(capturing, options=None)
+
+        monkeypatch.setattr(engine.Engine, "lend", without_options)
+    with fastguard.enable(sd, "cfg", capture="step", **first) as guard:
+        before = call(sd, steps=2)
+        fastguard.enable(sd, "cfg", capture="step", **second)
+        after = call(sd, steps=2)
+        assert guard.report.path == "fused, step graph", guard.report.reason
+    assert not torch.equal(before, expected), "the change must matter"
+    assert torch.equal(after, expected) != blind
+
+
+@pytest.mark.parametrize("blind", [False, True], ids=["", "planted"])
+@pytest.mark.parametrize("where", ["registry", "model"])
+def test_diffusers_own_choice_of_attention_is_looked_at(where, blind, monkeypatch):
+    """`attention_backend` of diffusers, as a context and on the model: only whether it was looked at can be seen on the CPU."""
+    pipe = pipelines.sd()
+    if blind:
+        monkeypatch.setattr(Fingerprint, "__call__", lambda self: "always the same")
+    with fastguard.enable(pipe, "cfg", capture="step") as guard:
+        call(pipe, steps=2)
+        if where == "registry":
+            with attention.dispatch.attention_backend("_native_math"):
+                call(pipe, steps=2)
+        else:
+            pipe.unet.set_attention_backend("_native_math")
+            call(pipe, steps=2)
+        assert len(guard.graphs()) == (1 if blind else 2)
+
+
+def _python_counter(monkeypatch):
+    advance = Loop.advance
+
+    def counting(self, *args):
+        self.calls = getattr(self, "calls", 0) + 1
+        advance(self, *args)
+        self.x.mul_(1.0 + 0.1 * self.calls)
+
+    monkeypatch.setattr(Loop, "advance", counting)
+
+
+def _baked_scale(monkeypatch):
+    advance = Loop.advance
+    for kind in (Loop, StaticLoop):
+
+        def remembering(self, plan, load_plan=kind.load_plan):
+            load_plan(self, plan)
+            self.scale = float(plan.guidance.max())
+
+        monkeypatch.setattr(kind, "load_plan", remembering)
+
+    def scaled(self, uncond, cond, noise):
+        advance(self, uncond * self.scale, cond, noise)
+
+    monkeypatch.setattr(Loop, "advance", scaled)
+
+
+def _fresh_tensor(monkeypatch):
+    load = StaticLoop.load
+
+    def fresh(self, *args):
+        self.guidance = torch.zeros_like(self.guidance)
+        load(self, *args)
+
+    monkeypatch.setattr(StaticLoop, "load", fresh)
+
+
+@pytest.mark.parametrize("mode", ["step", "loop"])
+@pytest.mark.parametrize("plant", [_python_counter, _baked_scale, _fresh_tensor])
+def test_planted_faults_of_our_own_loop_show_as_wrong_images(sd, plant, mode, monkeypatch):
+    plant(monkeypatch)
+    expected, _ = eager(sd, guidance_scale=9.0)
+    with fastguard.enable(sd, "cfg", capture=mode) as guard:
+        call(sd, guidance_scale=2.0)
+        after = call(sd, guidance_scale=9.0)
+        assert guard.report.path == f"fused, {mode} graph" and len(guard.graphs()) == 1
+    assert not torch.equal(after, expected)
 
 
 def test_toggling_between_two_models_records_each_once():

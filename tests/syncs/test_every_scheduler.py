@@ -37,16 +37,6 @@ def test_guarded_loop_neither_waits_nor_copies(sized, name):
     assert report.steps >= STEPS
 
 
-@pytest.mark.parametrize("capture", ["off", "step", "loop"])
-@pytest.mark.filterwarnings("ignore")
-def test_the_body_that_is_captured_neither_waits_nor_copies(sized, capture):
-    """With capture asked for, the loop on a device that has no graphs runs the captured body eagerly."""
-    _, pipeline = sized
-    pipe = pipeline(schedulers.SD["ddim"]())
-    with fastguard.enable(pipe, "og+dtp", gate=0.02, capture=capture):
-        fastguard.assert_sync_free(pipe, steps=STEPS)
-
-
 @pytest.fixture(scope="module")
 def flow():
     """From a flow scheduler to SD3 Medium's pipeline."""

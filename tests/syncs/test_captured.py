@@ -1,0 +1,130 @@
+"""The recorded path neither waits nor copies: with a stand-in that runs what it is given to record, on fake `cuda` tensors.
+
+What a guard does around a replay (copying arguments that changed, noise, the loop's tensors) and what it records are watched alike.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+import fastguard
+from bench import real_size
+from fastguard.capture import cuda_graphs, graphed, graphs
+from fastguard.capture.static_inputs import StaticInputs
+from fastguard.syncs import probe
+from fastguard.syncs.stream import TO_DEVICE
+from tests import schedulers
+
+STEPS = 4
+
+
+class Runner:
+    """In the place of `cuda_graphs.Recorder`: a graph is its body, a replay runs it."""
+
+    def __init__(self, device):
+        self.lock, self.replays = threading.RLock(), 0
+        runners.append(self)
+
+    def record(self, body, warm_up, keeps):
+        return body
+
+    def replay(self, body):
+        self.replays += 1
+        body()
+
+    def release(self, body): ...
+    def enter(self): ...
+    def leave(self): ...
+    def new_pool(self): ...
+
+    def pool_bytes(self):
+        return 0
+
+
+runners: list[Runner] = []
+
+
+def place(tensor):
+    """Fake tensors have no address: which storage, and where in it."""
+    return tensor.untyped_storage()._cdata + tensor.storage_offset()
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """A device that records."""
+    runners.clear()
+    real = torch.Tensor.data_ptr
+    monkeypatch.setitem(graphs.RECORDERS, "cuda", Runner)
+    monkeypatch.setattr(cuda_graphs, "available", lambda: True)
+    monkeypatch.setattr(graphs, "holds", lambda tensor: True)
+    monkeypatch.setattr(torch.Tensor, "data_ptr", lambda t: place(t) if isinstance(t, FakeTensor) else real(t))
+    monkeypatch.setattr("fastguard.capture.static_inputs._storage", lambda tensor: tensor.untyped_storage()._cdata)
+
+
+@pytest.fixture(scope="module", params=real_size.SIZES)
+def sized(request):
+    model = real_size.unet(request.param)
+    with probe.remembering():
+        yield lambda scheduler: real_size.pipeline(request.param, scheduler, model)
+
+
+@pytest.mark.parametrize("mode", ["step", "loop"])
+@pytest.mark.parametrize("name", schedulers.SD)
+@pytest.mark.filterwarnings("ignore")  # diffusers' about the schedulers' configurations
+def test_neither_waits_nor_copies(sized, device, name, mode):
+    pipe = sized(schedulers.SD[name]())
+    with fastguard.enable(pipe, "og+dtp", gate=0.02, capture=mode):
+        report = fastguard.assert_sync_free(pipe, steps=STEPS)
+    assert report.technique == "fake" and report.steps >= STEPS
+    (runner,) = runners
+    assert runner.replays == (1 if mode == "loop" else report.steps)
+
+
+@pytest.fixture(scope="module")
+def flow():
+    model = real_size.sd3(schedulers.FLOW["flow-euler"]()).transformer
+    with probe.remembering():
+        yield lambda scheduler: real_size.sd3(scheduler, model)
+
+
+@pytest.mark.parametrize("name", schedulers.FLOW)
+def test_flow_step_neither_waits_nor_copies(flow, device, name):
+    pipe = flow(schedulers.FLOW[name]())
+    with fastguard.enable(pipe, "og+dtp", gate=0.02, capture="step"):
+        report = fastguard.assert_sync_free(pipe, steps=STEPS)
+    (runner,) = runners
+    assert report.technique == "fake" and runner.replays == report.steps >= STEPS
+
+
+@pytest.mark.parametrize("mode", ["step", "loop"])
+def test_planted_copy_and_wait_around_a_replay_are_found(sized, device, mode, monkeypatch):
+    load = StaticInputs.load
+
+    def copying(self, tree, *, always=False):
+        load(self, tree, always=always)
+        self._buffers[0].copy_(torch.zeros(self._buffers[0].shape))
+
+    monkeypatch.setattr(StaticInputs, "load", copying)
+    pipe = sized(schedulers.SD["ddim"]())
+    with fastguard.enable(pipe, "og+dtp", gate=0.02, capture=mode):
+        report = fastguard.find_syncs(pipe, steps=STEPS, technique="fake")
+    assert {(op.sync, op.code) for op in report.ops} == {(TO_DEVICE, "self._buffers[0].copy_(torch.zeros(self._buffers[0].shape))")}  # fmt: skip
+    assert len(report.ops) == (1 if mode == "loop" else STEPS)
+
+
+def test_planted_wait_in_what_is_recorded_is_found(sized, device, monkeypatch):
+    row = graphed.Graphed._row
+
+    def waiting(self, *args):
+        row(self, *args)
+        assert self.loop.x.sum().item() != 1.0
+
+    monkeypatch.setattr(graphed.Graphed, "_row", waiting)
+    pipe = sized(schedulers.SD["ddim"]())
+    with fastguard.enable(pipe, "og+dtp", gate=0.02, capture="step"):
+        report = fastguard.find_syncs(pipe, steps=STEPS, technique="fake")
+    assert report.broke_off and "self.loop.x.sum().item()" in str(report)
