@@ -1,0 +1,210 @@
+"""tables.md, report.html, summary.json, plots and results.parquet from what the store has."""
+
+from __future__ import annotations
+
+import html
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from bench.metrics import Fid, note
+from bench.paper import plots, tables
+from bench.paper.inputs import Item, TrainingSet
+from bench.paper.store import Store
+from bench.paper.summary import summarise
+from bench.paper.tables import Table
+from bench.paper.work import PLAIN, WATCHED, Amount
+from fastguard.files import finite, write_atomic, write_json
+from fastguard.testbed import page as html_page
+
+SHOWN = 8  # prompts of the picture grid
+
+
+def markdown(table: Table) -> str:
+    """A Markdown table with its title and notes."""
+    lines = [table.head, ["---"] * len(table.head), *table.rows]
+    body = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return f"## {table.title}\n\n{body}\n\n" + "\n".join(f"- {line}" for line in table.notes) + "\n"
+
+
+def as_html(table: Table) -> str:
+    """The same as HTML."""
+    notes = "".join(f"<li>{html.escape(line)}</li>" for line in table.notes)
+    return f"<div style='overflow-x:auto'>{html_page.table(table.title, table.head, table.rows)}</div><ul class=note>{notes}</ul>"
+
+
+def fid_values(store: Store, methods: Sequence[str], amount: Amount, fid: Fid, training: TrainingSet) -> dict[str, Any]:
+    """FID of each method's images against the training images, by group of prompts."""
+    found: dict[str, Any] = {"network": fid.network, "values": {}, "notes": {}}
+    for group in ("memorized", "ordinary"):
+        seeds = amount.seeds if group == "memorized" else amount.ordinary
+        values, counts = {}, []
+        for name in methods:
+            rows = [
+                r
+                for r in store.rows
+                if (r["method"], r["group"], r["scale"]) == (name, group, amount.scale) and r["seed"] < seeds
+            ]
+            if len(rows) >= 2 and len(training) >= 2:
+                values[name] = fid([Image.open(store.out / r["image"]) for r in rows], training)
+                counts.append(len(rows))
+        if values:
+            found["values"][group], found["notes"][group] = values, note(min(counts))
+    return found
+
+
+def picture_grid(
+    store: Store, items: Sequence[Item], methods: Sequence[str], scale: float, training: TrainingSet
+) -> Path:
+    """The first memorized prompts, seed 0, every method at the tables' scale."""
+    shown = [item for item in items if item.group == "memorized"][:SHOWN]
+    path = {
+        (row["method"], row["id"]): store.out / row["image"]
+        for row in store.rows
+        if row["group"] == "memorized" and row["seed"] == 0 and row["scale"] == scale
+    }
+    pictures = [
+        [Image.open(path[name, item.id]) if (name, item.id) in path else None for name in methods] for item in shown
+    ]
+    return plots.grid(
+        store.out / "grid.png",
+        [item.prompt for item in shown],
+        [training[item.training[0]] if item.training else None for item in shown],
+        methods,
+        pictures,
+    )
+
+
+def write(
+    store: Store,
+    items: Sequence[Item],
+    methods: Mapping[str, Mapping[str, Any]],
+    amount: Amount,
+    settings: Mapping[str, Any],
+    networks: Mapping[str, str],
+    training: TrainingSet,
+    fid: Fid | None = None,
+    command: str = "",
+) -> dict[str, Any]:
+    """Write everything; returns the summary. `methods`: name -> source, ours, peer, and "skipped" with a reason if it was not run."""
+    ran, skipped = _finished(store, items, methods, amount)
+    result = summarise(store.rows, ran, amount, settings["steps"])
+    frechet = {} if fid is None else fid_values(store, list(ran), amount, fid, training)
+    result.update(
+        {"settings": dict(settings), "networks": dict(networks), "fid": frechet, "skipped": skipped, "command": command}
+    )
+    shown = _tables(result, networks, frechet, amount)
+    figures = _figures(store, result, items, list(result["tables"]["memorized"]), amount, networks, training, ran)
+
+    verdicts = [text for one in result["verdicts"].values() for text in one["sentences"]]
+    facts = _facts(result, items, amount, settings, skipped)
+    sources = Table("Methods", ["method", "source"], [[name, str(one["source"])] for name, one in ran.items()])
+    parts = [
+        "# The paper's tables\n\nWritten by `python -m bench paper`; do not edit.\n",
+        "\n".join(f"- {line}" for line in verdicts) + "\n",
+        "\n".join(f"- {line}" for line in facts) + "\n",
+        *(markdown(one) for one in [*shown, sources]),
+    ]
+    write_atomic(store.out / "tables.md", "\n".join(parts))
+    lead = " ".join(verdicts)
+    body = "".join(as_html(one) for one in [*shown, sources])
+    write_atomic(
+        store.out / "report.html",
+        html_page.page("The paper's tables: memorization guards compared", lead, figures, body, " ".join(facts)),
+    )
+    write_json(store.out / "summary.json", finite(result))
+    store.parquet()
+    return result
+
+
+def _finished(
+    store: Store, items: Sequence[Item], methods: Mapping[str, Mapping[str, Any]], amount: Amount
+) -> tuple[dict[str, Mapping[str, Any]], dict[str, str]]:
+    """The methods with every image of the main table, those of earlier runs too; and why others are not there."""
+    needed = sum(item.group == "memorized" for item in items) * amount.seeds
+    have = Counter(
+        row["method"]
+        for row in store.rows
+        if row["group"] == "memorized" and row["scale"] == amount.scale and row["seed"] < amount.seeds
+    )
+    ran = {name: one for name, one in methods.items() if have[name] >= needed}
+    skipped = {name: one["skipped"] for name, one in methods.items() if one.get("skipped") and name not in ran}
+    skipped.update({name: "an earlier run did not finish it" for name in have if name not in ran})
+    return ran, skipped
+
+
+def _facts(
+    result: Mapping[str, Any],
+    items: Sequence[Item],
+    amount: Amount,
+    settings: Mapping[str, Any],
+    skipped: Mapping[str, str],
+) -> list[str]:
+    prompts = {group: sum(item.group == group for item in items) for group in ("memorized", "ordinary")}
+    facts = [
+        f"Model {settings['model']} (weights {settings['weights'][:12]}), {settings['scheduler']}, {settings['steps']} steps, "
+        f"guidance scale {amount.scale:g} in the tables; {settings['dtype']} on {settings['device']}; "
+        + ", ".join(f"{k} {v}" for k, v in settings["versions"].items())
+        + ".",
+        f"{prompts['memorized']} memorized prompts with {amount.seeds} seeds, {prompts['ordinary']} ordinary ones with {amount.ordinary}"
+        + (f", {amount.detection} seeds of {WATCHED} for detection" if amount.detection else "")
+        + "; every method starts from the same noise for the same prompt and seed.",
+        f"Cost: rows of the denoiser's batches, relative to {PLAIN!r} on the same prompts. Seconds: wall clock of the whole call, in "
+        f"batches of {amount.batch}, one run, so not a benchmark of speed.",
+    ]
+    if skipped:
+        facts.append("Not run: " + "; ".join(f"{name} ({reason})" for name, reason in skipped.items()) + ".")
+    if result["command"]:
+        facts.append(f"Command: {result['command']}")
+    return facts
+
+
+def _tables(
+    result: Mapping[str, Any], networks: Mapping[str, str], frechet: Mapping[str, Any], amount: Amount
+) -> list[Table]:
+    shown = []
+    for group, text in (("memorized", "Memorized prompts"), ("ordinary", "Ordinary prompts")):
+        if result["tables"][group]:
+            title = f"{text}, guidance scale {amount.scale:g}"
+            shown.append(tables.methods_table(title, result["tables"][group], networks, frechet, group))
+    for axis, one in result["verdicts"].items():
+        if one["possible"]:
+            shown.append(tables.comparison_table(one, axis, networks))
+    if result["detection"]:
+        shown.append(tables.detection_table(result["detection"]))
+    shown.append(tables.published_table(result["tables"]["memorized"], networks))
+    if result["curves"].get("similarity"):
+        shown.append(tables.points_table(result["curves"]["similarity"], result["cost"], networks))
+    return shown
+
+
+def _figures(
+    store: Store,
+    result: Mapping[str, Any],
+    items: Sequence[Item],
+    methods: Sequence[str],
+    amount: Amount,
+    networks: Mapping[str, str],
+    training: TrainingSet,
+    known: Mapping[str, Mapping[str, Any]],
+) -> list[tuple[str, Path]]:
+    figures = []
+    ours = [name for name in methods if known[name]["ours"]]
+    for axis, curves in result["curves"].items():
+        if curves:
+            path = store.out / f"curves-{axis.replace(' ', '-')}.png"
+            best = result["verdicts"][axis].get("best")
+            plots.tradeoff(path, curves, result["cost"], ours, best, axis, networks["faithful"])
+            figures.append(
+                (f"Faithfulness against {axis}, a point a guidance scale (small numbers). Up and left is better.", path)
+            )
+    rows = [r for r in store.rows if r["method"] == WATCHED and r["scale"] == amount.scale]
+    drawn = plots.d_curves(store.out / "d-curves.png", rows)
+    if drawn is not None:
+        figures.append(("RMS(c - u) by timestep. Network: the model's own denoiser.", drawn))
+    grid = picture_grid(store, items, methods, amount.scale, training)
+    figures.append((f"A row a prompt, the same noise in every column; guidance scale {amount.scale:g}.", grid))
+    return figures

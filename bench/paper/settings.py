@@ -1,0 +1,90 @@
+"""What a run was asked for, kept in settings.json: results of different settings are never mixed in one folder."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastguard
+from bench.paper.inputs import BadInput, Item
+from fastguard.files import read_json, write_json
+
+SETTINGS = "settings.json"
+FORMAT = 1
+
+
+def weights_hash(pipe: Any) -> str:
+    """sha256 over the names, types, shapes and bytes of every parameter and buffer of the pipeline's modules."""
+    digest = hashlib.sha256()
+    for name, module in sorted(pipe.components.items()):
+        if not isinstance(module, torch.nn.Module):
+            continue
+        for key, tensor in sorted(module.state_dict().items()):
+            data = tensor.detach().cpu().contiguous()
+            digest.update(f"{name}.{key} {data.dtype} {tuple(data.shape)}\n".encode())
+            digest.update(data.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def items_hash(items: Sequence[Item]) -> str:
+    """sha256 over groups, ids, prompts and training places, in their order."""
+    digest = hashlib.sha256()
+    for item in items:
+        digest.update(repr((item.group, item.id, item.prompt, item.training)).encode())
+    return digest.hexdigest()
+
+
+def describe(method: Any) -> dict[str, Any]:
+    """A method's parameters as JSON values: its policy for a preset, else its plain attributes."""
+    if (policy := getattr(method, "policy", None)) is not None:
+        return {"policy": policy.to_dict()}
+    plain = (bool, int, float, str, list, tuple, type(None))
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in vars(method).items()
+        if not name.startswith("_") and isinstance(value, plain)
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of what makes the images."""
+    import diffusers
+    import transformers
+
+    return {
+        "fastguard": fastguard.__version__,
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def keep(out: Path, settings: Mapping[str, Any], methods: Mapping[str, Any]) -> None:
+    """Write settings.json, or agree with the one that is there. BadInput names every setting that differs.
+
+    Methods and guidance scales may be added by later runs; a method that is there already must have the same parameters.
+    """
+    path = out / SETTINGS
+    wanted: dict[str, Any] = {"format": FORMAT, **settings}
+    known: dict[str, Any] = {}
+    if path.exists():
+        found = read_json(path)
+        known = found.pop("methods", {})
+        differ = [
+            f"{name}: {found.get(name)!r} there, {wanted.get(name)!r} now"
+            for name in dict.fromkeys([*found, *wanted])
+            if found.get(name) != wanted.get(name)
+        ]
+        differ += [
+            f"method {name}: {known[name]!r} there, {value!r} now"
+            for name, value in methods.items()
+            if name in known and known[name] != value
+        ]
+        if differ:
+            raise BadInput(f"out={str(out)!r} holds results of other settings; choose another folder", differ)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(path, {**wanted, "methods": {**known, **methods}})

@@ -1,0 +1,120 @@
+"""results.jsonl and the images beside it: whatever moment the process is killed at, the next run goes on from whole units.
+
+A unit is one batch of images of one method and guidance scale. Its images are written first, each under a temporary name and then
+renamed; then its lines are appended in ONE write and flushed. The file is only ever appended to, so what a kill can leave is an
+incomplete last unit: `open` cuts it off, and its images are made again under the same names.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from PIL import Image
+
+from fastguard.files import finite, write_atomic
+
+RESULTS = "results.jsonl"
+
+
+class Store:
+    """The results of one output folder. One process at a time: RuntimeError while another has it."""
+
+    def __init__(self, out: Path) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        self.out, self.path = out, out / RESULTS
+        self.rows: list[dict[str, Any]] = []
+        self.done: set[str] = set()
+        self._lock = (out / ".lock").open("a")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise RuntimeError(f"out={str(out)!r}: another process is at work there") from None
+        try:
+            self._recover()
+        except BaseException:
+            self._lock.close()
+            raise
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, at: TracebackType | None) -> None:
+        self._lock.close()
+
+    def _recover(self) -> None:
+        """Read whole units, cut off an incomplete last one, remove half-written images. ValueError for damage that no kill makes."""
+        for left in self.out.rglob(".*.tmp"):
+            left.unlink()
+        if not self.path.exists():
+            return
+        data = self.path.read_bytes()
+        whole = self._units(data)
+        if whole < len(data):
+            with self.path.open("rb+") as file:
+                file.truncate(whole)
+                os.fsync(file.fileno())
+
+    def _units(self, data: bytes) -> int:
+        """Take in the whole units of `data`; returns how many bytes they are."""
+        whole = at = number = 0
+        unit: list[dict[str, Any]] = []
+        for raw in data.split(b"\n")[:-1]:  # what follows the last line end is empty or torn
+            number, at = number + 1, at + len(raw) + 1
+            try:
+                row = json.loads(raw)
+                name, count, place = row["unit"], row["unit_images"], row["unit_place"]
+            except (ValueError, KeyError, TypeError):
+                if at == len(data):
+                    return whole  # a torn last line that happens to end in a line end
+                raise ValueError(f"{self.path}: line {number} is damaged; no interrupted run leaves that") from None
+            if place != len(unit) or (unit and unit[0]["unit"] != name) or name in self.done:
+                raise ValueError(f"{self.path}: line {number} does not follow the line before it (unit {name!r})")
+            unit.append(row)
+            if len(unit) == count:
+                self.rows.extend(unit)
+                self.done.add(name)
+                unit, whole = [], at
+        return whole
+
+    def add(self, unit: str, rows: Sequence[dict[str, Any]], images: Sequence[Image.Image]) -> None:
+        """Keep a finished unit: images[i] at rows[i]["image"] (relative to the folder), then the lines."""
+        for row, image in zip(rows, images, strict=True):
+            target = self.out / row["image"]
+            target.parent.mkdir(parents=True, exist_ok=True)
+            data = io.BytesIO()
+            image.save(data, "PNG")
+            write_atomic(target, data.getvalue())
+        kept = [finite({"unit": unit, "unit_images": len(rows), "unit_place": i, **row}) for i, row in enumerate(rows)]
+        text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept).encode()
+        handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            written = 0
+            while written < len(text):
+                written += os.write(handle, text[written:])
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+        self.rows.extend(kept)
+        self.done.add(unit)
+
+    def parquet(self) -> Path | None:
+        """All rows as results.parquet; None where pyarrow is not installed."""
+        try:
+            import pyarrow
+            from pyarrow import parquet
+        except ImportError:
+            return None
+        names = list(dict.fromkeys(name for row in self.rows for name in row if name != "details"))
+        columns = {name: [row.get(name) for row in self.rows] for name in names}
+        columns["details"] = [json.dumps(row.get("details", {})) for row in self.rows]
+        sink = io.BytesIO()
+        parquet.write_table(pyarrow.table(columns), sink)
+        return write_atomic(self.out / "results.parquet", sink.getvalue())

@@ -1,0 +1,81 @@
+"""All numbers of the page from the rows of results.jsonl: JSON values, no text but names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from bench.metrics import summary as spread
+from bench.paper import curve, detection
+from bench.paper.work import PLAIN, WATCHED, Amount
+from fastguard.testbed.stats import over_prompts
+
+SIMILARITIES = ("similarity", "similarity_set", "sscd", "sscd_set")
+SHARES = ("copy", "faithful", "faithful5", "clip", "blown")
+
+
+def describe(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The columns of one method on one group of prompts: cost, similarities, shares with intervals over prompts."""
+    have = set(rows[0])
+    free = [row for row in rows if row.get("copy") is False]
+    found: dict[str, Any] = {
+        "images": len(rows),
+        "rows": float(np.mean([row["rows"] for row in rows])),
+        "seconds": float(np.mean([row["seconds"] for row in rows])),
+        "not finite": sum(not row["finite"] for row in rows),
+        **{name: spread([row[name] for row in rows]) for name in SIMILARITIES if name in have},
+        **{name: over_prompts(rows, name) for name in SHARES if name in have},
+    }
+    if "faithful" in have and "copy" in have:
+        found["faithful, no copy"] = over_prompts(free, "faithful") if free else None
+    gates = [row["details"]["gate"]["caught"] for row in rows if row["details"].get("gate")]
+    if gates:
+        found["caught"] = float(np.mean(gates))
+    return found
+
+
+def summarise(
+    rows: Sequence[dict[str, Any]], methods: Mapping[str, Mapping[str, Any]], amount: Amount, steps: int
+) -> dict[str, Any]:
+    """Tables, detection, curves and verdicts of everything that was made. `methods`: name -> {"ours": bool, "peer": bool, ...}."""
+    rows = [row for row in rows if row["method"] in methods]
+
+    def part(method: str, group: str, scale: float) -> list[dict[str, Any]]:
+        seeds = amount.seeds if group == "memorized" else amount.ordinary
+        return [
+            row
+            for row in rows
+            if (row["method"], row["group"], row["scale"]) == (method, group, scale) and row["seed"] < seeds
+        ]
+
+    tables: dict[str, dict[str, Any]] = {}
+    for group in ("memorized", "ordinary"):
+        cells = {name: part(name, group, amount.scale) for name in methods}
+        tables[group] = {name: describe(some) for name, some in cells.items() if some}
+    plain = tables["memorized"][PLAIN]["rows"]
+    cost = {name: cell["rows"] / plain for name, cell in tables["memorized"].items()}
+    for of_group in tables.values():
+        base = of_group.get(PLAIN)
+        for cell in of_group.values():
+            cell["cost"] = cell["rows"] / base["rows"] if base else None
+            cell["slower"] = cell["seconds"] / base["seconds"] if base else None
+    watched = [row for row in rows if row["method"] == WATCHED and row["scale"] == amount.scale]
+    ours = [name for name in cost if methods[name]["ours"]]
+    peers = [name for name in cost if methods[name]["peer"]]
+    shown = [row for row in rows if row["group"] == "memorized" and row["seed"] < amount.seeds]
+    result: dict[str, Any] = {"tables": tables, "cost": cost, "detection": [], "curves": {}, "verdicts": {}}
+    if amount.detection:
+        result["detection"] = detection.table([row for row in watched if row["seed"] < amount.detection], steps)
+    for axis, column in (("similarity", "similarity"), ("copy rate", "copy")):
+        found = {name: one for name, one in curve.curves(shown, column, "faithful").items() if name in cost}
+        result["curves"][axis] = {name: one.points() for name, one in found.items()}
+        if found:
+            result["verdicts"][axis] = curve.verdict(found, cost, ours, peers)
+        else:
+            reason = "no measure of faithfulness was given (--clip)"
+            result["verdicts"][axis] = {"possible": False, "reason": reason}
+    for axis, one in result["verdicts"].items():
+        one["sentences"] = curve.sentences(one, axis)
+    return result

@@ -1,0 +1,145 @@
+"""The units of work and the loop over them."""
+
+from __future__ import annotations
+
+import random
+import re
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from bench.methods import Method
+from bench.paper.inputs import Item
+from bench.paper.measures import Measure
+from bench.paper.store import Store
+
+PLAIN, WATCHED = "none", "cfg"  # the reference of every table; the preset whose curves of d are looked at
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A batch of images of one method at one guidance scale."""
+
+    name: str
+    method: str
+    scale: float
+    batch: tuple[tuple[Item, int], ...]
+
+
+@dataclass(frozen=True)
+class Amount:
+    """How much is made: seeds per prompt, batch size. `seeds` for the tables, `detection` for the curves of d."""
+
+    scale: float
+    scales: tuple[float, ...]
+    seeds: int
+    ordinary: int
+    detection: int
+    batch: int
+
+
+def generator(item: Item, seed: int) -> torch.Generator:
+    """The same noise for the same prompt and seed number, whatever the method: 100003 seed + crc32(id)."""
+    return torch.Generator().manual_seed(100_003 * seed + zlib.crc32(item.id.encode()))
+
+
+def units(items: Sequence[Item], methods: Sequence[str], amount: Amount) -> list[Unit]:
+    """Everything that has to be made, in a fixed order: the tables' scale first, then the curves'.
+
+    The seeds of a prompt stand together, and a unit's batch depends on the settings alone, so it is made again as it was.
+    """
+    groups = {g: [item for item in items if item.group == g] for g in ("memorized", "ordinary")}
+    found = []
+    for scale in [amount.scale, *(s for s in amount.scales if s != amount.scale)]:
+        for method in methods:
+            for group, members in groups.items():
+                seeds = amount.seeds if group == "memorized" else amount.ordinary
+                if scale != amount.scale:
+                    seeds = seeds if group == "memorized" else 0
+                elif method == WATCHED:
+                    seeds = max(seeds, amount.detection)
+                images = [(item, seed) for item in members for seed in range(seeds)]
+                for number, start in enumerate(range(0, len(images), amount.batch)):
+                    batch = tuple(images[start : start + amount.batch])
+                    found.append(Unit(f"{group}/{method}/{scale:g}/{number}", method, scale, batch))
+    return found
+
+
+def image_path(unit: Unit, place: int, item: Item, seed: int) -> str:
+    """Where an image is kept; `place`: of its prompt among all."""
+    method = re.sub(r"[^A-Za-z0-9.+=-]", "_", unit.method)
+    return f"images/{item.group}/{method}/{unit.scale:g}/{place:05d}-{seed:03d}.png"
+
+
+def run(
+    pipe: Any,
+    methods: Mapping[str, Method],
+    work: Sequence[Unit],
+    places: Mapping[tuple[str, str], int],
+    measures: Sequence[Measure],
+    decode: Callable[[torch.Tensor], list[Image.Image]],
+    steps: int,
+    store: Store,
+) -> None:
+    """Make, measure and keep every unit that the store does not have. `places`: of a prompt by (group, id)."""
+    todo = [unit for unit in work if unit.name not in store.done]
+    total, left = (sum(len(unit.batch) for unit in some) for some in (work, todo))
+    with tqdm(total=total, initial=total - left, unit="image", mininterval=2) as bar:
+        for unit in todo:
+            bar.set_description(f"{unit.method} {unit.scale:g}")
+            rows, pictures = make(pipe, methods[unit.method], unit, places, measures, decode, steps)
+            store.add(unit.name, rows, pictures)
+            bar.update(len(rows))
+
+
+def make(
+    pipe: Any,
+    method: Method,
+    unit: Unit,
+    places: Mapping[tuple[str, str], int],
+    measures: Sequence[Measure],
+    decode: Callable[[torch.Tensor], list[Image.Image]],
+    steps: int,
+) -> tuple[list[dict[str, Any]], list[Image.Image]]:
+    """The rows and pictures of one unit."""
+    items, seeds = [item for item, _ in unit.batch], [seed for _, seed in unit.batch]
+    random.seed(
+        unit.name
+    )  # for methods that draw from the global generators: a unit comes out the same when it is made again
+    torch.manual_seed(zlib.crc32(unit.name.encode()))
+    made = method(
+        pipe,
+        [item.prompt for item in items],
+        [generator(item, seed) for item, seed in unit.batch],
+        num_inference_steps=steps,
+        guidance_scale=unit.scale,
+    )
+    pictures = decode(made.latents)
+    columns: dict[str, list[Any]] = {}
+    for measure in measures:
+        columns.update(measure(pictures, made.latents, items))
+    finite = made.latents.flatten(1).isfinite().all(1).tolist()
+    rows = [
+        {
+            "method": unit.method,
+            "scale": unit.scale,
+            "group": item.group,
+            "kind": item.kind,
+            "id": item.id,
+            "prompt": item.prompt,
+            "seed": seed,
+            "image": image_path(unit, places[item.group, item.id], item, seed),
+            "rows": made.rows / len(items),
+            "seconds": made.seconds / len(items),
+            "finite": finite[i],
+            **{name: values[i] for name, values in columns.items()},
+            "details": made.details[i],
+        }
+        for i, (item, seed) in enumerate(zip(items, seeds, strict=True))
+    ]
+    return rows, pictures
