@@ -81,7 +81,7 @@ def test_schedulers_with_a_step_of_their_own(name):
     """Denoiser, decision and guidance are recorded, the scheduler's own step() runs."""
     pipe = pipelines.sd(scheduler=schedulers.OWN_STEP[name]())
     for mode in ("step", "loop"):
-        check(pipe, "og+dtp", mode, path="own step, step graph", steps=4)
+        check(pipe, "og+dtp", mode, path="own step, step graph", steps=50)
 
 
 @pytest.mark.parametrize("mode", ["step", "loop"])
