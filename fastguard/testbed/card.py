@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from . import data, split, unet, vae
+from .run import CALL
 
 TEMPLATE = """---
 license: apache-2.0
@@ -50,8 +51,8 @@ halves were fixed by a seed before training.
 | autoencoder | AutoencoderTiny, 48 channels, factor 4, latents 8 x 8 x 8, whitened; {joint} steps of {vae_batch} for both halves, {decoder} for the decoder alone; MSE + 0.1 L1; AdamW {vae_rate:g} |
 | text encoder | CLIPTextModel, 2 layers of 128, 16 tokens, BPE vocabulary trained on the captions; trained with the UNet |
 | UNet | 64 and 128 channels, one layer a block, cross-attention in both; 4.3 million parameters |
-| objective | epsilon, Stable Diffusion's noise schedule, stratified timesteps |
-| optimiser | AdamW {rate:g} (0.9, 0.99), weight decay 0.01, flat for half of the steps, then a cosine; {steps} steps of {batch}; averaged weights (decay {ema}) |
+| objective | epsilon, Stable Diffusion's noise schedule, stratified timesteps; from step {sharpen_from} on the error is weighted by 1 + min(1/SNR(t), {largest:g}) |
+| optimiser | AdamW {rate:g} (0.9, 0.99), weight decay 0.01, flat for half of the steps, then a cosine; {sharpen_from} steps of {batch}; the same schedule again at {sharpen_rate:g} until step {steps}; averaged weights (decay {ema}) |
 
 Retrain: `python -m fastguard.testbed train` (with the extra `train` and npm; resumable; two one-thread
 processes). Then `classifier`, `tune` and `evaluate` of the same command repeat every number.
@@ -69,8 +70,8 @@ How it behaves with and without the guard: `docs/testbed`.
 
 ## Limits
 
-- The shipped run was interrupted and resumed at steps 800 (autoencoder) and 1,400 (UNet).
-- Under plain guidance at scale 7.5 ordinary pictures are over-saturated: see the blow-up rate in docs/testbed.
+- The shipped run was interrupted and resumed at steps 800 (autoencoder), 1,400 and {sharpen_from} (UNet).
+- Guidance scales far above {scale:g} over-saturate this small model: see the blow-up rate by scale in docs/testbed.
 - 32 x 32 pixels; small features (eyes, dials) are blurred by the autoencoder.
 - It knows {concepts} nouns and {templates} phrases. Other prompts give nothing sensible.
 - {count} duplicated pictures in a model of 5 million parameters are a caricature of memorization in large models:
@@ -112,6 +113,10 @@ def text(facts: dict) -> str:
         vae_rate=vae.RATE,
         rate=unet.RATE,
         steps=unet.STEPS,
+        sharpen_from=unet.SHARPEN_FROM,
+        sharpen_rate=unet.SHARPEN_RATE,
+        largest=unet.LARGEST_WEIGHT,
+        scale=CALL["guidance_scale"],
         batch=unet.BATCH,
         ema=unet.EMA,
         psnr_mean=facts["psnr_db"]["mean over pictures"],

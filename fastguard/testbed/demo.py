@@ -1,7 +1,8 @@
 """`fastguard demo`: what the guard does, to the eye, in under a minute on two cores.
 
-Memorized and ordinary prompts of the test half from the same seeds, under plain guidance and under each
-preset with the embedded model's gate. Writes grid.png, curves.png, table.json and index.html.
+Memorized and ordinary prompts of the test half from the same seeds, under plain guidance, under each preset
+with the embedded model's gate, and under the embedded model's own policy file ("default"). Writes grid.png,
+curves.png, table.json and index.html.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from .measures import Judge
 from .page import page, table
 from .run import Job, generate
 
-MODES = ("none", "stp", "dtp", "og+dtp")
+MODES = ("none", "stp", "dtp", "og+dtp", "default")
 SHOWN = (("D", 5), ("T", 1), ("ordinary", 4))
 ZOOM = 3
 
@@ -44,7 +45,8 @@ def make_jobs(shown: Sequence[Prompt], seeds: int, tau: float) -> list[Job]:
     """Every prompt and seed under every mode, mode by mode."""
     from fastguard import policy
 
-    policies = {m: policy("cfg") if m == "none" else policy(m, gate=tau) for m in MODES}
+    policies = {m: policy(m, gate=tau) for m in MODES[1:-1]}
+    policies |= {"none": policy("cfg"), "default": policy(policy_path())}
     return [Job(p, s, policies[m]) for m in MODES for p in shown for s in range(seeds)]
 
 
@@ -128,11 +130,11 @@ def lead(lines: Sequence[dict]) -> str:
     def line(kind: str, mode: str) -> dict:
         return next(one for one in lines if (one["kind"], one["mode"]) == (kind, mode))
 
-    none, dtp, ordinary = line("D", "none"), line("D", "dtp"), line("ordinary", "dtp")
+    none, own, ordinary = line("D", "none"), line("D", "default"), line("ordinary", "default")
     return (
         f"Under plain guidance {none['copies']:.0%} of the images of the memorized D prompts are copies of their "
-        f"training image. The gate caught {dtp['caught by the gate']} of these {dtp['images']}, and with dtp "
-        f"{dtp['copies']:.0%} of all are copies; those that it missed are left as they were. Of the "
+        f"training image. The gate caught {own['caught by the gate']} of these {own['images']}, and under the "
+        f"default {own['copies']:.0%} of all are copies; those that it missed are left as they were. Of the "
         f"{ordinary['images']} ordinary images it touched {ordinary['caught by the gate']}."
     )
 
@@ -194,12 +196,12 @@ def _wrapped(text: str) -> list[str]:
 
 
 def draw_curves(path: Path, rows: Sequence[dict], tau: float) -> None:
-    """RMS(c - u) by timestep under plain guidance (left) and under dtp (right)."""
+    """RMS(c - u) by timestep under plain guidance (left) and under the default (right)."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     colours = {"D": "C3", "T": "C1", "ordinary": "C0"}
-    for axis, mode in zip(figure.subplots(1, 2, sharey=True), ("none", "dtp"), strict=True):
+    for axis, mode in zip(figure.subplots(1, 2, sharey=True), ("none", "default"), strict=True):
         for row in (r for r in rows if r["mode"] == mode):
             height = [np.nan if d is None else (d / 512) ** 0.5 for d in row["d_curve"]]
             axis.plot(row["timesteps"], height, color=colours[row["kind"]], lw=1, alpha=0.8)
@@ -209,7 +211,7 @@ def draw_curves(path: Path, rows: Sequence[dict], tau: float) -> None:
         axis.axhline(tau, color="0.4", ls="--", lw=1)
         axis.set_yscale("log")
         axis.set_xlabel("timestep t")
-        axis.set_title("plain guidance" if mode == "none" else "dtp with the gate")
+        axis.set_title("plain guidance" if mode == "none" else "the default, with its gate")
         axis.invert_xaxis()
     axis = figure.axes[0]
     axis.set_ylabel("RMS(c - u)")

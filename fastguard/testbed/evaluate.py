@@ -42,6 +42,7 @@ PRESETS: dict[str, Any] = {
     "released-dtp": ("released-dtp", {}),
 }
 DEFAULT = "default (gated)"
+MEMORIZED = 0.8  # share of unguarded seeds that are copies, from which on a prompt counts as memorized
 
 
 def make_policy(name: str) -> Any:
@@ -107,7 +108,7 @@ def qualifying(rows: list[dict]) -> dict:
     for p in prompts("memorized", "test"):
         cell = result.setdefault(f"{p.kind} x{p.factor}", {"prompts": 0, "memorized": 0})
         cell["prompts"] += 1
-        cell["memorized"] += float(np.mean(share[p.prompt])) >= 0.8
+        cell["memorized"] += float(np.mean(share[p.prompt])) >= MEMORIZED
     for kind in "DT":
         cells = [v for k, v in result.items() if k[0] == kind]
         result[kind] = {key: sum(c[key] for c in cells) for key in ("prompts", "memorized")}
@@ -125,12 +126,18 @@ def gate(memorized: list[dict], ordinary: list[dict], near: list[dict]) -> dict:
             groups.setdefault(row["prompt"], []).append(rms(row))
         return [float(np.mean(v)) for v in groups.values()]
 
+    copied: dict = {}
+    for row in memorized:
+        copied.setdefault(row["prompt"], []).append(row["copy"])
+    truly = {name for name, values in copied.items() if float(np.mean(values)) >= MEMORIZED}
     caught = [v >= tau for v in m]
     copies = [r["copy"] for r in memorized]
     return {
         "threshold": tau,
         "auc, one image": auc(m, o),
         "auc, mean of the seeds": auc(by_prompt(memorized), by_prompt(ordinary)),
+        "auc, one image, qualifying": auc([rms(r) for r in memorized if r["prompt"] in truly], o),
+        "memorized, qualifying": len(truly),
         "memorized prompts": len(by_prompt(memorized)),
         "ordinary prompts": len(by_prompt(ordinary)),
         "rms memorized": spread(m),

@@ -16,7 +16,7 @@ from . import Prompt
 from .measures import Judge
 
 BATCH = 32
-CALL = {"num_inference_steps": 50, "guidance_scale": 7.5}
+CALL = {"num_inference_steps": 50, "guidance_scale": 3.0}
 REPORTED = (
     "transition_step",
     "transition_timestep",

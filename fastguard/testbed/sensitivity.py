@@ -1,7 +1,7 @@
 """How much the default's work depends on scheduler, steps, guidance scale and dtype.
 
-D test prompts, 2 seeds, with and without the guard. For the dtypes the decisions are compared image by
-image with float32: caught by the gate or not, and the row of the transition.
+D test prompts with and without the guard and 40 ordinary prompts without it, 1 seed each. For the dtypes
+the decisions are compared image by image with float32: caught by the gate or not, and the row of the transition.
 """
 
 from __future__ import annotations
@@ -16,21 +16,22 @@ from fastguard import policy
 
 from . import load, policy_path, prompts
 from .measures import Judge
-from .run import jobs, run
+from .run import CALL, jobs, run
 
-SEEDS = 2
+SEEDS = 1
+ORDINARY = 40
 
 
 def variants() -> dict[str, tuple[str | None, dict]]:
     """Name -> (scheduler class or None for the shipped one, arguments of the call)."""
     schedulers = ("DPMSolverMultistepScheduler", "PNDMScheduler", "EulerDiscreteScheduler")
+    scales = (2.0, 3.0, 5.0, 7.5)
     return {
-        "DDIM, 50 steps, scale 7.5": (None, {}),
+        f"DDIM, 50 steps, scale {CALL['guidance_scale']:g}": (None, {}),
         **{name.removesuffix("Scheduler"): (name, {}) for name in schedulers},
         "25 steps": (None, {"num_inference_steps": 25}),
         "100 steps": (None, {"num_inference_steps": 100}),
-        "scale 3": (None, {"guidance_scale": 3.0}),
-        "scale 12": (None, {"guidance_scale": 12.0}),
+        **{f"scale {g:g}": (None, {"guidance_scale": g}) for g in scales if g != CALL["guidance_scale"]},
     }
 
 
@@ -38,7 +39,7 @@ def numbers(rows: list[dict], caught: bool) -> dict:
     """Copies, faithfulness of what is no copy, blow-ups; and what the gate caught."""
     free = [r for r in rows if not r["copy"]]
     result = {
-        "copies": float(np.mean([r["copy"] for r in rows])),
+        "copies": float(np.mean([bool(r["copy"]) for r in rows])),
         "faithful, no copies": float(np.mean([r["faithful"] for r in free])) if free else None,
         "blown": float(np.mean([r["blown"] for r in rows])),
     }
@@ -79,6 +80,8 @@ def sensitivity(pipe: Any, judge: Judge, cache: Path) -> dict:
         for guard, one in (("none", policy("cfg")), ("default", chosen)):
             rows = run(pipe, judge, f"vary-{slug}-{guard}", jobs(memorized, SEEDS, one), cache, **call)
             row[guard] = numbers(rows, guard == "default")
+        plain = jobs(prompts("ordinary", "test")[:ORDINARY], SEEDS, policy("cfg"))
+        row["ordinary"] = numbers(run(pipe, judge, f"vary-{slug}-ordinary", plain, cache, **call), False)
         result[name] = row
         pipe.scheduler = shipped
     work = jobs(memorized, 1, chosen) + jobs(prompts("ordinary", "test")[:28], 1, chosen)

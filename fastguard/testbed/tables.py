@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from fastguard import Policy
 
+from .run import CALL
+
 # 95th percentile of SSCD in the paper (Jain et al., CVPR 2025): setting, without and with the guard
 PAPER = {
     "stp": ("S1", 0.6504, 0.2857),
@@ -114,7 +116,7 @@ def page(r: dict) -> str:
     parts = [
         "# The guard, measured on the embedded model\n",
         "Written by `python -m fastguard.testbed evaluate`; do not edit. All numbers are of the TEST "
-        f"halves, {r['seeds']} seeds a prompt, DDIM, 50 steps, scale 7.5, seeds paired; the policy was "
+        f"halves, {r['seeds']} seeds a prompt, DDIM, 50 steps, scale {CALL['guidance_scale']:g}, seeds paired; the policy was "
         "chosen on the tuning halves (tuning.json). Intervals: 95%, bootstrap over prompts. The measures "
         "are defined in `fastguard/testbed/measures.py`. What the numbers mean is discussed in "
         "[FINDINGS.md](FINDINGS.md).\n",
@@ -134,8 +136,9 @@ def page(r: dict) -> str:
         "![presets](presets.png)\n",
         "## The gate\n",
         f"RMS(c - u) at the first step. AUC with one image {g['auc, one image']:.4f}, with the mean of the "
-        f"seeds {g['auc, mean of the seeds']:.4f} ({g['memorized prompts']} memorized, "
-        f"{g['ordinary prompts']} ordinary prompts). Threshold {g['threshold']:.4g}: "
+        f"seeds {g['auc, mean of the seeds']:.4f} ({g['memorized prompts']} prompts with a duplicated picture, "
+        f"{g['ordinary prompts']} ordinary ones); with the {g['memorized, qualifying']} that qualify as memorized "
+        f"{g['auc, one image, qualifying']:.4f}. Threshold {g['threshold']:.4g}: "
         f"{g['memorized images caught']} memorized images caught, {g['memorized images missed']} missed "
         f"(of {g['copies']} copies {g['copies missed']}); {g['ordinary images touched']} of "
         f"{g['ordinary images']} ordinary images touched. Under the default {touched['caught']} of "
@@ -180,6 +183,8 @@ def page(r: dict) -> str:
                 "faithful, no copies, default",
                 "blown up, default",
                 "caught",
+                "ordinary: faithful, none",
+                "ordinary: blown up, none",
             ),
             [
                 [
@@ -189,6 +194,8 @@ def page(r: dict) -> str:
                     number(r["sensitivity"][k]["default"]["faithful, no copies"], ".1%"),
                     f"{r['sensitivity'][k]['default']['blown']:.1%}",
                     f"{r['sensitivity'][k]['default']['caught']:.1%}",
+                    number(r["sensitivity"][k]["ordinary"]["faithful, no copies"], ".1%"),
+                    f"{r['sensitivity'][k]['ordinary']['blown']:.1%}",
                 ]
                 for k in varied
             ],

@@ -1,5 +1,7 @@
 """Choosing the default policy on the TUNING halves alone, and calibrating its gate.
 
+0. The guidance scale of every measurement (`run.CALL`) was set by hand from the table that step 0 writes: at 3, 2% of the ordinary
+   tuning images are blown up, at 4 it is 9%, at Stable Diffusion's 7.5 it is 44%.
 1. The gate: RMS(c - u) at the first row over the ordinary tuning concepts in all twelve templates
    (780 prompts), `calibrate` at fpr 0.01 and confidence 0.95. Prompts of one concept are not quite
    independent of one another; policy.json says so.
@@ -25,6 +27,7 @@ from .run import CALL, jobs, run
 from .split import TEMPLATES
 
 SEEDS = 2
+SCALES = (3.0, 4.0, 5.0, 7.5)
 OPPOSITE = ((-1.0, 3), (-1.0, 8), (-2.0, 3), (-2.0, 8), (-7.5, 3))  # g, rows
 FAMILIES = {
     "static": lambda v: {"transition": "static", "t_star": v["t_star"]},
@@ -55,6 +58,19 @@ def useful(rows: list[dict]) -> dict:
         "useful": float(np.mean([not r["copy"] and r["faithful"] for r in rows])),
         "blown": float(np.mean([r["blown"] for r in rows])),
     }
+
+
+def scales(pipe, judge: Judge, cache: Path) -> dict:
+    """Plain guidance by scale: what ordinary tuning images and D tuning images are like."""
+    table = {}
+    for scale in SCALES:
+        row = {}
+        for kind in ("ordinary", "D"):
+            work = jobs(prompts(kind, "tuning"), SEEDS, policy("cfg"))
+            rows = run(pipe, judge, f"tuning-scale{scale:g}-{kind}", work, cache, guidance_scale=scale)
+            row[kind] = {key: float(np.mean([bool(r[key]) for r in rows])) for key in ("faithful", "blown", "copy")}
+        table[f"{scale:g}"] = row
+    return table
 
 
 def tune(work: Path, out: Path) -> None:
@@ -99,6 +115,7 @@ def tune(work: Path, out: Path) -> None:
     }
     chosen.save(policy_path(), provenance=note)
     report = {
+        "guidance scales": scales(pipe, judge, cache),
         "gate": gate.to_dict(),
         "caught of the D tuning images": float(np.mean(caught)),
         "plain guidance": useful(plain),
