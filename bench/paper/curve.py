@@ -118,34 +118,40 @@ def compare(ours: Curve, theirs: Curve, floor: float) -> dict[str, Any]:
 
 
 def verdict(
-    found: Mapping[str, Curve], cost: Mapping[str, float], ours: Sequence[str], peers: Sequence[str]
+    found: Mapping[str, Curve],
+    cost: Mapping[str, float],
+    ours: Sequence[str],
+    peers: Sequence[str],
+    plain: str = "none",
 ) -> dict[str, Any]:
-    """The best of `ours` at no more than plain guidance's cost against every peer.
+    """The best of `ours` at no more than plain guidance's cost against every published peer, and against plain guidance itself.
 
     The best is the one whose least gap to the peers of at most that cost is the greatest. It is chosen on the very images that it is
     compared on, which favours it; the page says so.
     """
     ours = [name for name in ours if name in found and cost[name] <= 1 + 1e-6]
-    peers = [name for name in peers if name in found]
+    peers = [name for name in peers if name in found and name != plain]
     cheap = [name for name in peers if cost[name] <= 1 + 1e-6]
     if not ours or not cheap:
         return {"possible": False, "reason": "no preset of at most plain cost" if not ours else "no peer of that cost"}
     floor = float(min(curve.y[0].min() for curve in found.values()))
-    every = {name: {peer: compare(found[name], found[peer], floor) for peer in peers} for name in ours}
-    best = max(ours, key=lambda name: min(every[name][peer]["gap"] for peer in cheap))
-    against = every[best]
+
+    def against(name: str, others: Sequence[str]) -> dict[str, dict[str, Any]]:
+        return {other: {**compare(found[name], found[other], floor), "cost": cost[other]} for other in others}
+
+    every = {name: against(name, cheap) for name in ours}
+    least = {name: min(cell["gap"] for cell in cells.values()) for name, cells in every.items()}
+    best = max(ours, key=lambda name: least[name])
     return {
         "possible": True,
         "best": best,
         "cost": cost[best],
-        "holds": all(against[peer]["on or above"] for peer in cheap),
-        "holds within the intervals": all(
-            against[p]["on or above"] or against[p]["within the interval"] for p in cheap
-        ),
-        "cheap": {peer: {**against[peer], "cost": cost[peer]} for peer in cheap},
-        "dear": {peer: {**against[peer], "cost": cost[peer]} for peer in peers if peer not in cheap},
-        "presets": {name: min(every[name][peer]["gap"] for peer in cheap) for name in ours},
-        "chosen among": len(ours),
+        "holds": all(cell["on or above"] for cell in every[best].values()),
+        "holds within the intervals": all(c["on or above"] or c["within the interval"] for c in every[best].values()),
+        "cheap": every[best],
+        "dear": against(best, [peer for peer in peers if peer not in cheap]),
+        "plain": against(best, [plain] if plain in found else []),
+        "presets": least,
     }
 
 
@@ -160,7 +166,7 @@ def sentences(result: Mapping[str, Any], axis: str) -> list[str]:
     verb = "is" if result["holds"] else "is NOT"
     text = [
         f"The {axis}-against-faithfulness curve of the best preset at no more than 1.0 times plain cost "
-        f"({result['best']}, {result['cost']:.2f} times) {verb} on or above every peer's of at most that cost."
+        f"({result['best']}, {result['cost']:.2f} times) {verb} on or above every peer's of at most that cost ({', '.join(result['cheap'])})."
     ]
     below = {peer: cell for peer, cell in result["cheap"].items() if not cell["on or above"]}
     if below:
@@ -169,6 +175,10 @@ def sentences(result: Mapping[str, Any], axis: str) -> list[str]:
             for peer, cell in below.items()
         )
         text.append(f"It lies below: {listed}.")
+    for cell in result["plain"].values():
+        where = "on or above" if cell["on or above"] else "below"
+        note = ", within the interval" if not cell["on or above"] and cell["within the interval"] else ""
+        text.append(f"It is {where} that of plain guidance itself (least lead {gap(cell)}{note}).")
     dear = {peer: cell for peer, cell in result["dear"].items() if not cell["on or above"]}
     if dear:
         listed = "; ".join(
@@ -179,8 +189,8 @@ def sentences(result: Mapping[str, Any], axis: str) -> list[str]:
         text.append(f"Of the dearer peers ({', '.join(result['dear'])}) none is better anywhere.")
     else:
         text.append("No dearer peer was run.")
-    if result["chosen among"] > 1:
+    if len(result["presets"]) > 1:
         text.append(
-            f"The best of {result['chosen among']} presets was chosen on the same images that it is compared on, which favours it."
+            f"The best of {len(result['presets'])} presets was chosen on the same images that it is compared on, which favours it."
         )
     return text

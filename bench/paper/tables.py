@@ -117,7 +117,7 @@ def detection_table(cells: Sequence[Mapping[str, Any]]) -> Table:
 def comparison_table(result: Mapping[str, Any], axis: str, networks: Mapping[str, str]) -> Table:
     """The best preset against every peer: the least lead along the peer's curve."""
     rows = []
-    for cells in (result["cheap"], result["dear"]):
+    for cells in (result["cheap"], result["plain"], result["dear"]):
         for name, c in sorted(cells.items(), key=lambda item: item[1]["gap"]):
             where = (
                 "on or above"
@@ -136,7 +136,7 @@ def comparison_table(result: Mapping[str, Any], axis: str, networks: Mapping[str
             )
     column = "similarity" if axis == "similarity" else "copy"
     return Table(
-        f"{result['best']} against every peer, faithfulness at equal {axis}",
+        f"{result['best']} against every peer and plain guidance, faithfulness at equal {axis}",
         [
             "peer",
             "rows / plain",
@@ -150,7 +150,7 @@ def comparison_table(result: Mapping[str, Any], axis: str, networks: Mapping[str
             f"{axis}: {networks[column]}. faithfulness: {networks['faithful']}. Lead: what the preset offers at the peer's {axis} or "
             "lower minus the peer's faithfulness, at the point of the peer's curve where it is least; where the preset has no point that "
             "low it counts as having the lowest faithfulness of all. Pointwise 95% intervals, bootstrap over prompts.",
-            "All presets by their least lead over the peers of at most plain cost: "
+            "All presets of at most plain cost by their least lead over the peers of at most plain cost: "
             + ", ".join(f"{k} {v:+.3f}" for k, v in sorted(result["presets"].items(), key=lambda i: -i[1]))
             + ".",
         ],

@@ -7,16 +7,18 @@ import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 from tqdm import tqdm
 
-from bench.methods import Method
 from bench.paper.inputs import Item
-from bench.paper.measures import Measure
 from bench.paper.store import Store
+
+if TYPE_CHECKING:
+    from bench.methods import Method
+    from bench.paper.measures import Measure
 
 PLAIN, WATCHED = "none", "cfg"  # the reference of every table; the preset whose curves of d are looked at
 
