@@ -102,10 +102,11 @@ class Policy:
         """What to tell the user once on enabling this policy: None unless images are guarded whatever their prompt."""
         values = self._values()
         samples = self.samples(checks.common_length(values) or 1)
-        if all(s.transition is None or s.gate is not None for s in samples):
+        ungated = [s.name for s in samples if s.transition is not None and s.gate is None]
+        if not ungated:
             return None
         return (
-            f"policy {self.name!r} has no gate: every prompt is guarded, ordinary ones too, and their images change. Set gate=tau"
+            f"policy {', '.join(map(repr, dict.fromkeys(ungated)))} has no gate: every prompt is guarded, ordinary ones too, and their images change. Set gate=tau"
             " (`fastguard calibrate` chooses it from ordinary prompts), or use policy 'cfg' for plain guidance."
         )
 

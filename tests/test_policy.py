@@ -386,3 +386,9 @@ def test_lower_refuses():
         plan(policy("cfg"), guidance_scale=NAN)
     with pytest.raises(ValueError, match="elements=0"):
         plan(policy("cfg"), elements=0)
+
+
+def test_warning_names_each_ungated_policy_once():
+    mixed = Policy.stack([policy("stp"), policy("dtp", gate=0.1), policy("stp"), policy("cfg"), policy("og+dtp")])
+    assert mixed.ungated_warning().startswith("policy 'stp', 'og+dtp' has no gate")
+    assert Policy.stack([policy("dtp", gate=0.1), policy("cfg")]).ungated_warning() is None
