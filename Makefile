@@ -25,7 +25,9 @@ types: setup
 	$(BIN)/mypy
 
 bench: setup
-	$(BIN)/python -m pytest bench --benchmark-only
+	mkdir -p build
+	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=build/bench.json
+	$(BIN)/python -m bench.ratios build/bench.json
 
 clean:
 	rm -rf .venv build dist *.egg-info

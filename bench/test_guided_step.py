@@ -122,6 +122,7 @@ def test_ratio(benchmark, capsys, shape, backend):
     """Alternating pairs, as the machine may be busy; limits of the README."""
     stock, guided = peers(shape, backend)
     ratios = benchmark.pedantic(alternating, (guided, stock), {"pairs": 20}, rounds=1)
+    benchmark.extra_info.update(pair=f"guided step ({backend}) / stock's arithmetic, {shape}", ratios=ratios.values)
     with capsys.disabled():
         print(f"\n{backend} / stock at {shape}, {torch.get_num_threads()} threads: {ratios}")
     assert ratios.median <= LIMITS[backend]

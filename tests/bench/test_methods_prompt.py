@@ -72,6 +72,7 @@ class TestWen:
         lowest = min(range(4), key=free["losses"].__getitem__)
         later = generate(Wen(free["losses"][lowest] * 1.0001), PROMPTS[:1])
         assert later.details[0]["updates"] == lowest > 0
+        assert torch.equal(later.latents, generate(Wen(None, iterations=lowest), PROMPTS[:1]).latents)
         assert not torch.equal(later.latents, at_once.latents)
         assert later.rows == 2 * (lowest + 1) + 2 * 5
 
