@@ -38,10 +38,12 @@ def paper(
     ordinary: Annotated[Path | None, typer.Option(help='Ordinary prompts, {"caption"} a line, for detection.')] = None,
     train_images: Annotated[Path | None, typer.Option(help="INDEX.png, INDEX_N.png or INDEX/*.png.")] = None,
     methods: Annotated[str | None, typer.Option(help="Names with commas between them; all unless given.")] = None,
-    guidance_scale: Annotated[float, typer.Option(help="Of the tables.")] = 7.5,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="Of the tables; 7.5 unless given, the embedded model's own for that.")
+    ] = None,
     guidance_scales: Annotated[
         str, typer.Option(help="Of the curves, with commas; '' for the tables' alone.")
-    ] = "2,4,7.5,12",
+    ] = "1.5,2,3,5,7.5",
     seeds: Annotated[int, typer.Option(help="Images a memorized prompt, method and scale.")] = 4,
     ordinary_seeds: Annotated[
         int, typer.Option(help="Images an ordinary prompt and method, at the tables' scale.")
@@ -65,7 +67,10 @@ def paper(
     from bench.paper.command import Request
     from bench.paper.command import paper as run
     from bench.paper.work import Amount
+    from fastguard.testbed.run import CALL
 
+    if guidance_scale is None:
+        guidance_scale = 7.5 if model is not None else float(CALL["guidance_scale"])
     try:
         request = Request(
             out=out,

@@ -1,0 +1,189 @@
+"""`python -m bench paper` on a model with its own prompts and training images, from the command line to the page."""
+
+from __future__ import annotations
+
+import io
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from bench.__main__ import app
+from fastguard import testbed
+
+
+class Pooled(torch.nn.Module):
+    """A 4 x 4 thumbnail, centred: a descriptor that knows more than colour."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.nn.functional.adaptive_avg_pool2d(x, 4).flatten(1)
+        return x - x.mean(1, keepdim=True)
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two memorized and three ordinary prompts of the embedded model, as a user would bring them."""
+    root = tmp_path_factory.mktemp("given")
+    memorized, ordinary = testbed.prompts("memorized", "test")[:2], testbed.prompts("ordinary", "test")[:3]
+    (root / "train").mkdir()
+    with (root / "prompts.jsonl").open("w") as file:
+        for number, p in enumerate(memorized):
+            Image.fromarray(testbed.training_images()[p.index]).save(root / "train" / f"{number}_0.png")
+            file.write(json.dumps({"caption": p.prompt, "index": number, "url": ""}) + "\n")
+    Image.new("RGB", (32, 32)).save(root / "train" / "other.png")
+    (root / "ordinary.jsonl").write_text("".join(json.dumps({"caption": p.prompt}) + "\n" for p in ordinary))
+    torch.jit.script(Pooled()).save(str(root / "sscd.pt"))
+    return root
+
+
+def call(given: Path, out: Path, **changed: Any) -> Any:
+    options: dict[str, Any] = {
+        "model": testbed.path(),
+        "prompts": given / "prompts.jsonl",
+        "ordinary": given / "ordinary.jsonl",
+        "train-images": given / "train",
+        "sscd": given / "sscd.pt",
+        "methods": "stp,ren",
+        "guidance-scales": "3,7.5",
+        "seeds": 2,
+        "detection-seeds": 4,
+        "steps": 3,
+        "batch-size": 8,
+        "device": "cpu",
+        "out": out,
+        **{name.replace("_", "-"): value for name, value in changed.items()},
+    }
+    arguments = [str(part) for name, value in options.items() if value is not None for part in (f"--{name}", value)]
+    return CliRunner().invoke(app, ["paper", *arguments])
+
+
+@pytest.fixture(scope="module")
+def done(given: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("out")
+    result = call(given, out)
+    assert result.exit_code == 0, result.output
+    return out
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+
+
+def test_every_image_is_kept_with_its_numbers(done: Path) -> None:
+    count = {"none": 2 * 2 * 2 + 3, "stp": 2 * 2 * 2 + 3, "ren": 2 * 2 * 2 + 3, "cfg": 2 * 4 + 3 * 4 + 2 * 2}
+    found = rows(done)
+    assert {name: sum(r["method"] == name for r in found) for name in count} == count
+    assert all(Image.open(done / r["image"]).size == (32, 32) for r in found)
+    assert all(r["rows"] == 6 for r in found if r["method"] in ("none", "cfg", "ren"))
+
+
+def test_similarity_is_that_of_the_kept_image_and_the_training_image(given: Path, done: Path) -> None:
+    from bench.metrics.sscd import preprocess
+
+    def descriptor(path: Path) -> np.ndarray:
+        x = preprocess(Image.open(path)).numpy().reshape(3, 4, 56, 4, 56).mean((2, 4)).ravel().astype(float)
+        return (x - x.mean()) / np.linalg.norm(x - x.mean())
+
+    row = next(r for r in rows(done) if r["method"] == "none" and r["id"] == "1")
+    image = descriptor(done / row["image"])
+    assert row["similarity"] == pytest.approx(image @ descriptor(given / "train/1_0.png"), abs=1e-4)
+    every = [image @ descriptor(path) for path in sorted((given / "train").iterdir())[:2]]
+    assert row["similarity_set"] == pytest.approx(max(every), abs=1e-4)
+    assert row["copy"] is (row["similarity"] > 0.5)
+
+
+def test_methods_start_from_the_same_noise(done: Path) -> None:
+    images = {(r["method"], r["id"], r["seed"], r["scale"]): (done / r["image"]).read_bytes() for r in rows(done)}
+    first = {key[1:]: data for key, data in images.items() if key[0] == "none"}
+    for (method, *rest), data in images.items():
+        if method == "cfg" and tuple(rest) in first:  # other code, other rounding
+            pair = [np.asarray(Image.open(io.BytesIO(d)), int) for d in (data, first[tuple(rest)])]
+            assert np.abs(pair[0] - pair[1]).max() <= 1
+
+
+def test_the_page_stands_alone_and_says_what_made_the_numbers(done: Path) -> None:
+    text = (done / "report.html").read_text()
+
+    class Sources(HTMLParser):
+        found: list[str] = []
+
+        def handle_starttag(self, tag: str, attrs: Any) -> None:
+            self.found += [value for name, value in attrs if name in ("src", "href", "data", "srcset")]
+
+    Sources().feed(text)
+    assert len(Sources.found) >= 2 and all(source.startswith("data:image/png;base64,") for source in Sources.found)
+    assert "sscd.pt (TorchScript" in text and "(theirs)" in text
+    assert "no measure of faithfulness was given (--clip)" in text
+    assert "0.650" in (done / "tables.md").read_text()  # S1 without mitigation, published
+
+
+def test_parquet_has_the_rows(done: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = parquet.read_table(done / "results.parquet").to_pylist()
+    assert [(r["method"], r["id"], r["seed"], r["similarity"]) for r in table] == [
+        (r["method"], r["id"], r["seed"], r["similarity"]) for r in rows(done)
+    ]
+
+
+def test_detection_is_computed_from_the_kept_curves(done: Path) -> None:
+    cells = json.loads((done / "summary.json").read_text())["detection"]
+    assert [(c["steps"], c["seeds"]) for c in cells] == [(1, 1), (1, 4), (3, 1), (3, 4)]
+    first = {"memorized": [], "ordinary": []}
+    for r in rows(done):
+        if r["method"] == "cfg" and r["scale"] == 7.5:
+            first[r["group"]].append(r["details"]["d_curve"][0])
+    wins = [a > b for a in first["memorized"] for b in first["ordinary"]]
+    assert cells[0]["auc"]["mean"] == pytest.approx(sum(wins) / len(wins))
+
+
+def test_running_again_makes_nothing_and_methods_can_be_added(given: Path, done: Path) -> None:
+    before = (done / "results.jsonl").read_bytes()
+    assert call(given, done, methods="none").exit_code == 0
+    assert (done / "results.jsonl").read_bytes() == before
+    tables = json.loads((done / "summary.json").read_text())["tables"]["memorized"]
+    assert set(tables) == {"none", "cfg", "stp", "ren"}  # those of the earlier run are still there
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"steps": 4}, "steps: 3 there, 4 now"),
+        ({"seeds": 3}, "seeds: 2 there, 3 now"),
+        ({"ordinary": None}, "prompts: "),
+    ],
+)
+def test_other_settings_into_the_same_folder_are_refused(given: Path, done: Path, changed: dict, message: str) -> None:
+    before = (done / "results.jsonl").read_bytes()
+    result = call(given, done, **changed)
+    assert result.exit_code == 2 and "holds results of other settings" in result.output and message in result.output
+    assert (done / "results.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"model": None}, "--model and --prompts go together"),
+        ({"train_images": None}, "--train-images: is needed"),
+        ({"seeds": 0}, "--seeds=0: must be at least 1"),
+        ({"batch_size": 0}, "--batch-size=0"),
+        ({"guidance_scales": "7.5,1"}, "guidance scale 1.0: must be above 1"),
+        ({"guidance_scales": "a"}, "--guidance-scales='a'"),
+        ({"gate": "nan"}, "--gate=nan"),
+        ({"methods": "stp,nothing"}, "'nothing' is unknown; allowed are none"),
+        ({"methods": "dtp-gated"}, "dtp-gated: needs --gate"),
+        ({"sscd": "missing.pt"}, "no TorchScript file"),
+        ({"clip": "missing-folder/at/all"}, "--clip"),
+        ({"prompts": "missing.jsonl"}, "prompts='missing.jsonl'"),
+        ({"model": "./missing"}, "no such directory"),
+    ],
+)
+def test_bad_arguments_leave_nothing_behind(given: Path, tmp_path: Path, changed: dict, message: str) -> None:
+    result = call(given, tmp_path / "out", **changed)
+    assert result.exit_code == 2 and message in result.output, result.output
+    assert not (tmp_path / "out").exists()
