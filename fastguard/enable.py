@@ -42,7 +42,7 @@ def enable(
     pipe       a diffusers pipeline on the allow-list (`fastguard.families`)
     policy     a preset's name, a policy, a path to a policy file, or a list of them: one per image (or per prompt) of every call
     capture    CUDA graphs: "off", "step" (each row is one launch), "loop" (Stable Diffusion and SDXL text-to-image: the generation
-               is one launch; else as "step"), "auto" ("step" on CUDA for small batches and latents, see `fastguard.capture.graphed`, else
+               is one launch; else as "step"), "auto" ("step" on CUDA for small batches and latents, see docs/capture.md, else
                "off"). What cannot be recorded runs eagerly, and the report says why
     attention_backend  who computes the denoiser's attention: one of diffusers' names ("native", "xformers", "flash", ...); None:
                whatever the model does

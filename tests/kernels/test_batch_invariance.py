@@ -41,3 +41,16 @@ def test_twin_sums_d_alike_whatever_the_number_of_threads(size):
     torch.set_num_threads(1)
     cases.same_bits(results[1], results[0], "d with 2 threads")
     cases.same_bits(results[2], results[0], "d with 3 threads")
+
+
+def test_planted_last_bit_that_depends_on_the_batch_is_found(monkeypatch):
+    run = cases.Case.run
+
+    def faulty(self, **options):
+        run(self, **options)
+        x = self.arguments["x"]
+        x.mul_(1 + len(x) * torch.finfo(x.dtype).eps)
+
+    monkeypatch.setattr(cases.Case, "run", faulty)
+    with pytest.raises(AssertionError, match="alone"):
+        cases.check_batch_invariance((4, 4, 3, 5), backend="torch")

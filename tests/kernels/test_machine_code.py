@@ -2,11 +2,15 @@
 are found. `python -m bench.machine_code --all` does this for every configuration there is."""
 
 import dataclasses
+import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
+
+import triton
 
 from bench.machine_code import SIZES, TARGETS, Configuration, configurations, typical
 from fastguard.kernels import guided_step as kernels
@@ -45,10 +49,29 @@ def test_the_sample_covers_every_property():
         assert {getattr(configuration, field.name) for configuration in COVERING} == values
 
 
-@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
 def test_planted_spill_is_found(target):
     code = STEP.compile(target, maxnreg=32)
     assert any("spilled" in fault for fault in code.faults(STEP))
+
+
+def test_planted_spill_of_gfx942_is_found(monkeypatch):
+    """Its compiler takes no limit on vector registers, so the spill is planted in what the compiler says of the kernel."""
+    compiled = triton.compile
+
+    def spilling(*args, **kwargs):
+        built = compiled(*args, **kwargs)
+        text, count = re.subn(r"(\.vgpr_spill_count:\s*)0", r"\g<1>3", built.asm["amdgcn"])
+        assert count
+        return SimpleNamespace(asm={**built.asm, "amdgcn": text}, metadata=built.metadata)
+
+    monkeypatch.setattr(triton, "compile", spilling)
+    assert STEP.compile("gfx942").faults(STEP) == ["3 spilled"]
+
+
+def test_registers_that_gfx942_parks_in_lanes_are_shown_and_are_no_spill():
+    code = STEP.compile("gfx942", waves_per_eu=8)
+    assert code.parked > 0 and code.spills == 0
 
 
 @pytest.mark.parametrize("target", TARGETS)

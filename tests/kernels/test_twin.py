@@ -51,3 +51,14 @@ def test_twin_options(options):
         run = case.clone()
         run.run(backend="torch")
         cases.check(case, run)
+
+
+@pytest.mark.parametrize("name", ["x", "trace", "model_input", "history"])
+def test_planted_wrong_values_are_found(name):
+    """A thousandth of the value is enough."""
+    case = cases.make(0, (3, 4, 9, 8), slots=3)
+    run = case.clone()
+    run.run(backend="torch")
+    run.arguments[name].mul_(1.001)
+    with pytest.raises(AssertionError):
+        cases.check(case, run)
