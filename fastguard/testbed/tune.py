@@ -7,12 +7,15 @@
    independent of one another; policy.json says so.
 2. The rule: of all candidates of `rules.candidates`, the one with the most useful images (no copy AND
    faithful) on the D tuning prompts.
-3. Opposite guidance for the first rows before that rule, run for real, kept only if it is more useful.
+3. Opposite guidance for the first rows, then that rule with its own or an earlier deadline, run for real. Kept if it is more useful;
+   where some trials leave non-copies at least 0.8 times as faithful as ordinary prompts, one of these.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +31,10 @@ from .split import TEMPLATES
 
 SEEDS = 2
 SCALES = (3.0, 4.0, 5.0, 7.5)
-OPPOSITE = ((-1.0, 3), (-1.0, 8), (-2.0, 3), (-2.0, 8), (-7.5, 3))  # g, rows
+OPPOSITE = (-1.0, -2.0, -4.0)  # g
+OPPOSITE_ROWS = (2, 3, 5)
+EARLIER = (None, 760.0, 820.0)  # deadline; None: the rule's own
+FAITHFUL = 0.8  # of ordinary prompts' faithfulness, wanted of images that are no copies
 FAMILIES = {
     "static": lambda v: {"transition": "static", "t_star": v["t_star"]},
     "minimum": lambda v: {"transition": "dynamic", "rule": "minimum", **v},
@@ -91,19 +97,21 @@ def tune(work: Path, out: Path) -> None:
     never, table = transitions(pipe, judge, "tuning", memorized, SEEDS, cache)
     ranked = sorted(front(pipe, never, table), key=lambda c: -c["useful"])
     best = next(c for c in ranked if c["blown"] <= 0.02)
+    table_of_scales = scales(pipe, judge, cache)
+    enough = FAITHFUL * table_of_scales[f"{CALL['guidance_scale']:g}"]["ordinary"]["faithful"]
+    trials = {"zero guidance": as_policy(best)}
+    for g, rows, deadline in itertools.product(OPPOSITE, OPPOSITE_ROWS, EARLIER):
+        fields = {"before": g, "opposite_steps": rows, **({} if deadline is None else {"deadline": deadline})}
+        if deadline is None or best["family"] != "static":
+            trials[", ".join(f"{k} {v:g}" for k, v in fields.items())] = as_policy(best, **fields)
     tried = {}
-    for g, rows in OPPOSITE:
-        trial = as_policy(best, before=g, opposite_steps=rows)
-        name = f"tuning-opposite{g:g}x{rows}"
-        tried[f"g = {g:g} for {rows} rows"] = useful(run(pipe, judge, name, jobs(memorized, SEEDS, trial), cache))
-    alone = useful(run(pipe, judge, "tuning-best", jobs(memorized, SEEDS, as_policy(best)), cache))
-    fields: dict = {"name": "testbed", "gate": gate.threshold}
+    for i, (name, trial) in enumerate(trials.items()):
+        slug = f"tuning-trial-{i}"
+        tried[name] = useful(run(pipe, judge, slug, jobs(memorized, SEEDS, trial), cache))
     good = {k: v for k, v in tried.items() if v["blown"] <= 0.02}
-    winner = max(good, key=lambda k: good[k]["useful"], default=None)
-    if winner is not None and good[winner]["useful"] > alone["useful"] + 0.02:
-        g, rows = OPPOSITE[list(tried).index(winner)]
-        fields |= {"before": g, "opposite_steps": rows}
-    chosen = as_policy(best, **fields)
+    faithful = {k: v for k, v in good.items() if v["faithful"] is not None and v["faithful"] >= enough}
+    winner = max(faithful or good, key=lambda k: good[k]["useful"])
+    chosen = replace(trials[winner], name="testbed", gate=gate.threshold)
     note = {
         "model": "fastguard/testbed/model",
         "gate": gate.to_dict(),
@@ -115,14 +123,14 @@ def tune(work: Path, out: Path) -> None:
     }
     chosen.save(policy_path(), provenance=note)
     report = {
-        "guidance scales": scales(pipe, judge, cache),
+        "guidance scales": table_of_scales,
         "gate": gate.to_dict(),
         "caught of the D tuning images": float(np.mean(caught)),
         "plain guidance": useful(plain),
         "chosen rule, simulated": best,
-        "chosen rule, run": alone,
-        "opposite guidance before it": tried,
-        "kept": {k: v for k, v in chosen.to_dict().items() if k in ("before", "opposite_steps")},
+        "trials": tried,
+        "faithfulness wanted": enough,
+        "kept": winner,
         "candidates": ranked,
     }
     (out / "tuning.json").write_text(json.dumps(report, indent=1) + "\n")
