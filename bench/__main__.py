@@ -59,6 +59,9 @@ def paper(
     ] = "auto",
     clip: Annotated[str | None, typer.Option(help="Folder or hub id of a CLIP model, for the CLIP score.")] = None,
     fid: Annotated[str | None, typer.Option(help="'inception' or a TorchScript file, for FID.")] = None,
+    processes: Annotated[
+        int, typer.Option(help="On a CPU: batches made at the same time, each with its share of the cores.")
+    ] = 1,
     scheduler: Annotated[str | None, typer.Option(help="Diffusers scheduler in place of the model's own.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, float16, bfloat16")] = "auto",
@@ -90,6 +93,7 @@ def paper(
             device=device,
             dtype=dtype,
             scheduler=scheduler,
+            processes=processes,
             command="python -m bench " + shlex.join(sys.argv[1:]),
         )
         result = run(request)

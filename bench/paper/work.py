@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from bench.methods import Method
     from bench.paper.measures import Measure
 
+Made = tuple[list[dict[str, Any]], list[Image.Image]]  # rows and pictures of a unit
 PLAIN, WATCHED = "none", "cfg"  # the reference of every table; the preset whose curves of d are looked at
 
 
@@ -78,23 +79,16 @@ def image_path(unit: Unit, place: int, item: Item, seed: int) -> str:
     return f"images/{item.group}/{method}/{unit.scale:g}/{place:05d}-{seed:03d}.png"
 
 
-def run(
-    pipe: Any,
-    methods: Mapping[str, Method],
-    work: Sequence[Unit],
-    places: Mapping[tuple[str, str], int],
-    measures: Sequence[Measure],
-    decode: Callable[[torch.Tensor], list[Image.Image]],
-    steps: int,
-    store: Store,
-) -> None:
-    """Make, measure and keep every unit that the store does not have. `places`: of a prompt by (group, id)."""
+def run(work: Sequence[Unit], made: Callable[[Sequence[Unit]], Iterable[Made]], store: Store) -> None:
+    """Keep every unit that the store does not have. `made` gives rows and pictures of units, in their order."""
     todo = [unit for unit in work if unit.name not in store.done]
     total, left = (sum(len(unit.batch) for unit in some) for some in (work, todo))
+    if not todo:
+        return
     with tqdm(total=total, initial=total - left, unit="image", mininterval=2) as bar:
-        for unit in todo:
+        bar.set_description(f"{todo[0].method} {todo[0].scale:g}")
+        for unit, (rows, pictures) in zip(todo, made(todo), strict=True):
             bar.set_description(f"{unit.method} {unit.scale:g}")
-            rows, pictures = make(pipe, methods[unit.method], unit, places, measures, decode, steps)
             store.add(unit.name, rows, pictures)
             bar.update(len(rows))
 
@@ -107,7 +101,7 @@ def make(
     measures: Sequence[Measure],
     decode: Callable[[torch.Tensor], list[Image.Image]],
     steps: int,
-) -> tuple[list[dict[str, Any]], list[Image.Image]]:
+) -> Made:
     """The rows and pictures of one unit."""
     items, seeds = [item for item, _ in unit.batch], [seed for _, seed in unit.batch]
     random.seed(

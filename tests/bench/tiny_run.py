@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +14,7 @@ from PIL import Image
 
 from bench.paper.inputs import Item
 from bench.paper.store import Store
-from bench.paper.work import Amount, run, units
+from bench.paper.work import Amount, Made, Unit, make, run, units
 
 ITEMS = [Item("memorized", f"m{i}", f"prompt {i}", "memorized") for i in range(7)]
 ITEMS += [Item("ordinary", f"o{i}", f"other {i}", "ordinary") for i in range(4)]
@@ -51,7 +51,11 @@ def main(out: Path) -> None:
     places = {(item.group, item.id): place for place, item in enumerate(ITEMS)}
     with Store(out) as store:
         print("ready", flush=True)
-        run(None, methods, units(ITEMS, list(methods), AMOUNT), places, [Mean()], decode, 3, store)
+
+        def made(todo: Sequence[Unit]) -> Iterator[Made]:
+            return (make(None, methods[unit.method], unit, places, [Mean()], decode, 3) for unit in todo)
+
+        run(units(ITEMS, list(methods), AMOUNT), made, store)
 
 
 if __name__ == "__main__":
