@@ -7,6 +7,7 @@ copy between host and device, and its bytes are those of its arguments and resul
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,26 @@ def stock(pipe: Any) -> Account:
     rows = _rows(stream)
     ops = [op for op in stream.ops if op.row in rows and not op.denoiser]
     return _account(ops, len(rows), [op.moved for op in ops])
+
+
+def composition(pipe: Any) -> dict[str, int]:
+    """Launches on latents in a late step of the stock loop (the scheduler has its full order), by where they come from."""
+    stream = _run(pipe, values=True)
+    kind: Any = type(pipe.scheduler)
+    code, first = inspect.getsourcelines(kind.scale_model_input)
+    scaling = range(first, first + len(code))
+    found = dict.fromkeys(("cat", "guidance", "scale_model_input", "scheduler"), 0)
+    for op in stream.ops:
+        if op.row == _rows(stream)[-1] and not op.denoiser and op.launch and op.moved > NUMBERS:
+            source = (
+                "guidance" if "/pipelines/" in op.where[0] else "scheduler"
+            )  # a scheduler's noise is drawn elsewhere
+            if "cat" in op.name:
+                source = "cat"
+            elif source == "scheduler" and op.where[1] in scaling:
+                source = "scale_model_input"
+            found[source] += 1
+    return found
 
 
 def guarded(pipe: Any, policy: str = "og+dtp") -> Account:

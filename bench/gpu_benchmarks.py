@@ -18,6 +18,7 @@ from tests import schedulers
 
 SCHEDULERS = ("ddim", "euler", "dpm-2m", "pndm", "unipc-2", "ddpm")
 SAMPLES = 50
+BATCHES = (1, 2, 4, 8, 16, 32)
 
 
 def milliseconds(work: Callable[[], object], samples: int = SAMPLES, warmup: int = 5) -> dict[str, float]:
@@ -112,6 +113,49 @@ def generations() -> list[dict[str, Any]]:
     return results
 
 
+def captures() -> list[dict[str, Any]]:
+    """20 steps of Euler, random weights, batch 1 to 32: stock, reduce-overhead, and guarded under every capture mode."""
+    results = []
+    for size in real_size.SIZES:
+        model = _random(real_size.unet(size))
+        for batch in BATCHES:
+            pipe = real_size.pipeline(size, schedulers.SD["euler"](), model)
+            arguments = {k: v.cuda() for k, v in probe.example_arguments(pipe).items()}
+            arguments |= {"num_inference_steps": 20, "output_type": "latent", "num_images_per_prompt": batch}
+            twin = probe.copy_of(pipe, probe.Stream(), torch.device("cuda"))
+            results += [{"size": size, "batch": batch, **timed} for timed in capture_modes(twin, arguments)]
+        del model
+        torch.cuda.empty_cache()
+    return results
+
+
+def capture_modes(pipe: Any, arguments: dict[str, Any]) -> list[dict[str, Any]]:
+    """One call of a pipeline in each way of running it; what a device has no memory for says so."""
+    work = functools.partial(pipe, **arguments)
+
+    def timed(how: str, guard: Any = None) -> dict[str, Any]:
+        try:
+            found: dict[str, Any] = {"how": how, **milliseconds(work, samples=10, warmup=3)}
+        except torch.OutOfMemoryError as error:
+            return {"how": how, "reason": str(error).splitlines()[0]}
+        if guard is not None:
+            found |= {"path": guard.report.path, "reason": guard.report.reason, "graph_bytes": guard.graphs.bytes}
+            found["capture_seconds"] = sum(info.seconds for info in guard.graphs())
+        return found
+
+    results = [timed("stock")]
+    for mode in ("off", "step", "loop"):
+        with fastguard.enable(pipe, "og+dtp", gate=0.02, capture=mode) as guard:
+            results.append(timed(f"capture={mode}", guard))
+    stock = pipe.unet
+    pipe.unet = torch.compile(stock, mode="reduce-overhead")
+    try:
+        results.append(timed("stock, torch.compile reduce-overhead"))
+    finally:
+        pipe.unet = stock
+    return results
+
+
 def _random(model: Any) -> Any:
     """The model on the GPU with small random weights: only its time matters."""
     model = model.to_empty(device="cuda")
@@ -137,5 +181,6 @@ def synchronisations() -> list[dict[str, Any]]:
 BENCHMARKS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "guided_step": guided_steps,
     "generations": generations,
+    "captures": captures,
     "synchronisations": synchronisations,
 }

@@ -48,7 +48,16 @@ the tables, buffers, and the noise of stochastic schedulers, one draw per row th
 
 A per-sample guard in plain torch on top of stock (norm, two comparisons, latch, choice of the scale) adds {guard} launches to each of stock's numbers.
 
+What stock's launches on latents are in float32, without the casts, in a step in which the scheduler has its full order:
+
+| scheduler | launches | `torch.cat` | guidance | `scale_model_input` | `step` | first estimate |
+|---|--:|--:|--:|--:|--:|--:|
+{composition}
+The first estimate is what this project's goals were written with. It was counted before there was this program, and its list of operations was not kept, so
+which operation of DDIM, PNDM and UniPC it took otherwise is not known; the counts here are those of the operations that diffusers {diffusers} runs.
+
 """
+ESTIMATES = {"ddim": 11, "euler": 11, "dpm-2m": 14, "euler-ancestral": 14, "pndm": 15, "deis-2": 16, "unipc-2": 27}
 
 
 @dataclass(frozen=True)
@@ -131,6 +140,16 @@ def share(size: str, found: list[Line]) -> str:
     )
 
 
+def compositions() -> Iterator[str]:
+    """The rows of the table of what stock's launches are."""
+    model = real_size.unet("SD 1.5", torch.float32)
+    with probe.remembering():
+        for name, estimate in ESTIMATES.items():
+            pipe = real_size.pipeline("SD 1.5", schedulers.SD[name](), model, torch.float32)
+            parts = accounts.composition(pipe)
+            yield "| " + " | ".join(map(str, (name, sum(parts.values()), *parts.values(), estimate))) + " |"
+
+
 def document(names: list[str]) -> str:
     text = TEXT.format(
         torch=torch.__version__.split("+")[0],
@@ -139,6 +158,7 @@ def document(names: list[str]) -> str:
         steps=accounts.STEPS,
         single=accounts.single_launch(),
         guard=accounts.eager_guard(),
+        composition="".join(f"{row}\n" for row in compositions()),
     )
     for size in real_size.SIZES:
         found = list(lines(size, names))

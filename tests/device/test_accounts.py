@@ -12,7 +12,8 @@ from fastguard.kernels.layout import State
 from fastguard.loop import Loop
 from fastguard.syncs import probe
 from fastguard.syncs.pretend import Pretend
-from tests import schedulers
+from tests import pipelines, schedulers
+from tests.capture import simulator
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers' about the schedulers' configurations
 
@@ -74,7 +75,10 @@ def test_an_eager_guard_costs_eight_launches():
 
 def test_the_page_is_current():
     page = roofline.FILE.read_text(encoding="utf-8")
-    _, *sections = page.split("\n## ")
+    head, *sections = page.split("\n## ")
+    rows = list(roofline.compositions())
+    assert [int(row.split(" | ")[1]) for row in rows] == [STOCK[name] for name in roofline.ESTIMATES]
+    assert all(row in head for row in rows), "run python -m bench.roofline"
     for size, section in zip(real_size.SIZES, sections, strict=True):
         assert section.startswith(size)
         for line in roofline.lines(size, ["ddim", "euler-ancestral"]):
@@ -95,10 +99,35 @@ def test_the_benchmarked_step_runs():
     assert state["state"].held[:, State.STEP].tolist() == [11.0, 11.0]
 
 
+def test_the_benchmark_of_capture_modes_runs(monkeypatch):
+    """On a tiny model, its graphs in the simulator, without a clock and a compiler."""
+
+    def once(work, **_):
+        work()
+        return {"median_ms": 1.0}
+
+    monkeypatch.setattr(gpu_benchmarks, "milliseconds", once)
+    monkeypatch.setattr(torch, "compile", lambda model, mode: model)
+    pipe = pipelines.sd()
+    unet = pipe.unet
+    arguments = {"prompt": "a cat", "num_inference_steps": 2, "output_type": "latent", "height": 16, "width": 16}
+    with simulator.recording():
+        results = gpu_benchmarks.capture_modes(pipe, arguments)
+    assert [entry.get("path") for entry in results] == [None, "fused", "fused, step graph", "fused, loop graph", None]
+    assert results[3]["graph_bytes"] > results[2]["graph_bytes"] > results[1]["graph_bytes"] == 0
+    assert pipe.unet is unet
+
+    def full(work, **_):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(gpu_benchmarks, "milliseconds", full)
+    assert {entry["reason"] for entry in gpu_benchmarks.capture_modes(pipe, arguments)} == {"no room"}
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_the_runner_says_what_it_skipped(tmp_path):
     out = tmp_path / "gpu.json"
-    assert gpu.main(["--out", str(out), "--tests", "tests/device/test_planted.py"]) == 0
+    assert gpu.main(["--out", str(out), "--tests", "tests/syncs/test_planted.py"]) == 0
     result = json.loads(out.read_text())
     assert result["device"] is None and torch.__version__.startswith(result["versions"]["torch"])
     assert result["tests"]["counts"] == {"skipped": 2}
