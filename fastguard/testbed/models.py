@@ -5,13 +5,12 @@ Shapes: pictures [B, 3, 32, 32] in -1..1, latents [B, 8, 8, 8] of unit variance,
 
 from __future__ import annotations
 
-import json
-
 from diffusers import AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
 from diffusers.models.unets.unet_2d_blocks import AutoencoderTinyBlock
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from .data import HERE
 
 LENGTH = 16  # tokens a prompt
 WIDTH = 128  # text features
@@ -19,31 +18,13 @@ LATENT_CHANNELS = 8
 LATENT_SIDE = 8
 
 
-def make_tokenizer(texts: list[str], vocabulary: int = 2048) -> CLIPTokenizer:
-    """A byte-level BPE tokenizer in CLIP's format, trained on the captions."""
-    start, end = "<|startoftext|>", "<|endoftext|>"
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=end))
-    bpe.normalizer = normalizers.Lowercase()
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        end_of_word_suffix="</w>",
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=[],
-        show_progress=False,
-    )
-    bpe.train_from_iterator(texts, trainer)
-    state = json.loads(bpe.to_str())["model"]
-    vocab = dict(state["vocab"])
-    for character in sorted(pre_tokenizers.ByteLevel.alphabet()):  # CLIP's last letters of a word
-        vocab.setdefault(character, len(vocab))
-        vocab.setdefault(character + "</w>", len(vocab))
-    for token in (start, end):
-        vocab[token] = len(vocab)
-    merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in state["merges"]]
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=LENGTH)
+def tokenizer() -> CLIPTokenizer:
+    """The committed tokenizer: byte-level BPE in CLIP's format, 1,280 tokens, learned once from the captions.
+
+    Learning it anew gives other numbers to the same tokens each time (the `tokenizers` library goes through a hash map), so that
+    two processes, or a resumed run, would not mean the same by them.
+    """
+    return CLIPTokenizer.from_pretrained(HERE / "model" / "tokenizer")
 
 
 def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:

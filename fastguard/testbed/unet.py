@@ -47,7 +47,7 @@ class Captions:
     def __init__(self, set_: pictures.Pictures) -> None:
         options = set_.captions()
         texts = ["", *sorted({text for texts in options for text in texts})]
-        self.tokenizer = models.make_tokenizer(texts)
+        self.tokenizer = models.tokenizer()
         self.ids = self.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
         row = {text: i for i, text in enumerate(texts)}
         self.options = [torch.tensor([row[text] for text in texts]) for texts in options]
