@@ -28,7 +28,7 @@ class Engine:
     @classmethod
     def of(
         cls,
-        denoiser: torch.nn.Module,
+        denoiser: torch.nn.Module | None,
         *,
         capture: str,
         attention_backend: str | None,
@@ -37,6 +37,8 @@ class Engine:
         """ValueError names the option that is not allowed, or that cannot work with this denoiser where it is now."""
         if capture not in MODES:
             raise ValueError(f"capture={capture!r}: allowed are {', '.join(map(repr, MODES))}")
+        if denoiser is None:  # a pipeline that was built to encode prompts alone; its call would fail in stock as well
+            return cls(capture, attention_backend, check_compile(compile))
         options = check_compile(compile)
         if options is not None and not isinstance(denoiser, torch.nn.Module):
             raise ValueError(f"compile={compile!r}: {type(denoiser).__name__} is no torch module")

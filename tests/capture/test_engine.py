@@ -318,3 +318,13 @@ def test_tune_without_a_device_chooses_off(sd):
     with fastguard.enable(sd, "cfg") as guard:
         tuning = guard.tune("a cat", num_inference_steps=1, output_type="latent", **SIZE)
         assert tuning.chosen == "off" and "nothing records graphs" in str(tuning)
+
+
+@pytest.mark.parametrize("capture", ["off", "step", "loop", "auto"])
+def test_a_pipeline_without_its_denoiser_still_encodes_prompts(sd, capture):
+    parts = {**sd.components, "unet": None, "vae": None}
+    encoder = type(sd)(**parts, requires_safety_checker=False)
+    with fastguard.enable(encoder, "cfg", capture=capture):
+        ours = encoder.encode_prompt("a cat", "cpu", 1, True)
+    stock = sd.encode_prompt("a cat", "cpu", 1, True)
+    assert all(torch.equal(a, b) for a, b in zip(ours, stock, strict=True))
