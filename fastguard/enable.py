@@ -18,7 +18,7 @@ from fastguard.capture.graphs import Graphs
 from fastguard.capture.tune import Tuning, tune
 from fastguard.families import Family, find
 from fastguard.pending import settled
-from fastguard.policy import Policy
+from fastguard.policy import DEFAULT, Policy
 from fastguard.policy import policy as make_policy
 from fastguard.report import Report
 from fastguard.shadow import shadow
@@ -30,7 +30,7 @@ _ATTRIBUTE = "_fastguard_guard"
 
 def enable(
     pipe: Any,
-    policy: str | Policy | Sequence[str | Policy] = "og+dtp",
+    policy: str | Policy | Sequence[str | Policy] = DEFAULT,
     *,
     capture: str = "auto",
     attention_backend: str | None = None,

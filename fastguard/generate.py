@@ -2,7 +2,7 @@
 
     import fastguard.generate
 
-    summary = fastguard.generate.generate("path/or/id", "prompts.csv", "out", policy="og+dtp", gate=0.03)
+    summary = fastguard.generate.generate("path/or/id", "prompts.csv", "out", policy="dtp", gate=0.03)
 
 manifest.jsonl in the directory has one line per finished image and says all that is known of it. The same call again makes only
 what is missing. See docs/generate.md and docs/ray.md; the machinery is in `fastguard.batch`.
@@ -24,7 +24,7 @@ from fastguard.batch.local import LocalRunner
 from fastguard.batch.pictures import Picture
 from fastguard.batch.prompt_files import BadRows, Problem, load
 from fastguard.batch.request import FIELDS, Defaults, Request
-from fastguard.policy import Policy
+from fastguard.policy import DEFAULT, Policy
 from fastguard.policy import policy as make_policy
 
 __all__ = ["FIELDS", "BadRows", "Interrupted", "Problem", "Request", "Summary", "Task", "generate", "prepare"]
@@ -51,7 +51,7 @@ def prepare(
     prompts: Prompts,
     out: str | os.PathLike[str],
     *,
-    policy: str | os.PathLike[str] | Policy = "og+dtp",
+    policy: str | os.PathLike[str] | Policy = DEFAULT,
     gate: float | None = None,
     negative_prompt: str | None = None,
     seed: int = 0,

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fastguard.policy import DEFAULT
+
 if TYPE_CHECKING:
     from fastguard.syncs.find import SyncReport
 
@@ -16,7 +18,7 @@ def doctor(
     model: Annotated[
         str, typer.Argument(help="Directory or hub id of a diffusers pipeline; 'testbed' is the embedded model.")
     ],
-    policy: Annotated[str, typer.Option(help="Preset or .json file of the guarded run.")] = "og+dtp",
+    policy: Annotated[str, typer.Option(help="Preset or .json file of the guarded run.")] = DEFAULT,
     steps: Annotated[int, typer.Option(help="Denoising steps of each run.")] = 4,
     scheduler: Annotated[str | None, typer.Option(help="Diffusers scheduler in place of the model's own.")] = None,
     gpu: Annotated[bool, typer.Option("--gpu", help="Load the model on the GPU and watch it there.")] = False,
@@ -37,7 +39,7 @@ def doctor(
 
 
 def examine(
-    model: str, *, policy: str = "og+dtp", steps: int = 4, scheduler: str | None = None, gpu: bool = False
+    model: str, *, policy: str = DEFAULT, steps: int = 4, scheduler: str | None = None, gpu: bool = False
 ) -> tuple[SyncReport, SyncReport]:
     """(stock, guarded) `find_syncs` of a text-to-image model.
 
