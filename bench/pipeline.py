@@ -1,6 +1,6 @@
 """Whole generations on the embedded model: a guarded pipeline against stock, in alternating pairs.
 
-    python -m bench.pipeline [--batch 8] [--steps 50] [--pairs 20] [--json FILE]
+    python -m bench.pipeline [--batch 8] [--steps 50] [--pairs 20] [--schedulers DDIM ...] [--policies dtp ...] [--json FILE]
 
 `stp` skips the conditional branch before t* = 500, a quarter of the denoiser's rows; `dtp` needs both branches throughout. Before
 anything is timed the guarded pipeline under `cfg` is checked against stock's latents.
@@ -27,10 +27,13 @@ SCHEDULERS = {
 }
 
 
-def measure(model: Path | None, batch: int, steps: int, pairs: int) -> dict[str, dict[str, Ratios]]:
+def measure(
+    model: Path | None, batch: int, steps: int, pairs: int, schedulers: list[str], policies: list[str]
+) -> dict[str, dict[str, Ratios]]:
     """Ratio guarded / stock for every scheduler and policy."""
     results: dict[str, dict[str, Ratios]] = {}
-    for name, make in SCHEDULERS.items():
+    for name in schedulers:
+        make = SCHEDULERS[name]
         stock, guarded = (_load(model, make) for _ in range(2))
 
         def run(pipe, steps=steps):
@@ -46,7 +49,7 @@ def measure(model: Path | None, batch: int, steps: int, pairs: int) -> dict[str,
             ours, theirs = run(guarded), run(stock)
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4 * theirs.abs().max().item())
         results[name] = {}
-        for policy in ("cfg", "dtp", "stp"):
+        for policy in policies:
             with fastguard.enable(guarded, policy):
                 results[name][policy] = alternating(
                     partial(run, guarded),
@@ -78,9 +81,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--pairs", type=int, default=20)
+    parser.add_argument("--schedulers", nargs="+", choices=list(SCHEDULERS), default=list(SCHEDULERS))
+    parser.add_argument("--policies", nargs="+", default=["cfg", "dtp", "stp"], help="presets or policy files")
     parser.add_argument("--json", type=Path, help="write all ratios to this file")
     options = parser.parse_args()
-    results = measure(options.model, options.batch, options.steps, options.pairs)
+    results = measure(options.model, options.batch, options.steps, options.pairs, options.schedulers, options.policies)
     print(
         f"batch {options.batch}, {options.steps} steps, float32, {torch.get_num_threads()} threads, {platform.processor() or platform.machine()}"
     )
