@@ -27,8 +27,7 @@ PolicyName = Annotated[
     str | None,
     typer.Option(
         "--policy",
-        help="Preset (cfg, stp, og+stp, dtp, og+dtp, ...) or a .json file; unless given dtp, and for"
-        " testbed its own.",
+        help="Preset (cfg, stp, og+stp, dtp, og+dtp, ...) or a .json file; unless given dtp, and for testbed its own.",
         show_default=False,
     ),
 ]
