@@ -437,7 +437,7 @@ def test_inspect_says_why(model):
     assert "own step: Runge-Kutta" in text
     text = invoke("inspect", model, "--policy", "og+dtp", "--scheduler", "DPMSolverMultistep", "--steps", 10).stdout
     assert "form x0, lags 1" in text
-    assert "deadline at row 7" in text
+    assert "deadline at row 4" in text
     assert text.count("<- deadline") == 1
     assert "gate none" in text
     assert "steps=0" in refused("inspect", model, "--steps", 0)

@@ -320,7 +320,9 @@ def test_switch_rows():
     rules = plan(*stop, timesteps=times, observe=observe).rules
     assert rules[:, Rule.SWITCH_ROW].tolist() == [0, 0, 1, 4, 5, 5, NEVER]
     assert rules[:, Rule.KIND].tolist() == [RuleKind.NONE] * 7
-    rules = plan(policy("dtp"), policy("paper-dtp"), policy("cfg"), timesteps=times, observe=observe).rules
+    rules = plan(
+        policy("dtp", deadline=300), policy("paper-dtp"), policy("cfg"), timesteps=times, observe=observe
+    ).rules
     assert rules[:, Rule.SWITCH_ROW].tolist() == [5, NEVER, NEVER]
     assert rules[:, Rule.KIND].tolist() == [RuleKind.MINIMUM, RuleKind.MINIMUM, RuleKind.NONE]
 

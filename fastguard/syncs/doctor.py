@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastguard.policy import DEFAULT
-
 if TYPE_CHECKING:
     from fastguard.syncs.find import SyncReport
 
@@ -18,7 +16,9 @@ def doctor(
     model: Annotated[
         str, typer.Argument(help="Directory or hub id of a diffusers pipeline; 'testbed' is the embedded model.")
     ],
-    policy: Annotated[str, typer.Option(help="Preset or .json file of the guarded run.")] = DEFAULT,
+    policy: Annotated[
+        str | None, typer.Option(help="Preset or .json file of the guarded run; dtp unless given.")
+    ] = None,
     steps: Annotated[int, typer.Option(help="Denoising steps of each run.")] = 4,
     scheduler: Annotated[str | None, typer.Option(help="Diffusers scheduler in place of the model's own.")] = None,
     gpu: Annotated[bool, typer.Option("--gpu", help="Load the model on the GPU and watch it there.")] = False,
@@ -39,7 +39,7 @@ def doctor(
 
 
 def examine(
-    model: str, *, policy: str = DEFAULT, steps: int = 4, scheduler: str | None = None, gpu: bool = False
+    model: str, *, policy: str | None = None, steps: int = 4, scheduler: str | None = None, gpu: bool = False
 ) -> tuple[SyncReport, SyncReport]:
     """(stock, guarded) `find_syncs` of a text-to-image model.
 
@@ -52,10 +52,11 @@ def examine(
     from fastguard import checks, enable, find_syncs
     from fastguard.inspection import inspect_model
     from fastguard.models import load_pipeline
+    from fastguard.policy import DEFAULT
     from fastguard.policy import policy as make_policy
 
     checks.integer("steps", steps, 1)
-    chosen = make_policy(policy)
+    chosen = make_policy(policy or DEFAULT)
     inspect_model(model, chosen, steps=steps, scheduler=scheduler).check()
     if gpu and not torch.cuda.is_available():
         raise ValueError("gpu: torch finds none here; without --gpu the loop runs on tensors that stand for a GPU's")

@@ -15,6 +15,7 @@ from bench.methods import loop as stock_loop
 from bench.methods.interval import sigma
 from bench.methods.reference import transition_step
 from fastguard import testbed
+from fastguard.policy import DEADLINE
 
 PROMPTS = ["a red apple", "two dogs"]
 MEMORIZED = [prompt.prompt for prompt in testbed.prompts("memorized")[::20]]
@@ -100,7 +101,7 @@ class TestReferenceDecisions:
         prompts = [*MEMORIZED, *PROMPTS]
         theirs, ours = generate(Dynamic(before), prompts, steps=20), generate(Preset(preset), prompts, steps=20)
         for a, b in zip(theirs.details, ours.details, strict=True):
-            late = next(k for k, t in enumerate(a["timesteps"]) if t <= 300)
+            late = next(k for k, t in enumerate(a["timesteps"]) if t <= DEADLINE)
             fired = a["transition_step"]
             if b["margin"] is not None and b["margin"] < 1e-4:
                 continue
