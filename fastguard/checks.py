@@ -12,7 +12,11 @@ BEFORE = ("zero", "conditional", "opposite")
 
 def number(name: str, value: Any, allowed: str, test: Callable[[float], bool] = lambda value: True) -> float:
     """`value` as a finite float that passes `test`. A bool is no number."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or not test(float(value)):
+    try:
+        valid = not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value) and test(float(value))
+    except OverflowError:  # an integer beyond every float
+        raise ValueError(f"{name}: a number of {len(str(value))} digits; must be {allowed}") from None
+    if not valid:
         raise ValueError(f"{name}={value!r}: must be {allowed}")
     return float(value)
 

@@ -101,6 +101,10 @@ class Guard:
         self.use(dataclasses.replace(self.engine, capture=tuning.chosen))
         return tuning
 
+    def forget(self) -> None:
+        """No report: the last call of this thread was not guarded."""
+        self._last = self._thread.last = None
+
     def disable(self) -> None:
         """Give the pipeline its stock class back and the graphs' memory. Nothing else was ever changed."""
         self.graphs.clear()
@@ -196,6 +200,7 @@ def _enabled_class(base: type) -> type:
             return stock_call(self, *args, **kwargs)
         if os.environ.get("FASTGUARD_DISABLE", "0") not in ("", "0"):
             logger.info("FASTGUARD_DISABLE is set: stock call")
+            guard.forget()
             return stock_call(self, *args, **kwargs)
         return guard.run(stock_call, args, kwargs)
 

@@ -11,6 +11,7 @@ what is missing. See docs/generate.md and docs/ray.md; the machinery is in `fast
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,6 +29,8 @@ from fastguard.policy import DEFAULT, Policy
 from fastguard.policy import policy as make_policy
 
 __all__ = ["FIELDS", "BadRows", "Interrupted", "Problem", "Request", "Summary", "Task", "generate", "prepare"]
+
+logger = logging.getLogger("fastguard")
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 ENGINES = ("local", "ray")
@@ -117,6 +120,8 @@ def prepare(
         keep_going=keep_going, problems=problems,
     )  # fmt: skip
     job.fit(limits)
+    if warning := Policy.stack(list(dict.fromkeys(request.policy for request in job.requests))).ungated_warning():
+        logger.warning(warning)
     common: dict[str, Any] = {"settings": settings, "picture": picture, "keep_going": keep_going}
 
     if engine == "local":

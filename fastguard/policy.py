@@ -30,7 +30,7 @@ Number = float | int
 
 DEFAULT = "dtp"
 """The preset of whoever names none. Opposite guidance until the transition (`og+dtp`) copies still less, and ruins pictures: on the
-embedded model 7% leave the image manifold, and no ordinary picture shows its caption (docs/testbed)."""
+embedded model without a gate, 4% of the ordinary pictures still show their caption, 65% under `dtp` (docs/testbed)."""
 
 DEADLINE = 600.0
 """Timestep at which `dtp` and `og+dtp` begin to guide even if no local minimum was seen: the middle of the fixed timesteps that work

@@ -481,6 +481,8 @@ def test_pickle_is_stock():
 def test_environment_variable_switches_off(sd, monkeypatch):
     stock = call(sd)
     with fastguard.enable(sd, "stp") as guard:
+        call(sd)
+        assert guard.report is not None
         monkeypatch.setenv("FASTGUARD_DISABLE", "1")
         assert torch.equal(call(sd), stock)
         assert guard.report is None

@@ -394,3 +394,8 @@ def test_warning_names_each_ungated_policy_once():
     mixed = Policy.stack([policy("stp"), policy("dtp", gate=0.1), policy("stp"), policy("cfg"), policy("og+dtp")])
     assert mixed.ungated_warning().startswith("policy 'stp', 'og+dtp' has no gate")
     assert Policy.stack([policy("dtp", gate=0.1), policy("cfg")]).ungated_warning() is None
+
+
+def test_a_number_beyond_every_float_is_refused_by_name():
+    with pytest.raises(ValueError, match="gate: a number of 401 digits; must be"):
+        Policy(transition="dynamic", gate=10**400)

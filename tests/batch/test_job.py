@@ -280,6 +280,12 @@ def failing(pipe, monkeypatch, fail):
     return sizes
 
 
+def test_ungated_policies_are_told_once(pipe, tmp_path, caplog):
+    rows = [{"prompt": "a cat", "policy": name} for name in ("stp", "dtp", "cfg", "stp")]
+    generate(pipe, rows, tmp_path / "out", **OPTIONS)
+    assert [r.message.split(" has no gate")[0] for r in caplog.records] == ["policy 'stp', 'dtp'"]
+
+
 def test_where_the_stages_run(pipe, tmp_path, monkeypatch, overlap, whole):
     threads = {}
     for name in ("encode", "denoise", "decode"):
