@@ -1,4 +1,4 @@
-"""Files that are either complete or not there: written beside their target, flushed, then renamed over it."""
+"""Files that are either complete or not there: written beside their target, flushed, then renamed over it. How errors show values."""
 
 from __future__ import annotations
 
@@ -8,6 +8,24 @@ import os
 import uuid
 from pathlib import Path
 from typing import Any
+
+
+def short(value: Any) -> str:
+    """repr of at most 60 characters, for error messages: what a user wrote can be megabytes long."""
+    try:
+        text = repr(value[:100] if isinstance(value, str) else value)
+    except (ValueError, RecursionError):  # an integer of more digits than Python prints, a list in a list in a list ...
+        text = f"<{type(value).__name__} too large to show>"
+    return text if len(text) <= 60 else f"{text[:56]}..."
+
+
+def is_unicode(text: str) -> bool:
+    """Whether UTF-8 can write `text`: it cannot write a lone surrogate, which JSON's "\\ud800" becomes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def write_atomic(path: str | os.PathLike[str], data: str | bytes) -> Path:
@@ -55,7 +73,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         keys = [key for key, _ in pairs]
         twice = sorted({key for key in keys if keys.count(key) > 1})
         if twice:
-            raise ValueError(f"the key {twice[0]!r} occurs twice")
+            raise ValueError(f"the key {short(twice[0])} occurs twice")
         return dict(pairs)
 
     def refuse(name: str) -> None:
@@ -64,5 +82,5 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     try:
         text = Path(path).read_text(encoding="utf-8")
         return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise ValueError(f"{os.fspath(path)}: not valid JSON: {error}") from None

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,8 @@ from fastguard.batch.fitting import Limits, guard_disabled
 from fastguard.batch.job import Interrupted, Job, Runner, Summary
 from fastguard.batch.local import LocalRunner
 from fastguard.batch.pictures import Picture
-from fastguard.batch.prompt_files import BadRows, Problem, load
-from fastguard.batch.request import FIELDS, Defaults, Request
+from fastguard.batch.prompt_files import BadRows, Problem, Prompts, Source, load
+from fastguard.batch.request import FIELDS, Defaults, Request, integer
 from fastguard.policy import DEFAULT, Policy
 from fastguard.policy import policy as make_policy
 
@@ -34,7 +34,7 @@ logger = logging.getLogger("fastguard")
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 ENGINES = ("local", "ray")
-Prompts = str | os.PathLike[str] | Iterable[str | Mapping[str, Any]]
+MOST_WORKERS = 1000
 
 
 def generate(
@@ -98,7 +98,7 @@ def prepare(
     checks.choice("engine", engine, ENGINES)
     checks.choice("dtype", dtype, DTYPES)
     if workers is not None:
-        checks.integer("workers", workers, 1)
+        integer("workers", workers, 1, MOST_WORKERS)
     picture = Picture(format, quality)
     defaults = Defaults(
         policy=make_policy(policy),
@@ -116,7 +116,7 @@ def prepare(
     if guard_disabled():
         settings["guard"] = "disabled"  # such images are not to be taken for guarded ones later
     job = Job(
-        requests, Path(out), settings=settings, batch_size=batch_size, picture=picture, shard_size=shard_size,
+        requests, Path(out), settings=settings, source=Source.of(prompts), batch_size=batch_size, picture=picture, shard_size=shard_size,
         keep_going=keep_going, problems=problems,
     )  # fmt: skip
     job.fit(limits)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 from fastguard import checks
-from fastguard.files import read_json, write_json
+from fastguard.files import is_unicode, read_json, short, write_json
 from fastguard.plan import Plan, lower
 
 __all__ = ["DEADLINE", "DEFAULT", "PRESETS", "Plan", "Policy", "lower", "policy"]
@@ -38,6 +38,37 @@ in the paper (500 to 700). On the embedded model's tuning prompts, copies and fa
 29% and 38%, without a deadline 20% and 16% (docs/testbed/tuning.json)."""
 
 FORMAT = 1  # version of the policy file
+
+MOST_STEPS = 10_000
+LONGEST_NAME = 200  # characters
+LARGEST_SCALE = 1000.0
+"""Of guidance: float16 holds numbers to 65,504, and what is guided by thousands is no picture."""
+
+RANGES: dict[str, tuple[float, float]] = {
+    "guidance_scale": (0.0, LARGEST_SCALE),
+    "before": (-LARGEST_SCALE, LARGEST_SCALE),
+    "gate_steps": (1, MOST_STEPS),
+    "min_step": (0, MOST_STEPS),
+    "opposite_steps": (0, MOST_STEPS),
+}
+"""Smallest and largest number that a field may hold, in every row of a prompt file too. Each of a tuple is in the range."""
+
+
+def _checked(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """One image's fields, each of its type and in its range; errors begin with `prefix`."""
+    try:
+        valid = checks.scalar_policy(values, prefix)
+    except (ValueError, RecursionError) as error:
+        message = str(error)  # holds the value, whatever its length, and at its end what is allowed
+        raise ValueError(message if len(message) <= 400 else f"{message[:80]} ... {message[-300:]}") from None
+    for key, (lowest, highest) in RANGES.items():
+        for value in valid[key] if isinstance(valid[key], tuple) else [valid[key]]:
+            if isinstance(value, (int, float)) and not lowest <= value <= highest:
+                raise ValueError(f"{prefix}{key}={short(value)}: must be from {lowest:g} to {highest:g}")
+    name = valid["name"]
+    if len(name) > LONGEST_NAME or not is_unicode(name):
+        raise ValueError(f"{prefix}name={short(name)}: must be UTF-8 text of at most {LONGEST_NAME} characters")
+    return valid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +91,9 @@ class Policy:
                     guidance after them until the transition; None: no limit
     monitor         run both branches also where the guidance needs only one, so that the report's curve has no holes
     guidance_scale  None: the pipeline's own. A number, or a tuple with one value per denoiser row
-    name            shown in reports
+    name            shown in reports; at most 200 characters
 
-    A value that is not allowed, or that would have no effect (a deadline without a dynamic transition, ...), raises ValueError with
+    `RANGES` has the limits of the numbers. A value that is not allowed, or that would have no effect (a deadline without a dynamic transition, ...), raises ValueError with
     the argument's name, the value and what is allowed.
     """
 
@@ -86,9 +117,9 @@ class Policy:
         values = self._values()
         length = checks.common_length(values)
         if length is None:
-            valid = checks.scalar_policy(values)
+            valid = _checked(values)
         else:
-            each = [checks.scalar_policy(_pick(values, i), f"sample {i}: ") for i in range(length)]
+            each = [_checked(_pick(values, i), f"sample {i}: ") for i in range(length)]
             valid = {key: [v[key] for v in each] if isinstance(values[key], list) else each[0][key] for key in values}
         for key, value in valid.items():
             object.__setattr__(self, key, value)
@@ -109,7 +140,7 @@ class Policy:
         if not ungated:
             return None
         return (
-            f"policy {', '.join(map(repr, dict.fromkeys(ungated)))} has no gate: every prompt is guarded, ordinary ones too, and their images change. Set gate=tau"
+            f"policy {', '.join(map(short, dict.fromkeys(ungated)))} has no gate: every prompt is guarded, ordinary ones too, and their images change. Set gate=tau"
             " (`fastguard calibrate` chooses it from ordinary prompts), or use policy 'cfg' for plain guidance."
         )
 
@@ -201,7 +232,9 @@ def policy(source: str | os.PathLike[str] | Policy, **overrides: Any) -> Policy:
     elif isinstance(source, str) and source in PRESETS:
         base = PRESETS[source]
     else:
-        raise ValueError(f"policy={source!r}: allowed are {', '.join(PRESETS)}, a Policy, or a path ending in .json")
+        raise ValueError(
+            f"policy={short(source)}: allowed are {', '.join(PRESETS)}, a Policy, or a path ending in .json"
+        )
     _refuse_unknown(overrides)
     return dataclasses.replace(base, **overrides)
 
@@ -210,7 +243,7 @@ def _refuse_unknown(given: Mapping[str, Any]) -> None:
     known = [field.name for field in dataclasses.fields(Policy)]
     unknown = [key for key in given if key not in known]
     if unknown:
-        raise ValueError(f"unknown policy field {unknown[0]!r}: allowed are {', '.join(known)}")
+        raise ValueError(f"unknown policy field {short(unknown[0])}: allowed are {', '.join(known)}")
 
 
 def _pick(values: Mapping[str, Any], index: int) -> dict[str, Any]:
@@ -228,8 +261,12 @@ def _encode(value: Any) -> Any:
 
 
 def _decode(key: str, value: Any) -> Any:
+    return [_decode_one(key, item) for item in value] if isinstance(value, list) else _decode_one(key, value)
+
+
+def _decode_one(key: str, value: Any) -> Any:
     if isinstance(value, dict):
         if set(value) != {"per_step"} or not isinstance(value["per_step"], list):
-            raise ValueError(f'{key}={value!r}: an object must be {{"per_step": [...]}}')
+            raise ValueError(f'{key}={short(value)}: an object must be {{"per_step": [...]}}')
         return tuple(value["per_step"])
-    return [_decode(key, item) for item in value] if isinstance(value, list) else value
+    return value

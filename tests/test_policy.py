@@ -81,6 +81,19 @@ WRONG = [
     ({"guidance_scale": ()}, "guidance_scale=()", "tuple"),
     ({"guidance_scale": (7.5, NAN)}, "guidance_scale[1]=nan", "finite"),
     ({"name": ""}, "name=''", "not empty"),
+    ({"name": "x" * 201}, "name='xxx", "at most 200 characters"),
+    ({"name": "\ud800"}, "name='\\ud800'", "UTF-8"),
+    ({"gate": 0.1, "gate_steps": 10**30, **DYNAMIC}, "gate_steps=1000", "must be from 1 to 10000"),
+    ({"min_step": 10**30, **DYNAMIC}, "min_step=1000", "must be from 0 to 10000"),
+    ({"min_step": 10**5000, **DYNAMIC}, "min_step=<int too large to show>", "must be from 0 to 10000"),
+    ({"before": "opposite", "opposite_steps": 10_001, **DYNAMIC}, "opposite_steps=10001", "must be from 0 to 10000"),
+    ({"min_step": [0, 10**30], **DYNAMIC}, "sample 1: min_step=1000", "must be from 0 to 10000"),
+    ({"before": -1e300, **DYNAMIC}, "before=-1e+300", "must be from -1000 to 1000"),
+    ({"guidance_scale": 1e300}, "guidance_scale=1e+300", "must be from 0 to 1000"),
+    ({"guidance_scale": -0.1}, "guidance_scale=-0.1", "must be from 0 to 1000"),
+    ({"guidance_scale": (7.5, 1001)}, "guidance_scale=1001.0", "must be from 0 to 1000"),
+    ({"before": "x" * 10**6, **DYNAMIC}, "before='xxx", "a finite number"),
+    ({"rule": (0,) * 10**6, **DYNAMIC}, "rule=(0, 0, ", "allowed are 'minimum', 'drop'"),
     (
         {"gate": [0.1, 0.2], "deadline": [300], **DYNAMIC},
         "deadline has 1, gate has 2",
@@ -98,9 +111,13 @@ def test_wrong_value_is_named(fields, named, allowed):
         Policy(**fields)
     assert named in str(error.value)
     assert allowed in str(error.value)
+    assert len(str(error.value)) < 500
 
 
 def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match=r"unknown policy field 'xxx.*\.\.\.: allowed") as error:
+        Policy.from_dict({"fastguard_policy": 1, "x" * 10**6: 1})
+    assert len(str(error.value)) < 500
     with pytest.raises(ValueError, match=r"unknown policy field 'gaet'.*gate"):
         policy("dtp", gaet=0.1)
     with pytest.raises(ValueError, match=r"policy='dpt'.*dtp.*\.json"):
@@ -188,11 +205,11 @@ def test_lists_are_copied():
 
 # Files ---------------------------------------------------------------------------------------------------------------------
 
-per_step = st.tuples(st.floats(-20, 20), st.floats(-20, 20), st.floats(-20, 20))
+per_step = st.tuples(st.floats(0, 20), st.floats(0, 20), st.floats(0, 20))
 scalar_policies = st.one_of(
     st.builds(
         Policy,
-        guidance_scale=st.one_of(st.none(), st.floats(-20, 20), per_step),
+        guidance_scale=st.one_of(st.none(), st.floats(0, 20), per_step),
         monitor=st.booleans(),
     ),
     st.builds(
@@ -204,7 +221,7 @@ scalar_policies = st.one_of(
         gate_steps=st.integers(1, 9),
         min_step=st.integers(0, 9),
         min_drop=st.floats(0, 0.99),
-        name=st.text(min_size=1),
+        name=st.text(min_size=1, max_size=200),
     ),
 )
 
@@ -251,6 +268,9 @@ def test_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
         ('{"fastguard_policy": 1, "name": "a", "name": "b"}', "'name' occurs twice"),
         ('{"fastguard_policy": 1, "guidance_scale": {"steps": [1]}}', "per_step"),
         ('{"fastguard_policy": 1, "guidance_scale": {"per_step": []}}', "guidance_scale=()"),
+        ('{"fastguard_policy": 1, "guidance_scale": 1e300}', "guidance_scale=1e+300: must be from 0 to 1000"),
+        ('{"fastguard_policy": 1, "before": ' + "[" * 900 + "]" * 900 + "}", "before"),
+        ("[" * 10**5, "not valid JSON"),
         ('{"fastguard_policy": 1', "not valid JSON"),
         ("\xff", "not valid JSON"),
     ],

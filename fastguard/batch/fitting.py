@@ -13,6 +13,7 @@ from typing import Any
 from fastguard.batch.prompt_files import Problem
 from fastguard.batch.request import Request
 from fastguard.families import find
+from fastguard.files import short
 
 UNSUPPORTED = "generate needs a text-to-image pipeline"
 
@@ -93,7 +94,7 @@ class Limits:
         scale = request.policy.guidance_scale
         if isinstance(scale, tuple) and len(scale) != rows:
             return (
-                f"policy {str(request.policy.name)!r}: guidance_scale has {len(scale)} values, must have one per denoiser row:"
+                f"policy {short(request.policy.name)}: guidance_scale has {len(scale)} values, must have one per denoiser row:"
                 f" {rows} at steps={request.steps}"
             )
         return None

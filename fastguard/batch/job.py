@@ -17,11 +17,11 @@ from fastguard.batch.fitting import Limits
 from fastguard.batch.manifest import Manifest
 from fastguard.batch.pictures import Picture, read_record
 from fastguard.batch.planning import Batch, plan
-from fastguard.batch.prompt_files import BadRows, Problem
+from fastguard.batch.prompt_files import BadRows, Problem, Source
 from fastguard.batch.request import Request
 from fastguard.batch.store import Directory, Made, Shards
 from fastguard.batch.summary import Summary, summarize
-from fastguard.files import finite, write_atomic
+from fastguard.files import finite, short, write_atomic
 
 REJECTED = "rejected.jsonl"
 
@@ -50,6 +50,7 @@ class Job:
     """The images of `requests` in the directory `out`.
 
     settings   of the model: with a request they decide what an image looks like
+    source     what errors call the prompts
     problems   rows that were left out already (keep_going)
     shard_size images per WebDataset shard; None: a file per image
 
@@ -62,13 +63,14 @@ class Job:
         out: Path,
         *,
         settings: dict[str, Any],
+        source: Source,
         batch_size: int = 8,
         picture: Picture | None = None,
         shard_size: int | None = None,
         keep_going: bool = False,
         problems: Sequence[Problem] = (),
     ) -> None:
-        self.requests, self.out, self.settings = list(requests), out, settings
+        self.requests, self.out, self.settings, self.source = list(requests), out, settings, source
         self.batch_size = checks.integer("batch_size", batch_size, 1)
         self.picture, self.keep_going, self.problems = picture or Picture(), keep_going, list(problems)
         if shard_size is not None:
@@ -79,7 +81,7 @@ class Job:
                 if "." in r.id
             ]
             if dotted:
-                raise BadRows("prompts", dotted)
+                raise BadRows(source, dotted)
         elif ignores_case(out):
             folded: dict[str, Request] = {}
             same = [(r, folded.setdefault(r.id.casefold(), r)) for r in requests]
@@ -89,7 +91,7 @@ class Job:
                 if r is not o
             ]
             if twins:
-                raise BadRows("prompts", twins)
+                raise BadRows(source, twins)
         self._all_settings = {
             "fastguard_generate": 1, **settings, "format": self.picture.format, "shard_size": shard_size,
         }  # fmt: skip
@@ -119,7 +121,7 @@ class Job:
                 done.add(request.id)
         if others:
             latest = {line["id"]: line for line in self.manifest.lines() if line["id"] in others}
-            raise BadRows("prompts", [self._other_values(others[id], line) for id, line in latest.items()])
+            raise BadRows(self.source, [self._other_values(others[id], line) for id, line in latest.items()])
         return done
 
     def _other_values(self, request: Request, line: dict[str, Any]) -> Problem:
@@ -132,7 +134,7 @@ class Job:
         """BadRows if the model cannot make some of the images; keeping going, they are left out and reported."""
         found = limits.problems(self.requests)
         if found and not (self.keep_going and len(found) < len(self.requests)):
-            raise BadRows("prompts", found)
+            raise BadRows(self.source, found)
         bad = {problem.values["id"] for problem in found}
         self.requests = [request for request in self.requests if request.id not in bad]
         self.problems += found
@@ -216,8 +218,7 @@ class Job:
         if not self.problems:
             path.unlink(missing_ok=True)
             return
-        lines = [{"line": p.line, "error": p.message, "row": finite(p.values)} for p in self.problems]
-        write_atomic(path, "".join(json.dumps(line, default=repr) + "\n" for line in lines))
+        write_atomic(path, "".join(_rejection(problem) + "\n" for problem in self.problems))
 
     @contextmanager
     def _signals(self, runner: Runner) -> Iterator[None]:
@@ -241,3 +242,12 @@ class Job:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _rejection(problem: Problem) -> str:
+    """A line of rejected.jsonl. What the row held may be no JSON, or nested too deeply for it: then it is shortened."""
+    line = {"line": problem.line, "error": problem.message}
+    try:
+        return json.dumps(line | {"row": finite(problem.values)}, default=repr)
+    except (TypeError, ValueError, RecursionError):
+        return json.dumps(line | {"row": short(problem.values)})

@@ -12,6 +12,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from fastguard import checks
+from fastguard.batch.request import integer
 from fastguard.files import finite
 
 FORMATS = ("png", "jpeg", "webp")
@@ -31,8 +32,7 @@ class Picture:
 
     def __post_init__(self) -> None:
         checks.choice("format", self.format, FORMATS)
-        if checks.integer("quality", self.quality, 1) > 100:
-            raise ValueError(f"quality={self.quality}: must be an integer from 1 to 100")
+        integer("quality", self.quality, 1, 100)
 
     @property
     def ending(self) -> str:

@@ -9,9 +9,10 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastguard.batch.request import FIELDS, Defaults, Request, named_policy, parse
+from fastguard.files import is_unicode, short
 
 SHOWN = 20  # problems listed in an error message
 INTEGERS = ("seed", "steps", "width", "height")
@@ -26,36 +27,46 @@ class Problem:
     values: Any = None
 
 
+Prompts = str | os.PathLike[str] | Iterable[str | Mapping[str, Any]]
+
+
+class Source(NamedTuple):
+    """What errors call the prompts, and what they count in them."""
+
+    name: str = "prompts"
+    unit: str = "row"
+
+    @classmethod
+    def of(cls, prompts: Prompts) -> Source:
+        if not isinstance(prompts, (str, os.PathLike)):
+            return cls()
+        name = os.fspath(prompts)
+        return cls(name, "row" if name.lower().endswith(".parquet") else "line")
+
+
 class BadRows(ValueError):
     """Rows that cannot be made; `problems` has all of them, the message the first ones."""
 
-    def __init__(self, where: str, problems: list[Problem], unit: str = "line") -> None:
+    def __init__(self, source: Source, problems: list[Problem]) -> None:
         self.problems = problems
-        lines = [f"{unit} {p.line}: {p.message}" for p in problems[:SHOWN]]
+        lines = [f"{source.unit} {p.line}: {p.message}" for p in problems[:SHOWN]]
         if len(problems) > SHOWN:
             lines.append(f"... and {len(problems) - SHOWN} more")
         count = f"{len(problems)} bad row{'s' * (len(problems) != 1)}"
-        super().__init__("\n  ".join([f"{where}: {count}, nothing was done", *lines]))
+        super().__init__("\n  ".join([f"{source.name}: {count}, nothing was done", *lines]))
 
 
-def load(
-    prompts: str | os.PathLike[str] | Iterable[str | Mapping[str, Any]],
-    defaults: Defaults,
-    *,
-    keep_going: bool = False,
-) -> tuple[list[Request], list[Problem]]:
+def load(prompts: Prompts, defaults: Defaults, *, keep_going: bool = False) -> tuple[list[Request], list[Problem]]:
     """The images of a prompt file (.txt, .csv, .jsonl, .parquet) or of a list of prompts or rows, and the rows that are bad.
 
     BadRows if there are any and not `keep_going`, or if no good row is left; ValueError if the file as a whole cannot be read (its
     ending, its header, no rows), OSError if it is not there.
     """
-    unit, base = "line", Path()
+    source, base = Source.of(prompts), Path()
     if isinstance(prompts, (str, os.PathLike)):
-        where = os.fspath(prompts)
-        base, unit = Path(where).parent, "row" if where.endswith(".parquet") else "line"
-        rows = _read(Path(where))
+        base = Path(prompts).parent
+        rows = _read(Path(prompts))
     else:
-        where, unit = "prompts", "row"
         rows = _listed(prompts)
 
     named_policy.cache_clear()  # a policy file may have changed since the last job of this process
@@ -72,16 +83,18 @@ def load(
             made = parse(row, defaults, count - 1, line=line, base=base)
             for request in made:
                 if request.id in seen:
-                    raise ValueError(f"id={request.id!r}: is that of {unit} {seen[request.id]} too; must be unique")
+                    raise ValueError(
+                        f"id={request.id!r}: is that of {source.unit} {seen[request.id]} too; must be unique"
+                    )
         except ValueError as error:
             problems.append(Problem(line, str(error), row))
             continue
         seen.update((request.id, line) for request in made)
         requests.extend(made)
     if not count:
-        raise ValueError(f"{where}: there is no prompt in it")
+        raise ValueError(f"{source.name}: there is no prompt in it")
     if problems and (not keep_going or not requests):
-        raise BadRows(where, problems, unit)
+        raise BadRows(source, problems)
     return requests, problems
 
 
@@ -123,7 +136,7 @@ def _txt(path: Path) -> Rows:
 def _jsonl(path: Path) -> Rows:
     for number, line in _lines(path):
         try:
-            if any("\ud800" <= character <= "\udfff" for character in line):
+            if not is_unicode(line):
                 raise ValueError("is not UTF-8 text")
             values = json.loads(line, object_pairs_hook=_unique, parse_constant=_no_constant)
             if not isinstance(values, dict):
@@ -131,7 +144,9 @@ def _jsonl(path: Path) -> Rows:
                     f"is a JSON {type(values).__name__}: must be an object with the fields {', '.join(FIELDS)}"
                 )
         except (ValueError, RecursionError) as error:
-            reason = f"not valid JSON: {error}" if isinstance(error, json.JSONDecodeError) else str(error)
+            reason = str(error)
+            if isinstance(error, json.JSONDecodeError):
+                reason = f"not valid JSON: {error.msg} at character {error.colno}"
             yield number, Problem(number, reason, line)
         else:
             yield number, values
@@ -141,7 +156,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     names = [name for name, _ in pairs]
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"field {name!r} is given twice")
+            raise ValueError(f"field {short(name)} is given twice")
     return dict(pairs)
 
 
@@ -174,7 +189,7 @@ def _header(path: Path, names: list[str]) -> list[str]:
     names = [name.strip() for name in names]
     for name in names:
         if name not in FIELDS:
-            raise ValueError(f"{path}: line 1: unknown column {name[:60]!r}: allowed are {', '.join(FIELDS)}")
+            raise ValueError(f"{path}: line 1: unknown column {short(name)}: allowed are {', '.join(FIELDS)}")
         if names.count(name) > 1:
             raise ValueError(f"{path}: line 1: column {name!r} is there twice")
     if "prompt" not in names:
@@ -197,21 +212,22 @@ def _parquet(path: Path) -> Rows:
             for batch in file.iter_batches(batch_size=4096):
                 for row in _batch_rows(batch, names):
                     number += 1
-                    if isinstance(row, UnicodeDecodeError):
-                        yield number, Problem(number, "is not UTF-8 text")
-                    else:
-                        yield number, row
-    except (pyarrow.ArrowException, OSError) as error:
-        first = str(error).splitlines()[0]
+                    yield number, Problem(number, row) if isinstance(row, str) else row
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        first = str(error).partition("\n")[0]
         raise ValueError(f"prompts={str(path)!r}: not a readable parquet file: {first}") from None
 
 
-def _batch_rows(batch: Any, names: list[str]) -> Iterator[Any]:
+def _batch_rows(batch: Any, names: list[str]) -> Iterator[dict[str, Any] | str]:
+    """The rows of a record batch; of one that holds what Python cannot, why: text that is no UTF-8, the year 30000, unknown time zones."""
+    columns = dict(zip(names, batch.columns, strict=True))
     for i in range(batch.num_rows):
+        row: dict[str, Any] = {}
         try:
-            row = {name: batch.column(k)[i].as_py() for k, name in enumerate(names)}
-        except UnicodeDecodeError as error:
-            yield error
+            for name, column in columns.items():
+                row[name] = column[i].as_py()
+        except (ValueError, OverflowError, LookupError, NotImplementedError) as error:
+            yield f"{name}: not a readable {column.type}: {error}"
             continue
         for name in INTEGERS:  # a column with gaps comes from pandas as float
             if isinstance(row.get(name), float) and row[name].is_integer():

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from fastguard import checks
-from fastguard.policy import Policy
+from fastguard.files import is_unicode, short
+from fastguard.policy import MOST_STEPS, RANGES, Policy
 from fastguard.policy import policy as make_policy
 
 FIELDS = (
@@ -22,8 +23,8 @@ FIELDS = (
 )  # fmt: skip
 LONGEST_ID = 200  # characters; a file name with its ending has to fit 255 bytes
 LONGEST_TEXT = 5000  # characters; no text encoder reads more, and a JPEG's metadata has to hold it
-LARGEST_SIDE = 16384  # pixels
-MOST_STEPS = 10_000
+LARGEST_SIDE = 16376  # pixels; WebP holds no more than 16383, and models make multiples of 8
+MOST_PER_PROMPT = 100_000
 _ID = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9._-]{{0,{LONGEST_ID - 1}}}")
 _DEVICES = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?")  # never files on Windows
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
@@ -92,7 +93,7 @@ class Defaults:
     images_per_prompt: int = 1
 
     def __post_init__(self) -> None:
-        checks.integer("images_per_prompt", self.images_per_prompt, 1)
+        integer("images_per_prompt", self.images_per_prompt, 1, MOST_PER_PROMPT)
         if self.gate is not None:
             object.__setattr__(self, "policy", make_policy(self.policy, gate=self.gate))
         parse({"prompt": "x"}, self, 0)
@@ -109,20 +110,20 @@ def parse(
     """
     unknown = [key for key in row if key not in FIELDS]
     if unknown:
-        raise ValueError(f"unknown field {unknown[0]!r}: allowed are {', '.join(FIELDS)}")
+        raise ValueError(f"unknown field {short(unknown[0])}: allowed are {', '.join(FIELDS)}")
     given = {key: value for key, value in row.items() if value is not None}
     prompt = _text("prompt", given.get("prompt"))
     if not prompt:
-        raise ValueError(f"prompt={given.get('prompt')!r}: must be text that is not empty")
+        raise ValueError(f"prompt={short(given.get('prompt'))}: must be text that is not empty")
     negative = given.get("negative_prompt", defaults.negative_prompt)
-    first = _integer("seed", given.get("seed", defaults.seed), 0, 2**63 - defaults.images_per_prompt)
+    first = _count("seed", given.get("seed", defaults.seed), 0, 2**63 - defaults.images_per_prompt)
     chosen, scale = _policy_and_scale(given, defaults, base)
     shared = Request(
         id="0",
         prompt=prompt,
         policy=chosen,
         negative_prompt=None if negative is None else _text("negative_prompt", negative),
-        steps=_integer("steps", given.get("steps", defaults.steps), 1, MOST_STEPS),
+        steps=_count("steps", given.get("steps", defaults.steps), 1, MOST_STEPS),
         guidance_scale=scale,
         width=_side("width", given.get("width", defaults.width)),
         height=_side("height", given.get("height", defaults.height)),
@@ -140,7 +141,7 @@ def parse(
 def _policy_and_scale(given: Mapping[str, Any], defaults: Defaults, base: Path) -> tuple[Policy, float | None]:
     chosen = _policy(given["policy"], defaults.gate, base) if "policy" in given else defaults.policy
     if checks.common_length(vars(chosen)) is not None:
-        raise ValueError(f"policy {chosen.name!r} holds per-image lists: must be for one image")
+        raise ValueError(f"policy {short(chosen.name)} holds per-image lists: must be for one image")
     scale = given.get("guidance_scale")
     if scale is None and ("policy" not in given or chosen.guidance_scale is None):
         scale = defaults.guidance_scale
@@ -148,11 +149,11 @@ def _policy_and_scale(given: Mapping[str, Any], defaults: Defaults, base: Path) 
         return chosen, None
     scale = _number("guidance_scale", scale)
     if chosen.guidance_scale is not None:
-        raise ValueError(f"guidance_scale={scale:g}: policy {chosen.name!r} sets its own; give one of the two")
+        raise ValueError(f"guidance_scale={scale:g}: policy {short(chosen.name)} sets its own; give one of the two")
     if scale <= 1:
         if chosen.transition is not None:
             raise ValueError(
-                f"guidance_scale={scale:g}: must be above 1 under policy {str(chosen.name)!r}"
+                f"guidance_scale={scale:g}: must be above 1 under policy {short(chosen.name)}"
                 " (at or below 1 pipelines run no unconditional branch, so there is nothing to guard)"
             )
         return chosen, scale
@@ -176,9 +177,10 @@ def _policy(value: Any, gate: float | None, base: Path) -> Policy:
     elif isinstance(value, Mapping):
         found = Policy.from_dict(value)
     elif isinstance(value, str):
+        _text("policy", value)
         found = named_policy(value, base)
     else:
-        raise ValueError(f"policy={value!r}: must be a preset, a path ending in .json, or a policy")
+        raise ValueError(f"policy={short(value)}: must be a preset, a path ending in .json, or a policy")
     gated = gate is not None and found.transition is not None and found.gate is None
     return dataclasses.replace(found, gate=gate) if gated else found
 
@@ -188,52 +190,52 @@ def named_policy(name: str, base: Path) -> Policy:
     try:
         return make_policy(os.fspath(base / name) if name.endswith(".json") else name)
     except OSError as error:
-        raise ValueError(f"policy={name!r}: {error.strerror}") from None
+        raise ValueError(f"policy={short(name)}: {error.strerror}") from None
 
 
 def _text(name: str, value: Any) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{name}={_short(value)}: must be text")
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        raise ValueError(f"{name}={_short(value)}: is not UTF-8 text")
+        raise ValueError(f"{name}={short(value)}: must be text")
+    if not is_unicode(value):
+        raise ValueError(f"{name}={short(value)}: is not UTF-8 text")
     if found := _CONTROL.search(value):
-        raise ValueError(f"{name}={_short(value)}: must not hold the control character {found[0]!r}")
+        raise ValueError(f"{name}={short(value)}: must not hold the control character {found[0]!r}")
     if len(value) > LONGEST_TEXT:
         raise ValueError(f"{name} has {len(value)} characters: at most {LONGEST_TEXT} are allowed")
     return value.strip()
 
 
 def _id(value: Any) -> str:
-    name = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    digits = isinstance(value, int) and not isinstance(value, bool) and value.bit_length() < 3 * LONGEST_ID
+    name = str(value) if digits else value
     if not isinstance(name, str) or not _ID.fullmatch(name) or _DEVICES.fullmatch(name):
         raise ValueError(
-            f"id={_short(value)}: must be 1 to {LONGEST_ID} letters, digits, '_', '-' and '.', beginning with a letter,"
+            f"id={short(value)}: must be 1 to {LONGEST_ID} letters, digits, '_', '-' and '.', beginning with a letter,"
             " a digit or '_', and not be the name of a device"
         )
     return name
 
 
-def _integer(name: str, value: Any, lowest: int, highest: int) -> int:
-    if isinstance(value, str) and _INTEGER.fullmatch(value.strip()):
-        value = int(value)
+def integer(name: str, value: Any, lowest: int, highest: int) -> int:
+    """`value` as an int from `lowest` to `highest`. Neither a bool nor a float is an integer."""
     if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value <= highest:
-        raise ValueError(f"{name}={_short(value)}: must be an integer from {lowest} to {highest}")
+        raise ValueError(f"{name}={short(value)}: must be an integer from {lowest} to {highest}")
     return value
 
 
+def _count(name: str, value: Any, lowest: int, highest: int) -> int:
+    digits = isinstance(value, str) and _INTEGER.fullmatch(value.strip())
+    return integer(name, int(value) if digits else value, lowest, highest)
+
+
 def _side(name: str, value: Any) -> int | None:
-    return None if value is None else _integer(name, value, 8, LARGEST_SIDE)
+    return None if value is None else _count(name, value, 8, LARGEST_SIDE)
 
 
 def _number(name: str, value: Any) -> float:
     if isinstance(value, str) and _NUMBER.fullmatch(value.strip()):
         value = float(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1000:
-        raise ValueError(f"{name}={_short(value)}: must be a number from 0 to 1000")
+    lowest, highest = RANGES[name]
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not lowest <= value <= highest:
+        raise ValueError(f"{name}={short(value)}: must be a number from {lowest:g} to {highest:g}")
     return float(value)
-
-
-def _short(value: Any) -> str:
-    """repr of at most 60 characters: a value can be megabytes long."""
-    text = repr(value[:100]) if isinstance(value, str) else repr(value)
-    return text if len(text) <= 60 else f"{text[:56]}..."

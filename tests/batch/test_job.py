@@ -220,7 +220,7 @@ def test_other_values_under_the_same_id_are_refused(pipe, tmp_path):
     generate(pipe, ROWS[:2], tmp_path, **OPTIONS)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     rows = [ROWS[0], ROWS[1] | {"prompt": "a dog"}]
-    with pytest.raises(BadRows, match=r"line 2: id='r1': was made in .* prompt is \"cat 1\" there, \"a dog\" here"):
+    with pytest.raises(BadRows, match=r"row 2: id='r1': was made in .* prompt is \"cat 1\" there, \"a dog\" here"):
         generate(pipe, rows, tmp_path, **OPTIONS)
     with pytest.raises(BadRows, match="steps is 2 there, 3 here"):
         generate(pipe, ROWS[:2], tmp_path, **{**OPTIONS, "steps": 3})
@@ -233,7 +233,7 @@ def test_directories_that_ignore_case(pipe, tmp_path, monkeypatch):
     rows = [{"id": "a", "prompt": "x"}, {"id": "A", "prompt": "y"}]
     prepare(pipe, rows, tmp_path, policy="cfg")
     monkeypatch.setattr("fastguard.batch.job.ignores_case", lambda out: True)
-    with pytest.raises(BadRows, match="line 2: id='A': is the same file as id='a' here"):
+    with pytest.raises(BadRows, match="row 2: id='A': is the same file as id='a' here"):
         prepare(pipe, rows, tmp_path, policy="cfg")
     prepare(pipe, rows, tmp_path, policy="cfg", shard_size=9)
 
@@ -358,6 +358,17 @@ def test_failing_image_is_left_out_when_keeping_going(pipe, tmp_path, monkeypatc
     assert generate(pipe, ROWS, tmp_path, **OPTIONS).made == 1
     assert not (tmp_path / "rejected.jsonl").exists()
     check_complete(tmp_path, whole)
+
+
+def test_rejected_rows_that_are_no_json(pipe, tmp_path):
+    deep: list = []
+    for _ in range(900):
+        deep = [deep]
+    rows = ["a cat", {"prompt": "a", "seed": deep}, {"prompt": "a", ("b",): 1}, {"prompt": "a", "seed": 10**5000}]
+    assert generate(pipe, rows, tmp_path, **OPTIONS, keep_going=True).rejected == 3
+    rejected = [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text().splitlines()]
+    assert [r["line"] for r in rejected] == [2, 3, 4]
+    assert all(isinstance(r["row"], str) and len(r["row"]) <= 60 for r in rejected)
 
 
 @pytest.mark.usefixtures("overlap")

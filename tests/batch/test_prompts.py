@@ -80,11 +80,36 @@ BAD = {
     "NaN in JSON": ("p.jsonl", b'{"prompt": "a", "guidance_scale": NaN}\n', "line 1: NaN is not a number of JSON"),
     "a field twice": ("p.jsonl", b'{"prompt": "a", "prompt": "b"}\n', "line 1: field 'prompt' is given twice"),
     "jsonl not UTF-8": ("p.jsonl", b'{"prompt": "a"}\n{"prompt": "\xff"}\n', "line 2: is not UTF-8 text"),
+    "surrogate as a policy": ("p.jsonl", b'{"prompt": "a", "policy": "\\ud800"}\n', "line 1: policy='\\ud800': is not"),
+    "surrogate in a path": ("p.jsonl", one(policy="\ud800.json"), "line 2: policy='\\ud800.json': is not UTF-8 text"),
+    "surrogate in a policy": (
+        "p.jsonl",
+        one(policy={"fastguard_policy": 1, "name": "\ud800"}),
+        "line 2: name='\\ud800': must be UTF-8 text",
+    ),
+    "surrogate as a field": ("p.jsonl", one(**{"\ud800": 1}), "line 2: unknown field '\\ud800'"),
+    "surrogate as a policy's field": (
+        "p.jsonl",
+        one(policy={"fastguard_policy": 1, "\ud800": 1}),
+        "line 2: unknown policy field '\\ud800'",
+    ),
+    "surrogate as a negative prompt": (
+        "p.jsonl",
+        one(negative_prompt="\ud800"),
+        "line 2: negative_prompt='\\ud800': is",
+    ),
+    "surrogate as an id": ("p.jsonl", one(id="\ud800"), "line 2: id='\\ud800'"),
+    "NUL in a policy": ("p.jsonl", one(policy="\0.json"), "line 2: policy='\\x00.json': must not hold"),
     "lone surrogate": ("p.jsonl", b'{"prompt": "\\ud800"}\n', "line 1: prompt='\\ud800': is not UTF-8 text"),
     "unknown field": ("p.jsonl", one(n_steps=3), "line 2: unknown field 'n_steps': allowed are id, prompt"),
     "prompt a number": ("p.jsonl", one(prompt=7), "line 2: prompt=7: must be text"),
     "prompt a list": ("p.jsonl", one(prompt=["a"]), "line 2: prompt=['a']: must be text"),
     "negative prompt a number": ("p.jsonl", one(negative_prompt=1), "line 2: negative_prompt=1: must be text"),
+    "huge field": ("p.jsonl", one(**{"x" * 10**6: 1}), "line 2: unknown field 'xxx"),
+    "huge column": ("p.csv", b"prompt," + b"x" * 10**5 + b"\n", "line 1: unknown column 'xxx"),
+    "huge field twice": ("p.jsonl", b"{" + 2 * (b'"' + b"x" * 10**5 + b'": 1,') + b"}\n", "line 1: not valid JSON"),
+    "huge field again": ("p.jsonl", b'{"%b": 1, "%b": 1}\n' % (b"x" * 10**5, b"x" * 10**5), "line 1: field 'xxx"),
+    "nested": ("p.jsonl", b'{"prompt": "a", "seed": ' + b"[" * 900 + b"]" * 900 + b"}\n", "line 1: seed=[[["),
     "negative seed": ("p.jsonl", one(seed=-1), "line 2: seed=-1: must be an integer from 0 to"),
     "huge seed": ("p.jsonl", one(seed=2**63), "line 2: seed=9223372036854775808"),
     "seed too long to parse": ("p.jsonl", b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}\n", "line 1: "),
@@ -102,6 +127,25 @@ BAD = {
     "steps beyond training": ("p.jsonl", one(steps=1001), "line 2: steps=1001: must be at most 1000"),
     # policies
     "unknown policy": ("p.jsonl", one(policy="dpt"), "line 2: policy='dpt': allowed are cfg"),
+    "huge policy": ("p.jsonl", one(policy="x" * 4999), "line 2: policy='xxx"),
+    "huge path of a policy": ("p.jsonl", one(policy="x" * 4990 + ".json"), "line 2: policy='xxx"),
+    "policy a long list": ("p.jsonl", one(policy=[1] * 10**5), "line 2: policy=[1, 1, "),
+    "huge value in a policy": (
+        "p.jsonl",
+        one(policy={"fastguard_policy": 1, "rule": "x" * 10**6}),
+        "allowed are 'minimum', 'drop'",
+    ),
+    "huge object in a policy": ("p.jsonl", one(policy={"fastguard_policy": 1, "rule": {"x" * 10**6: 1}}), "rule={'xxx"),
+    "huge min_step": (
+        "p.jsonl",
+        one(policy={"fastguard_policy": 1, "transition": "dynamic", "min_step": 10**30}),
+        "line 2: min_step=1000000000000000000000000000000: must be from 0 to 10000",
+    ),
+    "huge scale of a policy": (
+        "p.jsonl",
+        one(policy={"fastguard_policy": 1, "guidance_scale": 1e300}),
+        "line 2: guidance_scale=1e+300: must be from 0 to 1000",
+    ),
     "policy a number": ("p.jsonl", one(policy=3), "line 2: policy=3: must be a preset"),
     "no policy file": ("p.jsonl", one(policy="none.json"), "line 2: policy='none.json': No such file"),
     "policy without a version": ("p.jsonl", one(policy={"before": "zero"}), "line 2: not a fastguard policy"),
@@ -147,6 +191,31 @@ BAD = {
     "NaN as a seed": ("p.parquet", table(prompt=["a"], seed=[float("nan")]), "row 1: seed=nan"),
     "bytes": ("p.parquet", table(prompt=[b"a"]), "row 1: prompt=b'a': must be text"),
     "numbers": ("p.parquet", table(prompt=[1, 2]), "row 1: prompt=1: must be text"),
+    "year 30000": (
+        "p.parquet",
+        table(prompt=["a", "b"], seed=pa.array([None, 10**12], pa.timestamp("s"))),
+        "row 2: seed: not a readable timestamp[ms]: ",
+    ),
+    "day of the year 30000": (
+        "p.parquet",
+        table(prompt=["a", "b"], seed=pa.array([1, 10**7], pa.date32())),
+        "row 2: seed: not a readable date32[day]: ",
+    ),
+    "duration": (
+        "p.parquet",
+        table(prompt=["a", "b"], seed=pa.array([None, 2**62], pa.duration("s"))),
+        "row 2: seed: not a readable duration[s]: ",
+    ),
+    "time zone": (
+        "p.parquet",
+        table(prompt=["a"], seed=pa.array([1], pa.timestamp("s", tz="Nowhere/Else"))),
+        "row 1: seed: not a readable timestamp[ms, tz=Nowhere/Else]: ",
+    ),
+    "parquet not UTF-8": (
+        "p.parquet",
+        table(prompt=pa.Array.from_buffers(pa.string(), 2, pa.array([b"a", b"\xff"], pa.binary()).buffers())),
+        "row 2: prompt: not a readable string: ",
+    ),
 }
 
 
@@ -160,6 +229,7 @@ def test_bad_input(name, model, tmp_path, monkeypatch):
     with pytest.raises(ValueError) as error:
         prepare(model, path, tmp_path / "out", policy="cfg", steps=9, seed=3)
     assert message in str(error.value)
+    assert str(path) in str(error.value)
     assert str(error.value).isprintable() or "\n" in str(error.value)
     assert len(str(error.value)) < 1000
     assert list(tmp_path.iterdir()) == [path]
@@ -262,6 +332,11 @@ def test_keep_going_returns_the_problems(tmp_path):
         ({"seed": -1}, "seed=-1"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"images_per_prompt": 0}, "images_per_prompt=0"),
+        ({"images_per_prompt": 10**12}, "images_per_prompt=1000000000000: must be an integer from 1 to 100000"),
+        ({"seed": 10**30}, "seed=1000000"),
+        ({"width": 10**30}, "width=1000000"),
+        ({"workers": 10**30}, "workers=1000000"),
+        ({"quality": "95"}, "quality='95'"),
         ({"width": 7}, "width=7"),
         ({"format": "gif"}, "format='gif': allowed are 'png', 'jpeg', 'webp'"),
         ({"quality": 101}, "quality=101"),
@@ -290,7 +365,7 @@ def test_bad_arguments(options, message, model, tmp_path, monkeypatch):
 
 
 def test_ids_in_shards(model, tmp_path):
-    with pytest.raises(BadRows, match=r"line 1: id='a\.b': must have no '\.' in a WebDataset shard"):
+    with pytest.raises(BadRows, match=r"row 1: id='a\.b': must have no '\.' in a WebDataset shard"):
         prepare(model, [{"prompt": "a", "id": "a.b"}], tmp_path / "out", shard_size=10)
 
 
