@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import tarfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,9 @@ from fastguard.files import finite, write_atomic
 
 _SHARD = "shard-{:06d}.tar"
 _BLOCK = 512
+_TAKEN_OUT = "__damaged__"  # webdataset skips such members
+
+Sample = tuple[int, int, str | None]  # offset, length and sha256 of both members, headers and padding too
 
 
 @dataclass(frozen=True)
@@ -81,37 +85,36 @@ class Shards:
     """WebDataset shards of at most `size` images: per image KEY.png (or .jpg, .webp) and KEY.json with its record, KEY its id.
 
     An image is appended to the last shard and flushed before the manifest says so. After a crash that shard is cut back to what the
-    manifest knows, and goes on.
+    manifest knows, and goes on. A sample whose bytes are no longer those that were written is made again, at the end.
     """
 
     def __init__(self, out: Path, picture: Picture, size: int) -> None:
         self.out, self.picture, self.size = out, picture, size
         self._index, self._count = -1, size
         self._file: Growing | None = None
+        self._damaged: set[tuple[str, int]] = set()  # shard and offset
 
     def open(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Find the end of what is recorded, and cut off what is not."""
-        end = 0
+        """Read every sample that is recorded, take out what is damaged, and cut off what is not recorded."""
+        samples: dict[str, list[Sample]] = {}
         for line in lines:
-            index = _index(str(line["file"]))
-            if index > self._index:
-                self._index, self._count, end = index, 0, 0
-            if index == self._index:
-                self._count += 1
-                end = max(end, line["offset"] + line["bytes"])
+            samples.setdefault(line["file"], []).append((line["offset"], line["bytes"], line.get("sha256")))
+        for name, own in samples.items():
+            self._damaged.update((name, offset) for offset in _take_out_damaged(self.out / name, own))
+        self._index = max(map(_index, samples), default=-1)
         for shard in self.out.glob(_SHARD.replace("{:06d}", "*")):
             if _index(shard.name) > self._index:
                 shard.unlink()
-        last = self.out / _SHARD.format(max(self._index, 0))
-        if self._index >= 0 and last.exists() and last.stat().st_size >= end:
-            self._file = Growing(last, end)
+        last = _SHARD.format(self._index)
+        own = samples.get(last, [])
+        end = max((offset + length for offset, length, _ in own), default=0)
+        # One that lost its end stays as it is: a place in a shard is of one sample for ever.
+        if own and (self.out / last).exists() and (self.out / last).stat().st_size >= end:
+            self._count, self._file = len(own), Growing(self.out / last, end)
 
     def holds(self, line: Mapping[str, Any]) -> bool:
-        """Whether the shard of a manifest line is there and reaches that far."""
-        try:
-            return (self.out / str(line["file"])).stat().st_size >= line["offset"] + line["bytes"]
-        except (OSError, KeyError, TypeError):
-            return False
+        """Whether the sample of a manifest line was whole when the shards were opened."""
+        return (line["file"], line["offset"]) not in self._damaged
 
     def path(self, request: Request) -> None:
         """No image can be found by its name."""
@@ -121,7 +124,7 @@ class Shards:
         return made
 
     def commit(self, made: Sequence[Made]) -> list[dict[str, Any]]:
-        """Append the images, flush, and return the manifest's lines: shard, offset and length. On an OSError the shard is cut back."""
+        """Append the images, flush, and return the manifest's lines: shard, offset, length, checksum. On an OSError the shard is cut back."""
         lines = []
         rest = list(made)
         while rest:
@@ -133,7 +136,7 @@ class Shards:
             self._count += len(now)
             for m, data in zip(now, members, strict=True):
                 place = {"file": _SHARD.format(self._index), "offset": offset, "bytes": len(data)}
-                lines.append(m.record | place)
+                lines.append(m.record | place | {"sha256": hashlib.sha256(data).hexdigest()})
                 offset += len(data)
         return lines
 
@@ -160,6 +163,33 @@ class Shards:
         self._index, self._count = self._index + 1, 0
         self._file = Growing(self.out / _SHARD.format(self._index), 0)
         sync_directory(self.out)
+
+
+def _take_out_damaged(shard: Path, samples: Sequence[Sample]) -> set[int]:
+    """The offsets of samples that are not what was written. In the place of such a one stands a member that readers skip, so the
+    others stay where they are; a shard that ends within one is cut back to the one before it."""
+    if not shard.exists():
+        return {offset for offset, _, _ in samples}
+    damaged = []
+    with shard.open("rb") as file:
+        for offset, length, digest in sorted(samples):
+            file.seek(offset)
+            if hashlib.sha256(file.read(length)).hexdigest() != digest:
+                damaged.append((offset, length))
+    if damaged:
+        with shard.open("r+b") as file:
+            size = file.seek(0, os.SEEK_END)
+            for offset, length in damaged:
+                if offset + length <= size:
+                    info = tarfile.TarInfo(_TAKEN_OUT)
+                    info.size = length - _BLOCK
+                    file.seek(offset)
+                    file.write(info.tobuf(tarfile.GNU_FORMAT))
+                elif offset < size:
+                    size = file.truncate(offset)
+            file.flush()
+            os.fsync(file.fileno())
+    return {offset for offset, _ in damaged}
 
 
 def _index(name: str) -> int:

@@ -216,6 +216,35 @@ def test_crash_within_a_shard(pipe, tmp_path, whole):
     assert max(np.abs(np.asarray(s["png"]).astype(int) - expected[s["__key__"]]).max() for s in samples) <= 1
 
 
+def test_damaged_shards(pipe, tmp_path, whole):
+    """A flipped bit, a shard that ends too early and one that is gone: their samples, and no others, are made again."""
+    options = {**OPTIONS, "shard_size": 3}
+    generate(pipe, ROWS, tmp_path, **options)
+    first, second, third, _ = sorted(tmp_path.glob("*.tar"))
+    before = {line["id"]: line for line in lines(tmp_path)}
+    of = {shard: [line for line in before.values() if line["file"] == shard.name] for shard in (first, second, third)}
+    flipped, torn = of[first][1], of[second][2]
+    raw = bytearray(first.read_bytes())
+    raw[flipped["offset"] + 5] ^= 1  # of a name in the tar itself
+    first.write_bytes(raw)
+    second.write_bytes(second.read_bytes()[: torn["offset"] + torn["bytes"] - 512])
+    third.unlink()
+    lost = {flipped["id"], torn["id"], *(line["id"] for line in of[third])}
+
+    assert generate(pipe, ROWS, tmp_path, **options).made == len(lost)
+    after = {line["id"]: line for line in lines(tmp_path)}
+    assert {id for id in before if before[id] != after[id]} == lost
+    assert generate(pipe, ROWS, tmp_path, **options).made == 0
+    shards = [str(shard) for shard in sorted(tmp_path.glob("*.tar"))]
+    samples = list(webdataset.WebDataset(shards, shardshuffle=False).decode("pil"))
+    assert sorted(sample["__key__"] for sample in samples) == sorted(row["id"] for row in ROWS)
+    expected = pixels(whole)
+    assert max(np.abs(np.asarray(s["png"]).astype(int) - expected[s["__key__"]]).max() for s in samples) <= 1
+    for shard in shards:
+        with tarfile.open(shard) as tar:
+            assert all(tar.extractfile(member).read() for member in tar.getmembers())
+
+
 def test_other_values_under_the_same_id_are_refused(pipe, tmp_path):
     generate(pipe, ROWS[:2], tmp_path, **OPTIONS)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}

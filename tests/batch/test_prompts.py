@@ -365,6 +365,9 @@ def test_bad_arguments(options, message, model, tmp_path, monkeypatch):
 
 
 def test_ids_in_shards(model, tmp_path):
+    (tmp_path / "p.csv").write_text("prompt,id\na,a.b\n")
+    with pytest.raises(BadRows, match=r"p\.csv: 1 bad row, nothing was done\n  line 2: id='a\.b'"):
+        prepare(model, tmp_path / "p.csv", tmp_path / "out", shard_size=10)
     with pytest.raises(BadRows, match=r"row 1: id='a\.b': must have no '\.' in a WebDataset shard"):
         prepare(model, [{"prompt": "a", "id": "a.b"}], tmp_path / "out", shard_size=10)
 
