@@ -14,6 +14,7 @@ the loop runs in the caller's thread, whose team is there already, and the other
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import queue
@@ -47,13 +48,32 @@ class Failed:
     request: Request
     message: str
 
+    @classmethod
+    def of(cls, request: Request, error: BaseException) -> Failed:
+        return cls(request, f"{type(error).__name__}: {error}")
+
+
+def finished(work: Callable[[], Made], request: Request, keep_going: bool) -> Made | Failed:
+    """What `work` makes of an image; keeping going, an image that cannot be encoded, or whose name a directory has, is `Failed`.
+
+    Other errors of the system (a full disk, no permission) are raised all the same: the next image would meet them too.
+    """
+    try:
+        return work()
+    except Exception as error:
+        # Pillow raises OSErrors of its own, without a number, for what it cannot encode.
+        systems = isinstance(error, OSError) and error.errno is not None and not isinstance(error, IsADirectoryError)
+        if systems or not keep_going or out_of_memory(error):
+            raise
+        return Failed.of(request, error)
+
 
 class Engine:
     """Runs batches through `stages`.
 
     finish      called in a pool, once per image, with its request, pixels and record
     workers     threads of that pool
-    keep_going  an image that fails is yielded as `Failed`; otherwise its error ends the run
+    keep_going  an image that fails is yielded as `Failed` (see `finished`); otherwise its error ends the run
 
     Out of memory halves the batch, and the batches after it are no larger than what fitted.
     """
@@ -114,7 +134,7 @@ class Engine:
         if group:
             yield group
 
-    def _result(self, item: Failed | Future[Made]) -> list[Made | Failed]:
+    def _result(self, item: Failed | Future[Made | Failed]) -> list[Made | Failed]:
         if isinstance(item, Failed):
             return [item]
         try:
@@ -168,7 +188,9 @@ class Engine:
             while not self._slots.acquire(timeout=0.1):
                 if self._abandon.is_set():
                     return
-            future = self._pool.submit(self.finish, item.batch[index], image, record)
+            request = item.batch[index]
+            work = functools.partial(self.finish, request, image, record)
+            future = self._pool.submit(finished, work, request, self.keep_going)
             future.add_done_callback(lambda _: self._slots.release())
             yield future
 
@@ -196,7 +218,7 @@ class Engine:
                 else:
                     todo[:0] = [(i, i + 1) for i in range(start, end)]
             elif self.keep_going:
-                yield Failed(part[0], f"{type(failure).__name__}: {failure}")
+                yield Failed.of(part[0], failure)
             else:
                 raise failure
 

@@ -6,6 +6,7 @@ encoded to the driver, so the machines need no file system in common.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import pickle
@@ -18,7 +19,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from fastguard import checks
-from fastguard.batch.engine import Engine, Failed
+from fastguard.batch.engine import Engine, Failed, finished
 from fastguard.batch.pictures import Picture
 from fastguard.batch.planning import Batch
 from fastguard.batch.request import Request
@@ -132,14 +133,21 @@ class RayRunner:
             iterator = iter(results)
             while (table := self._next(iterator)) is not None:
                 items = [pickle.loads(data) for data in table.column("result").to_pylist()]
-                made = pool.map(prepare, [item for item in items if isinstance(item, Made)])
-                failed = [item for item in items if isinstance(item, Failed)]
-                group: list[Made | Failed] = [*made, *failed]
+                errors: list[BaseException] = [item for item in items if isinstance(item, Exception)]
+                futures = [
+                    pool.submit(self._stored, item, prepare) for item in items if not isinstance(item, Exception)
+                ]
+                errors += [error for future in futures if (error := future.exception())]
+                group = [future.result() for future in futures if not future.exception()]
                 if group:
                     yield group
-                for item in items:
-                    if isinstance(item, Exception):
-                        raise item
+                if errors:
+                    raise errors[0]
+
+    def _stored(self, item: Made | Failed, prepare: Callable[[Made], Made]) -> Made | Failed:
+        if isinstance(item, Failed):
+            return item
+        return finished(functools.partial(prepare, item), item.request, self.keep_going)
 
     def _dataset(self, data: Any, batches: Sequence[Batch]) -> Any:
         per_task = max(1, min(BATCHES_PER_TASK, len(batches) // (2 * self.actors)), len(batches) // 10_000)

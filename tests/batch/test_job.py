@@ -459,6 +459,56 @@ def test_disk_full(pipe, tmp_path, monkeypatch, whole, where):
         check_complete(tmp_path, whole)
 
 
+def unwritable(out: Path, monkeypatch, kind: str) -> None:
+    """Have r3 fail on its way to the disk."""
+    if kind == "directory":
+        (out / "r3.png").mkdir()
+        return
+    stock_encode, stock_write = Picture.encode, store.write_atomic
+
+    def encode(self, image, record):
+        if record["id"] == "r3":
+            raise OSError("encoder error -2 when writing image file")  # as Pillow has it
+        return stock_encode(self, image, record)
+
+    def write(path, data):
+        if path.name == "r3.png":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return stock_write(path, data)
+
+    if kind == "encoder":
+        monkeypatch.setattr(Picture, "encode", encode)
+    else:
+        monkeypatch.setattr(store, "write_atomic", write)
+
+
+@pytest.mark.usefixtures("overlap")
+@pytest.mark.parametrize("keep_going", [True, False], ids=["keeping going", "stopping"])
+@pytest.mark.parametrize("kind", ["directory", "encoder", "disk"])
+def test_picture_that_cannot_be_written(pipe, tmp_path, monkeypatch, whole, kind, keep_going):
+    """Keeping going, one that fails by itself is left out. A full disk ends the run: every other picture would fail too."""
+    options = {**OPTIONS, "batch_size": 2, "keep_going": keep_going}
+    generate(pipe, ROWS[:1], tmp_path, **options)
+    unwritable(tmp_path, monkeypatch, kind)
+    if kind == "disk" or not keep_going:
+        with pytest.raises(OSError, match=r"No space left|directory|encoder error"):
+            generate(pipe, ROWS, tmp_path, **options)
+        assert not (tmp_path / "rejected.jsonl").exists()
+        assert "r2" in {line["id"] for line in lines(tmp_path)}  # of the same batch
+    else:
+        summary = generate(pipe, ROWS, tmp_path, **options)
+        assert (summary.total, summary.made, summary.rejected) == (9, 8, 1)
+        (rejected,) = [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text().splitlines()]
+        assert (rejected["line"], rejected["row"]["id"]) == (4, "r3")
+        assert rejected["error"].startswith(("IsADirectoryError: ", "OSError: encoder error -2"))
+    monkeypatch.undo()
+    if kind == "directory":
+        (tmp_path / "r3.png").rmdir()
+    generate(pipe, ROWS, tmp_path, **options)
+    assert not (tmp_path / "rejected.jsonl").exists()
+    check_complete(tmp_path, whole)
+
+
 @pytest.mark.usefixtures("overlap")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_ends_the_run_in_good_order(pipe, tmp_path, whole, number):
