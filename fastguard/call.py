@@ -363,6 +363,7 @@ class Call:
 
     def close(self) -> None:
         """The call is over and its report made."""
+        self.noise.rewind(self.row)
         if self.graphed.whole and hasattr(self.pipe, "_num_timesteps"):
             self.pipe._num_timesteps = self.row
         self.graphed.give_back()

@@ -32,6 +32,7 @@ SD: dict[str, Callable[[], Any]] = {
     "dpm-2m-heun": lambda: _MULTISTEP(**BETAS, solver_type="heun"),
     "dpm-2m-noise": lambda: _MULTISTEP(**BETAS, algorithm_type="dpmsolver", final_sigmas_type="sigma_min"),
     "dpm-sde-2m": lambda: _MULTISTEP(**BETAS, algorithm_type="sde-dpmsolver++"),
+    "dpm-sde-3m": lambda: _MULTISTEP(**BETAS, algorithm_type="sde-dpmsolver++", solver_order=3),
     "dpm-3m": lambda: _MULTISTEP(**BETAS, solver_order=3),
     "dpm-single-2": lambda: d.DPMSolverSinglestepScheduler(**BETAS),
     "dpm-single-3": lambda: d.DPMSolverSinglestepScheduler(**BETAS, solver_order=3),

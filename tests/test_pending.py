@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import diffusers
 import pytest
 import torch
 
@@ -72,3 +73,32 @@ def test_interrupted_loops_give_the_latents_so_far(output_type, monkeypatch):
     assert type(ours) is torch.Tensor
     torch.testing.assert_close(ours, stock, rtol=0, atol=1e-4 * float(stock.abs().max()))
     assert guard.report[0].d_curve[3:] == (None, None, None)
+
+
+@pytest.mark.parametrize("scheduler", [diffusers.EulerAncestralDiscreteScheduler, diffusers.DDPMScheduler])
+@pytest.mark.parametrize("several", [False, True])
+def test_interrupted_loops_leave_the_generator_where_stock_does(scheduler, several, monkeypatch):
+    """Its noise is drawn before the loop, and what later rows would have used is given back."""
+    pipe = pipelines.sd(scheduler=scheduler())
+
+    def run(**arguments):
+        generators = pipelines.generators([1, 2])
+        one = generators if several else generators[0]
+        pipe(["a red cat", "two dogs"], num_inference_steps=6, generator=one, output_type="latent", **arguments)
+        return [g.get_state() for g in generators]
+
+    def stop(pipe, step, timestep, kwargs):
+        pipe._interrupt = step == 2
+        return kwargs
+
+    stock, step = run(callback_on_step_end=stop), Call.step
+
+    def interrupted(self, *args, **kwargs):
+        self.pipe._interrupt = self.row == 2
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(Call, "step", interrupted)
+    with fastguard.enable(pipe, "cfg"):
+        ours = run()
+    for a, b in zip(ours, stock, strict=True):
+        assert torch.equal(a, b)

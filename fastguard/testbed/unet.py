@@ -12,13 +12,13 @@ from tqdm import tqdm
 from . import models, parallel, pictures
 from . import vae as autoencoder
 
-STEPS = 5600
+STEPS = 6000
 BATCH = 96
 RATE = 1e-3
 # From this step on, at this rate, the error is weighted by 1 + min(1/SNR(t), LARGEST_WEIGHT): the loss in v space, but for the
 # limit. Unweighted, the first steps of sampling (SNR below 0.01) hardly count, and what a caption changes there stays unlearned
 # for pictures with few copies: the gate cannot see them. Weighted from the start, with 6,500 steps, they were learned later still.
-SHARPEN_FROM = 4000
+SHARPEN_FROM = 4200
 SHARPEN_RATE = 5e-4
 LARGEST_WEIGHT = 20.0
 # From this step on the duplicated pictures are drawn twice as often. Until it the model learns what the captions mean; with

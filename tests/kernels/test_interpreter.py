@@ -37,12 +37,12 @@ else:
         cases.check(case, run, interpreted=True)
 
     @pytest.mark.parametrize("seed", range(4))
-    @pytest.mark.parametrize("shape", [(1, 1, 1, 1), ONE_LAUNCH, (4, 4, 32, 32), (2, 4, 3, 8, 8)])
+    @pytest.mark.parametrize("shape", [(1, 1, 1, 1), ONE_LAUNCH, (4, 4, 32, 32), (2, 4, 3, 8, 8), (256, 1, 1, 3)])
     def test_one_launch(shape, seed):
         assert kernel.launch_shape(math.prod(shape[1:]))[1] == 1
         run_and_check(shape, seed, slots=seed)
 
-    @pytest.mark.parametrize("shape", [TWO_LAUNCHES, (1, 4, 96, 96)])
+    @pytest.mark.parametrize("shape", [TWO_LAUNCHES, (1, 4, 96, 96), (1, 4, 256, 256)])
     def test_two_launches(shape):
         assert kernel.launch_shape(math.prod(shape[1:]))[1] > 1
         run_and_check(shape, 1)

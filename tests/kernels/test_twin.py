@@ -7,7 +7,9 @@ from . import cases
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # 1 element, odd, odd over several parts of the sum, SD 1.5 at 256 px, 5-D video, SD3's 16 channels.
-SHAPES = [(1, 1, 1, 1), (5, 4, 3, 5), (3, 4, 67, 65), (6, 4, 32, 32), (2, 4, 3, 8, 8), (2, 16, 24, 24)]
+SHAPES = [
+    (1, 1, 1, 1), (5, 4, 3, 5), (3, 4, 67, 65), (6, 4, 32, 32), (2, 4, 3, 8, 8), (2, 16, 24, 24), (1, 4, 256, 256), (256, 4, 8, 8)
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("seed", range(4))
