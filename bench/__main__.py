@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from fastguard.cli import Scheduler
+
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -62,7 +64,7 @@ def paper(
     processes: Annotated[
         int, typer.Option(help="On a CPU: batches made at the same time, each with its share of the cores.")
     ] = 1,
-    scheduler: Annotated[str | None, typer.Option(help="Diffusers scheduler in place of the model's own.")] = None,
+    scheduler: Scheduler = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, float16, bfloat16")] = "auto",
 ) -> None:

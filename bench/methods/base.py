@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -27,22 +27,6 @@ class Generated:
     rows: int
     seconds: float
     details: list[dict[str, Any]]
-
-
-class Method(Protocol):
-    """Prompts and generators in, `Generated` out. Every method starts from the noise that stock draws from these generators."""
-
-    name: str
-
-    def __call__(
-        self,
-        pipe: Any,
-        prompts: Sequence[str],
-        generators: Sequence[torch.Generator],
-        *,
-        num_inference_steps: int,
-        guidance_scale: float,
-    ) -> Generated: ...
 
 
 @dataclass(frozen=True)
@@ -66,8 +50,11 @@ class Request:
         }
 
 
-class Base(ABC):
-    """A method but for its `generate`: checks, counts, times."""
+class Method(ABC):
+    """Prompts and generators in, `Generated` out: a method is its `generate`; checking, counting and timing are here.
+
+    Every method starts from the noise that stock draws from these generators.
+    """
 
     name: str
 

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 from bench.methods import loop
-from bench.methods.base import Base, Request
+from bench.methods.base import Method, Request
 
 
-class Interval(Base):
+class Interval(Method):
     """g = guidance scale where low < sigma <= high, else g = 1, which is the conditional branch alone: one row instead of two.
 
     e = u + g (c - u),  sigma(t) = sqrt((1 - alpha_bar(t)) / alpha_bar(t))

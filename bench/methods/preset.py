@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 import fastguard
-from bench.methods.base import Base, Request
+from bench.methods.base import Method, Request
 from fastguard.families import find
 from fastguard.policy import Policy
 
 
-class Preset(Base):
+class Preset(Method):
     """`fastguard.policy(source, **overrides)` on the pipeline for the length of a call.
 
     details: the image's report without its policy (`ImageReport.to_dict`): d_curve, timesteps, transition_step, margin, gate, ...

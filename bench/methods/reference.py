@@ -15,13 +15,13 @@ import torch
 from diffusers import PNDMScheduler
 
 from bench.methods import loop
-from bench.methods.base import Base, Request
+from bench.methods.base import Method, Request
 
 FALLBACK = 5  # transition step of the opposite script where the probe shows no minimum
 FINER = 4  # its steps after the transition: 200 on the whole range for 50
 
 
-class Reference(Base):
+class Reference(Method):
     """One image after the other."""
 
     @torch.no_grad()

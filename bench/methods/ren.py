@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from diffusers.models.attention_processor import Attention
 
-from bench.methods.base import Base, Request
+from bench.methods.base import Method, Request
 
 
-class Ren(Base):
+class Ren(Method):
     """In every cross-attention, before the softmax,
 
         logit[b, h, i, j] = q_i . k_j / sqrt(features per head)

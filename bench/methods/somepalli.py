@@ -12,14 +12,14 @@ from typing import Any
 import torch
 
 from bench.methods import loop
-from bench.methods.base import Base, Request
+from bench.methods.base import Method, Request
 
 COUNT = 4
 LARGEST_NUMBER = 99_999
 TOKENS = 49_400  # random tokens have a smaller id than this
 
 
-class Words(Base):
+class Words(Method):
     """Insert `count` words into the prompt, one after the other, each at a place drawn among all, both ends included.
 
     kind  "numbers": integers of 0 to 99,999; "words": a token of the vocabulary, id below 49,400, no special one, decoded;
@@ -58,7 +58,7 @@ class Words(Base):
         return tokenizer.decode([draws.choice([i for i in range(min(TOKENS, len(tokenizer))) if i not in special])])
 
 
-class EmbeddingNoise(Base):
+class EmbeddingNoise(Method):
     """c + strength * z, z standard normal as large as the conditional embedding; the unconditional one is left alone."""
 
     def __init__(self, strength: float = 0.1, *, name: str = "embedding-noise") -> None:

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from bench.methods.base import Base, Request
+from bench.methods.base import Method, Request
 
 
-class Stock(Base):
+class Stock(Method):
     """Plain classifier-free guidance: e = u + g (c - u), g the pipeline's guidance scale in every step."""
 
     name = "none"
@@ -30,7 +30,7 @@ class Compiled(Stock):
     """
 
     name = "compile"
-    check = Base.check
+    check = Method.check
 
     def __init__(self, **options: Any) -> None:
         self.options = options

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from bench.methods import loop
-from bench.methods.base import Base, Request
+from bench.methods.base import Method, Request
 
 
-class Wen(Base):
+class Wen(Method):
     """Move the conditional embedding until the first step's guidance is small, then generate from it as stock does.
 
     loss = ||c - u||_2 = sqrt(sum of (c - u)^2), one norm over all images of a prompt, at the first timestep and the initial noise

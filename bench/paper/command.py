@@ -136,12 +136,11 @@ def unsuitable(name: str, request: Request) -> str | None:
     return None
 
 
-def refusal(method: Any, pipe: Any) -> str | None:
+def refusal(method: Method, pipe: Any) -> str | None:
     """Why a method cannot run on the pipeline; None if it can."""
     try:
-        for check in (getattr(method, "check", None), getattr(method, "prepare", None)):
-            if check is not None:
-                check(pipe)
+        method.check(pipe)
+        method.prepare(pipe)
     except (TypeError, ValueError, RuntimeError) as error:
         return str(error).splitlines()[0]
     return None
