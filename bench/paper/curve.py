@@ -7,7 +7,8 @@ scale, in the order of the scales. What a method offers at similarity x is
 
 an image that is less similar to the training image is no worse. Where the polyline has no point at or below x, E(x) is the floor, the
 lowest faithfulness that any method had: a curve that never gets there is not excused. A curve lies on or above another if
-E(x) >= y at every point (x, y) of the other's polyline (each segment in tenths). Intervals are pointwise, 95%, from a bootstrap over
+E(x) >= y at every point (x, y) of the other's polyline (each segment in tenths); a point of its own at most 1e-4 to the right of x
+counts as at x, or the same arithmetic in another order would not be "on" its own curve. Intervals are pointwise, 95%, from a bootstrap over
 prompts in which all methods see the same draw, since seeds and prompts are paired.
 """
 
@@ -24,6 +25,7 @@ from fastguard.testbed.stats import DRAWS
 
 TENTHS = 10
 EQUAL = 1e-9
+SAME = 1e-4  # of similarities; three digits are shown
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class Curve:
     def offers(self, x: np.ndarray, floor: float) -> np.ndarray:
         """E(x) per draw: [1 + DRAWS] -> [1 + DRAWS]."""
         at = x[:, None]
-        best = np.where(self.x <= at, self.y, -np.inf).max(1)
+        best = np.where(self.x <= at + SAME, self.y, -np.inf).max(1)
         if len(self.scales) > 1:
             x0, x1, y0, y1 = self.x[:, :-1], self.x[:, 1:], self.y[:, :-1], self.y[:, 1:]
             crosses = (np.minimum(x0, x1) <= at) & (at <= np.maximum(x0, x1)) & (x0 != x1)
@@ -111,7 +113,7 @@ def compare(ours: Curve, theirs: Curve, floor: float) -> dict[str, Any]:
         "low": float(low),
         "high": float(high),
         "at": float(x[0, worst]),
-        "reached": float(np.mean(ours.x[0].min() <= x[0] + EQUAL)),
+        "reached": float(np.mean(ours.x[0].min() <= x[0] + SAME)),
         "on or above": bool(gaps[worst][0] >= -EQUAL),
         "within the interval": bool(high >= 0),
     }

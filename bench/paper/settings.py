@@ -14,7 +14,7 @@ from bench.paper.inputs import BadInput, Item
 from fastguard.files import read_json, write_json
 
 SETTINGS = "settings.json"
-FORMAT = 1
+FORMAT = 2  # 2: units of whole prompts
 
 
 def weights_hash(pipe: Any) -> str:

@@ -36,6 +36,26 @@ def describe(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def against_reference(rows: Sequence[dict[str, Any]], scale: float) -> dict[str, Any] | None:
+    """Rows of og+dtp over those of the authors' opposite script mended, on the memorized images that both made; None without them.
+
+    A row holds its batch's mean; the script's own rows of an image are 2 (steps of its probe + steps of its second pass).
+    """
+    ours, theirs = (
+        {(r["id"], r["seed"]): r for r in rows if (r["method"], r["group"], r["scale"]) == (name, "memorized", scale)}
+        for name in ("og+dtp", "reference-og+dtp")
+    )
+    both = [
+        (ours[key]["rows"], 2 * (len(row["details"]["probe_curve"]) + len(row["details"]["timesteps"])))
+        for key, row in theirs.items()
+        if key in ours
+    ]
+    if not both:
+        return None
+    a, b = np.array(both, float).T
+    return {"ratio": float(a.sum() / b.sum()), "a quarter at most": int((4 * a <= b).sum()), "images": len(both)}
+
+
 def summarise(
     rows: Sequence[dict[str, Any]], methods: Mapping[str, Mapping[str, Any]], amount: Amount, steps: int
 ) -> dict[str, Any]:
@@ -66,6 +86,7 @@ def summarise(
     peers = [name for name in cost if methods[name]["peer"]]
     shown = [row for row in rows if row["group"] == "memorized" and row["seed"] < amount.seeds]
     result: dict[str, Any] = {"tables": tables, "cost": cost, "detection": [], "curves": {}, "verdicts": {}}
+    result["against reference"] = against_reference(shown, amount.scale)
     if amount.detection:
         result["detection"] = detection.table([row for row in watched if row["seed"] < amount.detection], steps)
     for axis, column in (("similarity", "similarity"), ("copy rate", "copy")):

@@ -29,6 +29,10 @@ def number(value: float | None, form: str = ".2f") -> str:
     return "-" if value is None else format(value, form)
 
 
+COST = (
+    "rows / plain: rows of the denoiser's batches, probes and the forward half of gradient steps included, relative to plain guidance; "
+    "Wen's BACKWARD passes are not in it, so look at the seconds beside it: wall clock of the whole call, one run in batches."
+)
 COLUMNS = (  # column of the rows, head, what is shown
     ("copy", "copies", "interval"),
     ("similarity", "own p95 / mean / above 0.5", "spread"),
@@ -65,7 +69,14 @@ def methods_table(
         network = networks.get(column.removesuffix(", no copy"))
         return f" ({letters.setdefault(network, chr(97 + len(letters)))})" if network else ""
 
-    head = ["method", "images", "rows / plain", "s / image", *(text + mark(name) for name, text, _ in columns)]
+    head = [
+        "method",
+        "images",
+        "rows / plain",
+        "s / plain",
+        "s / image",
+        *(text + mark(name) for name, text, _ in columns),
+    ]
     with_fid = group in fid.get("values", {})
     if with_fid:
         head.append("FID" + f" ({letters.setdefault(fid['network'], chr(97 + len(letters)))})")
@@ -73,14 +84,14 @@ def methods_table(
     head += ["caught by the gate"] if caught else []
     rows = []
     for name, cell in cells.items():
-        line = [name, str(cell["images"]), number(cell["cost"]), f"{cell['seconds']:.3f}"]
+        line = [name, str(cell["images"]), number(cell["cost"]), number(cell["slower"]), f"{cell['seconds']:.3f}"]
         line += [_shown(cell.get(column), kind) for column, _, kind in columns]
         if with_fid:
             line.append(number(fid["values"][group].get(name)))
         if caught:
             line.append(number(cell.get("caught"), ".0%"))
         rows.append(line)
-    notes = [f"({letter}) {network}" for network, letter in letters.items()]
+    notes = [*(f"({letter}) {network}" for network, letter in letters.items()), COST]
     if with_fid and fid["notes"][group]:
         notes.append(f"FID: {fid['notes'][group]}.")
     broken = {name: cell["not finite"] for name, cell in cells.items() if cell["not finite"]}
@@ -114,11 +125,13 @@ def detection_table(cells: Sequence[Mapping[str, Any]]) -> Table:
     )
 
 
-def comparison_table(result: Mapping[str, Any], axis: str, networks: Mapping[str, str]) -> Table:
-    """The best preset against every peer: the least lead along the peer's curve."""
+def comparison_table(
+    result: Mapping[str, Any], axis: str, networks: Mapping[str, str], cells: Mapping[str, Mapping[str, Any]]
+) -> Table:
+    """The best preset against every peer: the least lead along the peer's curve. `cells`: the table of memorized prompts."""
     rows = []
-    for cells in (result["cheap"], result["plain"], result["dear"]):
-        for name, c in sorted(cells.items(), key=lambda item: item[1]["gap"]):
+    for some in (result["cheap"], result["plain"], result["dear"]):
+        for name, c in sorted(some.items(), key=lambda item: item[1]["gap"]):
             where = (
                 "on or above"
                 if c["on or above"]
@@ -128,6 +141,7 @@ def comparison_table(result: Mapping[str, Any], axis: str, networks: Mapping[str
                 [
                     name,
                     f"{c['cost']:.2f}",
+                    number(cells[name]["slower"]),
                     f"{c['gap']:+.3f} [{c['low']:+.3f}, {c['high']:+.3f}]",
                     f"{c['at']:.2f}",
                     f"{c['reached']:.0%}",
@@ -140,6 +154,7 @@ def comparison_table(result: Mapping[str, Any], axis: str, networks: Mapping[str
         [
             "peer",
             "rows / plain",
+            "s / plain",
             "least lead of the preset",
             f"at {axis}",
             "peer's curve within reach",
@@ -150,6 +165,7 @@ def comparison_table(result: Mapping[str, Any], axis: str, networks: Mapping[str
             f"{axis}: {networks[column]}. faithfulness: {networks['faithful']}. Lead: what the preset offers at the peer's {axis} or "
             "lower minus the peer's faithfulness, at the point of the peer's curve where it is least; where the preset has no point that "
             "low it counts as having the lowest faithfulness of all. Pointwise 95% intervals, bootstrap over prompts.",
+            COST,
             "All presets of at most plain cost by their least lead over the peers of at most plain cost: "
             + ", ".join(f"{k} {v:+.3f}" for k, v in sorted(result["presets"].items(), key=lambda i: -i[1]))
             + ".",

@@ -54,7 +54,8 @@ def generator(item: Item, seed: int) -> torch.Generator:
 def units(items: Sequence[Item], methods: Sequence[str], amount: Amount) -> list[Unit]:
     """Everything that has to be made, in a fixed order: the tables' scale first, then the curves'.
 
-    The seeds of a prompt stand together, and a unit's batch depends on the settings alone, so it is made again as it was.
+    A unit has whole prompts, all their seeds (Wen's loss is one norm over them), unless a batch is smaller than that; it depends on
+    the settings alone, so it is made again as it was.
     """
     groups = {g: [item for item in items if item.group == g] for g in ("memorized", "ordinary")}
     found = []
@@ -67,8 +68,9 @@ def units(items: Sequence[Item], methods: Sequence[str], amount: Amount) -> list
                 elif method == WATCHED:
                     seeds = max(seeds, amount.detection)
                 images = [(item, seed) for item in members for seed in range(seeds)]
-                for number, start in enumerate(range(0, len(images), amount.batch)):
-                    batch = tuple(images[start : start + amount.batch])
+                size = amount.batch // max(seeds, 1) * seeds or amount.batch
+                for number, start in enumerate(range(0, len(images), size)):
+                    batch = tuple(images[start : start + size])
                     found.append(Unit(f"{group}/{method}/{scale:g}/{number}", method, scale, batch))
     return found
 

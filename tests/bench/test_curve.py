@@ -53,6 +53,14 @@ def test_a_curve_that_does_not_reach_is_not_excused() -> None:
     assert result["reached"] == pytest.approx(4 / 11)
 
 
+def test_rounding_leaves_a_curve_on_itself() -> None:
+    points = {1.5: (0.2, 0.4), 3.0: (0.5, 0.7), 7.5: (0.9, 0.9)}
+    moved = {scale: (x + 1e-6, y) for scale, (x, y) in points.items()}
+    found = curves(rows("same", points) + rows("moved", moved), "x", "y")
+    assert compare(found["moved"], found["same"], 0.0)["gap"] == pytest.approx(0, abs=1e-5)
+    assert compare(found["moved"], found["same"], 0.0)["reached"] == 1
+
+
 def test_interval_is_that_of_the_paired_difference() -> None:
     # Both vary much between prompts, but together: only the difference counts.
     rng = np.random.default_rng(0)

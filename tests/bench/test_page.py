@@ -1,0 +1,107 @@
+"""The page says who is better, from the results alone: results made up so that it is known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from bench.paper import report
+from bench.paper.inputs import Item, TrainingSet
+from bench.paper.store import Store
+from bench.paper.work import Amount
+
+SCALES = (2.0, 5.0)
+ITEMS = [Item("memorized", str(i), f"prompt {i}", "memorized", (0,)) for i in range(6)]
+SETTINGS = {
+    "model": "m",
+    "weights": "0" * 64,
+    "scheduler": "S",
+    "steps": 50,
+    "dtype": "float32",
+    "device": "cpu",
+    "versions": {},
+}
+NETWORKS = dict.fromkeys(("similarity", "copy", "faithful"), "made up")
+METHODS = {  # name: ours, rows an image, seconds an image
+    "none": (False, 100, 1.0),
+    "dtp": (True, 100, 1.1),
+    "cheap": (False, 100, 1.0),
+    "wen-1": (False, 110, 3.0),
+    "og+dtp": (True, 100, 1.1),
+    "reference-og+dtp": (False, 400, 4.0),
+}
+PLAIN = ((0.8, 0.9), (0.95, 0.95))  # similarity and faithfulness at either scale
+OURS = ((0.2, 0.5), (0.3, 0.7))
+WORSE, BETTER = ((0.2, 0.4), (0.3, 0.6)), ((0.2, 0.4), (0.3, 0.8))
+
+
+def page(out: Path, cheap: Any, dear: Any) -> str:
+    """The page of made up results, one value for all prompts. The opposite script's transition is at step 10 or, for "5", at 40."""
+    curves = {"none": PLAIN, "dtp": OURS, "cheap": cheap, "wen-1": dear, "og+dtp": WORSE, "reference-og+dtp": WORSE}
+    with Store(out) as store:
+        for name, (_, rows, seconds) in METHODS.items():
+            for scale, (x, y) in zip(SCALES, curves[name], strict=True):
+                made = []
+                for place, item in enumerate(ITEMS):
+                    k = 40 if item.id == "5" else 10
+                    detail = {"probe_curve": [0.0] * 50, "timesteps": [0.0] * (k + 4 * (50 - k) - 3)}
+                    made.append(
+                        {
+                            "method": name,
+                            "scale": scale,
+                            "group": "memorized",
+                            "kind": "memorized",
+                            "id": item.id,
+                            "prompt": item.prompt,
+                            "seed": 0,
+                            "image": f"images/{name}-{scale}-{place}.png",
+                            "rows": rows,
+                            "seconds": seconds,
+                            "finite": True,
+                            "similarity": x,
+                            "copy": x > 0.5,
+                            "faithful": y,
+                            "details": detail if name == "reference-og+dtp" else {},
+                        }
+                    )
+                store.add(f"{name}/{scale}", made, [Image.new("RGB", (4, 4))] * len(made))
+        known = {name: {"source": name, "ours": ours, "peer": not ours} for name, (ours, _, _) in METHODS.items()}
+        training = TrainingSet(1, lambda _: Image.new("RGB", (4, 4)), "")
+        amount = Amount(scale=5.0, scales=SCALES, seeds=1, ordinary=0, detection=0, batch=6)
+        report.write(store, ITEMS, known, amount, SETTINGS, NETWORKS, training)
+    return (out / "report.html").read_text()
+
+
+IS = "(dtp, 1.00 times) is on or above every peer&#x27;s of at most that cost (cheap)"
+IS_NOT = "(dtp, 1.00 times) is NOT on or above every peer&#x27;s of at most that cost (cheap)"
+NONE_BETTER = "Of the dearer peers (wen-1, reference-og+dtp) none is better anywhere."
+DEARER = "Dearer peers that are better somewhere: wen-1 at 1.10 times plain cost (-0.100 [-0.100, -0.100] at similarity 0.30)."
+
+
+@pytest.mark.parametrize(
+    ("cheap", "dear", "said", "unsaid"),
+    [
+        (WORSE, WORSE, [IS, NONE_BETTER], [IS_NOT, "Dearer peers", "It lies below"]),
+        (BETTER, WORSE, [IS_NOT, "It lies below: cheap (-0.100", NONE_BETTER], [IS, "Dearer peers"]),
+        (WORSE, BETTER, [IS, DEARER], [IS_NOT, "none is better anywhere", "It lies below"]),
+    ],
+    ids=["the preset dominates", "a cheap peer is better", "a dearer peer is better"],
+)
+def test_verdict(tmp_path: Path, cheap: Any, dear: Any, said: list[str], unsaid: list[str]) -> None:
+    text = page(tmp_path, cheap, dear)
+    sentences = text.split("The copy rate-against")[0]
+    assert all(part in sentences for part in said), sentences
+    assert not any(part in sentences for part in unsaid)
+
+
+def test_costs_that_rows_do_not_show_stand_beside_them(tmp_path: Path) -> None:
+    text = page(tmp_path, WORSE, WORSE)
+    assert text.count("Wen&#x27;s BACKWARD passes are not in it") >= 3  # the table, the comparison, the foot
+    assert "<th>rows / plain</th><th>s / plain</th>" in text
+    assert "<td>wen-1</td><td>6</td><td>1.10</td><td>3.00</td>" in text
+    # 100 rows of og+dtp; 2 (50 + 10 + 157) = 434 of the script on five images, 2 (50 + 40 + 37) = 254 on the sixth
+    assert f"og+dtp takes {600 / (5 * 434 + 254):.2f} of the denoiser rows" in text
+    assert "at most a quarter on 5 of 6" in text
