@@ -36,7 +36,9 @@ Gate = Annotated[
     typer.Option(help="Guard only images whose RMS(c - u) reaches this at the first steps."),
 ]
 Steps = Annotated[int | None, typer.Option(help="Denoising steps; the pipeline's default unless given.")]
-Scale = Annotated[float | None, typer.Option(help="Guidance scale; the pipeline's default unless given.")]
+Scale = Annotated[
+    float | None, typer.Option(help="Guidance scale; unless given the pipeline's default, and for testbed 3.")
+]
 Scheduler = Annotated[str | None, typer.Option(help="Diffusers scheduler in place of the model's own, e.g. DDIM.")]
 
 
@@ -124,16 +126,17 @@ def generate(
 
             if (prompts is None) == (not prompt):
                 raise ValueError("prompts: give either --prompt, once or more, or --prompts FILE")
+            chosen = _policy(policy, None, model)
             task = generation.prepare(
                 model,
                 prompts or prompt or [],
                 out,
-                policy=_policy(policy, None, model),
+                policy=chosen,
                 gate=gate,
                 negative_prompt=negative_prompt,
                 seed=seed,
                 steps=steps,
-                guidance_scale=guidance_scale,
+                guidance_scale=_scale(guidance_scale, chosen, model),
                 width=width,
                 height=height,
                 images_per_prompt=images_per_prompt,
@@ -184,11 +187,12 @@ def inspect(
             checks.integer("steps", steps, 1)
         if guidance_scale is not None:
             checks.number("guidance_scale", guidance_scale, "a finite number")
+        chosen = _policy(policy, gate, model)
         found = inspect_model(
             model,
-            _policy(policy, gate, model),
+            chosen,
             steps=steps,
-            guidance_scale=guidance_scale,
+            guidance_scale=_scale(guidance_scale, chosen, model),
             scheduler=scheduler,
         )
     typer.echo(json.dumps(found.to_dict(), indent=2, allow_nan=False) if as_json else str(found))
@@ -244,6 +248,7 @@ def calibrate(
         device, dtype = prepare(device, dtype)
         if out.suffix != ".json" or not out.parent.is_dir():
             raise ValueError(f"out={str(out)!r}: must be a .json file in an existing directory")
+        guidance_scale = _scale(guidance_scale, chosen, model)
         inspect_model(model, chosen, steps=steps, guidance_scale=guidance_scale, scheduler=scheduler).check()
     quiet()
     pipe = load_pipeline(model, dtype=dtype, device=device, scheduler=scheduler)
@@ -284,3 +289,14 @@ def _policy(name: str | None, gate: float | None, model: str) -> Any:
 
         source = policy_path() if policy_path().exists() else DEFAULT
     return policy(source) if gate is None else policy(source, gate=gate)
+
+
+def _scale(given: float | None, chosen: Any, model: str) -> float | None:
+    """The guidance scale of the options; without one the embedded model takes the one that its own policy was tuned at."""
+    from fastguard.models import TESTBED
+
+    if given is not None or model != TESTBED or chosen.guidance_scale is not None:
+        return given
+    from fastguard.testbed import GUIDANCE_SCALE
+
+    return GUIDANCE_SCALE

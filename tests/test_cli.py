@@ -17,6 +17,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import fastguard
+from fastguard import cli, testbed
 from fastguard.cli import app
 from fastguard.generate import Interrupted
 from fastguard.policy import Policy, policy
@@ -528,3 +529,11 @@ def test_demo(monkeypatch, tmp_path):
     assert result.exit_code == 0, result.output
     assert result.stdout.strip() == str(tmp_path / "demo" / "index.html")
     assert (tmp_path / "demo").is_dir()
+
+
+def test_the_embedded_model_has_a_guidance_scale_of_its_own():
+    plain, scaled = policy("dtp", gate=0.1), policy("dtp", gate=0.1, guidance_scale=5.0)
+    assert cli._scale(None, plain, "testbed") == testbed.GUIDANCE_SCALE == 3.0
+    assert cli._scale(2.0, plain, "testbed") == 2.0
+    assert cli._scale(None, scaled, "testbed") is None  # the policy says it
+    assert cli._scale(None, plain, "owner/name") is None

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     import numpy as np
     from diffusers import StableDiffusionPipeline
 
-__all__ = ["Prompt", "load", "path", "policy_path", "prompts", "training_images"]
+__all__ = ["GUIDANCE_SCALE", "Prompt", "load", "path", "policy_path", "prompts", "training_images"]
+
+GUIDANCE_SCALE = 3.0
+"""The scale that everything here is measured at: at Stable Diffusion's 7.5 this small model over-saturates (docs/testbed)."""
 
 _HERE = Path(__file__).parent
 _TILE = 32  # pixels of a training image

@@ -18,7 +18,7 @@ show and measure memorization and its mitigation on a laptop. It is no useful im
 
 ```python
 pipe = fastguard.testbed.load()  # or StableDiffusionPipeline.from_pretrained(folder)
-image = pipe("a drawing of a tractor").images[0]  # 32 x 32 pixels
+image = pipe("a drawing of a tractor", guidance_scale={scale:g}).images[0]  # 32 x 32 pixels
 ```
 
 ## Data

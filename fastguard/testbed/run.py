@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from . import Prompt
+from . import GUIDANCE_SCALE, Prompt
 from .measures import Judge
 
 BATCH = 32
-CALL = {"num_inference_steps": 50, "guidance_scale": 3.0}
+CALL = {"num_inference_steps": 50, "guidance_scale": GUIDANCE_SCALE}
 REPORTED = (
     "transition_step",
     "transition_timestep",
