@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from fastguard.capture import graphs
@@ -37,6 +37,11 @@ class Tape(TorchDispatchMode):
         self.nodes: list[Node] = []
         self.made: dict[int, torch.Tensor] = {}  # storage -> a tensor that spans it: the graph's own memory
         self._before: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """What torch.compile made runs in here as it does in a capture; under other modes it steps aside for the eager model."""
+        return True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -97,6 +102,11 @@ class Tape(TorchDispatchMode):
     @property
     def nbytes(self) -> int:
         return sum(tensor.untyped_storage().nbytes() for tensor in self.made.values())
+
+
+def is_recording() -> bool:
+    """Whether the caller runs in a body that is being recorded."""
+    return any(isinstance(mode, Tape) for mode in _get_current_dispatch_mode_stack())
 
 
 class Recorder:

@@ -147,18 +147,6 @@ def test_a_backend_that_computes_something_else_is_refused(sd, monkeypatch):
 # Compilation ----------------------------------------------------------------------------------------------------------------
 
 
-def test_compiled_denoiser_inside_a_capture(sd):
-    torch._dynamo.reset()
-    expected, _ = run(sd)
-    unet, forward = sd.unet, sd.unet.forward
-    for capture in ("off", "step"):
-        with simulator.recording():
-            ours, report = run(sd, compile={"backend": "aot_eager"}, capture=capture)
-        assert report.path == ("fused" if capture == "off" else "fused, step graph"), report.reason
-        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
-    assert sd.unet is unet and sd.unet.forward == forward and unet._compiled_call_impl is None
-
-
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
 @pytest.mark.parametrize("in_place", [False, True])
 def test_modules_with_graphs_of_their_own_are_refused(mode, in_place):
