@@ -11,6 +11,7 @@ import logging
 import os
 import pickle
 import signal
+import socket
 import threading
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -22,10 +23,11 @@ from fastguard import checks
 from fastguard.batch.engine import Engine, Failed, finished
 from fastguard.batch.pictures import Picture
 from fastguard.batch.planning import Batch
-from fastguard.batch.request import Request
+from fastguard.batch.request import Request, integer
 from fastguard.batch.store import Made
 
 TRIES = 4  # of a task whose actor dies, before it is taken for the cause
+SMALLEST, LARGEST = 0.0001, 10_000  # amounts of a resource, Ray counts in the former; actors
 BATCHES_PER_TASK = 4  # so that the stages of an actor have something to overlap
 
 
@@ -99,16 +101,17 @@ class RayRunner:
         keep_going: bool = False,
     ) -> None:
         self.load, self.settings, self.picture = load, settings, picture
-        self.actors = checks.integer("actors", actors, 1)
-        self.cpus = checks.number("cpus_per_actor", cpus, "a number from 0", lambda value: value >= 0)
-        self.gpus = checks.number("gpus_per_actor", gpus, "a number from 0", lambda value: value >= 0)
-        if self.gpus > 1 and not self.gpus.is_integer():
-            raise ValueError(f"gpus_per_actor={gpus!r}: must be a fraction below 1 or a whole number")
+        self.actors = integer("actors", actors, 1, LARGEST)
+        self.cpus = checks.number("cpus_per_actor", cpus, f"0, or from {SMALLEST} to {LARGEST}", _amount)
+        self.gpus = checks.number(
+            "gpus_per_actor", gpus, f"0, from {SMALLEST} to 1, or a whole number to {LARGEST}",
+            lambda value: _amount(value) and (value <= 1 or value.is_integer()),
+        )  # fmt: skip
         self.address, self.keep_going = address, keep_going
         self._owned = self._waiting = self._stopped = False
 
     def start(self, requests: Sequence[Request]) -> None:
-        """Connect to the cluster, or start a local one."""
+        """Connect to the cluster, or start a local one. ConnectionError if there is no cluster at the address."""
         ray = _ray()
         if ray.is_initialized():
             return
@@ -119,11 +122,19 @@ class RayRunner:
             options |= {"address": "local", "include_dashboard": False, "num_cpus": max(os.cpu_count() or 1, needed)}
         else:
             options["address"] = self.address
+            _reach(self.address)
         handler = signal.getsignal(signal.SIGTERM)
-        ray.init(**options)
+        try:
+            ray.init(**options)
+        except Exception as error:
+            if self.address is None:
+                raise
+            reason = str(error).partition("\n")[0]
+            raise ConnectionError(f"ray_address={self.address!r}: {reason}") from error
+        finally:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, handler)  # Ray puts its own, which exits
         self._owned = True
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, handler)  # Ray puts its own, which exits
 
     def run(
         self, batches: Sequence[Batch], prepare: Callable[[Made], Made]
@@ -193,6 +204,21 @@ class RayRunner:
 
 class _Stop(BaseException):
     pass
+
+
+def _amount(value: float) -> bool:
+    return value == 0 or SMALLEST <= value <= LARGEST
+
+
+def _reach(address: str) -> None:
+    """ConnectionError if nobody listens at HOST:PORT or ray://HOST:PORT: Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise ConnectionError(f"ray_address={address!r}: no Ray cluster answers there: {error}") from None
 
 
 def _ray() -> Any:

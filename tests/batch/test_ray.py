@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
+import re
 import signal
+import socket
 import threading
 import time
 from pathlib import Path
@@ -11,12 +15,24 @@ from types import SimpleNamespace
 
 import numpy as np
 import psutil
+import pyarrow
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
-from fastguard.generate import generate, prepare
+from fastguard.batch.engine import Failed
+from fastguard.batch.pictures import Picture, read_record
+from fastguard.batch.prompt_files import load
+from fastguard.batch.ray_engine import TRIES, Ledger, RayRunner, Worker
+from fastguard.batch.request import Defaults
+from fastguard.batch.store import Made
+from fastguard.cli import app
+from fastguard.generate import Interrupted, generate, prepare
+from fastguard.policy import policy
+from tests import pipelines
 from tests.batch.test_docs import examples
 
+ray = pytest.importorskip("ray")
 pytest.importorskip("ray.data")
 
 ROWS = [{"id": f"r{i}", "prompt": f"cat {i % 5}", "seed": i, "policy": ["stp", "dtp"][i % 2]} for i in range(48)]
@@ -74,6 +90,144 @@ def test_killed_actor_costs_no_image(model, tmp_path, monkeypatch):
     assert records[0] == records[1]
 
 
+def test_sigterm_ends_the_job_in_good_order(model, tmp_path):
+    """What the manifest says is there, the cluster is gone, and the rest is made later without making anything twice."""
+    out = tmp_path / "out"
+    rows, options = ROWS[:24], {**OPTIONS, "steps": 8, "batch_size": 1}
+
+    def send():
+        end = time.monotonic() + 300
+        while time.monotonic() < end:
+            if (out / "manifest.jsonl").exists() and lines(out):
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+            time.sleep(0.01)
+
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=send)
+    thread.start()
+    with pytest.raises(Interrupted, match="SIGTERM"):
+        generate(model, rows, out, engine="ray", **options)
+    thread.join()
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert not actors()
+    done = {line["id"]: (out / line["file"]).stat().st_mtime_ns for line in lines(out)}
+    assert 0 < len(done) < len(rows)
+    generate(model, rows, out, **{**options, "batch_size": 8})
+    assert sorted(line["id"] for line in lines(out)) == sorted(row["id"] for row in rows)
+    assert all((out / f"{id}.png").stat().st_mtime_ns == stamp for id, stamp in done.items())
+    for path in out.glob("*.png"):
+        assert read_record(path)["id"] == path.stem
+
+
+def runner(**options) -> RayRunner:
+    return RayRunner(None, settings={}, picture=Picture(), **options)
+
+
+def test_address_is_passed_on(monkeypatch):
+    given = {}
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **options: given.update(options))
+    monkeypatch.setattr(ray, "shutdown", lambda: given.clear())
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        for address in ("auto", f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}"):
+            made = runner(address=address)
+            made.start([])
+            assert given["address"] == address
+            assert "num_cpus" not in given  # of a cluster that is there already
+            made.close()
+            assert not given  # left, as it was joined
+    made = runner(actors=3, cpus=1.5)
+    made.start([])
+    assert given["address"] == "local"
+    assert given["num_cpus"] >= 6  # the actors' 4.5 and one for Ray Data
+
+
+@pytest.mark.parametrize(
+    ("address", "reason"),
+    [
+        ("nonsense", "Invalid address format"),
+        ("127.0.0.1:1", "no Ray cluster answers there: .*refused"),
+        ("ray://127.0.0.1:1", "no Ray cluster answers there: .*refused"),
+        ("127.0.0.1:99999", "no Ray cluster answers there"),
+    ],
+)
+def test_wrong_address(model, tmp_path, address, reason):
+    arguments = [
+        "--out",
+        str(tmp_path),
+        "--prompt",
+        "a cat",
+        "--engine",
+        "ray",
+        "--ray-address",
+        address,
+        "--steps",
+        "1",
+    ]
+    result = CliRunner().invoke(app, ["generate", model, "--policy", "cfg", "--device", "cpu", *arguments])
+    assert result.exit_code == 1
+    assert re.search(f"error: ray_address='{address}': {reason}", result.output)
+    assert not ray.is_initialized()
+
+
+def test_resources_are_passed_on(monkeypatch):
+    given = {}
+
+    class Items:
+        def map_batches(self, worker, **options):
+            given.update(options)
+
+    data = SimpleNamespace(from_items=lambda items, **_: Items(), ActorPoolStrategy=lambda size: size)
+    ledger = SimpleNamespace(remote=lambda: None)
+    monkeypatch.setattr(ray, "remote", lambda kind: SimpleNamespace(options=lambda **_: ledger))
+    batches = [[row] for row in ROWS]
+    for gpus, passed in ((0, None), (0.25, 0.25), (1, 1.0), (2, 2.0)):
+        runner(actors=2, cpus=0.5, gpus=gpus)._dataset(data, batches)
+        assert (given["num_gpus"], given["num_cpus"], given["compute"]) == (passed, 0.5, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("gpus_per_actor", value) for value in (-1, -0.5, float("nan"), float("inf"), 1e-9, 1.5, 10**400, True)],
+        *[("cpus_per_actor", value) for value in (-1, float("nan"), 1e-9, 1e30)],
+        *[("actors", value) for value in (0, -1, 10**30, 1.5)],
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_resources_that_cannot_be(model, tmp_path, name, value):
+    with pytest.raises(ValueError, match=name):
+        prepare(model, ["a cat"], tmp_path / "out", engine="ray", device="cpu", **{name: value})
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("keep_going", [True, False])
+def test_picture_that_the_driver_cannot_write(monkeypatch, keep_going):
+    """The others of its group are kept either way."""
+    requests = load(["a", "b", "c"], Defaults(policy=policy("cfg"), steps=1))[0]
+    packed = [pickle.dumps(Made(request, {})) for request in requests]
+    table = pyarrow.table({"result": pyarrow.array(packed, pyarrow.large_binary())})
+    made = runner(keep_going=keep_going)
+    monkeypatch.setattr(made, "_dataset", lambda *_: SimpleNamespace(iter_batches=lambda **_: iter([table])))
+
+    def prepare(item):
+        if item.request.prompt == "b":
+            raise IsADirectoryError(21, "Is a directory", "b.png")
+        return item
+
+    results = made.run([requests], prepare)
+    kinds = [(item.request.prompt, type(item)) for item in next(results)]
+    if keep_going:
+        assert kinds == [("a", Made), ("b", Failed), ("c", Made)]
+        assert not list(results)
+    else:
+        assert kinds == [("a", Made), ("c", Made)]
+        with pytest.raises(IsADirectoryError):
+            next(results)
+
+
 def test_pipeline_cannot_be_sent(pipe, tmp_path):
     with pytest.raises(ValueError, match="is a pipeline already"):
         prepare(pipe, ["a cat"], tmp_path, engine="ray")
@@ -81,18 +235,6 @@ def test_pipeline_cannot_be_sent(pipe, tmp_path):
 
 def test_retries_have_an_end(model, tmp_path, monkeypatch):
     """A task over which actors die again and again fails with its images named, instead of running for ever."""
-    import pickle
-
-    import pyarrow
-    import ray
-
-    from fastguard.batch.pictures import Picture
-    from fastguard.batch.prompt_files import load
-    from fastguard.batch.ray_engine import TRIES, Ledger, Worker
-    from fastguard.batch.request import Defaults
-    from fastguard.policy import policy
-    from tests import pipelines
-
     ledger = Ledger()
     remote = SimpleNamespace(begin=SimpleNamespace(remote=ledger.begin))  # without a cluster
     monkeypatch.setattr(ray, "get", lambda value: value)
