@@ -1,10 +1,10 @@
-"""A run of the benchmark's loop with a method that needs no model: `python -m tests.bench.tiny_run OUT`, killed by its test."""
+"""A run of the benchmark's loop with a method that needs no model: `python -m tests.bench.tiny_run OUT PROCESSES`, killed by its test."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,11 +13,13 @@ import torch
 from PIL import Image
 
 from bench.paper.inputs import Item
+from bench.paper.parallel import made
 from bench.paper.store import Store
 from bench.paper.work import Amount, Made, Unit, make, run, units
 
 ITEMS = [Item("memorized", f"m{i}", f"prompt {i}", "memorized") for i in range(7)]
 ITEMS += [Item("ordinary", f"o{i}", f"other {i}", "ordinary") for i in range(4)]
+METHODS = ("none", "cfg", "other")
 AMOUNT = Amount(scale=7.5, scales=(2.0, 7.5), seeds=3, ordinary=1, detection=4, batch=5)
 
 
@@ -46,17 +48,21 @@ def decode(z: torch.Tensor) -> list[Image.Image]:
     return [Image.fromarray(x[0].mul(10).clamp(0, 255).byte().numpy()) for x in z]
 
 
-def main(out: Path) -> None:
-    methods: dict[str, Any] = {name: Fake(name) for name in ("none", "cfg", "other")}
+def prepare() -> Callable[[Unit], Made]:
+    methods: dict[str, Any] = {name: Fake(name) for name in METHODS}
     places = {(item.group, item.id): place for place, item in enumerate(ITEMS)}
+    return lambda unit: make(None, methods[unit.method], unit, places, [Mean()], decode, 3)
+
+
+def main(out: Path, processes: int = 1) -> None:
     with Store(out) as store:
         print("ready", flush=True)
-
-        def made(todo: Sequence[Unit]) -> Iterator[Made]:
-            return (make(None, methods[unit.method], unit, places, [Mean()], decode, 3) for unit in todo)
-
-        run(units(ITEMS, list(methods), AMOUNT), made, store)
+        work = units(ITEMS, METHODS, AMOUNT)
+        if processes > 1:
+            run(work, lambda todo: made(todo, prepare, processes), store)
+        else:
+            run(work, lambda todo: map(prepare(), todo), store)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), int(sys.argv[2]))
