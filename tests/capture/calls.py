@@ -16,8 +16,8 @@ POLICIES = [
 ]
 
 
-def call(pipe, *, steps=3, seeds=(1, 2), **kwargs):
-    defaults = {"prompt": ["a red cat", "two dogs"][: len(seeds)], "guidance_scale": 4.0, **SIZE}
+def call(pipe, *, steps=3, seeds=(1, 2), size=SIZE, **kwargs):
+    defaults = {"prompt": ["a red cat", "two dogs"][: len(seeds)], "guidance_scale": 4.0, **size}
     arguments = {**defaults, "num_inference_steps": steps, "output_type": "latent", **kwargs}
     return pipe(generator=pipelines.generators(list(seeds)), **arguments).images
 

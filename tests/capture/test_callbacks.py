@@ -140,6 +140,4 @@ def test_an_interrupt_before_the_loop(mode):
 
 def test_auto_never_chooses_loop(sd):
     """A generation that nobody asked to be one launch can be interrupted."""
-    with fastguard.enable(sd, "cfg") as guard:
-        call(sd)
-        assert guard.report.path == "fused, step graph"
+    check(sd, mode="auto", path="fused, step graph")

@@ -9,6 +9,7 @@ import torch
 import fastguard
 from tests import pipelines, schedulers
 from tests.capture.calls import POLICIES, SIZE, call, check, eager
+from tests.test_enable import SD_KINDS
 
 pytestmark = pytest.mark.usefixtures("recorders")
 
@@ -61,6 +62,18 @@ def test_stable_diffusion_3(name):
 @pytest.mark.parametrize("mode", ["step", "loop"])
 def test_sdxl(mode):
     check(pipelines.sdxl(), "og+dtp", mode, times=2)
+
+
+@pytest.mark.parametrize("make", [pipelines.sd, pipelines.sdxl])
+@pytest.mark.parametrize("kind", SD_KINDS)
+def test_other_pipelines(kind, make):
+    """Images and masks to start from, residuals of a ControlNet; with a scheduler that draws noise."""
+    arguments = SD_KINDS[kind]()
+    size = {name: arguments.pop(name) for name in SIZE if name in arguments}
+    kind = kind if make is pipelines.sd else kind.replace("StableDiffusion", "StableDiffusionXL")
+    pipe = make(kind, scheduler=schedulers.SD["euler-ancestral"]())
+    report = check(pipe, "og+dtp", "loop", path="fused, step graph", size=size, **arguments)
+    assert "only Stable Diffusion and SDXL" in report.reason
 
 
 def test_pixart():
