@@ -81,9 +81,8 @@ class Call:
         """Remember the arguments: the table is compiled from the same call made on the host, without reading the device back."""
         self._timesteps_arguments = (args, kwargs)
         result = self.scheduler.set_timesteps(*args, **kwargs)
-        device = self.pipe._execution_device
-        if self.graphed.may_be_whole(device):
-            self.graphed.make_whole(device, recorded.needs_steps(self))
+        if self.graphed.may_be_whole(self.pipe):
+            self.graphed.make_whole(self.pipe._execution_device, recorded.needs_steps(self))
             if self.graphed.whole:
                 one_row(self.pipe.scheduler)
         return result

@@ -67,9 +67,9 @@ class Graphed:
 
     # Start and end ---------------------------------------------------------------------------------------------------------
 
-    def may_be_whole(self, device: torch.device) -> bool:
-        """Whether this generation was asked to be one graph, on a device that records."""
-        return self._capturing.mode == "loop" and self._capturing.available(device)
+    def may_be_whole(self, pipe: Any) -> bool:
+        """Whether this generation was asked to be one graph, on a device that records (finding it walks through all modules)."""
+        return self._capturing.mode == "loop" and self._capturing.available(pipe._execution_device)
 
     def make_whole(self, device: torch.device, obstacle: str | None) -> None:
         """Become one graph, unless there is an obstacle: then each row may still be one."""
