@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 import fastguard
-from fastguard.kernels.guided_step import launch_shape
 from fastguard.kernels.layout import HISTORY, Row, Rule, State
+from fastguard.kernels.triton_step import launch_shape
 from fastguard.schedule import Schedule, compile_schedule
 from fastguard.syncs import probe
 from fastguard.syncs.pretend import Pretend

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastguard.kernels import guided_step as kernels
+from fastguard.kernels import triton_step as kernels
 from fastguard.kernels.layout import Row, Rule, State
 
 TARGETS = {

@@ -1,4 +1,4 @@
-"""`layout`'s members that `guided_step.decide` compares with, as plain numbers.
+"""`layout`'s members that `decide.decide` compares with, as plain numbers.
 
 A comparison of a float with an IntEnum member costs Python four times one with a number, and Triton takes no enums but does take
 the numbers of a module.

@@ -1,7 +1,7 @@
 """The guided step on the CPU as one compiled pass: backend "compiled", opt-in, needs a C compiler on the machine.
 
 The C text below is compiled on first use (about a second; the result is kept in the user's cache directory) and called through
-ctypes. Decisions are not written twice: `c_source` translates `guided_step.decide`. A sample is one thread's work, d is summed over
+ctypes. Decisions are not written twice: `c_source` translates `decide`. A sample is one thread's work, d is summed over
 fixed lanes and blocks, and without -ffast-math and with -ffp-contract=off every element is rounded alike: a sample's bits do not
 depend on the batch or on the number of threads. float32 only; the caller falls back to the twin for other dtypes.
 """
@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from . import codes
-from .guided_step import decide, guided_step_torch
+from .decide import decide
+from .twin import guided_step_torch
 
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC", "-std=c11", "-x", "c")
 
@@ -101,7 +102,7 @@ void step(const float *u, const float *c, float *x, float *history, float *y, fl
 
 def guided_step_compiled(u: Tensor, c: Tensor | None, x: Tensor, history: Tensor, model_input: Tensor | None, trace: Tensor,
     state: Tensor, rows: Tensor, rules: Tensor, guidance: Tensor, noise: Tensor | None, timestep_out: Tensor | None,
-    scratch: Tensor | None) -> None:  # fmt: skip
+    scratch: Tensor) -> None:  # fmt: skip
     """`guided_step` for float32 tensors on the CPU; others go to the twin."""
     latents = (u, c, model_input, noise)
     if x.device.type != "cpu" or any(t is not None and t.dtype != torch.float32 for t in latents):

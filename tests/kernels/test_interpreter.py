@@ -16,7 +16,7 @@ if not interpreted.HERE:
         interpreted.run_file(__file__)
 
 else:
-    from fastguard.kernels import guided_step as kernel
+    from fastguard.kernels import triton_step as kernel
 
     from . import test_decisions_of_the_op as decisions
 

@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 import triton
 
 from bench.machine_code import SIZES, TARGETS, Configuration, configurations, typical
-from fastguard.kernels import guided_step as kernels
+from fastguard.kernels import triton_step as kernels
 
 from . import cases, interpreted
 

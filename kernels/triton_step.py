@@ -1,0 +1,269 @@
+"""`guided_step` in Triton, for CUDA and ROCm: one launch for latents of Stable Diffusion's size, two for larger ones.
+
+A latent of at most SINGLE elements is one program's work and takes one launch: SD 1.5's 4x64x64 takes an SM about as long as the
+second launch that it saves. A larger one is cut into blocks and takes two: partial sums first, then every program adds up its
+sample's partials in the same order and decides for itself. There the first launch copies the state and the second reads only
+that copy and writes only the state, so no program reads what another one of the same launch writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import codes
+from .decide import decide
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # not on every platform; the twin needs none
+    triton = tl = None
+
+# All sizes depend on the latent's size alone: with it the order of the sum, and so the bits of d, would change.
+SINGLE = 16384
+SINGLE_BLOCK, SINGLE_THREADS = 4096, 512  # 8 elements per thread: one 16-byte access in float16, two in float32
+BLOCK, THREADS = 2048, 256
+PARTIALS = 128  # partial sums that one program adds up at a time
+
+
+def _jit(function: Callable[..., Any]) -> Any:
+    integers = ["n", "u_stride", "c_stride", "slot_stride", "slots", "steps", "y_halves", "t_halves"]
+    present = [name for name in integers if name in function.__code__.co_varnames[: function.__code__.co_argcount]]
+    return function if triton is None else triton.jit(function, do_not_specialize=present)
+
+
+@_jit
+def _where(condition, yes, no):
+    return tl.where(condition, yes, no)
+
+
+_decide = _jit(decide)
+
+
+# Columns one by one: TileLens takes even a static_range for a loop at run time, and then knows no column's value.
+@_jit
+def _load_8(ptr):
+    return (
+        tl.load(ptr), tl.load(ptr + 1), tl.load(ptr + 2), tl.load(ptr + 3), tl.load(ptr + 4), tl.load(ptr + 5), tl.load(ptr + 6),
+        tl.load(ptr + 7),
+    )  # fmt: skip
+
+
+@_jit
+def _load_15(ptr):
+    return _load_8(ptr) + (  # noqa: RUF005 - Triton cannot unpack
+        tl.load(ptr + 8), tl.load(ptr + 9), tl.load(ptr + 10), tl.load(ptr + 11), tl.load(ptr + 12), tl.load(ptr + 13),
+        tl.load(ptr + 14),
+    )  # fmt: skip
+
+
+@_jit
+def _store_state(ptr, columns):
+    tl.store(ptr, columns[0])  # column 1, BASE, never changes: kept for this store it would spill on gfx942
+    tl.store(ptr + 2, columns[2])
+    tl.store(ptr + 3, columns[3])
+    tl.store(ptr + 4, columns[4])
+    tl.store(ptr + 5, columns[5])
+    tl.store(ptr + 6, columns[6])
+    tl.store(ptr + 7, columns[7])
+    tl.store(ptr + 8, columns[8])
+    tl.store(ptr + 9, columns[9])
+    tl.store(ptr + 10, columns[10])
+    tl.store(ptr + 11, columns[11])
+    tl.store(ptr + 12, columns[12])
+    tl.store(ptr + 13, columns[13])
+    tl.store(ptr + 14, columns[14])
+
+
+@_jit
+def _times(weight, values):
+    """weight * values; under a weight of 0 a NaN stays behind, as in the twin."""
+    weight = weight.to(tl.float32)
+    return tl.where(weight != 0, weight * values, 0.0)
+
+
+@_jit
+def _add_term(total, weight, exists, ptr, offs, mask):
+    """total + weight * ptr[offs]; under a weight of 0 nothing is read."""
+    weight = weight.to(tl.float32)
+    if exists:  # noqa: SIM102 - `exists` is a constexpr, `weight` a device value: one condition would load both
+        if weight != 0:
+            total += weight * tl.load(ptr + offs, mask, other=0.0).to(tl.float32)
+    return total
+
+
+@_jit
+def _squares(u_ptr, c_ptr, start, n, BLOCK: tl.constexpr):
+    offs = start + tl.arange(0, BLOCK)
+    mask = offs < n
+    u = tl.load(u_ptr + offs, mask, other=0.0).to(tl.float32)
+    c = tl.load(c_ptr + offs, mask, other=0.0).to(tl.float32)
+    return (c - u) * (c - u)
+
+
+@_jit
+def _advance(
+    u_ptr, c_ptr, x_ptr, history_ptr, y_ptr, z_ptr, start, n, slot_stride, y_stride, y_halves, g, row, scale,
+    slots, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Elements start to start + BLOCK of one sample, to whose first element the pointers point."""
+    offs = start + tl.arange(0, BLOCK)
+    mask = offs < n
+    e = tl.load(u_ptr + offs, mask, other=0.0).to(tl.float32)
+    if c_ptr is not None:
+        e += g * (tl.load(c_ptr + offs, mask, other=0.0).to(tl.float32) - e)
+    x = tl.load(x_ptr + offs, mask, other=0.0)
+    m = _times(row[codes.P], x) + _times(row[codes.Q], e)
+    x = _times(row[codes.A], x) + _times(row[codes.B], m)
+    x = _add_term(x, row[codes.H0], slots > 0, history_ptr, offs, mask)
+    x = _add_term(x, row[codes.H1], slots > 1, history_ptr + slot_stride, offs, mask)
+    x = _add_term(x, row[codes.H2], slots > 2, history_ptr + 2 * slot_stride, offs, mask)
+    if z_ptr is not None:
+        x = _add_term(x, row[codes.N], True, z_ptr, offs, mask)
+    tl.debug_barrier()  # m may overwrite a slot that threads of another layout are still reading
+    tl.store(x_ptr + offs, x, mask)
+    store = row[codes.STORE].to(tl.int64)
+    if store >= 0:
+        tl.store(history_ptr + store * slot_stride + offs, m, mask)
+    if y_ptr is not None:
+        y = scale.to(tl.float32) * x
+        tl.store(y_ptr + offs, y, mask)
+        if y_halves > 1:
+            tl.store(y_ptr + y_stride + offs, y, mask)
+
+
+@_jit
+def _norm_kernel(
+    u_ptr, c_ptr, state_ptr, snapshot_ptr, partials_ptr, n, u_stride, c_stride, UNIT: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Partial sums of d, one program per block and sample; the first block's copies the state."""
+    b = tl.program_id(1).to(tl.int64)
+    part = tl.program_id(0)
+    if part == 0:
+        columns = tl.arange(0, 16)
+        at = b * codes.STATE_WIDTH + columns
+        mask = columns < codes.STATE_WIDTH
+        tl.store(snapshot_ptr + at, tl.load(state_ptr + at, mask, other=0.0), mask)
+    if c_ptr is not None:
+        squares = _squares(u_ptr + b * u_stride * UNIT, c_ptr + b * c_stride * UNIT, part * BLOCK, n * UNIT, BLOCK)
+        tl.store(partials_ptr + b * tl.num_programs(0) + part, tl.sum(squares))
+
+
+@_jit
+def _step_kernel(
+    u_ptr, c_ptr, x_ptr, history_ptr, y_ptr, trace_ptr, state_ptr, rows_ptr, rules_ptr, guidance_ptr, z_ptr, times_ptr,
+    snapshot_ptr, partials_ptr,
+    n, u_stride, c_stride, slot_stride, slots, steps, y_halves, t_halves,
+    UNIT: tl.constexpr, BLOCK: tl.constexpr, PARTIALS: tl.constexpr,
+):  # fmt: skip
+    """The step of sample program_id(1): of all of it (no snapshot), or of block program_id(0) after `_norm_kernel`.
+
+    Sizes and strides of latents come in units of UNIT elements: with 16 the compiler knows that 16-byte accesses are aligned.
+    """
+    b, batch = tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    n = n * UNIT
+    u_ptr += b * u_stride * UNIT
+    if c_ptr is not None:
+        c_ptr += b * c_stride * UNIT
+    first = tl.program_id(0) * BLOCK
+    end = n if snapshot_ptr is None else first + BLOCK
+    state = _load_15((state_ptr if snapshot_ptr is None else snapshot_ptr) + b * codes.STATE_WIDTH)
+    k = state[codes.STEP].to(tl.int64)
+    rows_ptr += (k + state[codes.BASE].to(tl.int64)) * codes.ROW_WIDTH
+    row = _load_15(rows_ptr)
+    if row[codes.ACTIVE] != 0:
+        if c_ptr is None:
+            d = tl.full([], float("nan"), tl.float32)
+        elif snapshot_ptr is None:
+            squares = tl.zeros([BLOCK], tl.float32)
+            for start in range(0, n, BLOCK):
+                squares += _squares(u_ptr, c_ptr, start, n, BLOCK)
+            d = tl.sum(squares)
+        else:
+            sums = tl.zeros([PARTIALS], tl.float32)
+            parts = tl.num_programs(0)
+            for start in range(0, parts, PARTIALS):
+                offs = start + tl.arange(0, PARTIALS)
+                sums += tl.load(partials_ptr + b * parts + offs, offs < parts, other=0.0)
+            d = tl.sum(sums)
+        rule = _load_8(rules_ptr + b * codes.RULE_WIDTH)
+        new_state, before = _decide(_where, state, rule, row, d.to(tl.float64), c_ptr is not None)
+        next_row_ptr = rows_ptr + codes.ROW_WIDTH
+        if first == 0:
+            tl.debug_barrier()  # every thread has read the state that is overwritten here
+            _store_state(state_ptr + b * codes.STATE_WIDTH, new_state)
+            tl.store(trace_ptr + k * batch + b, d)
+            if times_ptr is not None:
+                time = tl.load(next_row_ptr + codes.TIMESTEP)
+                tl.store(times_ptr + b, time)
+                if t_halves > 1:
+                    tl.store(times_ptr + batch + b, time)
+        row = _load_15(rows_ptr)  # again: held across the decision, 15 doubles would spill on gfx942
+        scale = tl.load(next_row_ptr + codes.S)
+        guidance_ptr += (b * steps + k) * 2
+        g = tl.where(before, tl.load(guidance_ptr), tl.load(guidance_ptr + 1))
+        for start in range(first, end, BLOCK):
+            _advance(
+                u_ptr, c_ptr, x_ptr + b * n, history_ptr + b * n, None if y_ptr is None else y_ptr + b * n,
+                None if z_ptr is None else z_ptr + b * n, start, n, slot_stride.to(tl.int64) * UNIT, batch * n.to(tl.int64), y_halves,
+                g, row, scale, slots, BLOCK,
+            )  # fmt: skip
+
+
+def launch_shape(
+    size: int, aligned: bool = True, hip: bool = torch.version.hip is not None
+) -> tuple[int, int, dict[str, int]]:
+    """Elements per block, blocks per sample and compiler options for latents of `size` elements: the whole heuristic.
+
+    Where accesses are not aligned to 16 bytes every element has a mask of its own: half as many, or gfx942 spills them.
+    """
+    warp, part = (64 if hip else 32), (1 if aligned else 2)
+    if size > SINGLE:
+        block = BLOCK // part
+        return block, -(-size // block), {"num_warps": THREADS // warp}
+    # One program per SM is all there is, so let it have 128 registers: at its own choice of 64, ptxas spills on sm_100.
+    limit = {} if hip else {"maxnreg": 128}
+    return SINGLE_BLOCK // part, 1, {"num_warps": SINGLE_THREADS // warp, **limit}
+
+
+def guided_step_triton(
+    u: Tensor,
+    c: Tensor | None,
+    x: Tensor,
+    history: Tensor,
+    model_input: Tensor | None,
+    trace: Tensor,
+    state: Tensor,
+    rows: Tensor,
+    rules: Tensor,
+    guidance: Tensor,
+    z: Tensor | None,
+    timestep_out: Tensor | None,
+    scratch: Tensor,
+) -> None:
+    batch = x.shape[0]
+    size = x.numel() // batch
+    latents = [t for t in (u, c, x, history, model_input, z) if t is not None]
+    strides = [0 if t is None or t.shape[0] == 1 else t.stride(0) for t in (u, c, history)]
+    aligned = all(number % 16 == 0 for number in (size, *strides)) and all(t.data_ptr() % 16 == 0 for t in latents)
+    unit = 16 if aligned else 1
+    n, u_stride, c_stride, slot_stride = (number // unit for number in (size, *strides))
+    block, parts, options = launch_shape(size, aligned)
+    snapshot = partials = None
+    if parts > 1:
+        snapshot = scratch[: 2 * state.numel()].view(torch.float64)
+        partials = scratch[2 * state.numel() :]
+        _norm_kernel[(parts, batch)](
+            u, c, state, snapshot, partials, n, u_stride, c_stride, UNIT=unit, BLOCK=block, **options
+        )  # fmt: skip
+    _step_kernel[(parts, batch)](
+        u, c, x, history, model_input, trace, state, rows, rules, guidance, z, timestep_out, snapshot, partials,
+        n, u_stride, c_stride, slot_stride, history.shape[0], guidance.shape[1],
+        0 if model_input is None else model_input.shape[0] // batch,
+        0 if timestep_out is None else timestep_out.shape[0] // batch,
+        UNIT=unit, BLOCK=block, PARTIALS=PARTIALS, **options,
+    )  # fmt: skip
