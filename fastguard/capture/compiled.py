@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch._inductor import config as inductor
 
 MODES = (None, "default", "max-autotune-no-cudagraphs")
 _SWITCH = "triton.cudagraphs"
@@ -24,8 +25,13 @@ def check_compile(compile: bool | Mapping[str, Any]) -> dict[str, Any] | None:
         raise ValueError(
             f"compile: mode={mode!r} would record CUDA graphs of its own; allowed are {allowed} (capture records ours)"
         )
-    if switches.get(_SWITCH) or options.get("backend") == "cudagraphs":
-        raise ValueError(f"compile={compile!r}: {_SWITCH} must be off, capture records the graphs")
+    backend = options.get("backend", "inductor")
+    if backend == "inductor":
+        switches = {_SWITCH: inductor.triton.cudagraphs, **switches}  # the process's own setting
+    if switches.get(_SWITCH) or backend == "cudagraphs":
+        raise ValueError(
+            f"compile={compile!r}: {_SWITCH} must be off (here, in torch._inductor.config, in TORCHINDUCTOR_CUDAGRAPHS): capture records the graphs"
+        )
     return options
 
 

@@ -79,6 +79,16 @@ def test_bad_options(sd, options, message):
     assert "_fastguard_guard" not in vars(sd)
 
 
+def test_graphs_of_the_compilers_own_may_not_be_switched_on_for_the_whole_process(sd):
+    with torch._inductor.config.patch("triton.cudagraphs", True):
+        for options in (True, {"mode": "max-autotune-no-cudagraphs"}):
+            with pytest.raises(ValueError, match="TORCHINDUCTOR_CUDAGRAPHS"):
+                fastguard.enable(sd, "cfg", compile=options)
+        for options in ({"options": {"triton.cudagraphs": False}}, {"backend": "aot_eager"}):
+            with fastguard.enable(sd, "cfg", compile=options):
+                pass
+
+
 def test_enabling_again_replaces_options(sd):
     with simulator.recording():
         guard = fastguard.enable(sd, "cfg", capture="step")
