@@ -84,7 +84,7 @@ def grid(
 ) -> Path:
     """A row a prompt: its training image, then a column a method, all from the same noise. pictures[prompt][method]."""
     columns = ["training", *methods]
-    figure = Figure(figsize=(0.95 * len(columns) + 2.2, 1.0 * len(prompts) + 0.9))
+    figure = Figure(figsize=(0.95 * len(columns) + 3.1, 1.0 * len(prompts) + 0.9))
     axes = figure.subplots(len(prompts), len(columns), squeeze=False)
     for r, prompt in enumerate(prompts):
         for c, (name, picture) in enumerate(zip(columns, [training[r], *pictures[r]], strict=True)):
@@ -98,9 +98,10 @@ def grid(
                 small.thumbnail((128, 128))
                 axis.imshow(np.asarray(small))
             if r == 0:
-                axis.set_title(name, fontsize=7, rotation=30, ha="left")
-        axes[r, 0].set_ylabel(_wrapped(prompt), rotation=0, ha="right", va="center", fontsize=7)
-    figure.subplots_adjust(1.9 / figure.get_figwidth(), 0.01, 0.97, 1 - 0.8 / figure.get_figheight(), 0.04, 0.04)
+                axis.set_title(name, fontsize=9, rotation=30, ha="left")
+        axes[r, 0].set_ylabel(_wrapped(prompt), rotation=0, ha="right", va="center", fontsize=9)
+    width, height = figure.get_size_inches()
+    figure.subplots_adjust(2.3 / width, 0.01, 1 - 0.8 / width, 1 - 0.8 / height, 0.04, 0.04)
     figure.savefig(path, dpi=110)
     return path
 

@@ -21,6 +21,7 @@ from fastguard.files import finite, write_atomic, write_json
 from fastguard.testbed import page as html_page
 
 SHOWN = 8  # prompts of the picture grid
+COLUMNS = 10  # methods of one; more could not be read on the page
 
 
 def markdown(table: Table) -> str:
@@ -32,8 +33,13 @@ def markdown(table: Table) -> str:
 
 def as_html(table: Table) -> str:
     """The same as HTML."""
-    notes = "".join(f"<li>{html.escape(line)}</li>" for line in table.notes)
-    return f"<div style='overflow-x:auto'>{html_page.table(table.title, table.head, table.rows)}</div><ul class=note>{notes}</ul>"
+    shown = html_page.table(table.title, table.head, table.rows)
+    return f"<div style='overflow-x:auto'>{shown}</div>{listed(table.notes)}"
+
+
+def listed(lines: Sequence[str]) -> str:
+    """Lines as an HTML list."""
+    return "<ul class=note>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>"
 
 
 def fid_values(store: Store, methods: Sequence[str], amount: Amount, fid: Fid, training: TrainingSet) -> dict[str, Any]:
@@ -56,9 +62,9 @@ def fid_values(store: Store, methods: Sequence[str], amount: Amount, fid: Fid, t
     return found
 
 
-def picture_grid(
+def picture_grids(
     store: Store, items: Sequence[Item], methods: Sequence[str], scale: float, training: TrainingSet
-) -> Path:
+) -> list[Path]:
     """The first memorized prompts, seed 0, every method at the tables' scale."""
     shown = [item for item in items if item.group == "memorized"][:SHOWN]
     path = {
@@ -66,16 +72,16 @@ def picture_grid(
         for row in store.rows
         if row["group"] == "memorized" and row["seed"] == 0 and row["scale"] == scale
     }
-    pictures = [
-        [Image.open(path[name, item.id]) if (name, item.id) in path else None for name in methods] for item in shown
-    ]
-    return plots.grid(
-        store.out / "grid.png",
-        [item.prompt for item in shown],
-        [training[item.training[0]] if item.training else None for item in shown],
-        methods,
-        pictures,
-    )
+    targets = [training[item.training[0]] if item.training else None for item in shown]
+    grids: list[Path] = []
+    for start in range(0, len(methods), COLUMNS):
+        names = methods[start : start + COLUMNS]
+        pictures = [
+            [Image.open(path[name, item.id]) if (name, item.id) in path else None for name in names] for item in shown
+        ]
+        to = store.out / f"grid-{len(grids) + 1}.png"
+        grids.append(plots.grid(to, [item.prompt for item in shown], targets, names, pictures))
+    return grids
 
 
 def write(
@@ -99,27 +105,28 @@ def write(
     shown = _tables(result, networks, frechet, amount)
     figures = _figures(store, result, items, list(result["tables"]["memorized"]), amount, networks, training, ran)
 
-    verdicts = [text for one in result["verdicts"].values() for text in one["sentences"]]
+    lead, further = (list(result["verdicts"][axis]["sentences"]) for axis in ("similarity", "copy rate"))
     if cheaper := result["against reference"]:
-        verdicts.append(
+        further.append(
             f"og+dtp takes {cheaper['ratio']:.2f} of the denoiser rows of the authors' opposite script mended (reference-og+dtp) on "
             f"the same memorized images; at most a quarter on {cheaper['a quarter at most']} of {cheaper['images']}, those whose "
-            "transition it finds in the first third of the steps."
+            "transition the script finds in the first third of the steps."
         )
     facts = _facts(result, items, amount, settings, skipped)
     sources = Table("Methods", ["method", "source"], [[name, str(one["source"])] for name, one in ran.items()])
     parts = [
         "# The paper's tables\n\nWritten by `python -m bench paper`; do not edit.\n",
-        "\n".join(f"- {line}" for line in verdicts) + "\n",
+        "\n".join(f"- {line}" for line in [*lead, *further]) + "\n",
         "\n".join(f"- {line}" for line in facts) + "\n",
         *(markdown(one) for one in [*shown, sources]),
     ]
     write_atomic(store.out / "tables.md", "\n".join(parts))
-    lead = " ".join(verdicts)
-    body = "".join(as_html(one) for one in [*shown, sources])
+    body = listed(further) + "".join(as_html(one) for one in [*shown, sources])
     write_atomic(
         store.out / "report.html",
-        html_page.page("The paper's tables: memorization guards compared", lead, figures, body, " ".join(facts)),
+        html_page.page(
+            "The paper's tables: memorization guards compared", " ".join(lead), figures, body, " ".join(facts)
+        ),
     )
     write_json(store.out / "summary.json", finite(result))
     store.parquet()
@@ -210,6 +217,5 @@ def _figures(
     drawn = plots.d_curves(store.out / "d-curves.png", rows)
     if drawn is not None:
         figures.append(("RMS(c - u) by timestep. Network: the model's own denoiser.", drawn))
-    grid = picture_grid(store, items, methods, amount.scale, training)
-    figures.append((f"A row a prompt, the same noise in every column; guidance scale {amount.scale:g}.", grid))
-    return figures
+    text = f"A row a prompt, the same noise in every column; guidance scale {amount.scale:g}."
+    return figures + [(text, grid) for grid in picture_grids(store, items, methods, amount.scale, training)]

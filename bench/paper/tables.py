@@ -205,7 +205,7 @@ def published_table(cells: Mapping[str, Mapping[str, Any]], networks: Mapping[st
         ]
         change = "" if theirs == "none" else f" ({value / before[setting] - 1:+.0%})"
         rows.append(
-            [setting, theirs, f"{value:.3f}{change}", number(clip, ".3f"), f"{fid:.2f}", "; ".join(here) or "-"]
+            [setting, theirs, f"{value:.4f}{change}", number(clip, ".4f"), f"{fid:.2f}", "; ".join(here) or "-"]
         )
     notes = ["; ".join(f"{k}: {v}" for k, v in SETTINGS.items()) + ".", DIFFERS]
     if "similarity_set" in networks:

@@ -83,6 +83,22 @@ def test_every_image_is_kept_with_its_numbers(done: Path) -> None:
     assert all(r["rows"] == 6 for r in found if r["method"] in ("none", "cfg", "ren"))
 
 
+@pytest.mark.slow
+def test_several_processes_make_what_one_makes(given: Path, done: Path, tmp_path: Path) -> None:
+    """Each has fewer threads, so sums may round otherwise; everything else is the same, in the same order."""
+    assert call(given, tmp_path, processes=2).exit_code == 0
+    one, two = rows(done), rows(tmp_path)
+    exact = ("unit", "unit_place", "method", "scale", "group", "id", "seed", "image", "rows", "copy", "finite")
+    assert [[r[name] for name in exact] for r in two] == [[r[name] for name in exact] for r in one]
+    for a, b in zip(one, two, strict=True):
+        assert b["similarity_set"] == pytest.approx(a["similarity_set"], abs=1e-3)
+        assert b["details"].get("transition_step") == a["details"].get("transition_step")
+        pair = [np.asarray(Image.open(out / a["image"]), int) for out in (done, tmp_path)]
+        assert np.abs(pair[0] - pair[1]).max() <= 1
+    before = (tmp_path / "results.jsonl").read_bytes()
+    assert call(given, tmp_path, processes=3).exit_code == 0 and (tmp_path / "results.jsonl").read_bytes() == before
+
+
 def test_similarity_is_that_of_the_kept_image_and_the_training_image(given: Path, done: Path) -> None:
     from bench.metrics.sscd import preprocess
 
@@ -120,7 +136,7 @@ def test_the_page_stands_alone_and_says_what_made_the_numbers(done: Path) -> Non
     assert len(Sources.found) >= 2 and all(source.startswith("data:image/png;base64,") for source in Sources.found)
     assert "sscd.pt (TorchScript" in text and "(theirs)" in text
     assert "no measure of faithfulness was given (--clip)" in text
-    assert "0.650" in (done / "tables.md").read_text()  # S1 without mitigation, published
+    assert "0.6504" in (done / "tables.md").read_text()  # S1 without mitigation, published
 
 
 def test_parquet_has_the_rows(done: Path) -> None:

@@ -45,6 +45,8 @@ def test_a_run_makes_every_image_once(whole: Path) -> None:
     keys = [(r["method"], r["scale"], r["id"], r["seed"]) for r in results(whole)]
     assert len(keys) == len(set(keys)) and set(keys) == expected
     assert set(images(whole)) == {r["image"] for r in results(whole)}
+    # All seeds of a prompt are in one unit, as Wen's loss needs them.
+    assert len({(r["unit"], r["method"], r["scale"], r["id"]) for r in results(whole)}) == len({k[:3] for k in keys})
 
 
 @pytest.mark.slow
