@@ -9,6 +9,7 @@ host-side preparation is timed on either side (set_timesteps; compiling the sche
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -34,11 +35,14 @@ def scheduler() -> DPMSolverMultistepScheduler:
     return made
 
 
-class Stock:
-    """STEPS steps of diffusers' arithmetic; the "denoiser" answers with fixed tensors."""
+Denoise = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # model input [2B, C, H, W] and t -> outputs, u before c
 
-    def __init__(self, x: torch.Tensor, outputs: torch.Tensor) -> None:
-        self.start, self.outputs, self.scheduler = x, outputs, scheduler()
+
+class Stock:
+    """STEPS steps of diffusers' arithmetic around `denoise`."""
+
+    def __init__(self, x: torch.Tensor, denoise: Denoise) -> None:
+        self.start, self.denoise, self.scheduler = x, denoise, scheduler()
         self.timesteps = self.scheduler.timesteps
         self.norms: list[torch.Tensor] = []
 
@@ -47,8 +51,9 @@ class Stock:
         # What set_timesteps would reset.
         made.model_outputs = [None] * made.config.solver_order
         made.lower_order_nums, made._step_index = 0, None
+        model_input = torch.cat([x] * 2)
         for t in self.timesteps:
-            u, c = self.outputs.chunk(2)
+            u, c = self.denoise(model_input, t).chunk(2)
             e = u + 7.5 * (c - u)
             self.norms.append((c - u).float().flatten(1).norm(dim=1))
             x = made.step(e, t, x).prev_sample
@@ -59,7 +64,7 @@ class Stock:
 class Guided:
     """The same through the guided step, with the rule of `dtp` deciding for every sample."""
 
-    def __init__(self, x: torch.Tensor, outputs: torch.Tensor, backend: str) -> None:
+    def __init__(self, x: torch.Tensor, denoise: Denoise, backend: str) -> None:
         batch = x.shape[0]
         schedule = compile_schedule(scheduler())
         plan = lower(
@@ -69,7 +74,8 @@ class Guided:
             guidance_scale=7.5,
             elements=x[0].numel(),
         )
-        self.start, self.first, self.outputs, self.backend = x, plan.state, outputs, backend
+        self.start, self.first, self.denoise, self.backend = x, plan.state, denoise, backend
+        self.timesteps = scheduler().timesteps
         self.buffers = {
             "x": x.clone(),
             "history": history_for(x, schedule.history),
@@ -85,22 +91,29 @@ class Guided:
     def __call__(self) -> torch.Tensor:
         self.buffers["x"].copy_(self.start)
         self.buffers["state"].copy_(self.first)
-        for _ in range(STEPS):
-            u, c = self.outputs.chunk(2)
+        torch.cat([self.start] * 2, out=self.buffers["model_input"])
+        for t in self.timesteps:
+            u, c = self.denoise(self.buffers["model_input"], t).chunk(2)
             guided_step(u, c, **self.buffers, backend=self.backend)
         return self.buffers["model_input"]
 
 
 def peers(shape: tuple[int, ...], backend: str) -> tuple[Stock, Guided]:
-    """Both, after they were seen to compute the same."""
+    """Both on fixed outputs, after they were seen to compute the same."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(shape, generator=generator)
     outputs = torch.randn((2 * shape[0], *shape[1:]), generator=generator)
-    stock, guided = Stock(x, outputs), Guided(x, outputs, backend)
-    want = stock()
-    torch.testing.assert_close(guided(), want, rtol=0, atol=1e-5 * want.abs().max().item())
+    stock, guided = Stock(x, lambda *_: outputs), Guided(x, lambda *_: outputs, backend)
+    same(stock, guided, 1e-5)
     torch.testing.assert_close(guided.buffers["trace"].sqrt(), torch.stack(stock.norms))
     return stock, guided
+
+
+def same(stock: Stock, guided: Guided, tolerance: float) -> None:
+    """The last model input, `tolerance` of its largest value, of a first call and of a second."""
+    want = stock()
+    for _ in range(2):
+        torch.testing.assert_close(guided(), want, rtol=0, atol=tolerance * want.abs().max().item())
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

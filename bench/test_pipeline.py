@@ -18,7 +18,7 @@ from bench.methods import Compiled, Dynamic, Generated, Method, Opposite, Preset
 from bench.pairs import alternating
 from fastguard import testbed
 
-BATCHES = [1, 8]
+SIZES = [(1, 8), (8, 8), (2, 16)]  # batch, side of the latents; the model is of 8
 STEPS = 10
 PAIRS = 8
 COMPILE = pytest.param("compile", marks=pytest.mark.skipif(not shutil.which("cc"), reason="no compiler"))
@@ -31,14 +31,20 @@ def call(method: Method, pipe, batch: int) -> Generated:
     return method(pipe, prompts, generators, num_inference_steps=STEPS, guidance_scale=7.5)
 
 
-def stock(batch: int) -> Callable[[], object]:
+def load(side: int):
     pipe = testbed.load()
+    pipe.unet.register_to_config(sample_size=side)  # the default of stock and of every method
+    return pipe
+
+
+def stock(batch: int, side: int) -> Callable[[], object]:
+    pipe = load(side)
     return lambda: call(Stock(), pipe, batch)
 
 
-def peer(name: str, batch: int) -> Callable[[], object]:
+def peer(name: str, batch: int, side: int) -> Callable[[], object]:
     """What to time, after it was seen to compute what another implementation computes."""
-    pipe = testbed.load()
+    pipe = load(side)
     method: Method
     if name == "compile":
         method = Compiled()
@@ -74,25 +80,25 @@ def same_until_transition(a: Generated, b: Generated) -> None:
         )
 
 
-@pytest.mark.parametrize("batch", BATCHES)
-def test_stock(benchmark, batch):
-    benchmark.group = f"generation, {STEPS} steps, batch {batch}"
-    benchmark.pedantic(stock(batch), rounds=PAIRS, warmup_rounds=1)
+@pytest.mark.parametrize("batch,side", SIZES)
+def test_stock(benchmark, batch, side):
+    benchmark.group = f"generation, {STEPS} steps, batch {batch}, latents {side} x {side}"
+    benchmark.pedantic(stock(batch, side), rounds=PAIRS, warmup_rounds=1)
 
 
-@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("batch,side", SIZES)
 @pytest.mark.parametrize("name", PEERS)
-def test_peer(benchmark, name, batch):
-    benchmark.group = f"generation, {STEPS} steps, batch {batch}"
-    benchmark.pedantic(peer(name, batch), rounds=PAIRS, warmup_rounds=1)
+def test_peer(benchmark, name, batch, side):
+    benchmark.group = f"generation, {STEPS} steps, batch {batch}, latents {side} x {side}"
+    benchmark.pedantic(peer(name, batch, side), rounds=PAIRS, warmup_rounds=1)
 
 
-@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("batch,side", SIZES)
 @pytest.mark.parametrize("name", PEERS)
-def test_ratio(benchmark, capsys, name, batch):
+def test_ratio(benchmark, capsys, name, batch, side):
     """Alternating pairs, as the machine may be busy."""
-    benchmark.group = f"pairs, {STEPS} steps, batch {batch}"
-    ratios = benchmark.pedantic(alternating, (peer(name, batch), stock(batch)), {"pairs": PAIRS}, rounds=1)
-    benchmark.extra_info.update(pair=f"{name} / stock, batch {batch}", ratios=ratios.values)
+    benchmark.group = f"pairs, {STEPS} steps, batch {batch}, latents {side} x {side}"
+    ratios = benchmark.pedantic(alternating, (peer(name, batch, side), stock(batch, side)), {"pairs": PAIRS}, rounds=1)
+    benchmark.extra_info.update(pair=f"{name} / stock, batch {batch}, latents {side} x {side}", ratios=ratios.values)
     with capsys.disabled():
-        print(f"\n{name} / stock, batch {batch}, {torch.get_num_threads()} threads: {ratios}")
+        print(f"\n{name} / stock, batch {batch}, latents {side} x {side}, {torch.get_num_threads()} threads: {ratios}")
