@@ -5,10 +5,11 @@
 1. The gate: RMS(c - u) at the first row over the ordinary tuning concepts in all twelve templates
    (780 prompts), `calibrate` at fpr 0.01 and confidence 0.95. Prompts of one concept are not quite
    independent of one another; policy.json says so.
-2. The rule: of all candidates of `rules.candidates`, the one with the most useful images (no copy AND
-   faithful) on the D tuning prompts.
-3. Opposite guidance for the first rows, then that rule with its own or an earlier deadline, run for real. Kept if it is more useful;
-   where some trials leave non-copies at least 0.8 times as faithful as ordinary prompts, one of these.
+2. The rules: of all candidates of `rules.candidates`, replayed on recorded curves, the one of each family with the most useful images
+   (no copy AND faithful) on the D tuning prompts.
+3. These, and a later fixed timestep, with zero guidance, weak guidance and a few rows of opposite guidance before the transition, run for
+   real behind the gate, with four seeds. `choose` keeps one: copies at most half of plain guidance's, non-copies at least 0.8 times as
+   faithful as ordinary prompts, and among those the most useful.
 """
 
 from __future__ import annotations
@@ -31,10 +32,17 @@ from .split import TEMPLATES
 
 SEEDS = 2
 SCALES = (3.0, 4.0, 5.0, 7.5)
-OPPOSITE = (-1.0, -2.0, -4.0)  # g
-OPPOSITE_ROWS = (2, 3, 5)
-EARLIER = (None, 760.0, 820.0)  # deadline; None: the rule's own
+TRIAL_SEEDS = 4  # with two, the faithfulness of two trials of the same policy differed by 0.1
+# instead of zero guidance: weak guidance, or opposite guidance for a few rows
+BEFORE = (
+    {"before": 0.1},
+    {"before": 0.2},
+    {"before": -1.0, "opposite_steps": 3},
+    {"before": -2.0, "opposite_steps": 2},
+)
+LATER = (720,)  # fixed timesteps that are tried beside the best rules
 FAITHFUL = 0.8  # of ordinary prompts' faithfulness, wanted of images that are no copies
+HALVED = 0.5  # of plain guidance's copies: no more are wanted
 FAMILIES = {
     "static": lambda v: {"transition": "static", "t_star": v["t_star"]},
     "minimum": lambda v: {"transition": "dynamic", "rule": "minimum", **v},
@@ -79,6 +87,22 @@ def scales(pipe, judge: Judge, cache: Path) -> dict:
     return table
 
 
+def bases(ranked: list[dict]) -> list[dict]:
+    """The rules that are run for real: the most useful of each family, and LATER."""
+    best = [next(c for c in ranked if c["family"] == family) for family in ("static", "minimum", "drop in x0")]
+    return best + [
+        c for c in ranked if c["family"] == "static" and c["parameters"]["t_star"] in LATER and c not in best
+    ]
+
+
+def choose(tried: dict[str, dict], wanted: dict[str, float]) -> str:
+    """The most useful trial of those that grant both wishes; if none does, of those that halve the copies."""
+    sound = {k: v for k, v in tried.items() if v["blown"] <= 0.02 and v["faithful"] is not None}
+    halved = {k: v for k, v in sound.items() if v["copies"] <= wanted["copies"]} or sound
+    both = {k: v for k, v in halved.items() if v["faithful"] >= wanted["faithful"]}
+    return max(both or halved, key=lambda k: halved[k]["useful"])
+
+
 def tune(work: Path, out: Path) -> None:
     """Write policy.json and `out/tuning.json`."""
     pipe = load()
@@ -92,25 +116,26 @@ def tune(work: Path, out: Path) -> None:
     gate = calibrate(json.loads(path.read_text()), fpr=0.01, confidence=0.95)
 
     memorized = prompts("D", "tuning")
-    plain = run(pipe, judge, "tuning-cfg", jobs(memorized, SEEDS, policy("cfg")), cache)
+    plain = run(pipe, judge, "tuning-cfg", jobs(memorized, TRIAL_SEEDS, policy("cfg")), cache)
     caught = [(r["d_curve"][0] / 512) ** 0.5 >= gate.threshold for r in plain]
     never, table = transitions(pipe, judge, "tuning", memorized, SEEDS, cache)
     ranked = sorted(front(pipe, never, table), key=lambda c: -c["useful"])
-    best = next(c for c in ranked if c["blown"] <= 0.02)
     table_of_scales = scales(pipe, judge, cache)
-    enough = FAITHFUL * table_of_scales[f"{CALL['guidance_scale']:g}"]["ordinary"]["faithful"]
-    trials = {"zero guidance": as_policy(best)}
-    for g, rows, deadline in itertools.product(OPPOSITE, OPPOSITE_ROWS, EARLIER):
-        fields = {"before": g, "opposite_steps": rows, **({} if deadline is None else {"deadline": deadline})}
-        if deadline is None or best["family"] != "static":
-            trials[", ".join(f"{k} {v:g}" for k, v in fields.items())] = as_policy(best, **fields)
+    wanted = {
+        "copies": HALVED * useful(plain)["copies"],
+        "faithful": FAITHFUL * table_of_scales[f"{CALL['guidance_scale']:g}"]["ordinary"]["faithful"],
+    }
+    trials = {}
+    for rule, before in itertools.product(bases(ranked), ({}, *BEFORE)):
+        label = [rule["family"], *(f"{k} {v:g}" for k, v in {**rule["parameters"], **before}.items() if v is not None)]
+        trials[", ".join(label)] = as_policy(rule, **before)
     tried = {}
-    for i, (name, trial) in enumerate(trials.items()):
-        slug = f"tuning-trial-{i}"
-        tried[name] = useful(run(pipe, judge, slug, jobs(memorized, SEEDS, trial), cache))
-    good = {k: v for k, v in tried.items() if v["blown"] <= 0.02}
-    faithful = {k: v for k, v in good.items() if v["faithful"] is not None and v["faithful"] >= enough}
-    winner = max(faithful or good, key=lambda k: good[k]["useful"])
+    for name, trial in trials.items():
+        slug = "tuning-trial-" + name.replace(", ", "-").replace(" ", "_")
+        rows = run(pipe, judge, slug, jobs(memorized, TRIAL_SEEDS, trial), cache)
+        # The gate's threshold is known by now: an image that it does not catch is plain guidance's.
+        tried[name] = useful([row if c else p for row, c, p in zip(rows, caught, plain, strict=True)])
+    winner = choose(tried, wanted)
     chosen = replace(trials[winner], name="testbed", gate=gate.threshold)
     note = {
         "model": "fastguard/testbed/model",
@@ -118,7 +143,7 @@ def tune(work: Path, out: Path) -> None:
         "exchangeability": f"{gate.prompts} prompts made of {len(prompts('ordinary', 'tuning'))} concepts "
         f"in {len(TEMPLATES)} templates: prompts of one concept are dependent, so the stated confidence "
         "is optimistic; by concepts alone the sample would be too small for fpr 0.01",
-        "rule": "most useful on the D tuning prompts",
+        "rule": "most useful on the D tuning prompts, of those that come nearest to the wishes",
         "call": CALL,
     }
     chosen.save(policy_path(), provenance=note)
@@ -127,9 +152,8 @@ def tune(work: Path, out: Path) -> None:
         "gate": gate.to_dict(),
         "caught of the D tuning images": float(np.mean(caught)),
         "plain guidance": useful(plain),
-        "chosen rule, simulated": best,
+        "wanted": wanted,
         "trials": tried,
-        "faithfulness wanted": enough,
         "kept": winner,
         "candidates": ranked,
     }
