@@ -201,7 +201,8 @@ class Call:
         self.row = len(self.schedule.timesteps) if self.graphed.whole else self.row + 1
         self._outputs, self._recorded = None, False
         if not self.schedule.linear:
-            guided = self._rescaled(self.loop.x.to(dtype), cond)
+            # A copy: some schedulers keep what they are given, and the next step writes into x.
+            guided = self._rescaled(self.loop.x.to(dtype, copy=True), cond)
             return self.scheduler.step(guided, timestep, sample, *args, **kwargs)
 
         self._keep_step_index(self.row)

@@ -30,12 +30,12 @@ Number = float | int
 
 DEFAULT = "dtp"
 """The preset of whoever names none. Opposite guidance until the transition (`og+dtp`) copies still less, and ruins pictures: on the
-embedded model without a gate, 4% of the ordinary pictures still show their caption, 65% under `dtp` (docs/testbed)."""
+embedded model without a gate, 2% of the ordinary pictures still show their caption, 64% under `dtp` (docs/testbed)."""
 
 DEADLINE = 600.0
 """Timestep at which `dtp` and `og+dtp` begin to guide even if no local minimum was seen: the middle of the fixed timesteps that work
-in the paper (500 to 700). On the embedded model's tuning prompts, copies and faithfulness of the others: at 700 36% and 56%, at 600
-29% and 38%, without a deadline 20% and 16% (docs/testbed/tuning.json)."""
+in the paper (500 to 700). On the embedded model's tuning prompts, copies and faithfulness of the others: at 700 43% and 63%, at 600
+32% and 53%, without a deadline 23% and 28% (docs/testbed/tuning.json)."""
 
 FORMAT = 1  # version of the policy file
 
@@ -93,8 +93,8 @@ class Policy:
     guidance_scale  None: the pipeline's own. A number, or a tuple with one value per denoiser row
     name            shown in reports; at most 200 characters
 
-    `RANGES` has the limits of the numbers. A value that is not allowed, or that would have no effect (a deadline without a dynamic transition, ...), raises ValueError with
-    the argument's name, the value and what is allowed.
+    `RANGES` has the limits of the numbers. A value that is not allowed, or that would have no effect (a deadline without a dynamic
+    transition, ...), raises ValueError with the argument's name, the value and what is allowed.
     """
 
     before: PerSample[str | Number] = "zero"
@@ -152,7 +152,8 @@ class Policy:
             return [self] * batch
         if length != batch:
             raise ValueError(
-                f"policy {self.name!r} has per-image lists of {length} values, but the batch has {batch} images"
+                f"policy {self.name!r} has per-image lists of {length} values, but the batch has {batch} images; values per denoiser row "
+                "are a tuple"
             )
         return [Policy(**_pick(values, i)) for i in range(length)]
 

@@ -122,9 +122,6 @@ def test_pndm_with_runge_kutta_steps(policy, mode):
         assert sum(graph.replays for graph in guard.graphs()) == evaluations == 14, "three times four, and two"
 
 
-@pytest.mark.xfail(
-    strict=True, reason="float32: the scheduler keeps loop.x itself among its outputs, and the next step writes to it"
-)
 def test_pndm_with_runge_kutta_steps_gives_stocks_images():
     pipe = runge_kutta()
     stock = call(pipe, steps=5)
