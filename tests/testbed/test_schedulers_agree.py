@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fastguard
-from fastguard.testbed import load, prompts
+from fastguard.testbed import load, policy_path, prompts
 
 PROMPTS = [p.prompt for p in prompts("D", "tuning")[:12]]
 # All on DDIM's timesteps, so that an observation of one is an observation of the others.
@@ -31,13 +31,17 @@ def decisions(name: str, policy: fastguard.Policy) -> list:
         return list(guard.report)
 
 
-@pytest.fixture(scope="module", params=["paper-dtp", "drop"])
+POLICIES = {
+    "paper-dtp": fastguard.policy("paper-dtp"),
+    "dtp": fastguard.policy("dtp"),
+    "own": fastguard.policy(policy_path(), gate=None),
+    "drop": fastguard.policy("dtp", rule="drop", magnitude="x0", deadline=None),
+}
+
+
+@pytest.fixture(scope="module", params=POLICIES)
 def rule(request):
-    policies = {
-        "paper-dtp": fastguard.policy("paper-dtp"),
-        "drop": fastguard.policy("dtp", rule="drop", magnitude="x0", deadline=None),
-    }
-    return policies[request.param]
+    return POLICIES[request.param]
 
 
 @pytest.fixture(scope="module")
@@ -53,17 +57,14 @@ def apart(a, b) -> float:
 
 @pytest.mark.parametrize("name", ["pndm", "heun"])
 def test_decides_as_ddim(name, rule, ddim):
-    """Each prompt within one observation; under the minimum rule one in six may differ, if its minimum is hardly one.
+    """Each prompt within one observation; under the drop rule one in six may be two observations apart.
 
-    Three samplers draw three slightly different curves. Where a minimum lies less than 1% below its neighbours (`margin`), one of
-    them may not have it. The drop rule has no such cases.
+    Its statistic falls by a few percent a row here, and three samplers draw three slightly different curves.
     """
-    pairs = list(zip(PROMPTS, ddim, decisions(name, rule), strict=True))
-    differ = [(prompt, a, b) for prompt, a, b in pairs if apart(a, b) > 1]
-    assert len(differ) <= (len(PROMPTS) // 6 if rule.rule == "minimum" else 0), [d[0] for d in differ]
-    for prompt, a, b in differ:
-        assert min(r.margin for r in (a, b) if r.margin is not None) < 0.01, prompt
-    assert sum(a.transition_timestep is not None for a in ddim) >= len(PROMPTS) // 3, "the rule hardly fired"
+    differ = [apart(a, b) for a, b in zip(ddim, decisions(name, rule), strict=True) if apart(a, b) > 1]
+    assert len(differ) <= (len(PROMPTS) // 6 if rule.rule == "drop" else 0), differ
+    assert max(differ, default=0) <= 2
+    assert sum(a.transition_timestep is not None for a in ddim) >= len(PROMPTS) // 2, "the rule hardly fired"
 
 
 def test_rows_instead_of_noise_levels_would_misfire(monkeypatch):
