@@ -172,7 +172,8 @@ def ambient() -> tuple[Any, ...]:
         torch.are_deterministic_algorithms_enabled(),
         torch.backends.cudnn.benchmark,
         torch.backends.cudnn.deterministic,
-        _precision(),
+        torch.backends.cudnn.enabled,
+        *_precision(),
         cuda.flash_sdp_enabled(),
         cuda.mem_efficient_sdp_enabled(),
         cuda.math_sdp_enabled(),
@@ -181,9 +182,21 @@ def ambient() -> tuple[Any, ...]:
     )
 
 
-def _precision() -> str:
-    try:
-        return torch.get_float32_matmul_precision()
-    except RuntimeError:  # set through torch's newer switches, which this one refuses to read
-        backends: Any = torch.backends
-        return f"{backends.fp32_precision} {backends.cuda.matmul.fp32_precision}"
+def _precision() -> tuple[str, ...]:
+    """Torch has two generations of these switches; either refuses to be read once the other was set, and old versions have one."""
+    backends: Any = torch.backends
+    matmul, cudnn = backends.cuda.matmul, backends.cudnn
+    names = (
+        "allow_tf32",
+        "allow_fp16_reduced_precision_reduction",
+        "allow_bf16_reduced_precision_reduction",
+        "fp32_precision",
+    )
+    found = []
+    for switches in (backends, matmul, cudnn, getattr(cudnn, "conv", None), getattr(cudnn, "rnn", None)):
+        for name in names:
+            try:
+                found.append(str(getattr(switches, name)))
+            except (AttributeError, RuntimeError):
+                found.append("-")
+    return tuple(found)

@@ -266,4 +266,9 @@ def name(key: Hashable) -> str:
 
 
 def _text(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+    """An error in a line, with the one that began it: ending a capture that the body broke raises an error of its own over it."""
+    first = error
+    while first.__context__ is not None and not first.__suppress_context__:
+        first = first.__context__
+    said = [f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'no message'}" for e in (first, error)]
+    return said[0] if first is error else f"{said[0]} (then {said[1]})"
