@@ -115,12 +115,3 @@ def finish(device: torch.device) -> None:
     """Wait for the device, for a clock that is about to be read."""
     if device.type == "cuda":
         cuda.synchronize(device)
-
-
-def peak_bytes(device: torch.device, *, reset: bool = False) -> int:
-    """Most device memory in use since the last reset; 0 where nobody counts."""
-    if device.type != "cuda":
-        return 0
-    if reset:
-        cuda.reset_peak_memory_stats(device)
-    return int(cuda.max_memory_allocated(device))
