@@ -7,28 +7,33 @@ prompts that would be caught is at most that beyond an order statistic, whose la
     P(FPR <= fpr) >= P(Binomial(n, fpr) > m)          (a one-sided tolerance bound; ties only make it smaller)
 
 `calibrate` takes the largest m for which this is >= confidence. With m = 0 it needs (1 - fpr)^n <= 1 - confidence: 299 prompts for
-fpr 0.01 at confidence 0.95, and fewer are refused. The unit is the PROMPT: several seeds of one prompt are not independent, so each
-prompt enters with the largest of its seeds, and the bound is then on prompts of which any such seed is caught.
+fpr 0.01 at confidence 0.95, and fewer are refused.
+
+The unit is what was drawn independently. Several seeds of one prompt are not independent, so each prompt enters with the largest of its
+seeds. Nor are several phrases about one thing: say which belong together (`groups`), and each group enters with its largest. The bound is
+then on the units of which ANY such image is caught; the share of images that are caught is smaller.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Calibration", "calibrate", "collect_gate_statistics", "needed_prompts"]
+__all__ = ["Calibration", "calibrate", "check_sample", "collect_gate_statistics", "needed_prompts"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """threshold tau (same unit as RMS), the wish, n prompts, m = `exceeding` of them at or above tau, and the statement in words."""
+    """threshold tau (same unit as RMS), the wish, the sample, the units at or above tau, and the statement in words."""
 
     threshold: float
     fpr: float
     confidence: float
     prompts: int
+    groups: int | None
+    """The units, where prompts were grouped."""
     exceeding: int
     statement: str
 
@@ -55,45 +60,62 @@ def needed_prompts(fpr: float, confidence: float) -> int:
     return n
 
 
-def calibrate(rms_values: Sequence[float], fpr: float = 0.01, confidence: float = 0.95) -> Calibration:
+def calibrate(
+    rms_values: Sequence[float],
+    fpr: float = 0.01,
+    confidence: float = 0.95,
+    *,
+    groups: Sequence[Hashable] | None = None,
+) -> Calibration:
     """The lowest threshold of which this sample proves P(FPR <= fpr) >= confidence.
 
     rms_values   one value per ordinary prompt (`collect_gate_statistics`)
-    fpr          allowed share of ordinary prompts that are caught, in (0, 1)
+    fpr          allowed share of ordinary prompts (with `groups`: of groups) that are caught, in (0, 1)
     confidence   in (0, 1)
+    groups       one label per prompt; prompts with the same label are not independent of each other, and count as one
 
-    ValueError if the sample is too small for the wish (with the number that is needed) or holds a value that is not finite.
+    ValueError if the sample is too small for the wish (with the number that is needed), holds a value that is not finite, or if
+    `groups` is not as long as `rms_values`.
     """
-    needed = needed_prompts(fpr, confidence)
-    values = sorted(float(value) for value in rms_values)
-    n = len(values)
-    if not all(math.isfinite(value) and value >= 0 for value in values):
-        raise ValueError("rms_values: every value must be finite and >= 0")
-    if n < needed:
-        raise ValueError(
-            f"rms_values holds {n} prompts: fpr={fpr:g} at confidence={confidence:g} needs at least {needed}"
-            " ordinary prompts. Collect more, or ask for less"
-        )
+    largest: dict[Hashable, float] = {}
+    if groups is not None and len(groups) != len(rms_values):
+        raise ValueError(f"groups holds {len(groups)} labels, rms_values {len(rms_values)} prompts: one label a prompt")
+    for label, value in zip(range(len(rms_values)) if groups is None else groups, rms_values, strict=True):
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError("rms_values: every value must be finite and >= 0")
+        largest[label] = max(largest.get(label, 0.0), float(value))
+    values = sorted(largest.values())
+    n, unit = len(values), "prompts" if groups is None else "groups of prompts"
+    check_sample(n, fpr, confidence, unit)
     m = 0
     while m + 1 < n and _binomial_cdf(m + 1, n, fpr) <= 1 - confidence:
         m += 1
-    highest = values[n - m - 1]
-    threshold = math.nextafter(highest, math.inf)
+    threshold = math.nextafter(values[n - m - 1], math.inf)
     exceeding = sum(value >= threshold for value in values)
     statement = (
-        f"If the {n} calibration prompts are independent draws from the ordinary prompts that the guard meets, then with"
-        f" confidence {confidence:g} at most {fpr:.2%} of those have RMS(c - u) >= {threshold:.6g} at the gate"
-        f" ({exceeding} of the {n} calibration prompts do). It says nothing about other distributions of prompts, models,"
+        f"If the {n} calibration {unit} are independent draws from the ordinary {unit} that the guard meets, then with"
+        f" confidence {confidence:g} at most {fpr:.2%} of those have {'any ' if groups is not None else ''}RMS(c - u) >="
+        f" {threshold:.6g} at the gate ({exceeding} of the {n} do). It says nothing about other distributions of prompts, models,"
         " schedulers or step counts"
     )
     return Calibration(
         threshold=threshold,
         fpr=fpr,
         confidence=confidence,
-        prompts=n,
+        prompts=len(rms_values),
+        groups=None if groups is None else n,
         exceeding=exceeding,
         statement=statement,
     )
+
+
+def check_sample(n: int, fpr: float, confidence: float, unit: str = "prompts") -> None:
+    """ValueError if n units cannot prove the wish, whatever their values."""
+    needed = needed_prompts(fpr, confidence)
+    if n < needed:
+        raise ValueError(
+            f"{n} ordinary {unit}: fpr={fpr:g} at confidence={confidence:g} needs at least {needed}. Collect more, or ask for less"
+        )
 
 
 def collect_gate_statistics(

@@ -214,10 +214,16 @@ def demo(
 @app.command()
 def calibrate(
     model: Annotated[str, typer.Option(help="Directory or hub id of a pipeline, or 'testbed'.")],
-    prompts: Annotated[Path, typer.Option(help='Ordinary prompts: a .jsonl file of {"prompt": "..."}.')],
+    prompts: Annotated[
+        Path,
+        typer.Option(
+            help='Ordinary prompts, {"prompt": "..."} a line of a .jsonl file. A "group" in every line says which prompts are about'
+            " one thing and count as one."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="The policy file to write, .json.")],
     policy: PolicyName = None,
-    fpr: Annotated[float, typer.Option(help="Share of ordinary prompts that may be caught.")] = 0.01,
+    fpr: Annotated[float, typer.Option(help="Share of ordinary prompts (or groups) that may be caught.")] = 0.01,
     confidence: Annotated[float, typer.Option(help="That it is no more than that.")] = 0.95,
     seeds: Annotated[int, typer.Option(help="Images per prompt; the largest counts.")] = 1,
     steps: Annotated[int, typer.Option(help="Denoising steps, as the policy will be used.")] = 50,
@@ -231,18 +237,15 @@ def calibrate(
     with _refusing():
         from fastguard import checks
         from fastguard.calibrate import calibrate as choose
-        from fastguard.calibrate import collect_gate_statistics, needed_prompts
+        from fastguard.calibrate import check_sample, collect_gate_statistics
         from fastguard.inspection import inspect_model
         from fastguard.models import load_pipeline, prepare, quiet
         from fastguard.prompts import read_jsonl
 
         chosen = _policy(policy, 1.0, model)  # of any height: refuses a policy that cannot have one
-        needed, found = needed_prompts(fpr, confidence), read_jsonl(prompts)
-        if len(found) < needed:
-            raise ValueError(
-                f"prompts={str(prompts)!r}: holds {len(found)}, but fpr={fpr:g} at confidence={confidence:g} needs at"
-                f" least {needed}"
-            )
+        found, groups = read_jsonl(prompts)
+        units = (len(found), "prompts") if groups is None else (len(set(groups)), "groups of prompts")
+        check_sample(units[0], fpr, confidence, f"{units[1]} in {str(prompts)!r}")
         for name, value in (("seeds", seeds), ("steps", steps), ("batch_size", batch_size)):
             checks.integer(name, value, 1)
         device, dtype = prepare(device, dtype)
@@ -263,7 +266,7 @@ def calibrate(
         num_inference_steps=steps,
         **scale,
     )
-    result = choose(values, fpr, confidence)
+    result = choose(values, fpr, confidence, groups=groups)
     used = {
         "model": model,
         "steps": steps,

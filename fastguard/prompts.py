@@ -7,9 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
-def read_jsonl(path: Path) -> list[str]:
-    """The "prompt" of every line's JSON object. ValueError if a line has none or is not JSON, OSError if it cannot be read."""
-    found = []
+def read_jsonl(path: Path) -> tuple[list[str], list[str] | None]:
+    """The "prompt" of every line's JSON object, and the "group" of every line if they have one.
+
+    ValueError if a line has no prompt, is not JSON or has a group where others have none; OSError if the file cannot be read.
+    """
+    found: list[str] = []
+    groups: list[str] = []
     for number, line in _lines(path):
         try:
             value = json.loads(line)
@@ -19,7 +23,13 @@ def read_jsonl(path: Path) -> list[str]:
         if not isinstance(prompt, str) or not prompt.strip():
             raise ValueError(f'prompts={str(path)!r}: line {number} is not {{"prompt": "..."}}')
         found.append(prompt)
-    return found
+        group = value.get("group")
+        if group is not None and (not isinstance(group, str) or not group.strip()):
+            raise ValueError(f"prompts={str(path)!r}: line {number} has group={group!r}: must be a text")
+        if number > 1 and (group is None) == bool(groups):
+            raise ValueError(f"prompts={str(path)!r}: line {number}: either every line has a group, or none")
+        groups += [] if group is None else [group]
+    return found, groups or None
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:

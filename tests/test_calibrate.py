@@ -19,7 +19,7 @@ def test_needed_prompts(fpr, confidence, n):
 
 
 def test_too_small_a_sample_is_refused_with_the_number_needed():
-    with pytest.raises(ValueError, match=r"holds 298 prompts.*at least 299"):
+    with pytest.raises(ValueError, match=r"298 ordinary prompts.*at least 299"):
         calibrate(np.linspace(0, 1, 298))
     assert calibrate(np.linspace(0, 1, 299)).exceeding == 0
 
@@ -54,3 +54,28 @@ def test_values_that_cannot_be_rms_are_refused(bad):
 def test_impossible_wishes_are_refused(wish):
     with pytest.raises(ValueError, match="strictly between 0 and 1"):
         calibrate([0.1] * 400, **wish)
+
+
+def test_prompts_of_one_group_count_as_one_with_the_largest():
+    rng = np.random.default_rng(0)
+    values, groups = rng.random((59, 12)), np.repeat(np.arange(59), 12)
+    result = calibrate(values.ravel(), 0.05, 0.95, groups=list(groups))
+    assert (result.prompts, result.groups, result.exceeding) == (708, 59, 0)
+    assert result.threshold == calibrate(values.max(1), 0.05, 0.95).threshold
+    assert "59 calibration groups" in result.statement and "any RMS" in result.statement
+    with pytest.raises(ValueError, match=r"59 ordinary groups of prompts: .* at least 299"):
+        calibrate(values.ravel(), 0.01, 0.95, groups=list(groups))
+    with pytest.raises(ValueError, match="groups holds 707 labels, rms_values 708 prompts"):
+        calibrate(values.ravel(), 0.05, 0.95, groups=list(groups[1:]))
+
+
+def test_the_promise_holds_for_dependent_prompts_by_groups_alone():
+    """Twelve phrases of a thing that share its level: counting them as 720 prompts breaks the promise, counting 60 things keeps it."""
+    rng, law = np.random.default_rng(1), stats.norm(scale=np.sqrt(1.1))
+    labels = list(np.repeat(np.arange(60), 12))
+    broken = {"prompts": 0, "groups": 0}
+    for _ in range(400):
+        values = np.exp(rng.normal(size=(60, 1)) + np.sqrt(0.1) * rng.normal(size=(60, 12))).ravel()
+        for name, groups in (("prompts", None), ("groups", labels)):
+            broken[name] += law.sf(np.log(calibrate(values, 0.05, 0.95, groups=groups).threshold)) > 0.05
+    assert broken["groups"] / 400 <= 0.05 < 0.1 < broken["prompts"] / 400

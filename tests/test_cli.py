@@ -492,7 +492,7 @@ def test_calibrate(model, tmp_path):
 
 
 BAD_CALIBRATIONS = [
-    ([], "holds 8, but fpr=0.01 at confidence=0.95 needs at least 299"),
+    ([], "ordinary.jsonl': fpr=0.01 at confidence=0.95 needs at least 299"),
     (["--fpr", "0"], "fpr=0.0"),
     (["--confidence", "1"], "confidence=1.0"),
     (["--policy", "cfg"], "gate=1.0 has no effect here"),
@@ -519,6 +519,17 @@ def test_bad_jsonl(model, no_model, tmp_path, line):
     assert "line 2 is not" in refused(
         "calibrate", "--model", model, "--prompts", file, "--out", tmp_path / "guard.json"
     )
+
+
+def test_calibration_by_groups(model, no_model, tmp_path):
+    """Eight prompts of four things are four units: too few for what eight would prove."""
+    file = tmp_path / "ordinary.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"a {i}", "group": f"thing {i // 2}"}) + "\n" for i in range(8)))
+    options = ("calibrate", "--model", model, "--prompts", file, "--out", tmp_path / "guard.json", "--fpr", 0.4)
+    assert "4 ordinary groups of prompts in" in refused(*options)
+    for line in ({"prompt": "b"}, {"prompt": "b", "group": 3}, {"prompt": "b", "group": ""}):
+        file.write_text('{"prompt": "a", "group": "a"}\n' + json.dumps(line) + "\n")
+        assert "line 2" in refused(*options)
 
 
 def test_demo(monkeypatch, tmp_path):
