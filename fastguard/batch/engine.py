@@ -39,6 +39,7 @@ logger = logging.getLogger("fastguard")
 Finish = Callable[[Request, Image.Image, dict[str, Any]], Made]
 T = TypeVar("T")
 GROUP = 64  # images committed at once, at most
+BACKLOG = 64  # decoded images that wait to be written, at most: more than a batch, or the loop waits for the disk
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class Engine:
         texts: queue.Queue = queue.Queue(1 if overlap else 0)
         latents: queue.Queue = queue.Queue(1 if overlap else 0)
         results: queue.Queue = queue.Queue()
-        self._slots = threading.Semaphore(4 * self.workers)  # images that wait to be written
+        self._slots = threading.Semaphore(BACKLOG)
         with ThreadPoolExecutor(self.workers, thread_name_prefix="fastguard-write") as self._pool:
             text = self._steps(self._encode, batches, texts, self._stop)
             loop = self._steps(self._denoise, iter(texts.get, None), latents, self._stop)

@@ -53,12 +53,20 @@ class Stages:
         self.guard = enable(pipe, "cfg")
         self.device = pipe._execution_device  # walks through all modules: asked once
         self._decode = decoder(pipe)
+        on_cpu = torch.device(self.device).type == "cpu"
+        # Cheaper, and on the CPU safe: tensors made so may not be changed in place afterwards, as the buffers of CUDA graphs are.
+        self._no_grad = torch.inference_mode if on_cpu else torch.no_grad
+        # A CPU convolves faster so. Offloaded models are left alone.
+        modules = pipe.components.values() if on_cpu and self._decode is not None else ()
+        self._relaid = [m for m in modules if isinstance(m, torch.nn.Module) and _to_channels_last(m)]
         self._text = None if self._decode is None else TextStage(pipe, requests, self.device)
         self._scale = inspect.signature(type(pipe).__call__).parameters["guidance_scale"].default
         self._disabled = guard_disabled()
         self._stream: Any = None
 
     def close(self) -> None:
+        for module in self._relaid:
+            module.to(memory_format=torch.contiguous_format)
         if self._policy_before is None:
             self.guard.disable()
         else:
@@ -76,7 +84,8 @@ class Stages:
     def encode(self, batch: Sequence[Request]) -> dict[str, Any]:
         """The text as arguments of the pipeline; plain prompts where it must encode them itself."""
         if self._text is not None:
-            return self._text.encode(batch)
+            with self._no_grad():
+                return self._text.encode(batch)
         arguments: dict[str, Any] = {"prompt": [request.prompt for request in batch]}
         if any(request.negative_prompt is not None for request in batch):
             arguments["negative_prompt"] = [request.negative_prompt or "" for request in batch]
@@ -91,15 +100,16 @@ class Stages:
         self.guard.policy = policies[0] if same else Policy.stack(policies)
         scale = first.stock_scale if self._disabled or not first.guided else None  # else the policies have them
         watch = _Watch(self.device)
-        result = self.pipe(
-            **text,
-            **size,
-            num_inference_steps=first.steps,
-            # On the host: the same noise on every device, and for an image whatever batch it is in.
-            generator=[torch.Generator("cpu").manual_seed(request.seed) for request in batch],
-            output_type="pil" if self._decode is None else "latent",
-            **({} if scale is None else {"guidance_scale": scale}),
-        ).images
+        with self._no_grad():
+            result = self.pipe(
+                **text,
+                **size,
+                num_inference_steps=first.steps,
+                # On the host: the same noise on every device, and for an image whatever batch it is in.
+                generator=[torch.Generator("cpu").manual_seed(request.seed) for request in batch],
+                output_type="pil" if self._decode is None else "latent",
+                **({} if scale is None else {"guidance_scale": scale}),
+            ).images
         watch.stop()
         report = None if self._disabled else self.guard.report
         latents, images = (None, result) if self._decode is None else (result, None)
@@ -116,7 +126,7 @@ class Stages:
         def part(rows: Sequence[torch.Tensor]) -> list[Image.Image]:
             return work(self.pipe, torch.stack(list(rows)))
 
-        with torch.no_grad():
+        with self._no_grad():
             if not latents.is_cuda:
                 parts = halving(part, list(latents))
             else:
@@ -161,6 +171,15 @@ _REPORTED = (
 def _reported(report: ImageReport | None) -> dict[str, Any]:
     texts = {"gate_text": report and report.gate_text(), "transition_text": report and report.transition_text()}
     return {name: getattr(report, name, None) for name in _REPORTED} | texts
+
+
+def _to_channels_last(module: torch.nn.Module) -> bool:
+    """Lay the weights of a float32 module's convolutions out channels last; False if there are none to change."""
+    kernels = [p for p in module.parameters() if p.dim() == 4]
+    if not kernels or any(p.dtype != torch.float32 or not p.is_contiguous() for p in kernels):
+        return False
+    module.to(memory_format=torch.channels_last)
+    return True
 
 
 def _cores() -> int:

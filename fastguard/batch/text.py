@@ -23,7 +23,7 @@ _POSITIVE, _NEGATIVE = (
 
 
 class TextStage:
-    """The embeddings of a batch as keyword arguments of the pipeline.
+    """The embeddings of a batch as keyword arguments of the pipeline. The caller switches gradients off.
 
     Distinct prompts are encoded in chunks that are cut from the list of all prompts of the job, done or not: the bits of an
     embedding depend (in the last place) on the company, so a resumed run gets the same ones. With negative prompts likewise.
@@ -79,13 +79,12 @@ class TextStage:
     def _run(self, negative: bool, texts: Sequence[str | None]) -> list[torch.Tensor]:
         prompts = ["" if text is None else text for text in texts]
         options = {"negative_prompt": None if None in texts else prompts} if negative else {}
-        with torch.no_grad():
-            outputs = self.pipe.encode_prompt(
-                prompt=prompts,
-                device=self.device,
-                num_images_per_prompt=1,
-                do_classifier_free_guidance=negative,
-                **options,
-                **self._options,
-            )
+        outputs = self.pipe.encode_prompt(
+            prompt=prompts,
+            device=self.device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=negative,
+            **options,
+            **self._options,
+        )
         return list(outputs[int(negative) :: 2])

@@ -56,6 +56,24 @@ def test_images_are_the_pipelines_own(family):
     assert np.abs(pixels(images) - pixels(stock)).max() <= 1
 
 
+def test_the_pipeline_is_given_back_as_it_was(pipe):
+    """The same bits as before from a stock call, and gradients where a user wants them."""
+    call = {"prompt": ["a cat"], "num_inference_steps": 2, "output_type": "np"}
+    before = pipe(**call, generator=pipelines.generators([1])).images
+    batch = requests("a cat", "a dog")
+    stages = Stages(pipe, batch, SETTINGS)
+    assert pipe.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    through(stages, batch)
+    stages.close()
+    assert all(p.is_contiguous() for module in (pipe.unet, pipe.vae) for p in module.parameters())
+    assert np.array_equal(pipe(**call, generator=pipelines.generators([1])).images, before)
+    with fastguard.enable(pipe, "dtp"):
+        pipe(**call)
+    inputs = torch.zeros(1, 4, 8, 8, requires_grad=True), 1, torch.zeros(1, 77, pipe.unet.config.cross_attention_dim)
+    pipe.unet(*inputs).sample.sum().backward()
+    assert pipe.unet.conv_in.weight.grad is not None
+
+
 def test_sdxl_without_negative_prompt():
     """Some models take zeros for no negative prompt, and text for an empty one."""
     pipe = pipelines.sdxl()
