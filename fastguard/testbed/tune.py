@@ -2,9 +2,8 @@
 
 0. The guidance scale of every measurement (`run.CALL`) was set by hand from the table that step 0 writes: at 3, 2% of the ordinary
    tuning images are blown up, at 4 it is 9%, at Stable Diffusion's 7.5 it is 44%.
-1. The gate: RMS(c - u) at the first row over the ordinary tuning concepts in all twelve templates
-   (780 prompts), `calibrate` at fpr 0.01 and confidence 0.95. Prompts of one concept are not quite
-   independent of one another; policy.json says so.
+1. The gate: RMS(c - u) at the first row over the ordinary tuning concepts in all twelve templates (780 prompts), grouped by concept:
+   prompts of one concept are alike (intraclass correlation 0.8), so 65 units can prove 5% at confidence 0.95 and no less.
 2. The rules: of all candidates of `rules.candidates`, replayed on recorded curves, the one of each family with the most useful images
    (no copy AND faithful) on the D tuning prompts.
 3. These, and a later fixed timestep, with zero guidance, weak guidance and a few rows of opposite guidance before the transition, run for
@@ -41,6 +40,7 @@ BEFORE = (
     {"before": -2.0, "opposite_steps": 2},
 )
 LATER = (720,)  # fixed timesteps that are tried beside the best rules
+FPR, CONFIDENCE = 0.05, 0.95  # of concepts of which any prompt is caught
 FAITHFUL = 0.8  # of ordinary prompts' faithfulness, wanted of images that are no copies
 HALVED = 0.5  # of plain guidance's copies: no more are wanted
 FAMILIES = {
@@ -51,10 +51,10 @@ FAMILIES = {
 }
 
 
-def calibration_prompts() -> list[str]:
-    """Every ordinary tuning concept in every template."""
-    concepts = [p.concept for p in prompts("ordinary", "tuning")]
-    return [template.format(x=concept) for concept in concepts for template in TEMPLATES]
+def calibration_prompts() -> tuple[list[str], list[str]]:
+    """Every ordinary tuning concept in every template, and of each its concept."""
+    pairs = [(template.format(x=p.concept), p.concept) for p in prompts("ordinary", "tuning") for template in TEMPLATES]
+    return [prompt for prompt, _ in pairs], [concept for _, concept in pairs]
 
 
 def as_policy(choice: dict, **fields) -> Policy:
@@ -108,12 +108,13 @@ def tune(work: Path, out: Path) -> None:
     pipe = load()
     judge, cache = Judge(pipe), work / "evaluation"
     out.mkdir(parents=True, exist_ok=True)
+    ordinary, concepts = calibration_prompts()
     path = cache / "gate.json"
     if not path.exists():
-        values = collect_gate_statistics(pipe, calibration_prompts(), batch_size=64, progress=True, **CALL)
+        values = collect_gate_statistics(pipe, ordinary, batch_size=64, progress=True, **CALL)
         cache.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(values))
-    gate = calibrate(json.loads(path.read_text()), fpr=0.01, confidence=0.95)
+    gate = calibrate(json.loads(path.read_text()), FPR, CONFIDENCE, groups=concepts)
 
     memorized = prompts("D", "tuning")
     plain = run(pipe, judge, "tuning-cfg", jobs(memorized, TRIAL_SEEDS, policy("cfg")), cache)
@@ -140,9 +141,7 @@ def tune(work: Path, out: Path) -> None:
     note = {
         "model": "fastguard/testbed/model",
         "gate": gate.to_dict(),
-        "exchangeability": f"{gate.prompts} prompts made of {len(prompts('ordinary', 'tuning'))} concepts "
-        f"in {len(TEMPLATES)} templates: prompts of one concept are dependent, so the stated confidence "
-        "is optimistic; by concepts alone the sample would be too small for fpr 0.01",
+        "groups": f"{gate.groups} concepts in {len(TEMPLATES)} templates each; the share of single prompts that are caught is smaller",
         "rule": "most useful on the D tuning prompts, of those that come nearest to the wishes",
         "call": CALL,
     }
