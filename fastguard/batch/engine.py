@@ -14,6 +14,7 @@ the loop runs in the caller's thread, whose team is there already, and the other
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import os
@@ -183,8 +184,10 @@ class Engine:
             yield output
 
     def _decode(self, item: Denoised) -> Iterator[Any]:
-        images = self.stages.decode(item)
-        for index, image in enumerate(images):
+        for index, image in enumerate(self._images(item)):
+            if isinstance(image, Failed):
+                yield image
+                continue
             record = self.stages.record(item, index, image)
             while not self._slots.acquire(timeout=0.1):
                 if self._abandon.is_set():
@@ -194,6 +197,22 @@ class Engine:
             future = self._pool.submit(finished, work, request, self.keep_going)
             future.add_done_callback(lambda _: self._slots.release())
             yield future
+
+    def _images(self, item: Denoised) -> list[Image.Image | Failed]:
+        """Decoded, or one by one where that fails and the run keeps going."""
+        try:
+            return list(self.stages.decode(item))
+        except Exception as error:
+            if not self.keep_going:
+                raise
+            failure = _without_frames(error)
+        if len(item.batch) == 1 or item.latents is None:
+            return [Failed.of(request, failure) for request in item.batch]
+        singles = [
+            dataclasses.replace(item, batch=[request], latents=item.latents[i : i + 1])
+            for i, request in enumerate(item.batch)
+        ]
+        return [image for single in singles for image in self._images(single)]
 
     def _parts(self, batch: Batch, work: Callable[[Batch, int], T]) -> Iterator[T | Failed]:
         """work(part, start) for parts as large as the memory allows or, keeping going and one image fails, single ones."""

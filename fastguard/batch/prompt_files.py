@@ -16,6 +16,7 @@ from fastguard.files import is_unicode, short
 
 SHOWN = 20  # problems listed in an error message
 INTEGERS = ("seed", "steps", "width", "height")
+MOST_DIGITS = 4300  # of an integer that Python reads from text
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def _jsonl(path: Path) -> Rows:
         try:
             if not is_unicode(line):
                 raise ValueError("is not UTF-8 text")
-            values = json.loads(line, object_pairs_hook=_unique, parse_constant=_no_constant)
+            values = json.loads(line, object_pairs_hook=_unique, parse_int=_integer, parse_constant=_no_constant)
             if not isinstance(values, dict):
                 raise ValueError(
                     f"is a JSON {type(values).__name__}: must be an object with the fields {', '.join(FIELDS)}"
@@ -158,6 +159,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if names.count(name) > 1:
             raise ValueError(f"field {short(name)} is given twice")
     return dict(pairs)
+
+
+def _integer(text: str) -> int:
+    if len(text) > MOST_DIGITS:
+        raise ValueError(f"an integer has {len(text)} characters: at most {MOST_DIGITS} are allowed")
+    return int(text)
 
 
 def _no_constant(name: str) -> None:

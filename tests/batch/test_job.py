@@ -389,6 +389,34 @@ def test_failing_image_is_left_out_when_keeping_going(pipe, tmp_path, monkeypatc
     check_complete(tmp_path, whole)
 
 
+@pytest.mark.usefixtures("overlap")
+@pytest.mark.parametrize("keep_going", [True, False], ids=["keeping going", "stopping"])
+def test_image_that_cannot_be_decoded(pipe, tmp_path, monkeypatch, whole, keep_going):
+    """Its batch mates are made all the same, with the records of their own places in the batch."""
+    original, batches = pipe.vae.decode, []
+
+    def decode(latents, **options):
+        batches.append(latents)
+        # The second image of the first batch, whether it comes with the others or alone.
+        if any(torch.equal(row, batches[0][1]) for row in latents):
+            raise ValueError("broken")
+        return original(latents, **options)
+
+    monkeypatch.setattr(pipe.vae, "decode", decode)
+    if not keep_going:
+        with pytest.raises(ValueError, match="broken"):
+            generate(pipe, ROWS, tmp_path, **OPTIONS)
+        return
+    assert generate(pipe, ROWS, tmp_path, **OPTIONS, keep_going=True).rejected == 1
+    (rejected,) = [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text().splitlines()]
+    assert rejected["error"] == "ValueError: broken"
+    assert [len(latents) for latents in batches[:5]] == [4, 1, 1, 1, 1]
+    assert {rejected["row"]["id"], *(line["id"] for line in lines(tmp_path))} == {row["id"] for row in ROWS}
+    monkeypatch.undo()
+    assert generate(pipe, ROWS, tmp_path, **OPTIONS).made == 1
+    check_complete(tmp_path, whole)
+
+
 def test_rejected_rows_that_are_no_json(pipe, tmp_path):
     deep: list = []
     for _ in range(900):

@@ -112,7 +112,21 @@ BAD = {
     "nested": ("p.jsonl", b'{"prompt": "a", "seed": ' + b"[" * 900 + b"]" * 900 + b"}\n", "line 1: seed=[[["),
     "negative seed": ("p.jsonl", one(seed=-1), "line 2: seed=-1: must be an integer from 0 to"),
     "huge seed": ("p.jsonl", one(seed=2**63), "line 2: seed=9223372036854775808"),
-    "seed too long to parse": ("p.jsonl", b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}\n", "line 1: "),
+    "seed too long to parse": (
+        "p.jsonl",
+        b'{"prompt": "a"}\n{"prompt": "b", "seed": ' + b"9" * 5000 + b"}\n",
+        "line 2: an integer has 5000 characters: at most 4300 are allowed",
+    ),
+    "integer too long to parse in a policy": (
+        "p.jsonl",
+        b'{"prompt": "a", "policy": {"fastguard_policy": 1, "gate": -' + b"9" * 5000 + b"}}\n",
+        "line 1: an integer has 5001 characters",
+    ),
+    "seed too long to parse in csv": (
+        "p.csv",
+        b"prompt,seed\na,1\nb," + b"9" * 5000 + b"\n",
+        "line 3: seed='999",
+    ),
     "seed a float": ("p.jsonl", one(seed=1.0), "line 2: seed=1.0"),
     "seed a bool": ("p.jsonl", one(seed=True), "line 2: seed=True"),
     "no steps": ("p.jsonl", one(steps=0), "line 2: steps=0: must be an integer from 1"),
