@@ -42,6 +42,14 @@ class Case:
         return "-".join([self.name, *options]).replace("_prediction", "")
 
 
+DDIM = Case("DDIM", {"clip_sample": False})
+
+
+def column(schedule: Schedule, name: Row) -> np.ndarray:
+    """One column of the table, without its inactive last row."""
+    return schedule.rows[:-1, name].numpy()
+
+
 @dataclass
 class Step:
     """What stock computed from what, in float32."""

@@ -1,0 +1,118 @@
+"""Several images, policies, threads and generators at once, and how many denoiser rows they take."""
+
+from __future__ import annotations
+
+import threading
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+import fastguard
+from tests import pipelines
+from tests.guarded import SCHEDULERS, call
+
+
+@pytest.fixture(scope="module")
+def sd():
+    return pipelines.sd()
+
+
+def test_four_policies_in_one_call_equal_four_calls(sd):
+    policies = [
+        "cfg",
+        fastguard.policy("stp", t_star=600),
+        "dtp",
+        fastguard.policy("og+dtp", guidance_scale=6.0),
+    ]
+    kwargs = {"prompt": ["cat", "dog", "a", "red"], "num_inference_steps": 12}
+    with fastguard.enable(sd, policies) as guard:
+        together = call(sd, **kwargs, generator=pipelines.generators([1, 2, 3, 4]))
+        batch = list(guard.report)
+    for i, policy in enumerate(policies):
+        with fastguard.enable(sd, policy, monitor=True) as guard:
+            alone = call(
+                sd,
+                prompt=kwargs["prompt"][i],
+                num_inference_steps=12,
+                generator=pipelines.generators([i + 1]),
+            )
+            report = guard.report[0]
+        torch.testing.assert_close(together[i : i + 1], alone, rtol=0, atol=1e-4 * alone.abs().max().item())
+        assert (report.transition_step, report.forced) == (
+            batch[i].transition_step,
+            batch[i].forced,
+        )
+        np.testing.assert_allclose(report.d_curve, batch[i].d_curve, rtol=1e-4)
+
+
+def test_policy_lists_follow_prompts_or_images(sd):
+    policies = ["cfg", "dtp"]
+    with fastguard.enable(sd, policies) as guard:
+        call(sd, num_images_per_prompt=2)
+        assert [r.policy.name for r in guard.report] == ["cfg", "cfg", "dtp", "dtp"]
+        with pytest.raises(ValueError, match="2 values, but the batch has 3 images"):
+            call(sd, prompt=["a", "b", "c"])
+
+
+def test_one_pass(sd):
+    counts = []
+    handle = sd.unet.register_forward_pre_hook(lambda module, args: counts.append(args[0].shape[0]))
+    try:
+        for policy, share in (("cfg", 1.0), ("og+dtp", 1.0), ("stp", 0.75)):
+            counts.clear()
+            with fastguard.enable(sd, policy) as guard:
+                call(sd, num_inference_steps=50)
+                assert sum(counts) == share * 2 * 2 * 50
+                assert guard.report[0].denoiser_rows == share * 2 * 50
+    finally:
+        handle.remove()
+
+
+def test_concurrent_calls_do_not_disturb_each_other():
+    pipe = pipelines.sd(scheduler=diffusers.EulerAncestralDiscreteScheduler(**pipelines.BETAS))
+    settings = [(4.0, 5), (7.0, 8), (2.0, 11), (9.0, 6)]
+
+    def one(scale, steps):
+        return call(pipe, guidance_scale=scale, num_inference_steps=steps)
+
+    with fastguard.enable(pipe, "cfg") as guard:
+        alone = [one(*s) for s in settings]
+        results, reports = [None] * 4, [None] * 4
+        barrier = threading.Barrier(4)
+
+        def work(i):
+            barrier.wait()
+            for _ in range(3):
+                results[i] = one(*settings[i])
+                reports[i] = guard.report
+
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for result, expected, report, (_, steps) in zip(results, alone, reports, settings, strict=True):
+        assert torch.equal(result, expected)
+        assert len(report[0].timesteps) == steps
+
+
+def test_generators_end_where_stock_leaves_them(sd):
+    for scheduler in (SCHEDULERS["euler-ancestral"], SCHEDULERS["ddim"]):
+        pipe = pipelines.sd(scheduler=scheduler())
+        ends = []
+        for enabled in (False, True):
+            generators = pipelines.generators([1, 2])
+            with fastguard.enable(pipe, "cfg") if enabled else _nothing():
+                call(pipe, generator=generators)
+            ends.append([g.get_state() for g in generators])
+        assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+class _nothing:
+    def __enter__(self):
+        return None
+
+    def __exit__(self, *exception):
+        return None
