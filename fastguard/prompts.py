@@ -10,9 +10,9 @@ from pathlib import Path
 def read_jsonl(path: Path) -> tuple[list[str], list[str] | None]:
     """The "prompt" of every line's JSON object, and the "group" of every line if they have one.
 
-    ValueError if a line has no prompt, is not JSON or has a group where others have none; OSError if the file cannot be read.
+    ValueError if a line has no prompt, repeats one, is not JSON or has a group where others have none; OSError if the file cannot be read.
     """
-    found: list[str] = []
+    found: dict[str, int] = {}
     groups: list[str] = []
     for number, line in _lines(path):
         try:
@@ -22,14 +22,18 @@ def read_jsonl(path: Path) -> tuple[list[str], list[str] | None]:
         prompt = value.get("prompt") if isinstance(value, dict) else None
         if not isinstance(prompt, str) or not prompt.strip():
             raise ValueError(f'prompts={str(path)!r}: line {number} is not {{"prompt": "..."}}')
-        found.append(prompt)
+        if prompt in found:
+            raise ValueError(
+                f"prompts={str(path)!r}: line {number} repeats line {found[prompt]}: it is no further draw"
+            )
+        found[prompt] = number
         group = value.get("group")
         if group is not None and (not isinstance(group, str) or not group.strip()):
             raise ValueError(f"prompts={str(path)!r}: line {number} has group={group!r}: must be a text")
         if number > 1 and (group is None) == bool(groups):
             raise ValueError(f"prompts={str(path)!r}: line {number}: either every line has a group, or none")
         groups += [] if group is None else [group]
-    return found, groups or None
+    return list(found), groups or None
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:

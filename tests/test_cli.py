@@ -527,7 +527,12 @@ def test_calibration_by_groups(model, no_model, tmp_path):
     file.write_text("".join(json.dumps({"prompt": f"a {i}", "group": f"thing {i // 2}"}) + "\n" for i in range(8)))
     options = ("calibrate", "--model", model, "--prompts", file, "--out", tmp_path / "guard.json", "--fpr", 0.4)
     assert "4 ordinary groups of prompts in" in refused(*options)
-    for line in ({"prompt": "b"}, {"prompt": "b", "group": 3}, {"prompt": "b", "group": ""}):
+    for line in (
+        {"prompt": "a", "group": "a"},
+        {"prompt": "b"},
+        {"prompt": "b", "group": 3},
+        {"prompt": "b", "group": ""},
+    ):
         file.write_text('{"prompt": "a", "group": "a"}\n' + json.dumps(line) + "\n")
         assert "line 2" in refused(*options)
 

@@ -33,8 +33,8 @@ animated Noto (attribution), OpenMoji (share-alike), Apple, Facebook, JoyPixels 
 drawings' trademarks remain their owners'. The repository holds no drawing but the {count} duplicated pictures
 (`memorized.png`), under the licences above.
 
-Each drawing is placed on a random background, rotated, scaled and mirrored: {variants} pictures of each, {pictures}
-in all, 32 x 32 pixels. A picture takes one of {templates} caption templates ("a tractor", "tractor icon" ...) at
+Each drawing is placed on a random background, rotated, scaled and mirrored: {variants} pictures of each
+but one of each duplicated drawing, {pictures} in all, 32 x 32 pixels. A picture takes one of {templates} caption templates ("a tractor", "tractor icon" ...) at
 random each time it is drawn; a tenth of the captions is empty.
 
 **Memorized** (`prompts.json`): {d} D prompts (a plain caption that the concept's six other drawings carry as
@@ -56,7 +56,8 @@ halves were fixed by a seed before training.
 
 Retrain: `python -m fastguard.testbed train` (with the extra `train` and npm; resumable; two one-thread
 processes). The shipped weights are one uninterrupted run of it from nothing, 61 minutes on two cores that had other
-work besides. An earlier run gave the same autoencoder to the bit. Then `classifier`, `tune` and `evaluate` of the same command repeat every number.
+work besides. An earlier run gave the same autoencoder to the bit. Then `tune` and `evaluate` of the same command repeat every number; the classifier that
+they measure with (`classifier`) was trained before, on the same drawings.
 
 ## Measured at export
 
@@ -74,7 +75,7 @@ How it behaves with and without the guard: `docs/testbed`.
 - Guidance scales far above {scale:g} over-saturate this small model: see the blow-up rate by scale in docs/testbed.
 - 32 x 32 pixels; small features (eyes, dials) are blurred by the autoencoder.
 - It knows {concepts} nouns and {templates} phrases. Other prompts give nothing sensible.
-- {count} duplicated pictures in a model of 5 million parameters are a caricature of memorization in large models:
+- {count} duplicated pictures in a model of 5.6 million parameters are a caricature of memorization in large models:
   the curves of |c - u| differ from the paper's (see docs/testbed/FINDINGS.md), and thresholds found here mean
   nothing for another model.
 """

@@ -41,7 +41,7 @@ PRESETS: dict[str, Any] = {
     "paper-og+dtp": ("paper-og+dtp", {}),
     "released-dtp": ("released-dtp", {}),
 }
-DEFAULT = "default (gated)"
+GATED, DEFAULT = "dtp (gated)", "default (gated)"
 MEMORIZED = 0.8  # share of unguarded seeds that are copies, from which on a prompt counts as memorized
 
 
@@ -49,6 +49,8 @@ def make_policy(name: str) -> Any:
     """A policy of the main table by its row's name."""
     if name == DEFAULT:
         return policy(policy_path())
+    if name == GATED:
+        return policy("dtp", gate=policy(policy_path()).gate)
     preset, fields = PRESETS[name]
     return policy(preset, **fields)
 
@@ -89,10 +91,10 @@ def describe(rows: list[dict], reference: dict | None = None) -> dict:
 
 
 def main_table(pipe: Any, judge: Judge, cache: Path, seeds: int, reference: dict) -> dict:
-    """Every preset, ungated, and the gated default, on the memorized test prompts."""
+    """Every preset, ungated, then `dtp` and the model's policy file with the gate, on the memorized test prompts."""
     table: dict = {}
     memorized = prompts("memorized", "test")
-    for name in [*PRESETS, DEFAULT]:
+    for name in [*PRESETS, GATED, DEFAULT]:
         slug = name.replace(" ", "_")
         rows = run(pipe, judge, f"main-{slug}", jobs(memorized, seeds, make_policy(name)), cache)
         table[name] = {k: describe([r for r in rows if r["kind"] == k], reference) for k in "DT"}
@@ -173,6 +175,7 @@ def touched(plain: list[dict], guarded: list[dict]) -> dict:
     same = [a["hash"] == b["hash"] for a, b in zip(plain, guarded, strict=True)]
     return {
         "images": len(plain),
+        "share caught": over_prompts([r | {"caught": c} for r, c in zip(guarded, caught, strict=True)], "caught"),
         "caught": sum(caught),
         "released and bit-identical": sum(s and not c for s, c in zip(same, caught, strict=True)),
         "released but different": sum(not s and not c for s, c in zip(same, caught, strict=True)),

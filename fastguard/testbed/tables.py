@@ -58,7 +58,7 @@ def main_rows(main: dict, kind: str) -> list[list[str]]:
                 paper,
                 share(free) + (f" n={free['images']}" if free else ""),
                 number(c.get("faithful / ordinary")),
-                share(c["blown"], interval=False),
+                share(c["blown"]),
                 number(c["transition, median t"], ".0f"),
                 f"{c['fired']:.0%} / {c['forced']:.0%}",
             ]
@@ -116,7 +116,7 @@ def page(r: dict) -> str:
     parts = [
         "# The guard, measured on the embedded model\n",
         "Written by `python -m fastguard.testbed evaluate`; do not edit. All numbers are of the TEST "
-        f"halves, {r['seeds']} seeds a prompt, DDIM, 50 steps, scale {CALL['guidance_scale']:g}, seeds paired; the policy was "
+        f"halves, {r['seeds']} seeds a prompt where nothing else is said, DDIM, 50 steps, scale {CALL['guidance_scale']:g}, seeds paired; the policy was "
         "chosen on the tuning halves (tuning.json). Intervals: 95%, bootstrap over prompts. The measures "
         "are defined in `fastguard/testbed/measures.py`. What the numbers mean is discussed in "
         "[FINDINGS.md](FINDINGS.md).\n",
@@ -128,8 +128,8 @@ def page(r: dict) -> str:
         ),
         "## Every preset\n",
         f"Ordinary prompts under plain guidance: faithful {share(o['faithful'])}, blown up "
-        f"{share(o['blown'], interval=False)}. The presets run without a gate here; the default is "
-        f"`{shown}`. D: plain captions shared with other drawings, the paper's case.\n",
+        f"{share(o['blown'])}. The presets run without a gate but for the last two rows; the last is the model's own "
+        f"policy file, `{shown}`. D: plain captions shared with other drawings, the paper's case.\n",
         table(MAIN_HEAD, main_rows(r["main"], "D")),
         "T: captions of their own, the stress case.\n",
         table(MAIN_HEAD, main_rows(r["main"], "T")),
@@ -142,11 +142,11 @@ def page(r: dict) -> str:
         f"{g['memorized images caught']} memorized images caught, {g['memorized images missed']} missed "
         f"(of {g['copies']} copies {g['copies missed']}); {g['ordinary images touched']} of "
         f"{g['ordinary images']} ordinary images touched. Under the default {touched['caught']} of "
-        f"{touched['images']} ordinary images are caught, {touched['released and bit-identical']} are "
-        f"bit-identical to plain guidance, {touched['released but different']} released but different; "
+        f"{touched['images']} ordinary images are caught ({share(touched['share caught'])}), {touched['released and bit-identical']} are "
+        f"bit-identical to plain guidance (policy `cfg`), {touched['released but different']} released but different; "
         f"against stock diffusers without fastguard {stock['released and bit-identical']} of "
         f"{stock['images']} are bit-identical, {stock['released but different']} released but different. "
-        f"Other captions of the memorized concepts: {g['near captions']['caught']} of "
+        f"Other captions of the memorized concepts, 2 seeds: {g['near captions']['caught']} of "
         f"{g['near captions']['images']} caught, {g['near captions']['copies']} copies.\n",
         "![gate](gate.png)\n",
         "## Which rule detects the transition better\n",
@@ -167,14 +167,16 @@ def page(r: dict) -> str:
         "![rules](rules.png)\n",
         "![curves](curves.png)\n",
         "## Ordinary prompts without a gate\n",
+        "50 prompts, 2 seeds.\n",
         table(
             ("policy", "faithful", "blown up", "transition"),
             [
-                [k, share(v["faithful"]), share(v["blown"], interval=False), f"{v['fired']:.0%}"]
+                [k, share(v["faithful"]), share(v["blown"]), f"{v['fired']:.0%}"]
                 for k, v in r["harm without a gate"].items()
             ],
         ),
         "## Scheduler, steps, scale\n",
+        "One seed a prompt, 40 ordinary prompts: no more than a sign of the direction.\n",
         table(
             (
                 "D test prompts",
@@ -201,6 +203,7 @@ def page(r: dict) -> str:
             ],
         ),
         "## Decisions in other dtypes, against float32\n",
+        "D and ordinary test prompts, one seed.\n",
         table(
             (
                 "dtype",
