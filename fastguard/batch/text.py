@@ -27,6 +27,9 @@ class TextStage:
 
     Distinct prompts are encoded in chunks that are cut from the list of all prompts of the job, done or not: the bits of an
     embedding depend (in the last place) on the company, so a resumed run gets the same ones. With negative prompts likewise.
+
+    Without `requests` the job is not known as a whole, as in an actor. Then the chunks are cut from each batch anew: the bits do not
+    depend on what the actor happened to have before.
     """
 
     def __init__(self, pipe: Any, requests: Iterable[Request], device: Any) -> None:
@@ -36,20 +39,25 @@ class TextStage:
         self._options: dict[str, Any] = {name: None for name in ("prompt_2", "prompt_3") if name in accepted}
         if "max_sequence_length" in accepted:
             self._options["max_sequence_length"] = call["max_sequence_length"].default
+        self._plan(list(requests))
+        self._whole = bool(self._chunks)
+
+    def _plan(self, requests: Sequence[Request]) -> None:
         self._chunks: dict[tuple[bool, str | None], tuple[str | None, ...]] = {}
-        all_requests = list(requests)
+        self._cache: OrderedDict[tuple[bool, str | None], list[torch.Tensor]] = OrderedDict()
+        self._bytes = 0
         for negative in (False, True):
-            texts = [r.negative_prompt if negative else r.prompt for r in all_requests if r.guided or not negative]
+            texts = [r.negative_prompt if negative else r.prompt for r in requests if r.guided or not negative]
             # None is no text: some models take zeros for it, and it is encoded alone.
             distinct = [text for text in dict.fromkeys(texts) if text is not None]
             for i in range(0, len(distinct), CHUNK):
                 chunk = tuple(distinct[i : i + CHUNK])
                 self._chunks.update(((negative, text), chunk) for text in chunk)
-        self._cache: OrderedDict[tuple[bool, str | None], list[torch.Tensor]] = OrderedDict()
-        self._bytes = 0
 
     def encode(self, batch: Sequence[Request]) -> dict[str, torch.Tensor]:
         """prompt_embeds and so on, [len(batch), ...]; the negative ones only where the pipeline is guided."""
+        if not self._whole:
+            self._plan(batch)
         arguments = self._stacked(_POSITIVE, [self._embeds(False, r.prompt) for r in batch])
         if batch[0].guided:
             arguments |= self._stacked(_NEGATIVE, [self._embeds(True, r.negative_prompt) for r in batch])

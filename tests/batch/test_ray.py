@@ -207,8 +207,8 @@ def test_resources_that_cannot_be(model, tmp_path, name, value):
 def test_picture_that_the_driver_cannot_write(monkeypatch, keep_going):
     """The others of its group are kept either way."""
     requests = load(["a", "b", "c"], Defaults(policy=policy("cfg"), steps=1))[0]
-    packed = [pickle.dumps(Made(request, {})) for request in requests]
-    table = pyarrow.table({"result": pyarrow.array(packed, pyarrow.large_binary())})
+    packed = pickle.dumps([Made(request, {}) for request in requests])
+    table = pyarrow.table({"group": pyarrow.array([packed], pyarrow.large_binary())})
     made = runner(keep_going=keep_going)
     monkeypatch.setattr(made, "_dataset", lambda *_: SimpleNamespace(iter_batches=lambda **_: iter([table])))
 
@@ -243,7 +243,13 @@ def test_retries_have_an_end(model, tmp_path, monkeypatch):
     worker = Worker(pipelines.sd, {}, Picture(), True, remote)
 
     def run():
-        return [pickle.loads(data) for out in worker(table) for data in out.column("result").to_pylist()]
+        # One row a table: Ray Data would send the rows one by one.
+        return [
+            item
+            for out in worker(table)
+            for (data,) in [out.column("group").to_pylist()]
+            for item in pickle.loads(data)
+        ]
 
     for _ in range(TRIES):
         assert [made.request.id for made in run()] == ["00000-0", "00001-0"]

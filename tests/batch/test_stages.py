@@ -159,6 +159,24 @@ def test_each_prompt_is_encoded_once_and_in_the_same_company(pipe):
     assert torch.equal(whole[9], late)
 
 
+def test_texts_of_a_job_that_is_not_known(pipe):
+    """An actor encodes those of a batch at once, and they have the same bits whatever it had before."""
+    batch = requests(*(f"cat {i}" for i in range(6)), "cat 0", negative_prompt="ugly")
+    other = requests(*(f"cat {i}" for i in range(3, 9)))
+    rows = []
+    pipe.text_encoder.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(len(args[0] if args else kwargs["input_ids"])), with_kwargs=True
+    )
+    first = Stages(pipe, [], SETTINGS).encode(batch)
+    assert max(rows) == 6
+    assert sum(rows) <= 6 + 2  # a negative prompt comes with a prompt beside it
+    later = Stages(pipe, [], SETTINGS)
+    later.encode(other)
+    assert all(torch.equal(value, first[name]) for name, value in later.encode(batch).items())
+    known = Stages(pipe, batch, SETTINGS).encode(batch)
+    assert all(torch.allclose(value, first[name], atol=1e-5) for name, value in known.items())
+
+
 def test_disabled_guard(pipe, monkeypatch):
     """Stock images, each with its scale; their records have no report."""
     monkeypatch.setenv("FASTGUARD_DISABLE", "1")
