@@ -8,8 +8,8 @@ run, as long as no two of them run at the same time: per device, a lock orders t
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -19,91 +19,131 @@ WARM_UPS = 2  # the first builds kernels and library handles for the capturing s
 
 Body = Callable[[], None]
 
-
-@lru_cache(maxsize=64)
-def device_lock(device: torch.device) -> threading.RLock:  # type: ignore[valid-type]
-    """One capture or launch at a time on a device, whichever guard makes it."""
-    return threading.RLock()
+# torch allows one capture at a time in a process, and nobody to empty its cache (of all devices at once) during it.
+_alone = threading.RLock()
 
 
-@lru_cache(maxsize=64)
-def _capture_stream(device: torch.device) -> Any:
-    """One per device: the allocator reuses a pool's blocks only on the stream that they were made for."""
-    return cuda.Stream(device)
+class _Device:
+    """What all recorders of a device share.
+
+    lock    one capture or launch at a time, whichever guard makes it
+    stream  for captures: the allocator reuses a pool's blocks only on the stream that they were made for
+    used    the last use of any pool and of the buffers around it; not per pool: graphs captured on one stream share its cuBLAS workspace
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.lock = threading.RLock()
+        self.stream = cuda.Stream(device)
+        self.used = cuda.Event()
 
 
-@lru_cache(maxsize=64)
-def _last_use(device: torch.device) -> Any:
-    """Of any pool and of the buffers around it. One per device, not per pool: graphs captured on one stream also share its cuBLAS
-    workspace."""
-    return cuda.Event()
+_devices: dict[torch.device, _Device] = {}
+
+
+def _shared(device: torch.device) -> _Device:
+    with _alone:
+        if device not in _devices:
+            _devices[device] = _Device(device)
+        return _devices[device]
 
 
 class Recorder:
-    """Records bodies as CUDA graphs on one device, in one memory pool, and replays them."""
+    """Records bodies as CUDA graphs on one device, in one memory pool, and replays them. Any thread may call it."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.lock = device_lock(device)
-        self._used = _last_use(device)
+        shared = _shared(device)
+        self._lock, self._stream, self._used = shared.lock, shared.stream, shared.used
         self.new_pool()
 
     def new_pool(self) -> None:
         """Start an empty pool; the old one goes back to the device if no graph is left in it."""
-        self._pool = cuda.graph_pool_handle()
-        cuda.empty_cache()
+        with self._lock, _alone:
+            self._pool = cuda.graph_pool_handle()
+            # Memory that cannot go back now is not lost: torch gives it back when it runs short.
+            with suppress(RuntimeError):
+                cuda.empty_cache()
 
     def record(self, body: Body, warm_up: Body, keeps: Sequence[torch.Tensor]) -> Any:
         """A graph of `body`, which is not run. `warm_up` is, and `keeps` are the tensors that it must leave as they were.
 
         Whatever this raises, the tensors are restored and the caller's stream is current again.
         """
-        with cuda.device(self.device):
-            caller, side = cuda.current_stream(self.device), _capture_stream(self.device)
+        with self._lock, cuda.device(self.device):
+            caller = cuda.current_stream(self.device)
+            self._warm_up(warm_up, keeps, caller)
+            graph = cuda.CUDAGraph()
+            with _alone:
+                try:
+                    # torch.cuda.graph waits for the device and empties the allocator's cache before it begins.
+                    # "thread_local": other threads may go on allocating and launching; only what this one must not do is an error.
+                    with cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                        body()
+                except BaseException:
+                    _end_allocation(self.device, self._pool)
+                    raise
+                finally:
+                    cuda.set_stream(caller)  # where ending the capture fails, torch leaves its own stream current
+            return graph
+
+    def _warm_up(self, warm_up: Body, keeps: Sequence[torch.Tensor], caller: Any) -> None:
+        with self._turn():
             saved = [tensor.clone() for tensor in keeps]
-            side.wait_stream(caller)
+            self._stream.wait_stream(caller)
             try:
-                with cuda.stream(side):
+                with cuda.stream(self._stream):
                     for _ in range(WARM_UPS):
                         warm_up()
             finally:
-                caller.wait_stream(side)
+                caller.wait_stream(self._stream)
                 for tensor, copy in zip(keeps, saved, strict=True):
                     tensor.copy_(copy)
-            graph = cuda.CUDAGraph()
-            try:
-                # torch.cuda.graph waits for the device and empties the allocator's cache before it begins.
-                # "thread_local": other threads may go on allocating and launching; only what this one must not do is an error.
-                with cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
-                    body()
-            finally:
-                cuda.set_stream(caller)  # where ending the capture fails, torch leaves `side` current
-        return graph
 
     def replay(self, graph: Any) -> None:
         """Launch on the current stream, after the last launch on this device on whatever stream that was."""
-        with self.lock:
-            self.enter()
+        with self._turn():
             graph.replay()
-            self.leave()
 
-    def enter(self) -> None:
-        """From here on the current stream may touch pool and buffers."""
-        cuda.current_stream(self.device).wait_event(self._used)
+    def join(self, tensors: Iterable[torch.Tensor] = ()) -> None:
+        """The current stream may touch pool and buffers from here on, and what it was told so far comes before all later turns.
 
-    def leave(self) -> None:
-        """All that the current stream was told so far comes before the next `enter`."""
-        self._used.record(cuda.current_stream(self.device))
+        tensors: it worked on them, but whoever frees them need not wait for it: the memory is used again after it is through.
+        """
+        with self._turn():
+            for tensor in tensors:
+                tensor.record_stream(cuda.current_stream(self.device))
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Turns on a device follow each other, whatever their streams: each waits for the one before."""
+        with self._lock:
+            stream = cuda.current_stream(self.device)
+            stream.wait_event(self._used)
+            try:
+                yield
+            finally:
+                self._used.record(stream)
 
     def release(self, graph: Any) -> None:
         """Destroy a graph. Waits for the device, because what the graph worked on may be freed next: evictions are rare."""
-        self._used.synchronize()
-        graph.reset()
+        with self._lock:
+            self._used.synchronize()
+            graph.reset()
 
     def pool_bytes(self) -> int:
         """Device memory that the pool holds. The driver's own memory for a graph's nodes is not in it and cannot be asked for."""
         segments = cuda.memory_snapshot()
         return sum(s["total_size"] for s in segments if tuple(s["segment_pool_id"]) == self._pool)
+
+
+def _end_allocation(device: torch.device, pool: Any) -> None:
+    """Let the allocator leave a capture that could not be ended. Before torch 2.12 it stays in it for good, and then refuses to empty
+    its cache, and asserts where memory runs short; later ones leave by themselves, and refuse to do so twice."""
+    names = ("_cuda_endAllocateToPool", "_cuda_endAllocateCurrentStreamToPool")  # the second up to torch 2.7
+    end: Any = next((getattr(torch._C, name) for name in names if hasattr(torch._C, name)), None)
+    if end is not None:
+        with suppress(RuntimeError):
+            end(device.index, pool)
 
 
 def available() -> bool:

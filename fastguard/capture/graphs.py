@@ -11,7 +11,7 @@ import hashlib
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -27,15 +27,12 @@ Body = Callable[[], None]
 
 
 class Recorder(Protocol):
-    """What records on a device: `cuda_graphs.Recorder`, or the simulator of the tests."""
-
-    lock: Any
+    """What records on a device: `cuda_graphs.Recorder`, or the simulator of the tests. It has locks of its own, and calls nobody's."""
 
     def record(self, body: Body, warm_up: Body, keeps: Sequence[torch.Tensor]) -> Any: ...
     def replay(self, graph: Any) -> None: ...
     def release(self, graph: Any) -> None: ...
-    def enter(self) -> None: ...
-    def leave(self) -> None: ...
+    def join(self, tensors: Iterable[torch.Tensor] = ()) -> None: ...
     def pool_bytes(self) -> int: ...
     def new_pool(self) -> None: ...
 
@@ -58,6 +55,8 @@ class Content(Protocol):
     """The tensors of a workspace, whatever they are."""
 
     @property
+    def tensors(self) -> list[torch.Tensor]: ...
+    @property
     def nbytes(self) -> int: ...
 
 
@@ -65,6 +64,7 @@ class Content(Protocol):
 class Workspace:
     key: Hashable
     content: Any
+    recorder: Recorder
     busy: bool = True
     graphs: int = 0
 
@@ -146,7 +146,7 @@ class Graphs:
             self._too_large.clear()
             self.failure = None
             if self._recorder is not None:
-                self._recorder.new_pool()
+                self._recorder.new_pool()  # whatever a failed capture left in the old one
 
     # A call's tensors ------------------------------------------------------------------------------------------------------
 
@@ -161,18 +161,17 @@ class Graphs:
             workspace = self._workspaces.get(key)
             if workspace is None:
                 with torch.inference_mode(False):  # so that calls in either mode may write to them
-                    workspace = self._workspaces[key] = Workspace(key, make())
+                    workspace = self._workspaces[key] = Workspace(key, make(), self._recorder)
             elif workspace.busy:
                 return None
             workspace.busy = True
-            self._recorder.enter()
+            self._recorder.join()
             return workspace
 
     def give_back(self, workspace: Workspace) -> None:
         """Everything that the caller wants to keep is copied; a workspace over which there is no graph is dropped."""
         with self._lock:
-            if self._recorder is not None and self._workspaces.get(workspace.key) is workspace:
-                self._recorder.leave()
+            workspace.recorder.join(workspace.content.tensors)
             workspace.busy = False
             self._drop_if_unused(workspace)
 
@@ -198,34 +197,30 @@ class Graphs:
 
     def run(self, workspace: Workspace, key: Hashable, program: Program) -> str | None:
         """Run the body once, whose inputs are loaded: as a graph (None), or eagerly (the reason why)."""
-        recorder = self._recorder
-        assert recorder is not None
         whole = (workspace.key, key)
-        with recorder.lock, self._lock:
+        with self._lock:
             graph = self._graphs.get(whole)
             reason = None
             if graph is None:
-                reason = self.refusal(workspace, key) or self._record(recorder, whole, workspace, program)
+                reason = self.refusal(workspace, key) or self._record(whole, workspace, program)
                 graph = self._graphs.get(whole)
             if graph is not None:
                 assert graph.program is program
                 self._graphs.move_to_end(whole)
                 graph.replays += 1
-                recorder.replay(graph.recorded)
+                workspace.recorder.replay(graph.recorded)
                 return None
         program.body()
         return reason
 
-    def _record(
-        self,
-        recorder: Recorder,
-        key: Hashable,
-        workspace: Workspace,
-        program: Program,
-    ) -> str | None:
+    def _record(self, key: Hashable, workspace: Workspace, program: Program) -> str | None:
         """Record and keep a graph within the budget; the reason if that cannot be. A capture that fails is the last one."""
-        for attempt in range(2):
-            while len(self._graphs) >= self.limit:
+        recorder = workspace.recorder
+        needed = (
+            workspace.content.nbytes + program.nbytes
+        )  # and what the graph will take: nobody knows before it is recorded
+        for attempt in range(2 if needed <= self.budget else 0):
+            while self._graphs and (len(self._graphs) >= self.limit or self.bytes + program.nbytes > self.budget):
                 self._evict(next(iter(self._graphs)))
             before, start = recorder.pool_bytes(), time.perf_counter()
             try:
@@ -244,20 +239,21 @@ class Graphs:
                 return None
             # Blocks of graphs that are gone stay in the pool while a graph is left in it: once more, in an empty pool.
             self._evict(key)
-            recorder.new_pool()
             if attempt or not before:
                 break
         while len(self._too_large) >= 64:
             del self._too_large[next(iter(self._too_large))]
-        self._too_large[key] = f"a graph would need {needed:,} bytes, guard.graphs.budget is {self.budget:,}"
+        self._too_large[key] = f"a graph would need {needed:,} bytes or more, guard.graphs.budget is {self.budget:,}"
         return self._too_large[key]
 
     def _evict(self, key: Hashable) -> None:
         graph = self._graphs.pop(key)
-        assert self._recorder is not None
-        self._recorder.release(graph.recorded)
+        recorder = graph.workspace.recorder
+        recorder.release(graph.recorded)
         graph.workspace.graphs -= 1
         self._drop_if_unused(graph.workspace)
+        if not self._graphs:  # torch asserts that nothing is captured into a pool whose graphs are all gone
+            recorder.new_pool()
 
 
 def name(key: Hashable) -> str:

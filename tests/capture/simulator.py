@@ -8,8 +8,7 @@ the graph's own memory is worthless outside it: it holds NaN between replays. Wh
 from __future__ import annotations
 
 import contextlib
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -114,7 +113,6 @@ class Recorder:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.lock = threading.RLock()
         self.tapes: list[Tape] = []
         self.recorded = 0
         self.highest = 0  # most bytes of the pool at any time
@@ -145,8 +143,7 @@ class Recorder:
         self.tapes.remove(tape)
         tape.nodes.clear()
 
-    def enter(self) -> None: ...
-    def leave(self) -> None: ...
+    def join(self, tensors: Iterable[torch.Tensor] = ()) -> None: ...
     def new_pool(self) -> None: ...
 
     def pool_bytes(self) -> int:

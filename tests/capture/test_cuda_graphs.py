@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +23,9 @@ class Cuda:
         self.log = []
         self.fail = None
         self.segments = []
+        self.pools = 0
+        self.alive = {}  # graphs that are left in a pool
+        self.capturing = []  # pools
         self.current = {}
         self.streams = 0
         self.stream_of(threading.get_ident())
@@ -50,6 +55,7 @@ class Cuda:
 
             def reset(self):
                 cuda.log.append("reset")
+                cuda.alive[self.pool] -= 1
 
         self.Stream, self.Event, self.CUDAGraph = Stream, Event, CUDAGraph
 
@@ -57,7 +63,7 @@ class Cuda:
         return self.current.setdefault(thread, type("Default", (), {"name": "main", **_WAITS(self)})())
 
     def current_stream(self, device):
-        assert device == DEVICE
+        assert device.type == "cuda"
         return self.stream_of(threading.get_ident())
 
     def set_stream(self, stream):
@@ -75,25 +81,38 @@ class Cuda:
 
     @contextlib.contextmanager
     def device(self, device):
-        assert device == DEVICE
         yield
 
     @contextlib.contextmanager
     def graph(self, graph, *, pool, stream, capture_error_mode):
-        """Like torch's: where the capture cannot be ended, the stream stays."""
+        """Like torch's: a pool whose graphs are all gone is not taken again; where the capture cannot be ended, the stream stays."""
+        assert self.alive.get(pool) != 0, "use_count > 0 INTERNAL ASSERT FAILED"
+        assert not self.capturing, "captures_underway.empty() INTERNAL ASSERT FAILED"
         self.log.append(f"capture in pool {pool[1]} on {stream.name}, {capture_error_mode}")
         self.current[threading.get_ident()] = stream
+        self.capturing.append(pool)
         yield
         if self.fail == "end":
             raise RuntimeError("operation failed due to a previous error during capture")
+        self.capturing.remove(pool)
+        self.alive[pool] = self.alive.get(pool, 0) + 1
+        graph.pool = pool
         self.log.append("captured")
 
     def graph_pool_handle(self):
-        self.pools = getattr(self, "pools", 0) + 1
+        self.pools += 1
         return (0, self.pools)
 
     def empty_cache(self):
+        """On all devices."""
+        if self.capturing:
+            raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
         self.log.append("empty cache")
+
+    def end_allocation(self, index, pool):
+        if pool not in self.capturing:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        self.capturing.remove(pool)
 
     def memory_snapshot(self):
         return self.segments
@@ -103,12 +122,6 @@ class Cuda:
 
     def synchronize(self, device):
         self.log.append(f"synchronize {device}")
-
-    def reset_peak_memory_stats(self, device):
-        self.log.append("reset peak")
-
-    def max_memory_allocated(self, device):
-        return 123
 
 
 def _WAITS(cuda):
@@ -120,13 +133,15 @@ def _WAITS(cuda):
 
 @pytest.fixture
 def cuda(monkeypatch):
-    cuda_graphs._capture_stream.cache_clear()
-    cuda_graphs._last_use.cache_clear()
     fake = Cuda()
     monkeypatch.setattr(cuda_graphs, "cuda", fake)
-    yield fake
-    cuda_graphs._capture_stream.cache_clear()
-    cuda_graphs._last_use.cache_clear()
+    monkeypatch.setattr(cuda_graphs, "_devices", {})
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", fake.end_allocation, raising=False)
+    return fake
+
+
+def content():
+    return SimpleNamespace(tensors=[], nbytes=8)
 
 
 def test_warm_up_capture_and_replay(cuda):
@@ -140,8 +155,10 @@ def test_warm_up_capture_and_replay(cuda):
 
     graph = recorder.record(lambda: runs.append("body"), warm_up, [x])
     assert cuda.log == [
+        "main waits for event",
         "side1 waits for main",
         "main waits for side1",
+        "event on main",
         "capture in pool 1 on side1, thread_local",
         "captured",
         "current is main",
@@ -175,13 +192,35 @@ def test_failures_leave_tensors_and_stream_as_they_were(cuda, where):
         recorder.record(body, warm_up, [x])
     assert x.tolist() == [1, 1]
     assert cuda.current_stream(DEVICE).name == "main"
-    assert "main waits for side1" in cuda.log
+    assert "main waits for side1" in cuda.log and "event on main" in cuda.log
+    assert cuda.capturing == [], "torch before 2.12 leaves the allocator capturing"
+    cuda.fail = None
+    recorder.new_pool()
+    recorder.record(lambda: None, lambda: None, [])
+
+
+def test_a_cache_that_cannot_be_emptied_is_no_failure(cuda):
+    """Somebody else's capture, or one that torch could not end."""
+    recorder = cuda_graphs.Recorder(DEVICE)
+    cuda.capturing.append((0, 99))
+    cuda.log.clear()
+    recorder.new_pool()
+    assert cuda.log == []
+
+
+def test_turns_follow_each_other_whatever_their_streams(cuda):
+    """A stream that only waited, or only told where it is, would let the next turn overtake one of the two before."""
+    recorder = cuda_graphs.Recorder(DEVICE)
+    cuda.log.clear()
+    recorder.join()
+    recorder.join()
+    assert cuda.log == ["main waits for event", "event on main"] * 2
 
 
 def test_one_stream_and_one_lock_per_device_one_pool_per_recorder(cuda):
     first, second = cuda_graphs.Recorder(DEVICE), cuda_graphs.Recorder(DEVICE)
-    assert first.lock is second.lock
-    assert cuda_graphs.device_lock(torch.device("cuda", 1)) is not first.lock
+    assert first._lock is second._lock and first._stream is second._stream
+    assert cuda_graphs.Recorder(torch.device("cuda", 1))._lock is not first._lock
     for recorder in (first, second):
         recorder.record(lambda: None, lambda: None, [])
     captures = [line for line in cuda.log if line.startswith("capture in")]
@@ -190,7 +229,62 @@ def test_one_stream_and_one_lock_per_device_one_pool_per_recorder(cuda):
     first.new_pool()
     assert cuda.log[-1] == "empty cache"
     first.record(lambda: None, lambda: None, [])
-    assert "capture in pool 3 on side1, thread_local" in cuda.log
+    assert "capture in pool 4 on side1, thread_local" in cuda.log
+
+
+def test_a_devices_lock_is_one_for_threads_that_come_at_once(cuda, monkeypatch):
+    made, stream = [], cuda.Stream
+
+    def slow(device):
+        time.sleep(0.05)
+        return stream(device)
+
+    monkeypatch.setattr(cuda, "Stream", slow)
+    in_threads(lambda: made.append(cuda_graphs.Recorder(DEVICE)), count=4)
+    assert len({id(recorder._lock) for recorder in made}) == 1 and len(made) == 4
+
+
+def in_threads(work, count=1):
+    threads = [threading.Thread(target=work) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+@pytest.mark.parametrize("other", [DEVICE, torch.device("cuda", 1)], ids=str)
+@pytest.mark.parametrize("what", ["new", "clear", "capture"])
+def test_nobody_disturbs_a_capture(cuda, what, other):
+    """torch has one capture at a time in a process, and asserts that nobody empties its cache meanwhile, of whatever device."""
+    recorder, second, began, done = cuda_graphs.Recorder(DEVICE), Graphs(), threading.Event(), threading.Event()
+    workspace = second.lease("shape", other, content)
+    second.run(workspace, "k", second.program(workspace, "k", lambda: Program(lambda: None)))
+    acts = {
+        "new": lambda: Graphs().lease("shape", other, content),
+        "clear": second.clear,
+        "capture": lambda: second.run(workspace, "l", second.program(workspace, "l", lambda: Program(lambda: None))),
+    }
+
+    def act():
+        began.wait(10)
+        acts[what]()
+        done.set()
+
+    began_at = []
+
+    def body():
+        began_at.append(len(cuda.log))
+        began.set()
+        assert not done.wait(0.1)
+        told = cuda.log[began_at[0] :]
+        harmless = [] if other == DEVICE else ["reset"]  # a graph of another device may go
+        assert not {line.split(" ")[0] for line in told} & {"empty", "capture", "reset"} - {*harmless}
+
+    thread = threading.Thread(target=act)
+    thread.start()
+    recorder.record(body, lambda: None, [])
+    thread.join()
+    assert done.is_set() and second.failure is None
 
 
 def test_bytes_of_the_pool(cuda):
@@ -206,7 +300,7 @@ def test_bytes_of_the_pool(cuda):
 def test_other_threads_wait_while_one_launches(cuda):
     recorder, launched = cuda_graphs.Recorder(DEVICE), threading.Event()
     graph = recorder.record(lambda: None, lambda: None, [])
-    with recorder.lock:
+    with recorder._lock:
         thread = threading.Thread(target=lambda: (recorder.replay(graph), launched.set()))
         thread.start()
         assert not launched.wait(0.2)
@@ -227,15 +321,19 @@ def test_capture_uses_it_on_cuda(cuda, monkeypatch):
     monkeypatch.setattr(cuda, "is_available", lambda: False)
     assert not records(DEVICE)
     graphs = Graphs(limit=1)
-    content = type("Content", (), {"nbytes": 8})()
-    workspace = graphs.lease("shape", DEVICE, lambda: content)
+    streams = []
+    tensor = SimpleNamespace(record_stream=lambda stream: streams.append(stream.name))
+    workspace = graphs.lease("shape", DEVICE, lambda: SimpleNamespace(tensors=[tensor], nbytes=8))
     for key in ("a", "a", "b"):
         program = graphs.program(workspace, key, lambda: Program(lambda: None))
         assert graphs.run(workspace, key, program) is None
     graphs.give_back(workspace)
     kinds = [line.split(" ")[0] for line in cuda.log if line.split(" ")[0] in ("capture", "replay", "reset")]
     assert kinds == ["capture", "replay", "replay", "reset", "capture", "replay"]
+    captures = [line.split(" ")[3] for line in cuda.log if line.startswith("capture in")]
+    assert captures == ["1", "2"], "the pool of a graph that was the only one is not taken again"
     assert [info.replays for info in graphs()] == [1]
+    assert streams == ["main"], "memory that another stream frees is not used again before this one is through with it"
 
 
 @pytest.mark.gpu
@@ -243,17 +341,16 @@ def test_capture_uses_it_on_cuda(cuda, monkeypatch):
 def test_a_real_graph():
     graphs = Graphs()
     device = torch.device("cuda", torch.cuda.current_device())
-    content = type("Content", (), {"nbytes": 4096})()
-    content.x = torch.zeros(1024, device=device)
-    workspace = graphs.lease("shape", device, lambda: content)
+    x = torch.zeros(1024, device=device)
+    workspace = graphs.lease("shape", device, lambda: SimpleNamespace(tensors=[x], nbytes=x.nbytes))
     weight = torch.arange(1024.0, device=device)
 
     def body():
-        content.x.add_(weight * 2)
+        x.add_(weight * 2)
 
     for _ in range(3):
-        program = graphs.program(workspace, "k", lambda: Program(body, keeps=[content.x]))
+        program = graphs.program(workspace, "k", lambda: Program(body, keeps=[x]))
         assert graphs.run(workspace, "k", program) is None
-    assert torch.equal(content.x, weight * 6)
+    assert torch.equal(x, weight * 6)
     graphs.give_back(workspace)
     assert graphs()[0].bytes > 0 and graphs()[0].replays == 3

@@ -22,7 +22,8 @@ def recorders():
 
 
 def content(size=4):
-    return SimpleNamespace(x=torch.zeros(size), nbytes=4 * size)
+    x = torch.zeros(size)
+    return SimpleNamespace(x=x, tensors=[x], nbytes=x.nbytes)
 
 
 def lease(graphs, key="shape", size=4):
@@ -155,13 +156,32 @@ def test_count_and_bytes_are_bounded(recorders):
         assert run(graphs, w, "k", lambda x=x: x.add_(x * 2), keeps=[x]) is None
         graphs.give_back(w)
         assert graphs.bytes <= 1000
-    w = lease(graphs, 500, 500)
-    reason = run(graphs, w, "k", lambda: w.content.x.add_(w.content.x * 2), keeps=[w.content.x])
-    assert "would need 4,000 bytes, guard.graphs.budget is 1,000" in reason
-    assert run(graphs, w, "k", lambda: None) == reason, "not tried again"
-    assert graphs.failure is None and graphs() == []
-    graphs.give_back(w)
+    kept, recorded = graphs(), recorders[0].recorded
+    for size, needed, left in ((500, "2,000", kept), (200, "1,600", [])):
+        w = lease(graphs, size, size)
+        reason = run(graphs, w, "k", lambda x=w.content.x: x.add_(x * 2), keeps=[w.content.x])
+        assert f"would need {needed} bytes or more, guard.graphs.budget is 1,000" in reason
+        assert run(graphs, w, "k", lambda: None) == reason, "not tried again"
+        assert graphs.failure is None and graphs() == left, "what cannot help is not given up"
+        graphs.give_back(w)
+    assert recorders[0].recorded == recorded + 1, "what does not fit without its graph is not recorded to be measured"
     assert graphs._workspaces == {}
+
+
+def test_room_is_made_before_a_graph_is_recorded():
+    graphs, seen = Graphs(budget=1000), []
+    for size, nbytes in ((50, 0), (80, 300)):  # 8 bytes an element: 400, then 640, and 300 of inputs
+        w = lease(graphs, size, size)
+
+        def body(x=w.content.x):
+            seen.append(len(graphs()))
+            x.add_(x * 2)
+
+        assert run(graphs, w, "k", body, keeps=[w.content.x], nbytes=nbytes) is None
+        graphs.give_back(w)
+    assert seen == [0] * 4 and graphs.bytes == 940, (
+        "warm-up and recording of each: the first was gone before the second began"
+    )
 
 
 def test_least_recently_used_goes_first():

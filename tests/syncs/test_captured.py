@@ -5,8 +5,6 @@ What a guard does around a replay (copying arguments that changed, noise, the lo
 
 from __future__ import annotations
 
-import threading
-
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -26,7 +24,7 @@ class Runner:
     """In the place of `cuda_graphs.Recorder`: a graph is its body, a replay runs it."""
 
     def __init__(self, device):
-        self.lock, self.replays = threading.RLock(), 0
+        self.replays = 0
         runners.append(self)
 
     def record(self, body, warm_up, keeps):
@@ -37,8 +35,7 @@ class Runner:
         body()
 
     def release(self, body): ...
-    def enter(self): ...
-    def leave(self): ...
+    def join(self, tensors=()): ...
     def new_pool(self): ...
 
     def pool_bytes(self):
