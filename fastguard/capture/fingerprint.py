@@ -58,26 +58,34 @@ class Fingerprint:
         return self._obstacle
 
     def _changed(self) -> bool:
-        if any(self._hooks) or sum(map(len, self._containers)) != len(self._contents):
+        if any(self._hooks) or self._lengths() != self._counted:
             return True
-        # In C: SDXL's UNet has 40,000 entries.
-        now = chain.from_iterable(map(_items, self._containers))
-        return not all(map(operator.is_, now, self._contents)) or self._where() != self._addresses
+        return not all(map(operator.is_, self._entries(), self._contents)) or self._where() != self._addresses
 
-    def _where(self) -> list[int]:
-        found = list(map(torch.Tensor.data_ptr, self._tensors))
-        found.extend(address for tensor in self._wrappers for address in addresses(tensor))
-        return found
+    def _lengths(self) -> list[int]:
+        return list(map(len, chain(self._mappings, self._sequences)))
+
+    def _entries(self) -> Iterator[Any]:
+        """Names, values and items of all that was read. Without a line of Python for each: SDXL's UNet has 48,000 names."""
+        return chain(*map(chain.from_iterable, (self._filled, map(dict.values, self._filled), self._sequences)))
+
+    def _where(self) -> list[Hashable]:
+        """Addresses and layouts: both may change under the same tensor, as its `.data` does."""
+        plain = [*self._tensors, *(part for tensor in self._wrappers for part in parts(tensor))]
+        kinds = (torch.Tensor.data_ptr, torch.Tensor.size, torch.Tensor.stride)
+        return [found for of in kinds for found in map(of, plain)]
 
     def _read(self) -> None:
-        self._containers: list[Any] = []
+        self._mappings: list[dict] = []
+        self._sequences: list[Any] = []
         self._tensors: list[torch.Tensor] = []
         self._wrappers: list[torch.Tensor] = []
         modules = list(self._module.modules())
         self._hooks = [h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)]
         seen: set[int] = {id(module) for module in modules}
         text = repr([_generation, *((kind(m), self._mapping(vars(m), seen, 0)) for m in modules)])
-        self._contents = list(chain.from_iterable(map(_items, self._containers)))
+        self._filled = list(filter(None, self._mappings))
+        self._contents, self._counted = list(self._entries()), self._lengths()
         self._addresses = self._where()
         digest = hashlib.sha256(text.encode())
         digest.update(repr(self._addresses).encode())
@@ -85,7 +93,7 @@ class Fingerprint:
         self._obstacle = obstacle(modules)
 
     def _mapping(self, mapping: dict, seen: set[int], depth: int) -> list[Any]:
-        self._containers.append(mapping)
+        self._mappings.append(mapping)
         return [
             (str(key), self._describe(value, seen, depth))
             for key, value in mapping.items()
@@ -109,7 +117,7 @@ class Fingerprint:
             seen.add(id(value))
             return self._mapping(value, seen, depth + 1)
         if isinstance(value, (list, tuple, set, frozenset)):
-            self._containers.append(value)
+            self._sequences.append(value)
             return [kind(value), *(self._describe(item, seen, depth + 1) for item in value)]
         if hasattr(value, "__dict__"):
             seen.add(id(value))
@@ -130,21 +138,17 @@ def _identity(value: Any) -> str:
     return f"{kind(value)} {id(value)}"
 
 
-def _items(container: Any) -> Any:
-    return container.values() if isinstance(container, dict) else container
-
-
 def kind(value: Any) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
-def addresses(tensor: torch.Tensor) -> Iterator[int]:
-    """Where the data lies of a subclass that holds several tensors (quantised weights)."""
+def parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Of a subclass that holds several tensors (quantised weights)."""
     if not hasattr(tensor, "__tensor_flatten__"):
-        yield tensor.data_ptr()
+        yield tensor
         return
     for name in tensor.__tensor_flatten__()[0]:
-        yield from addresses(getattr(tensor, name))
+        yield from parts(getattr(tensor, name))
 
 
 def obstacle(modules: list[torch.nn.Module]) -> str | None:

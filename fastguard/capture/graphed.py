@@ -93,8 +93,11 @@ class Graphed:
                 self.reason = f"capture={mode!r}: nothing records graphs on device {device.type!r}"
             return None
         if not graphs.holds(latents):
+            self.reason = f"latents are a {type(latents).__name__}, which no graph can hold"
             return None
-        if mode == "auto" and halves * latents[:, 0].numel() > LAUNCH_BOUND:
+        positions = halves * latents[:, 0].numel()
+        if mode == "auto" and positions > LAUNCH_BOUND:
+            self.reason = f"capture='auto' records up to {LAUNCH_BOUND:,} positions a forward (launches take longer there), here are {positions:,}"
             return None
         if not self.whole and not self._may_record(device):
             return None

@@ -34,7 +34,8 @@ def run(call: Call, arguments: Arguments, sample: torch.Tensor, branches: str, b
 
 def _run_row(call: Call, arguments: Arguments, sample: torch.Tensor, branches: str, batch: int) -> bool:
     loop = call.graphed.loop
-    if arguments[1].get("return_dict") is not False or call.rescale > 0.0:
+    if (problem := _needs_its_output(call, arguments)) is not None:
+        call.graphed.reason = problem
         return False
     call.follow_guidance_scale()
     if call.observed and call.schedule.linear:
@@ -48,6 +49,15 @@ def _run_row(call: Call, arguments: Arguments, sample: torch.Tensor, branches: s
         return True
     call.noise.put_back(noise)
     return False
+
+
+def _needs_its_output(call: Call, arguments: Arguments) -> str | None:
+    """Why the denoiser's output, which a graph keeps to itself, is needed outside it."""
+    if call.rescale > 0.0:
+        return "guidance_rescale reads the conditional output, which stays inside a graph"
+    if arguments[1].get("return_dict") is not False:
+        return "the pipeline asks its denoiser for an output by name (return_dict), and a graph gives none"
+    return None
 
 
 def _run_whole(call: Call, arguments: Arguments) -> None:
