@@ -58,7 +58,7 @@ class Fingerprint:
         return self._obstacle
 
     def _changed(self) -> bool:
-        if any(self._hooks) or self._lengths() != self._counted:
+        if self._hooked or any(self._hooks) or self._lengths() != self._counted:
             return True
         return not all(map(operator.is_, self._entries(), self._contents)) or self._where() != self._addresses
 
@@ -82,6 +82,7 @@ class Fingerprint:
         self._wrappers: list[torch.Tensor] = []
         modules = list(self._module.modules())
         self._hooks = [h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)]
+        self._hooked = any(self._hooks)  # once more, then, to see whether they are gone
         seen: set[int] = {id(module) for module in modules}
         text = repr([_generation, *((kind(m), self._mapping(vars(m), seen, 0)) for m in modules)])
         self._filled = list(filter(None, self._mappings))

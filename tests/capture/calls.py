@@ -27,9 +27,9 @@ def eager(pipe, policy="cfg", **kwargs):
         return call(pipe, **kwargs), guard.report
 
 
-def check(pipe, policy="cfg", mode="step", path=None, times=1, options=None, **kwargs):
-    """Recorded equals eager to the bit, in images and in reports."""
-    expected, report = eager(pipe, policy, **kwargs)
+def check(pipe, policy="cfg", mode="step", path=None, times=1, options=None, against=None, **kwargs):
+    """Recorded equals eager to the bit, in images and in reports. `against`: what `eager` gave for the same call."""
+    expected, report = against or eager(pipe, policy, **kwargs)
     with fastguard.enable(pipe, policy, capture=mode, **(options or {})) as guard:
         for _ in range(times):
             assert torch.equal(call(pipe, **kwargs), expected)

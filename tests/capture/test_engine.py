@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
 import threading
 
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 
 import fastguard
 from fastguard.capture import attention
@@ -172,131 +170,6 @@ def test_modules_with_graphs_of_their_own_are_refused(mode, in_place):
     assert "CUDA graphs of its own" in Fingerprint(pipe.unet).obstacle
     with fastguard.enable(pipe, "cfg"):
         pass  # "auto" leaves such a model alone
-
-
-# What cannot be recorded ----------------------------------------------------------------------------------------------------
-
-
-class Moves(ModelHook):
-    def pre_forward(self, module, *args, **kwargs):
-        return args, kwargs
-
-
-def accelerate_hook(pipe):
-    add_hook_to_module(pipe.unet, Moves())
-    return lambda: remove_hook_from_module(pipe.unet)
-
-
-def forward_hook(pipe):
-    return pipe.unet.conv_in.register_forward_pre_hook(lambda module, args: None).remove
-
-
-def group_offload(pipe):
-    from diffusers.hooks import apply_group_offloading
-
-    apply_group_offloading(
-        pipe.unet, onload_device=torch.device("cpu"), offload_device=torch.device("cpu"), offload_type="leaf_level"
-    )  # fmt: skip
-    return lambda: None
-
-
-def dropout(pipe):
-    pipe.unet.mid_block.dropout = torch.nn.Dropout(0.0).train()
-    pipe.unet.mid_block.dropout.p = 0.1
-    return lambda: None
-
-
-@pytest.mark.parametrize(
-    ("obstacle", "reason"),
-    [
-        (accelerate_hook, "Moves of accelerate on UNet2DConditionModel runs Python in every forward"),
-        (forward_hook, "a forward hook on Conv2d runs Python in every forward"),
-        (group_offload, "group_offloading on Conv2d runs Python in every forward|group_offloading"),
-        (dropout, "a Dropout is in training mode"),
-    ],
-)
-def test_what_runs_python_in_every_forward_stays_eager(obstacle, reason):
-    pipe = pipelines.sd()
-    with simulator.recording(), fastguard.enable(pipe, "cfg", capture="step") as guard:
-        expected = call(pipe)
-        undo = obstacle(pipe)
-        for mode in ("step", "loop", "auto"):
-            fastguard.enable(pipe, "cfg", capture=mode)
-            assert torch.equal(call(pipe), expected)
-            assert guard.report.path == "fused"
-            assert re.search(reason, guard.report.reason), guard.report.reason
-        undo()
-
-
-def test_autocast_stays_eager(sd):
-    with simulator.recording(), torch.autocast("cpu", dtype=torch.bfloat16):
-        _, report = run(sd, capture="step")
-    assert report.path == "fused" and "autocast" in report.reason
-
-
-def test_a_model_that_synchronises_falls_back_and_says_so(sd, monkeypatch):
-    pipe = pipelines.sd()
-    expected, _ = run(pipe)
-    forward = pipe.unet.conv_in.forward
-    pipe.unet.conv_in.forward = lambda x: forward(x) * (x.sum().item() * 0 + 1)
-    with simulator.recording(), fastguard.enable(pipe, "cfg", capture="step") as guard:
-        for mode in ("step", "loop", "step"):
-            fastguard.enable(pipe, "cfg", capture=mode)
-            assert torch.equal(call(pipe), expected)
-            assert guard.report.path == "fused"
-            assert "capture failed, everything runs eagerly from here on" in guard.report.reason
-
-
-def test_arguments_that_nobody_can_compare_stay_eager(sd):
-    from fastguard.capture.static_inputs import unhashable
-
-    assert unhashable(((torch.ones(1), 2.0, None), {"a": [{"b": "c"}]})) is None
-    found = unhashable(((), {"cross_attention_kwargs": {"mask": object()}}))
-    assert found == "arguments[1]['cross_attention_kwargs']['mask'] is a object"
-
-
-def test_concurrent_calls_of_one_shape():
-    """One of them has the graphs' tensors, the others run eagerly: all get their own images."""
-    pipe = pipelines.sd()
-
-    def one(scale):
-        return call(pipe, guidance_scale=scale, steps=3)
-
-    scales = [2.0, 4.0, 6.0]
-    with simulator.recording(), fastguard.enable(pipe, "cfg", capture="step") as guard:
-        alone = [one(s) for s in scales]
-        results, reports = [None] * 3, [None] * 3
-        barrier = threading.Barrier(3)
-
-        def work(i):
-            barrier.wait()
-            results[i] = one(scales[i])
-            reports[i] = guard.report
-
-        threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert all(torch.equal(a, b) for a, b in zip(alone, results, strict=True))
-    paths = [report.path for report in reports]
-    assert "fused, step graph" in paths
-    assert all(r.path == "fused, step graph" or "another call" in r.reason for r in reports)
-
-
-# Quantised weights ----------------------------------------------------------------------------------------------------------
-
-
-def test_addresses_inside_quantised_weights_belong_to_the_fingerprint():
-    from torch.testing._internal.two_tensor import TwoTensor
-
-    linear = torch.nn.Linear(2, 2, bias=False)
-    linear.weight = torch.nn.Parameter(TwoTensor(torch.ones(2, 2), torch.ones(2, 2)))
-    fingerprint = Fingerprint(linear)
-    before = fingerprint()
-    assert fingerprint() == before
-    linear.weight.b = torch.ones(2, 2)
-    assert fingerprint() != before
 
 
 # Choosing by measurement ----------------------------------------------------------------------------------------------------

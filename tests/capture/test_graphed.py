@@ -8,28 +8,12 @@ import torch
 
 import fastguard
 from tests import pipelines, schedulers
-from tests.capture.calls import POLICIES, SIZE, call, check, eager
-from tests.test_enable import SD_KINDS
+from tests.capture.calls import SIZE, call, check, eager
+from tests.guarded import SD_KINDS
 
 pytestmark = pytest.mark.usefixtures("recorders")
 
-# Every scheduler, policy and family -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("mode", ["step", "loop"])
-@pytest.mark.parametrize("name", schedulers.SD)
-def test_schedulers(name, mode):
-    pipe = pipelines.sd(scheduler=schedulers.SD[name]())
-    policy = POLICIES[list(schedulers.SD).index(name) % len(POLICIES)]
-    check(pipe, policy, mode, steps=4 if "3" in name else 3)
-
-
-@pytest.mark.parametrize("name", schedulers.OWN_STEP)
-def test_schedulers_with_a_step_of_their_own(name):
-    """Denoiser, decision and guidance are recorded, the scheduler's own step() runs."""
-    pipe = pipelines.sd(scheduler=schedulers.OWN_STEP[name]())
-    for mode in ("step", "loop"):
-        check(pipe, "og+dtp", mode, path="own step, step graph", steps=50)
+# Every policy and family -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", ["step", "loop"])

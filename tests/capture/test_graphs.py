@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastguard.capture import fingerprint, graphs
+from fastguard.capture import graphs
 from fastguard.capture.graphs import Graphs, Program
 from tests.capture import simulator
 
@@ -246,22 +246,3 @@ def test_a_reason_names_the_error_that_began_it():
             "ValueError: the cause (then RuntimeError: failed due to a previous error during capture)"
         )
     assert graphs._text(ValueError("alone")) == "ValueError: alone"
-
-
-@pytest.mark.parametrize(
-    ("switches", "name"),
-    [
-        (torch.backends.cudnn, "allow_tf32"),
-        (torch.backends.cudnn, "enabled"),
-        (torch.backends.cuda.matmul, "allow_tf32"),
-        (torch.backends.cuda.matmul, "allow_fp16_reduced_precision_reduction"),
-        (torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction"),
-    ],
-)
-def test_precision_switches_are_in_the_fingerprint(switches, name):
-    before, value = fingerprint.ambient(), getattr(switches, name)
-    setattr(switches, name, not value)
-    try:
-        assert fingerprint.ambient() != before
-    finally:
-        setattr(switches, name, value)

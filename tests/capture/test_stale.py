@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 import random
 
@@ -12,7 +11,6 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 
 import fastguard
-from fastguard.capture import attention, engine
 from fastguard.capture.fingerprint import Fingerprint
 from fastguard.capture.static_loop import StaticLoop
 from fastguard.loop import Loop
@@ -142,120 +140,6 @@ def test_ip_adapter_scale(blind, monkeypatch):
 
     after, expected = stale(pipe, change, monkeypatch, blind, ip_adapter_image_embeds=embeds)
     assert torch.equal(after, expected) != blind
-
-
-@pytest.mark.parametrize("blind", [False, True], ids=["", "planted"])
-@pytest.mark.parametrize("name", ["prompt", "scale", "controlnet", "backend"])
-def test_changed_arguments(name, blind, monkeypatch):
-    from fastguard.capture import fingerprint, graphed
-    from fastguard.capture.static_inputs import StaticInputs
-
-    if blind:  # in the same order: nothing is copied; plain values are not looked at; torch's switches neither
-        patches = {
-            "scale": (graphed, "signature", lambda tree, resident: "same"),
-            "backend": (fingerprint, "ambient", lambda: ()),
-        }
-        load = StaticInputs.load
-
-        def once(self, tree, always=False):
-            if not hasattr(self, "loaded"):
-                load(self, tree, always=always)
-            self.loaded = True
-
-        monkeypatch.setattr(*patches.get(name, (StaticInputs, "load", once)))
-    pipe = with_lora()
-    first, second = {}, {}
-    if name == "prompt":
-        second = {"prompt": ["another", "entirely"]}
-    elif name == "scale":
-        first, second = ({"cross_attention_kwargs": {"scale": s}} for s in (1.0, 0.2))
-    elif name == "controlnet":
-        from tests.test_enable import picture
-
-        pipe = pipelines.sd("StableDiffusionControlNetPipeline")
-        image = {"image": [picture(16), picture(16, 1)]}
-        first, second = ({**image, "controlnet_conditioning_scale": s} for s in (1.0, 0.2))
-    with fastguard.enable(pipe, "cfg", capture="step") as guard:
-        call(pipe, **first)
-        count = len(guard.graphs())
-        if name == "backend":
-            torch.backends.cuda.enable_flash_sdp(False)
-        try:
-            after = call(pipe, **second)
-        finally:
-            torch.backends.cuda.enable_flash_sdp(True)
-        recorded_anew = len(guard.graphs()) - count
-    expected, _ = eager(pipe, **second)
-    if name == "backend":  # the same numbers on the CPU: only whether it was looked at can be seen
-        assert (recorded_anew == 0) == blind
-    else:
-        assert torch.equal(after, expected) != blind
-
-
-# Who computes attention, and whether it is compiled, changes no number worth speaking of: planted backends do.
-
-
-def _halved_attention(monkeypatch):
-    """Attention backend "native_math" as one that computes half of it."""
-    dispatch = attention.dispatch.dispatch_attention_fn
-
-    def halved(*args, backend=None, **kwargs):
-        return dispatch(*args, backend=backend, **kwargs) * (0.5 if backend is attention.Backend._NATIVE_MATH else 1.0)
-
-    monkeypatch.setattr(attention.dispatch, "dispatch_attention_fn", halved)
-    monkeypatch.setattr(engine, "check", lambda *args: None)
-    return {"attention_backend": "native"}, {"attention_backend": "native_math"}
-
-
-def _halving_compiler(monkeypatch):
-    """A torch.compile after which the denoiser gives half of what it did."""
-
-    def compiled(denoiser, options):
-        return denoiser if options is None else lambda *args, **kwargs: (denoiser(*args, **kwargs)[0] * 0.5,)
-
-    monkeypatch.setattr(engine, "compile_denoiser", compiled)
-    return {}, {"compile": True}
-
-
-@pytest.mark.parametrize("blind", [False, True], ids=["", "planted"])
-@pytest.mark.parametrize("plant", [_halved_attention, _halving_compiler])
-def test_changed_options_are_recorded_anew(sd, plant, blind, monkeypatch):
-    first, second = plant(monkeypatch)
-    with fastguard.enable(sd, "cfg", capture="off", **second):
-        expected = call(sd, steps=2)
-    if blind:
-        lend = engine.Engine.lend
-
-        def without_options(self, *args):
-            runs, capturing = lend(self, *args)
-            return runs, dataclasses.replace(capturing, options=None)
-
-        monkeypatch.setattr(engine.Engine, "lend", without_options)
-    with fastguard.enable(sd, "cfg", capture="step", **first) as guard:
-        before = call(sd, steps=2)
-        fastguard.enable(sd, "cfg", capture="step", **second)
-        after = call(sd, steps=2)
-        assert guard.report.path == "fused, step graph", guard.report.reason
-    assert not torch.equal(before, expected), "the change must matter"
-    assert torch.equal(after, expected) != blind
-
-
-@pytest.mark.parametrize("blind", [False, True], ids=["", "planted"])
-@pytest.mark.parametrize("where", ["registry", "model"])
-def test_diffusers_own_choice_of_attention_is_looked_at(where, blind, monkeypatch):
-    """`attention_backend` of diffusers, as a context and on the model: only whether it was looked at can be seen on the CPU."""
-    pipe = pipelines.sd()
-    if blind:
-        monkeypatch.setattr(Fingerprint, "__call__", lambda self: "always the same")
-    with fastguard.enable(pipe, "cfg", capture="step") as guard:
-        call(pipe, steps=2)
-        if where == "registry":
-            with attention.dispatch.attention_backend("_native_math"):
-                call(pipe, steps=2)
-        else:
-            pipe.unet.set_attention_backend("_native_math")
-            call(pipe, steps=2)
-        assert len(guard.graphs()) == (1 if blind else 2)
 
 
 def _python_counter(monkeypatch):

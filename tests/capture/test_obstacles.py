@@ -1,0 +1,203 @@
+"""What cannot be recorded runs eagerly, with the images of an eager call and a reason in the report."""
+
+from __future__ import annotations
+
+import functools
+import threading
+
+import diffusers
+import pytest
+import torch
+from accelerate import cpu_offload
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from diffusers import hooks
+
+import fastguard
+from fastguard.capture import recorded, static_inputs
+from tests import pipelines
+from tests.capture.calls import call as two
+
+pytestmark = pytest.mark.usefixtures("recorders")
+CPU = torch.device("cpu")
+call = functools.partial(two, steps=2, seeds=(3,))
+
+
+def run(pipe, **options):
+    with fastguard.enable(pipe, "cfg", **options) as guard:
+        return call(pipe), guard.report
+
+
+# Whatever runs Python in every forward --------------------------------------------------------------------------------------
+
+
+class Moves(ModelHook):
+    def pre_forward(self, module, *args, **kwargs):
+        return args, kwargs
+
+
+def accelerate_hook(pipe):
+    add_hook_to_module(pipe.unet, Moves())
+    return lambda: remove_hook_from_module(pipe.unet)
+
+
+def model_offload(pipe):
+    pipe.enable_model_cpu_offload(device="cpu")
+    return pipe.remove_all_hooks
+
+
+def sequential_offload(pipe):
+    """What enable_sequential_cpu_offload does to a denoiser; transformers' text encoders cannot go that way on a CPU."""
+    cpu_offload(pipe.unet, CPU, offload_buffers=True)
+
+
+def group_offload(pipe):
+    pipe.unet.enable_group_offload(onload_device=CPU, offload_device=CPU, offload_type="leaf_level")
+
+
+def layerwise_casting(pipe):
+    pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+
+
+def caching(pipe):
+    """Attention of every second call is the one before it."""
+    config = diffusers.PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2,
+        spatial_attention_timestep_skip_range=(0, 1000),
+        spatial_attention_block_identifiers=("attn1",),
+        current_timestep_callback=lambda: 500,
+    )
+    hooks.apply_pyramid_attention_broadcast(pipe.unet, config)
+
+
+def forward_hook(pipe):
+    return pipe.unet.conv_in.register_forward_pre_hook(lambda module, args: None).remove
+
+
+def dropout(pipe):
+    pipe.unet.mid_block.dropout = torch.nn.Dropout(0.0).train()
+    pipe.unet.mid_block.dropout.p = 0.1
+
+
+EVERY = "runs Python in every forward"
+
+
+@pytest.mark.parametrize(
+    ("obstacle", "reason"),
+    [
+        (accelerate_hook, f"Moves of accelerate on UNet2DConditionModel {EVERY} (offload)"),
+        (model_offload, f"CpuOffload of accelerate on UNet2DConditionModel {EVERY} (offload)"),
+        (sequential_offload, f"AlignDevicesHook of accelerate on UNet2DConditionModel {EVERY} (offload)"),
+        (group_offload, f"group_offloading on Conv2d {EVERY} (group offload, caching, casting)"),
+        (layerwise_casting, f"layerwise_casting on Conv2d {EVERY} (group offload, caching, casting)"),
+        (caching, f"pyramid_attention_broadcast on Attention {EVERY} (group offload, caching, casting)"),
+        (forward_hook, f"a forward hook on Conv2d {EVERY}"),
+        (dropout, "a Dropout is in training mode"),
+    ],
+)
+def test_what_runs_python_in_every_forward_stays_eager(obstacle, reason):
+    pipe = pipelines.sd()
+    with fastguard.enable(pipe, "cfg", capture="step") as guard:
+        before = call(pipe)
+        assert guard.report.path == "fused, step graph"
+        undo = obstacle(pipe)
+        fastguard.enable(pipe, "cfg", capture="off")
+        expected = call(pipe)
+        assert torch.equal(before, expected) == (obstacle not in (layerwise_casting, caching)), "these change numbers"
+        for mode in ("step", "loop", "auto"):
+            fastguard.enable(pipe, "cfg", capture=mode)
+            assert torch.equal(call(pipe), expected)
+            assert guard.report.path == "fused" and reason in guard.report.reason, guard.report.reason
+        if undo is not None:
+            undo()
+            assert torch.equal(call(pipe), before)
+            assert guard.report.path == "fused, step graph", guard.report.reason
+
+
+# Whatever is asked of a call ------------------------------------------------------------------------------------------------
+
+
+class Watched(torch.Tensor):
+    """Latents of somebody who looks at every operation."""
+
+
+def test_latents_that_somebody_watches(monkeypatch):
+    pipe = pipelines.sd()
+    prepare = pipe.prepare_latents
+    pipe.prepare_latents = lambda *args, **kwargs: prepare(*args, **kwargs).as_subclass(Watched)
+    for mode in ("step", "auto"):
+        _, report = run(pipe, capture=mode)
+        assert (report.path, report.reason) == ("fused", "latents are a Watched, which no graph can hold")
+
+
+def test_guidance_rescale_reads_an_output(sd):
+    with fastguard.enable(sd, "cfg", capture="step") as guard:
+        call(sd, guidance_rescale=0.5)
+        assert guard.report.path == "own step" and "stays inside a graph" in guard.report.reason
+
+
+def test_an_output_by_name(sd, monkeypatch):
+    """A pipeline class may ask for `.sample`: none of the supported ones does, so this one is made to."""
+    expected, _ = run(sd)
+    row = recorded._run_row
+    monkeypatch.setattr(
+        recorded,
+        "_run_row",
+        lambda call, arguments, *rest: row(call, (arguments[0], {**arguments[1], "return_dict": True}), *rest),
+    )
+    image, report = run(sd, capture="step")
+    assert torch.equal(image, expected)
+    assert report.path == "fused" and "an output by name (return_dict)" in report.reason
+
+
+def test_autocast_stays_eager(sd):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _, report = run(sd, capture="step")
+    assert report.path == "fused" and "autocast" in report.reason
+
+
+def test_a_model_that_synchronises_falls_back_and_says_so(sd, monkeypatch):
+    pipe = pipelines.sd()
+    expected, _ = run(pipe)
+    forward = pipe.unet.conv_in.forward
+    pipe.unet.conv_in.forward = lambda x: forward(x) * (x.sum().item() * 0 + 1)
+    with fastguard.enable(pipe, "cfg", capture="step") as guard:
+        for mode in ("step", "loop", "step"):
+            fastguard.enable(pipe, "cfg", capture=mode)
+            assert torch.equal(call(pipe), expected)
+            assert guard.report.path == "fused"
+            assert "capture failed, everything runs eagerly from here on" in guard.report.reason
+
+
+def test_arguments_that_nobody_can_compare_stay_eager(sd):
+    assert static_inputs.unhashable(((torch.ones(1), 2.0, None), {"a": [{"b": "c"}]})) is None
+    found = static_inputs.unhashable(((), {"cross_attention_kwargs": {"mask": object()}}))
+    assert found == "arguments[1]['cross_attention_kwargs']['mask'] is a object"
+
+
+def test_concurrent_calls_of_one_shape():
+    """One of them has the graphs' tensors, the others run eagerly: all get their own images."""
+    pipe = pipelines.sd()
+
+    def one(scale):
+        return call(pipe, guidance_scale=scale, steps=3)
+
+    scales = [2.0, 4.0, 6.0]
+    with fastguard.enable(pipe, "cfg", capture="step") as guard:
+        alone = [one(s) for s in scales]
+        results, reports = [None] * 3, [None] * 3
+        barrier = threading.Barrier(3)
+
+        def work(i):
+            barrier.wait()
+            results[i] = one(scales[i])
+            reports[i] = guard.report
+
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert all(torch.equal(a, b) for a, b in zip(alone, results, strict=True))
+    paths = [report.path for report in reports]
+    assert "fused, step graph" in paths
+    assert all(r.path == "fused, step graph" or "another call" in r.reason for r in reports)

@@ -1,0 +1,107 @@
+"""The launcher's own Python: between the op's call and the kernels nothing waits, copies or launches. Kernels are stand-ins.
+
+Fake tensors stop at the op, so what the launcher does on the host is watched here, on tensors of the host: every operation that is no
+view would be a launch, a copy or a wait on a device.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from . import cases
+
+pytest.importorskip("triton")
+
+from fastguard.kernels import guided_step as op
+from fastguard.kernels import triton_step
+
+SD, SDXL = (2, 4, 64, 64), (2, 4, 128, 128)
+
+
+class Launched:
+    """A kernel that only notes its launches."""
+
+    def __init__(self, notes: list[str], name: str) -> None:
+        self.notes, self.name = notes, name
+
+    def __getitem__(self, grid: tuple[int, ...]):
+        return lambda *args, **kwargs: self.notes.append(self.name)
+
+
+class Watch(TorchDispatchMode):
+    """Every operation that is no view."""
+
+    def __init__(self, notes: list[str]) -> None:
+        super().__init__()
+        self.notes = notes
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if not function.is_view:
+            self.notes.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def launched(monkeypatch, shape, *, change=lambda case: None, **options) -> list[str]:
+    """What one step does on its way to the device, in order."""
+    case = cases.make(0, shape, dtype=torch.float16, **options)
+    change(case)
+    names = ["x", "history", "model_input", "trace", "state", "rows", "rules", "guidance", "noise", "timestep_out"]
+    arguments = [case.arguments[name] for name in names]
+    scratch = op.scratch_for(case.arguments["x"])
+    notes: list[str] = []
+    for name in ("_norm_kernel", "_step_kernel"):
+        monkeypatch.setattr(triton_step, name, Launched(notes, name))
+    with Watch(notes):
+        op._run(case.uncond, case.cond, *arguments, scratch, "triton")
+    return notes
+
+
+@pytest.mark.parametrize("options", [{}, {"both": False}, {"noise": torch.float16}, {"halves": 1, "slots": 3}], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "kernels"), [(SD, ["_step_kernel"]), (SDXL, ["_norm_kernel", "_step_kernel"])], ids=["SD", "SDXL"]
+)
+def test_nothing_but_the_kernels(shape, kernels, options, monkeypatch):
+    assert launched(monkeypatch, shape, **options) == kernels
+
+
+def _waits(u, c, x, *rest):
+    rest[3][0, 0].item()  # state
+
+
+def _launches(u, c, x, *rest):
+    x.mul_(1.0)
+
+
+def _copies(u, c, x, *rest):
+    rest[3].copy_(torch.zeros(rest[3].shape, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("plant", "seen"), [(_waits, "aten._local_scalar_dense"), (_launches, "aten.mul_"), (_copies, "aten.copy_")]
+)
+def test_planted_faults_in_the_launcher_are_found(plant, seen, monkeypatch):
+    real = triton_step.guided_step_triton
+
+    def faulty(*arguments):
+        plant(*arguments)
+        real(*arguments)
+
+    monkeypatch.setattr(triton_step, "guided_step_triton", faulty)
+    notes = launched(monkeypatch, SD)
+    assert any(note.startswith(seen) for note in notes)
+    assert notes[-1] == "_step_kernel"
+
+
+def test_outputs_in_another_memory_format_are_copied():
+    """Not free, and said so in docs/proof.md: a channels-last denoiser on contiguous latents costs a copy for each branch."""
+
+    def channels_last(case):
+        case.uncond = case.uncond.contiguous(memory_format=torch.channels_last)
+        case.cond = case.cond.contiguous(memory_format=torch.channels_last)
+
+    with pytest.MonkeyPatch.context() as patch:
+        notes = launched(patch, SD, change=channels_last)
+    assert notes[-1] == "_step_kernel"
+    assert sum(note.startswith(("aten.clone", "aten.copy_", "aten._to_copy")) for note in notes) == 2
