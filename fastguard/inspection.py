@@ -9,7 +9,7 @@ from typing import Any
 
 from fastguard.families import find
 from fastguard.kernels.layout import NEVER, Row, Rule
-from fastguard.models import model_index, pipeline_class, resolve, scheduler_class
+from fastguard.models import model_index, pipeline_class, resolve, scheduler_class, with_scheduler
 from fastguard.policy import Policy, lower
 from fastguard.schedule import compile_schedule
 
@@ -174,7 +174,4 @@ def _scheduler(model: str, index: Any, name: str | None) -> Any:
     if os.path.isdir(where) and not os.path.isdir(os.path.join(where, subfolder)):
         raise ValueError(f"model={model!r}: has no {subfolder} directory")
     own = kind.from_pretrained(where, subfolder=subfolder)
-    if name is None:
-        return own
-    other: Any = scheduler_class(name)
-    return other.from_config(own.config)
+    return own if name is None else with_scheduler(name, own.config)

@@ -55,11 +55,24 @@ def scheduler_class(name: str) -> type:
         return text.lower().removesuffix("scheduler")
 
     names = [n for n in dir(diffusers.schedulers) if n.endswith("Scheduler") and not n.startswith("Flax")]
-    for candidate in names:
-        found = getattr(diffusers, candidate, None)
-        if key(candidate) == key(name) and isinstance(found, type) and hasattr(found, "from_config"):
+    classes = {n: getattr(diffusers, n, None) for n in names}
+    # One whose library is missing is a stand-in with `_backends`, which raises at any look at it; some real ones have no step().
+    usable = {
+        n: c for n, c in classes.items() if isinstance(c, type) and ("_backends" in vars(c) or hasattr(c, "step"))
+    }
+    for candidate, found in usable.items():
+        if key(candidate) == key(name):
             return found
-    raise ValueError(f"scheduler={name!r}: allowed are {', '.join(n.removesuffix('Scheduler') for n in names)}")
+    raise ValueError(f"scheduler={name!r}: allowed are {', '.join(n.removesuffix('Scheduler') for n in usable)}")
+
+
+def with_scheduler(name: str, config: Any) -> Any:
+    """The named scheduler with another's configuration. ValueError if it needs what that has not, or a library that is not here."""
+    kind: Any = scheduler_class(name)
+    try:
+        return kind.from_config(config)
+    except (TypeError, ImportError) as error:
+        raise ValueError(f"scheduler={name!r}: cannot be made from this model's configuration ({error})") from None
 
 
 def prepare(device: str, dtype: str) -> tuple[str, str]:
@@ -90,8 +103,7 @@ def load_pipeline(model: str, *, dtype: str = "float32", device: str = "cpu", sc
         warnings.simplefilter("ignore", FutureWarning)
         pipe = AutoPipelineForText2Image.from_pretrained(resolve(model), torch_dtype=getattr(torch, dtype))
     if scheduler is not None:
-        made: Any = scheduler_class(scheduler)
-        pipe.scheduler = made.from_config(pipe.scheduler.config)
+        pipe.scheduler = with_scheduler(scheduler, pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 

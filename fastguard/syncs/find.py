@@ -109,6 +109,11 @@ def find_syncs(pipe: Any, *, steps: int = 4, technique: Technique = "auto", **ar
     try:
         stream, used, broke_off = _run(pipe, arguments, "gpu" if on_gpu else technique, guarded)
     except Exception as error:  # before the loop; whatever happens in it is reported
+        if given and not on_gpu and isinstance(error, RuntimeError):
+            raise ValueError(
+                f"{type(pipe).__name__}: the call broke off before its loop, on a device that is not there ({error});"
+                " pictures may have to be given as latents, which need no encoder"
+            ) from error
         if given:
             raise
         raise ValueError(

@@ -29,6 +29,7 @@ else:
 
     from fastguard.kernels import triton_step as kernel
     from fastguard.kernels.guided_step import scratch_for
+    from fastguard.kernels.layout import Phase, State
 
     SHAPE = (2, 4, 3, 5)
 
@@ -52,6 +53,18 @@ else:
         )
     ]
 
+    MAKE = cases.make
+
+    def in_phase(phase):
+        """`cases.make` with every sample in that phase."""
+
+        def make(*args, **options):
+            case = MAKE(*args, **{"inactive": 0.0, **options})
+            case.arguments["state"][:, State.PHASE] = int(phase)
+            return case
+
+        return make
+
     def traced(client, module, monkeypatch):
         clients = []
         for name in ("_norm_kernel", "_step_kernel"):
@@ -59,10 +72,15 @@ else:
             monkeypatch.setattr(module, name, tilelens.trace(client=clients[-1])(getattr(module, name)))
         return clients
 
-    def run(module, shape, seed=0, **options):
+    def run(module, shape, seed=0, last=False, **options):
+        """last: the samples are in the last row that the tables have, where one element more would be outside."""
         if options.get("noise") == "model":
             options["noise"] = options["dtype"]
         case = cases.make(seed, shape, **options)
+        if last:
+            steps = case.arguments["guidance"].shape[1]
+            case.arguments["state"][:, State.STEP] = steps - 1
+            case.arguments["state"][:, State.BASE] = case.arguments["rows"].shape[0] - 1 - steps
         order = list(inspect.signature(module.guided_step_triton).parameters)[2:]
         # The sanitizer executes no store, so what the first launch would hand to the second must be there already.
         scratch, state = scratch_for(case.arguments["x"]), case.arguments["state"]
@@ -103,6 +121,28 @@ else:
     def test_in_bounds(configuration, launches, monkeypatch):
         traced(lambda: Sanitizer(abort_on_error=True), kernel, monkeypatch)
         run(kernel, SHAPE, **configuration)
+
+    @pytest.mark.parametrize("phase", list(Phase), ids=str)
+    @pytest.mark.parametrize("configuration", CONFIGURATIONS[:4], ids=str)
+    def test_in_bounds_in_the_last_row(configuration, phase, launches, monkeypatch):
+        traced(lambda: Sanitizer(abort_on_error=True), kernel, monkeypatch)
+        monkeypatch.setattr(cases, "make", in_phase(phase))
+        run(kernel, SHAPE, last=True, **configuration)
+
+    @pytest.mark.parametrize(
+        ("old", "new"),
+        [
+            ("guidance_ptr += (b * steps + k) * 2", "guidance_ptr += (b * steps + k) * 2 + 1"),
+            ("next_row_ptr = rows_ptr + codes.ROW_WIDTH", "next_row_ptr = rows_ptr + 2 * codes.ROW_WIDTH"),
+        ],
+    )
+    def test_planted_row_beyond_the_last_is_found(old, new, monkeypatch, tmp_path):
+        module = planted(old, new, tmp_path)
+        traced(lambda: Sanitizer(abort_on_error=True), module, monkeypatch)
+        with pytest.raises(SystemExit):
+            for phase in Phase:
+                monkeypatch.setattr(cases, "make", in_phase(phase))
+                run(module, SHAPE, last=True)
 
     @pytest.mark.parametrize("shape", [SHAPE, (2, 4, 67, 65)])
     def test_in_bounds_at_full_size(shape, monkeypatch):

@@ -54,6 +54,8 @@ def test_a_loop_that_waits_exits_with_1(tmp_path):
         (["{model}", "--steps", "0"], "steps"),
         (["{model}", "--policy", "none"], "policy"),
         (["{model}", "--scheduler", "none"], "scheduler='none'"),
+        (["{model}", "--scheduler", "Amused"], "scheduler='Amused': cannot be made"),
+        (["{model}", "--scheduler", "ScoreSdeVe"], "scheduler='ScoreSdeVe': allowed are"),
     ],
 )
 def test_bad_input_is_refused(model, arguments, error):

@@ -30,6 +30,15 @@ def pipe():
     return pipelines.sd(scheduler=pipelines.ddim())
 
 
+def test_pictures_are_refused_where_their_encoder_cannot_run():
+    """Latents as `image` need no encoder; a picture does, and is refused in words that say so."""
+    pipe = pipelines.sd("StableDiffusionImg2ImgPipeline", scheduler=pipelines.ddim())
+    arguments = {**probe.example_arguments(pipe), "strength": 0.6, "steps": 8}
+    assert fastguard.find_syncs(pipe, image=torch.zeros(1, 4, 8, 8), **arguments).steps > 0
+    with pytest.raises(ValueError, match="pictures may have to be given as latents"):
+        fastguard.find_syncs(pipe, image=torch.zeros(1, 3, 16, 16), **arguments)
+
+
 FAULTS = {
     "item": (WAIT, "latents.max().item()", lambda latents: latents.max().item()),
     "truth": (WAIT, "if latents.sum() > 0", lambda latents: 1 if latents.sum() > 0 else 0),
