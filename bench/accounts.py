@@ -90,13 +90,13 @@ def launches(elements: int) -> int:
 
 
 def fused_bytes(schedule: Schedule, row: int, elements: int, dtype: torch.dtype) -> int:
-    """Bytes per image that the fused op moves at a row: u, c (again in the second launch, where there is one), x both ways, what the
+    """Bytes per image that the fused op moves at a row: u and c twice (for the norm and for the step), x both ways, what the
     row's coefficients need of history and noise, m where it is stored, both halves of the next model input, and the tables."""
     c = schedule.rows[row]
     full, narrow = 4 * elements, dtype.itemsize * elements
     history = sum(bool(c[Row.H0 + slot]) for slot in range(HISTORY))
     latents = 2 * full + history * full + (full if c[Row.STORE] >= 0 else 0)
-    outputs = 2 * narrow * launches(elements) + 2 * narrow
+    outputs = 2 * 2 * narrow + 2 * narrow
     noise = narrow if c[Row.N] else 0
     tables = 8 * (2 * len(State) + 2 * len(Row) + len(Rule)) + 4 + 4
     return latents + outputs + noise + tables

@@ -37,7 +37,7 @@ are none; a few operations, such as a sort or a solve, are several kernels: stoc
 single numbers (timesteps, coefficients). Bytes are those of each operation's arguments and results. Waits are synchronisations and copies between host and
 device. Means over {rows} rows in the middle of a run of {steps} steps.
 
-**Counted**: launches, waits, stock's bytes. **On paper**: bytes of the fused op (its operands once; u and c twice where it takes two launches), and its number
+**Counted**: launches, waits, stock's bytes. **On paper**: bytes of the fused op (its operands once, u and c twice: for the norm and for the step), and its number
 of launches, which the launcher's rule gives: 1 up to {single} elements per image, else 2. **Arithmetic, not measured**: all times. They are bytes divided by
 bandwidth, what the memory allows at best; a step of so few bytes costs what its launches cost, and that only a GPU can tell (`python -m bench.gpu`).
 
