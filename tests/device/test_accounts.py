@@ -60,13 +60,11 @@ def test_bytes_on_paper():
     schedule = accounts.table(schedulers.SD["ddim"]())
     numbers = 4 * 64 * 64
     tables = 8 * (2 * 15 + 2 * 15 + 8) + 8
-    # float32 x read and written, float16 u, c and two halves of the next input
-    assert accounts.fused_bytes(schedule, 5, numbers, torch.float16) == numbers * (4 + 4 + 2 + 2 + 2 + 2) + tables
-    # four times as many: u and c are read twice
-    assert accounts.fused_bytes(schedule, 5, 4 * numbers, torch.float16) == 4 * numbers * (8 + 8 + 4) + tables
+    # float32 x read and written, float16 u and c twice and two halves of the next input
+    assert accounts.fused_bytes(schedule, 5, numbers, torch.float16) == numbers * (4 + 4 + 4 + 4 + 2 + 2) + tables
     # one tensor of history read and one written
     second = accounts.table(schedulers.SD["dpm-2m"]())
-    assert accounts.fused_bytes(second, 5, numbers, torch.float16) == numbers * (16 + 4 + 4) + tables
+    assert accounts.fused_bytes(second, 5, numbers, torch.float16) == numbers * (20 + 4 + 4) + tables
 
 
 def test_an_eager_guard_costs_eight_launches():
