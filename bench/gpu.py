@@ -1,22 +1,28 @@
 """Everything that only a GPU can tell, in one JSON: the tests marked `gpu`, then the benchmarks.
 
-    python -m bench.gpu --out gpu.json
+    python -m bench.gpu --out gpu.json [--only captures ...] [--seconds 600]
 
 Without a GPU it runs to its end all the same and says what it skipped. A benchmark reports its numbers only if the tests passed.
-Exit code 1 if a test or a benchmark failed.
+The file is written anew after every result, so whatever ends the run, what was measured stays. Exit code 1 if a test or a
+benchmark failed.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
+import math
 import platform
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -64,6 +70,12 @@ def versions() -> dict[str, str | None]:
     return found
 
 
+def marked() -> list[str]:
+    """The files that have tests marked `gpu`: collecting the others would need packages that a GPU machine may lack."""
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    return [str(file.relative_to(ROOT)) for file in files if "pytest.mark.gpu" in file.read_text(encoding="utf-8")]
+
+
 def run_tests(paths: list[str]) -> dict[str, Any]:
     """The tests marked `gpu` under `paths`: counts by outcome, and each case with the reason if it did not pass."""
     with tempfile.TemporaryDirectory() as folder:
@@ -86,42 +98,62 @@ def _case(element: ElementTree.Element) -> dict[str, Any]:
     return {"name": name, "outcome": outcome, "reason": reason, "seconds": float(element.get("time", 0))}
 
 
-def run_benchmarks(skip: str | None) -> list[dict[str, Any]]:
-    """Every benchmark's numbers, or why there are none."""
-    results = []
-    for name, benchmark in BENCHMARKS.items():
+def run_benchmarks(names: list[str], skip: str | None, seconds: float) -> Iterator[list[dict[str, Any]]]:
+    """Every benchmark's numbers, or why there are none; yielded after each result as far as they are known."""
+    entries: list[dict[str, Any]] = []
+    end = time.monotonic() + seconds
+    for name in names:
+        benchmark = BENCHMARKS[name]
         entry: dict[str, Any] = {"name": name, "what": (benchmark.__doc__ or "").partition("\n")[0]}
+        entries.append(entry)
         if skip is not None:
             entry |= {"outcome": "skipped", "reason": skip}
-        else:
-            try:
-                entry |= {"outcome": "ran", "results": benchmark()}
-            except Exception as error:
-                traceback.print_exc()
-                entry |= {"outcome": "failed", "reason": f"{type(error).__name__}: {error}"}
-        results.append(entry)
-    return results
+            yield entries
+            continue
+        entry |= {"outcome": "broken off", "results": []}
+        try:
+            with closing(benchmark()) as results:
+                for result in results:
+                    entry["results"].append(result)
+                    yield entries
+                    if time.monotonic() > end:
+                        entry["reason"] = f"--seconds {seconds:g} are over"
+                        break
+                else:
+                    entry["outcome"] = "ran"
+        except Exception as error:
+            traceback.print_exc()
+            entry |= {"outcome": "failed", "reason": f"{type(error).__name__}: {error}"}
+        _free()
+        yield entries
+
+
+def _free() -> None:
+    """The next benchmark begins with an empty device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("gpu.json"), help="the JSON file")
-    parser.add_argument("--tests", nargs="*", default=["tests"], help="where to look for tests")
+    parser.add_argument("--tests", nargs="+", default=marked(), help="default: all that are marked gpu")
+    parser.add_argument(
+        "--only", nargs="+", choices=list(BENCHMARKS), default=list(BENCHMARKS), help="benchmarks to run"
+    )
+    parser.add_argument("--seconds", type=float, default=math.inf, help="no result is begun later (tests not counted)")
     given = parser.parse_args(arguments)
 
     found = device()
     tests = run_tests(given.tests)
     failed = tests["exit_code"] not in (0, 5)  # 5: there was no test
     skip = "no GPU" if found is None else "a test failed" if failed else None
-    benchmarks = run_benchmarks(skip)
-    result = {
-        "fastguard_gpu": 1,
-        "device": found,
-        "versions": versions(),
-        "tests": tests,
-        "benchmarks": benchmarks,
-    }
-    write_atomic(given.out, json.dumps(finite(result), indent=2, allow_nan=False) + "\n")
+    result = {"fastguard_gpu": 1, "device": found, "versions": versions(), "tests": tests}
+    benchmarks: list[dict[str, Any]] = []
+    for benchmarks in run_benchmarks(given.only, skip, given.seconds):
+        content = finite({**result, "benchmarks": benchmarks})
+        write_atomic(given.out, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
     print(f"device: {found['name'] if found else 'none'}")
     print(f"tests: {', '.join(f'{n} {outcome}' for outcome, n in sorted(tests['counts'].items())) or 'none'}")

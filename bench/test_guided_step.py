@@ -29,9 +29,9 @@ BACKENDS = [
 ]
 
 
-def scheduler() -> DPMSolverMultistepScheduler:
+def scheduler(device: torch.device | str = "cpu") -> DPMSolverMultistepScheduler:
     made = DPMSolverMultistepScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    made.set_timesteps(STEPS)
+    made.set_timesteps(STEPS, device=device)
     return made
 
 
@@ -42,7 +42,7 @@ class Stock:
     """STEPS steps of diffusers' arithmetic around `denoise`."""
 
     def __init__(self, x: torch.Tensor, denoise: Denoise) -> None:
-        self.start, self.denoise, self.scheduler = x, denoise, scheduler()
+        self.start, self.denoise, self.scheduler = x, denoise, scheduler(x.device)
         self.timesteps = self.scheduler.timesteps
         self.norms: list[torch.Tensor] = []
 
@@ -64,9 +64,11 @@ class Stock:
 class Guided:
     """The same through the guided step, with the rule of `dtp` deciding for every sample."""
 
-    def __init__(self, x: torch.Tensor, denoise: Denoise, backend: str) -> None:
-        batch = x.shape[0]
-        schedule = compile_schedule(scheduler())
+    def __init__(
+        self, x: torch.Tensor, denoise: Denoise, backend: str | None = None, dtype: torch.dtype = torch.float32
+    ) -> None:
+        batch, device = x.shape[0], x.device
+        schedule = self.schedule = compile_schedule(scheduler())
         plan = lower(
             policy("dtp", before=7.5).samples(batch),
             timesteps=schedule.timesteps,
@@ -74,24 +76,24 @@ class Guided:
             guidance_scale=7.5,
             elements=x[0].numel(),
         )
-        self.start, self.first, self.denoise, self.backend = x, plan.state, denoise, backend
-        self.timesteps = scheduler().timesteps
+        self.start, self.first, self.denoise, self.backend = x, plan.state.to(device), denoise, backend
+        self.timesteps = scheduler(device).timesteps
         self.buffers = {
             "x": x.clone(),
             "history": history_for(x, schedule.history),
-            "model_input": torch.cat([x] * 2),
-            "trace": torch.zeros(STEPS, batch),
-            "state": plan.state.clone(),
-            "rows": schedule.rows,
-            "rules": plan.rules,
-            "guidance": plan.guidance,
+            "model_input": torch.cat([x] * 2).to(dtype),
+            "trace": torch.zeros(STEPS, batch, device=device),
+            "state": self.first.clone(),
+            "rows": schedule.rows.to(device),
+            "rules": plan.rules.to(device),
+            "guidance": plan.guidance.to(device),
             "scratch": scratch_for(x),
         }
 
     def __call__(self) -> torch.Tensor:
         self.buffers["x"].copy_(self.start)
         self.buffers["state"].copy_(self.first)
-        torch.cat([self.start] * 2, out=self.buffers["model_input"])
+        self.buffers["model_input"].unflatten(0, (2, -1)).copy_(self.start)
         for t in self.timesteps:
             u, c = self.denoise(self.buffers["model_input"], t).chunk(2)
             guided_step(u, c, **self.buffers, backend=self.backend)

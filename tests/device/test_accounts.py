@@ -8,10 +8,8 @@ import pytest
 import torch
 
 from bench import accounts, gpu, gpu_benchmarks, real_size, roofline
-from fastguard.kernels.layout import State
 from fastguard.loop import Loop
 from fastguard.syncs import probe
-from fastguard.syncs.pretend import Pretend
 from tests import pipelines, schedulers
 from tests.capture import simulator
 
@@ -87,42 +85,66 @@ def test_the_page_is_current():
         assert {line.split(" |")[0][2:] for line in section.splitlines() if line.startswith("| ")} >= set(schedulers.SD)
 
 
-def test_the_benchmarked_step_runs():
-    """The GPU benchmark's own code, on tensors that stand for a GPU's."""
-    with Pretend(lambda *_: lambda result: None, values=True), torch.no_grad():
-        work, moved = gpu_benchmarks._guided_step(2, 64)
-        work()
-        work()
-    assert moved == 2 * accounts.fused_bytes(
-        accounts.table(schedulers.SD["dpm-2m"](), 20), 10, 4 * 64 * 64, torch.float16
-    )
-    state = work.__closure__ and next(c.cell_contents for c in work.__closure__ if isinstance(c.cell_contents, dict))
-    assert state["state"].held[:, State.STEP].tolist() == [11.0, 11.0]
+def test_the_benchmarked_steps_agree():
+    """The GPU benchmark's own code on the CPU: float16 outputs, stock against the fused op, and the comparison can fail."""
+    stock, guided = gpu_benchmarks.steps(2, 64, torch.device("cpu"))
+    assert guided.buffers["model_input"].dtype == stock().dtype == torch.float16
+    guided.buffers["rows"] *= 1.1
+    with pytest.raises(AssertionError):
+        gpu_benchmarks.same(stock, guided, 2**-8)
 
 
-def test_the_benchmark_of_capture_modes_runs(monkeypatch):
-    """On a tiny model, its graphs in the simulator, without a clock and a compiler."""
+@pytest.fixture
+def clockless(monkeypatch):
+    """Benchmarks run, on the CPU, their graphs in the simulator, without a clock and a compiler."""
 
     def once(work, **_):
         work()
         return {"median_ms": 1.0}
 
     monkeypatch.setattr(gpu_benchmarks, "milliseconds", once)
-    monkeypatch.setattr(torch, "compile", lambda model, mode: model)
-    pipe = pipelines.sd()
-    unet = pipe.unet
-    arguments = {"prompt": "a cat", "num_inference_steps": 2, "output_type": "latent", "height": 16, "width": 16}
+    monkeypatch.setattr(torch, "compile", lambda model, **_: model)
     with simulator.recording():
-        results = gpu_benchmarks.capture_modes(pipe, arguments)
-    assert [entry.get("path") for entry in results] == [None, "fused", "fused, step graph", "fused, loop graph", None]
-    assert results[3]["graph_bytes"] > results[2]["graph_bytes"] > results[1]["graph_bytes"] == 0
-    assert pipe.unet is unet
+        yield monkeypatch
+
+
+def tiny_generation():
+    pipe = pipelines.sd()
+    arguments = {"prompt": "a cat", "num_inference_steps": 2, "output_type": "latent", "height": 16, "width": 16}
+    return pipe, lambda: pipe(**arguments, generator=torch.Generator().manual_seed(0))
+
+
+def test_the_benchmark_of_capture_modes_runs(clockless):
+    pipe, work = tiny_generation()
+    results = {entry["how"]: entry for entry in gpu_benchmarks.capture_modes(pipe, work)}
+    assert [entry.get("path") for entry in results.values()] == [
+        None, "fused", "fused, step graph", "fused, step graph", "fused, loop graph",
+    ]  # fmt: skip
+    graphs = [results[f"og+dtp, capture={mode}"]["graph_bytes"] for mode in ("off", "step", "loop")]
+    assert graphs[2] > graphs[1] > graphs[0] == 0
+    assert results["stock"].keys() == {"how", "median_ms"} and results["stp, capture=step"]["ratio"] == 1.0
 
     def full(work, **_):
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(gpu_benchmarks, "milliseconds", full)
-    assert {entry["reason"] for entry in gpu_benchmarks.capture_modes(pipe, arguments)} == {"no room"}
+    clockless.setattr(gpu_benchmarks, "milliseconds", full)
+    assert {entry["reason"] for entry in gpu_benchmarks.capture_modes(pipe, work)} == {"no room"}
+
+
+def test_the_benchmark_of_compiled_modes_runs(clockless):
+    pipe, work = tiny_generation()
+    unet = pipe.unet
+    _stock, peer, ours = gpu_benchmarks.compiled_modes(pipe, work)
+    assert pipe.unet is unet and ours["path"] == "fused, step graph"
+    assert peer["difference"] == 0 and ours["difference"] < 1e-5
+
+
+def test_nothing_is_timed_that_computes_something_else(clockless):
+    pipe, work = tiny_generation()
+    advance = Loop.advance
+    clockless.setattr(Loop, "advance", lambda self, u, c, z: advance(self, u * 1.5, c, z))
+    with pytest.raises(AssertionError, match="differ from stock's"):
+        list(gpu_benchmarks.capture_modes(pipe, work))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -137,17 +159,27 @@ def test_without_a_gpu_the_runner_says_what_it_skipped(tmp_path):
 
 
 def test_a_failing_benchmark_fails_the_run(tmp_path, monkeypatch):
+    def works():
+        """Works."""
+        yield {"a": float("nan")}
+        yield {"a": 2}
+
     def broken():
         """Breaks."""
+        yield {"a": 1}
         raise RuntimeError("broken")
 
     monkeypatch.setattr(gpu, "device", lambda: {"name": "a GPU"})
     monkeypatch.setattr(gpu, "run_tests", lambda paths: {"exit_code": 0, "counts": {"passed": 1}, "cases": []})
-    monkeypatch.setattr(gpu, "BENCHMARKS", {"works": lambda: [{"a": float("nan")}], "broken": broken})
+    monkeypatch.setattr(gpu, "BENCHMARKS", {"works": works, "broken": broken})
     out = tmp_path / "gpu.json"
     assert gpu.main(["--out", str(out)]) == 1
-    works, failed = json.loads(out.read_text())["benchmarks"]
-    assert works["results"] == [{"a": None}] and failed["reason"] == "RuntimeError: broken"
+    worked, failed = json.loads(out.read_text())["benchmarks"]
+    assert (worked["outcome"], worked["results"]) == ("ran", [{"a": None}, {"a": 2}])
+    assert failed["reason"] == "RuntimeError: broken" and failed["results"] == [{"a": 1}]
+    assert gpu.main(["--out", str(out), "--only", "works", "--seconds", "0"]) == 0
+    (late,) = json.loads(out.read_text())["benchmarks"]
+    assert (late["outcome"], late["results"]) == ("broken off", [{"a": None}])
     monkeypatch.setattr(gpu, "run_tests", lambda paths: {"exit_code": 1, "counts": {"failed": 1}, "cases": []})
     assert gpu.main(["--out", str(out)]) == 1
     assert {entry["reason"] for entry in json.loads(out.read_text())["benchmarks"]} == {"a test failed"}
