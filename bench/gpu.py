@@ -121,6 +121,8 @@ def run_benchmarks(names: list[str], skip: str | None, seconds: float) -> Iterat
                         break
                 else:
                     entry["outcome"] = "ran"
+            if wrong := [result for result in entry["results"] if "wrong" in result]:
+                entry |= {"outcome": "failed", "reason": f"{len(wrong)} with wrong values"}
         except Exception as error:
             traceback.print_exc()
             entry |= {"outcome": "failed", "reason": f"{type(error).__name__}: {error}"}

@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
 import torch
@@ -20,55 +19,70 @@ from tests import schedulers
 
 SCHEDULERS = ("ddim", "euler", "dpm-2m", "pndm", "unipc-2", "ddpm")
 BATCHES = (1, 2, 4, 8, 16, 32)
-STEPS = {"SD 1.5": 20, "SDXL": 10}  # of Euler; ratios do not depend on it, the time on the device does
+STEPS = 20  # at batch 1; fewer at larger ones, never under 4: a ratio hardly depends on it, the time on the device does
+LOOP = 8  # the largest batch whose whole generation is captured too
 COMPILED = {"SD 1.5": (1, 8), "SDXL": (1,)}  # batches; each compilation takes a minute or two
 GUARD: dict[str, Any] = {"policy": "og+dtp", "gate": 0.02}  # both branches in every row, as in stock
+BUDGET = 48 << 30  # bytes of graphs of one guard: the largest batches' need more than the default
 # Of the largest value: stock rounds its latents to float16 (2^-11) after each of up to 20 steps, ours are float32.
 CLOSE = 0.02
 
 Result = dict[str, Any]
+Results = Generator[Result, None, None]
+Work = Callable[[], Any]
 
 
-def milliseconds(
-    work: Callable[[], object], *, least: int = 3, most: int = 20, seconds: float = 1.5, warmup: int = 1
-) -> Result:
-    """Median and quartiles of device time, by events around each call; at least `least` calls, then as many as `seconds` allow."""
-    for _ in range(warmup):
-        work()
-    torch.cuda.synchronize()
-    times: list[float] = []
+def rounds(works: Mapping[str, Work], *, least: int = 3, most: int = 20, seconds: float = 3.0) -> dict[str, Result]:
+    """Time works by turns, so that a drift of the machine favours none: `least` rounds, then as many as `seconds` allow.
+
+    Each gets median and quartiles of the time between two events around it, and of its ratio to the first work of the same round.
+    """
+    times: dict[str, list[float]] = {name: [] for name in works}
     end_at = time.monotonic() + seconds
-    while len(times) < least or (len(times) < most and time.monotonic() < end_at):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        work()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    low, middle, high = statistics.quantiles(times, n=4)
-    return {"median_ms": middle, "q1_ms": low, "q3_ms": high, "samples": len(times)}
+    done = 0
+    while done < least or (done < most and time.monotonic() < end_at):
+        for name, work in works.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize()
+            start.record()
+            work()
+            end.record()
+            end.synchronize()
+            times[name].append(start.elapsed_time(end))
+        done += 1
+    first = next(iter(times.values()))
+    return {
+        name: {
+            "ms": _spread(values),
+            "ratio": _spread([a / b for a, b in zip(values, first, strict=True)]),
+            "rounds": done,
+        }
+        for name, values in times.items()
+    }
 
 
-def guided_steps() -> Iterator[Result]:
+def _spread(values: list[float]) -> Result:
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return {"median": middle, "q1": low, "q3": high}
+
+
+def guided_steps() -> Results:
     """Everything between two denoiser calls, DPM++ 2M, float16 outputs: diffusers' arithmetic and a norm per sample, the fused op.
 
-    Time per step of 20, launched one by one from Python and replayed from a CUDA graph, and bytes on paper per second of the replay.
+    Time of 20 steps, launched one by one from Python and replayed from a CUDA graph, and bytes on paper per second of the replay.
     """
     for side in (64, 128):
         for batch in (1, 8, 32):
             stock, guided = steps(batch, side, torch.device("cuda"))
-            moved = statistics.mean(
+            moved = sum(
                 batch * accounts.fused_bytes(guided.schedule, row, 4 * side * side, torch.float16)
                 for row in range(ROWS)
             )
-            found = {"launches": accounts.launches(4 * side * side), "bytes": moved}
-            for name, work in {"stock": stock, "fused": guided}.items():
-                found[name] = _per_step(milliseconds(work))
-                found[f"{name}_graph"] = _per_step(milliseconds(_graph(work)))
-            found["ratio"] = found["fused"]["median_ms"] / found["stock"]["median_ms"]
-            found["ratio_graph"] = found["fused_graph"]["median_ms"] / found["stock_graph"]["median_ms"]
-            found["bytes_per_second"] = moved / found["fused_graph"]["median_ms"] * 1e3
-            yield {"latents": [batch, 4, side, side], **found}
+            found = {"latents": [batch, 4, side, side], "launches_per_step": accounts.launches(4 * side * side)}
+            eager = rounds({"stock": stock, "fused": guided}, most=50, seconds=1)
+            replayed = rounds({"stock": _graph(stock), "fused": _graph(guided)}, most=200, seconds=1)
+            rate = moved / replayed["fused"]["ms"]["median"] * 1e3
+            yield {**found, "steps": ROWS, "eager": eager, "graph": replayed, "bytes": moved, "bytes_per_second": rate}
 
 
 def steps(batch: int, side: int, device: torch.device) -> tuple[Stock, Guided]:
@@ -77,136 +91,174 @@ def steps(batch: int, side: int, device: torch.device) -> tuple[Stock, Guided]:
     x = torch.randn(batch, 4, side, side, generator=generator).to(device)
     outputs = torch.randn(2 * batch, 4, side, side, generator=generator).to(device, torch.float16)
     stock, guided = Stock(x.half(), lambda *_: outputs), Guided(x, lambda *_: outputs, dtype=torch.float16)
-    stock.scheduler.set_begin_index(
-        0
-    )  # else its first step looks the timestep up, which waits, and no graph can hold that
+    stock.scheduler.set_begin_index(0)  # else its first step looks the timestep up, and no graph can hold that wait
     same(stock, guided, 2**-8)
     return stock, guided
 
 
-def _per_step(timed: Result) -> Result:
-    return {name: value / ROWS if name.endswith("_ms") else value for name, value in timed.items()}
-
-
-def _graph(work: Callable[[], object]) -> Callable[[], object]:
+def _graph(work: Work) -> Work:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         work()
-    return graph.replay
+    replay: Work = graph.replay
+    return replay
 
 
-def generations() -> Iterator[Result]:
-    """20 steps of SD 1.5 at batch 1, random weights: device time per generation (latents) of each scheduler, stock, guarded and captured."""
+class WrongValues(Exception):
+    """Nothing is timed that computes something else."""
+
+
+class Way:
+    """One way of making the same generation, on a pipeline object of its own: stock, or guarded and captured.
+
+    The first call, under `cfg` where it is guarded, has to give stock's latents; what it takes (capture, compilation) is `first_seconds`.
+    """
+
+    def __init__(self, generation: Generation, policy: Mapping[str, Any] | None = None, **options: Any) -> None:
+        self.pipe = generation.pipe()
+        self.work = functools.partial(generation.run, self.pipe)
+        self.guard: Any = None
+        begin = time.perf_counter()
+        if policy is not None:
+            self.guard = fastguard.enable(self.pipe, "cfg", **options)
+            self.guard.graphs.budget = BUDGET
+        latents = self.work().images.float()
+        self.first_seconds = time.perf_counter() - begin
+        self.difference = generation.difference(latents)
+        if policy is not None:
+            fastguard.enable(self.pipe, **policy, **options)
+            self.work()
+
+    def describe(self) -> Result:
+        found: Result = {"difference": self.difference, "first_seconds": self.first_seconds}
+        if self.guard is not None:
+            report, graphs = self.guard.report, self.guard.graphs
+            found |= {"path": report.path, "reason": report.reason, "graph_bytes": graphs.bytes}
+            found["capture_seconds"] = sum(info.seconds for info in graphs())
+        return found
+
+
+class Generation:
+    """A text-to-image call at real size and random weights, up to the latents; the same noise every time."""
+
+    def __init__(self, size: str, scheduler: str, model: Any, batch: int, count: int, device: str = "cuda") -> None:
+        self.made = real_size.pipeline(size, schedulers.SD[scheduler](), model)
+        self.device = torch.device(device)
+        generator = torch.Generator().manual_seed(0)
+        some = {
+            name: torch.randn(v.shape, generator=generator) for name, v in probe.example_arguments(self.made).items()
+        }
+        some["latents"] = torch.randn(batch, 4, *[model.config.sample_size] * 2, generator=generator)
+        moved = {name: value.to(self.device, model.dtype) for name, value in some.items()}
+        self.arguments: dict[str, Any] = {
+            **moved,
+            "num_images_per_prompt": batch,
+            "num_inference_steps": count,
+            "output_type": "latent",
+        }
+        self.expected: torch.Tensor | None = None
+
+    def pipe(self) -> Any:
+        """Another object over the same model, which believes to be where the model is."""
+        return probe.copy_of(self.made, probe.Stream(), self.device)
+
+    def run(self, pipe: Any) -> Any:
+        return pipe(**self.arguments, generator=torch.Generator(self.device).manual_seed(0))
+
+    def difference(self, latents: torch.Tensor) -> float:
+        """From the first latents that were shown, relative to their largest value; beyond what float16 explains: WrongValues."""
+        if self.expected is None:
+            self.expected = latents
+        found = ((latents - self.expected).abs().max() / self.expected.abs().max()).item()
+        if not found <= CLOSE:
+            raise WrongValues(f"latents differ from stock's by {found:.2g} of the largest value, allowed: {CLOSE:g}")
+        return found
+
+
+Ways = dict[str, Callable[[], Way]]
+
+
+def compare(make: Ways, **timing: Any) -> list[Result]:
+    """Every way, checked and timed by turns; what gives wrong values or finds no memory says so. The first is what the others are compared to."""
+    ways: dict[str, Way] = {}
+    without: list[Result] = []
+    for how, made in make.items():
+        try:
+            ways[how] = made()
+        except torch.OutOfMemoryError as error:
+            without.append({"how": how, "reason": str(error).splitlines()[0]})
+        except WrongValues as error:
+            without.append({"how": how, "wrong": str(error)})
+    timed = rounds({how: way.work for how, way in ways.items()}, **timing)
+    found = [{"how": how, **timed[how], **way.describe()} for how, way in ways.items()]
+    for way in ways.values():
+        if way.guard is not None:
+            way.guard.disable()
+    return found + without
+
+
+def generations() -> Results:
+    """20 steps of SD 1.5 at batch 1, random weights: time per generation (latents) of each scheduler, stock, guarded and captured."""
     model = _random(real_size.unet("SD 1.5"))
     for name in SCHEDULERS:
-        pipe, work = _generation("SD 1.5", name, model, 1, 20)
-        found: Result = {"size": "SD 1.5", "scheduler": name, "batch": 1, "steps": 20, "stock": milliseconds(work)}
+        generation = Generation("SD 1.5", name, model, 1, STEPS)
+        make: Ways = {"stock": functools.partial(Way, generation)}
         for mode in ("off", "step"):
-            with fastguard.enable(pipe, **GUARD, capture=mode):
-                found[mode] = milliseconds(work, warmup=2)
-            found[f"ratio_{mode}"] = found[mode]["median_ms"] / found["stock"]["median_ms"]
-        yield found
+            make[f"og+dtp, capture={mode}"] = functools.partial(Way, generation, GUARD, capture=mode)
+        for found in compare(make):
+            yield {"size": "SD 1.5", "scheduler": name, "batch": 1, "steps": STEPS, **found}
 
 
-def captures() -> Iterator[Result]:
-    """Euler, random weights, batch 1 to 32, device time per generation (latents): stock, and guarded under every capture mode."""
+def captures() -> Results:
+    """Euler, random weights, batch 1 to 32, time per generation (latents): stock, and guarded under every capture mode."""
     for size in real_size.SIZES:
         model = _random(real_size.unet(size))
         for batch in BATCHES:
-            pipe, work = _generation(size, "euler", model, batch, STEPS[size])
-            found = {"size": size, "batch": batch, "steps": STEPS[size]}
-            with closing(capture_modes(pipe, work)) as ways:
-                yield from ({**found, **way} for way in ways)
+            count = max(4, STEPS // batch)
+            make = capture_modes(Generation(size, "euler", model, batch, count), loop=batch <= LOOP)
+            for found in compare(make, least=2):
+                yield {"size": size, "batch": batch, "steps": count, **found}
+            torch.cuda.empty_cache()
 
 
-def capture_modes(pipe: Any, work: Callable[[], Any]) -> Iterator[Result]:
-    """A generation in each way of running it; what a device has no memory for says so."""
-    stock = _timed("stock", work)
-    yield stock
-    expected = work().images
-    for mode in ("off", "step", "loop"):
-        with fastguard.enable(pipe, "cfg", capture=mode) as guard:
-            difference = _difference(work, expected)
-            fastguard.enable(pipe, **GUARD, capture=mode)
-            timed = _timed(f"{GUARD['policy']}, capture={mode}", work, guard, stock)
-            yield {**timed, "difference": difference}
-            if mode == "step":
-                fastguard.enable(pipe, "stp", capture=mode)
-                yield _timed("stp, capture=step", work, guard, stock)
+def capture_modes(generation: Generation, *, loop: bool) -> Ways:
+    make: Ways = {"stock": functools.partial(Way, generation)}
+    for mode in ("off", "step", *(["loop"] if loop else [])):
+        make[f"og+dtp, capture={mode}"] = functools.partial(Way, generation, GUARD, capture=mode)
+    make["stp, capture=step"] = functools.partial(Way, generation, {"policy": "stp"}, capture="step")
+    return make
 
 
-def compiled() -> Iterator[Result]:
+def compiled() -> Results:
     """Euler, random weights: stock under torch.compile reduce-overhead, and our capture of a compiled denoiser."""
     for size, batches in COMPILED.items():
         model = _random(real_size.unet(size))
         for batch in batches:
-            pipe, work = _generation(size, "euler", model, batch, STEPS[size])
-            for result in compiled_modes(pipe, work):
-                yield {"size": size, "batch": batch, "steps": STEPS[size], **result}
+            count = max(4, STEPS // batch)
+            for found in compare(compiled_modes(Generation(size, "euler", model, batch, count))):
+                yield {"size": size, "batch": batch, "steps": count, **found}
+            torch._dynamo.reset()
 
 
-def compiled_modes(pipe: Any, work: Callable[[], Any]) -> Iterator[Result]:
-    stock = _timed("stock", work)
-    yield stock
-    expected = work().images
-    unet = pipe.unet
-    begin = time.perf_counter()
-    pipe.unet = torch.compile(unet, mode="reduce-overhead", dynamic=False)
-    try:
-        difference = _difference(work, expected)
-        timed = _timed("stock, torch.compile reduce-overhead", work, relative_to=stock, warmup=3)
-        yield {**timed, "difference": difference, "with_compilation_seconds": time.perf_counter() - begin}
-    finally:
-        pipe.unet = unet
-        torch._dynamo.reset()
-    begin = time.perf_counter()
-    with fastguard.enable(pipe, "cfg", capture="step", compile={"dynamic": False}) as guard:
-        difference = _difference(work, expected)
-        fastguard.enable(pipe, **GUARD, capture="step", compile={"dynamic": False})
-        timed = _timed(f"{GUARD['policy']}, capture=step, compile", work, guard, stock, warmup=2)
-        yield {**timed, "difference": difference, "with_compilation_seconds": time.perf_counter() - begin}
-    torch._dynamo.reset()
+def compiled_modes(generation: Generation) -> Ways:
+    def peer() -> Way:
+        stock = generation.made.unet
+        generation.made.unet = torch.compile(stock, mode="reduce-overhead", dynamic=False)
+        try:
+            way = Way(generation)
+        finally:
+            generation.made.unet = stock
+        for _ in range(2):  # it records its graphs in the second call
+            way.work()
+        return way
 
-
-def _timed(
-    how: str, work: Callable[[], object], guard: Any = None, relative_to: Result | None = None, warmup: int = 1
-) -> Result:
-    try:
-        found: Result = {"how": how, **milliseconds(work, warmup=warmup)}
-    except torch.OutOfMemoryError as error:
-        return {"how": how, "reason": str(error).splitlines()[0]}
-    if relative_to is not None and "median_ms" in relative_to:
-        found["ratio"] = found["median_ms"] / relative_to["median_ms"]
-    if guard is not None:
-        found |= {"path": guard.report.path, "reason": guard.report.reason, "graph_bytes": guard.graphs.bytes}
-        found["capture_seconds"] = sum(info.seconds for info in guard.graphs())
-    return found
-
-
-def _difference(work: Callable[[], Any], expected: torch.Tensor) -> float:
-    """From stock's latents, relative to their largest value. AssertionError beyond what float16 explains: nothing is timed then."""
-    found = ((work().images.float() - expected.float()).abs().max() / expected.float().abs().max()).item()
-    assert found <= CLOSE, f"latents differ from stock's by {found:.2g} of the largest value, allowed: {CLOSE:g}"
-    return found
-
-
-def _generation(size: str, scheduler: str, model: Any, batch: int, count: int) -> tuple[Any, Callable[[], Any]]:
-    """A pipeline that believes to be on the GPU as its UNet is, and a call of it that draws the same noise every time."""
-    pipe = real_size.pipeline(size, schedulers.SD[scheduler](), model)
-    generator = torch.Generator().manual_seed(0)
-    arguments = {
-        name: torch.randn(value.shape, generator=generator).to("cuda", value.dtype)
-        for name, value in probe.example_arguments(pipe).items()
+    return {
+        "stock": functools.partial(Way, generation),
+        "stock, torch.compile reduce-overhead": peer,
+        "og+dtp, capture=step, compile": functools.partial(
+            Way, generation, GUARD, capture="step", compile={"dynamic": False}
+        ),
     }
-    latents = torch.randn(batch, 4, *[model.config.sample_size] * 2, generator=generator).to("cuda", torch.float16)
-    arguments |= {"latents": latents, "num_images_per_prompt": batch}
-    twin = probe.copy_of(pipe, probe.Stream(), torch.device("cuda"))
-    call = functools.partial(twin, **arguments, num_inference_steps=count, output_type="latent")
-
-    def work() -> Any:
-        return call(generator=torch.Generator("cuda").manual_seed(0))
-
-    return twin, work
 
 
 def _random(model: Any) -> Any:
@@ -218,7 +270,7 @@ def _random(model: Any) -> Any:
     return model
 
 
-def synchronisations() -> Iterator[Result]:
+def synchronisations() -> Results:
     """What torch's sync debug mode and the operations say of each scheduler's loop on this GPU, stock and guarded (testbed-sized model)."""
     from tests import pipelines
 
@@ -229,7 +281,7 @@ def synchronisations() -> Iterator[Result]:
             yield {"scheduler": name, **fastguard.find_syncs(pipe).to_dict()}
 
 
-BENCHMARKS: dict[str, Callable[[], Iterator[Result]]] = {
+BENCHMARKS: dict[str, Callable[[], Results]] = {
     "guided_step": guided_steps,
     "generations": generations,
     "captures": captures,

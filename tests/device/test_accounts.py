@@ -98,53 +98,73 @@ def test_the_benchmarked_steps_agree():
 def clockless(monkeypatch):
     """Benchmarks run, on the CPU, their graphs in the simulator, without a clock and a compiler."""
 
-    def once(work, **_):
-        work()
-        return {"median_ms": 1.0}
+    def once(works, **_):
+        for work in works.values():
+            work()
+        return {name: {"ms": 1.0} for name in works}
 
-    monkeypatch.setattr(gpu_benchmarks, "milliseconds", once)
+    monkeypatch.setattr(gpu_benchmarks, "rounds", once)
     monkeypatch.setattr(torch, "compile", lambda model, **_: model)
     with simulator.recording():
         yield monkeypatch
 
 
-def tiny_generation():
-    pipe = pipelines.sd()
-    arguments = {"prompt": "a cat", "num_inference_steps": 2, "output_type": "latent", "height": 16, "width": 16}
-    return pipe, lambda: pipe(**arguments, generator=torch.Generator().manual_seed(0))
+@pytest.fixture
+def tiny(monkeypatch):
+    made = pipelines.sd()
+    monkeypatch.setattr(real_size, "pipeline", lambda *_: made)
+    return gpu_benchmarks.Generation("tiny", "euler", made.unet, 1, 2, "cpu")
 
 
-def test_the_benchmark_of_capture_modes_runs(clockless):
-    pipe, work = tiny_generation()
-    results = {entry["how"]: entry for entry in gpu_benchmarks.capture_modes(pipe, work)}
-    assert [entry.get("path") for entry in results.values()] == [
-        None, "fused", "fused, step graph", "fused, step graph", "fused, loop graph",
+def test_the_benchmark_of_capture_modes_runs(clockless, tiny):
+    found = {entry["how"]: entry for entry in gpu_benchmarks.compare(gpu_benchmarks.capture_modes(tiny, loop=True))}
+    assert [entry.get("path") for entry in found.values()] == [
+        None, "fused", "fused, step graph", "fused, loop graph", "fused, step graph",
     ]  # fmt: skip
-    graphs = [results[f"og+dtp, capture={mode}"]["graph_bytes"] for mode in ("off", "step", "loop")]
+    graphs = [found[f"og+dtp, capture={mode}"]["graph_bytes"] for mode in ("off", "step", "loop")]
     assert graphs[2] > graphs[1] > graphs[0] == 0
-    assert results["stock"].keys() == {"how", "median_ms"} and results["stp, capture=step"]["ratio"] == 1.0
-
-    def full(work, **_):
-        raise torch.OutOfMemoryError("no room")
-
-    clockless.setattr(gpu_benchmarks, "milliseconds", full)
-    assert {entry["reason"] for entry in gpu_benchmarks.capture_modes(pipe, work)} == {"no room"}
+    assert found["stock"]["difference"] == 0 and all(entry["difference"] < 1e-5 for entry in found.values())
 
 
-def test_the_benchmark_of_compiled_modes_runs(clockless):
-    pipe, work = tiny_generation()
-    unet = pipe.unet
-    _stock, peer, ours = gpu_benchmarks.compiled_modes(pipe, work)
-    assert pipe.unet is unet and ours["path"] == "fused, step graph"
+def test_the_benchmark_of_compiled_modes_runs(clockless, tiny):
+    unet = tiny.made.unet
+    _stock, peer, ours = gpu_benchmarks.compare(gpu_benchmarks.compiled_modes(tiny))
+    assert tiny.made.unet is unet and ours["path"] == "fused, step graph"
     assert peer["difference"] == 0 and ours["difference"] < 1e-5
 
 
-def test_nothing_is_timed_that_computes_something_else(clockless):
-    pipe, work = tiny_generation()
+def test_a_way_without_memory_says_so(clockless, tiny):
+    def full():
+        raise torch.OutOfMemoryError("no room")
+
+    stock, missing = gpu_benchmarks.compare({"stock": lambda: gpu_benchmarks.Way(tiny), "large": full})
+    assert stock["ms"] == 1.0 and missing == {"how": "large", "reason": "no room"}
+
+
+def test_nothing_is_timed_that_computes_something_else(clockless, tiny):
     advance = Loop.advance
     clockless.setattr(Loop, "advance", lambda self, u, c, z: advance(self, u * 1.5, c, z))
-    with pytest.raises(AssertionError, match="differ from stock's"):
-        list(gpu_benchmarks.capture_modes(pipe, work))
+    stock, *others = gpu_benchmarks.compare(gpu_benchmarks.capture_modes(tiny, loop=False))
+    assert "ms" in stock and len(others) == 3
+    assert all("ms" not in entry and "differ from stock's" in entry["wrong"] for entry in others)
+
+
+def test_rounds_compare_within_a_round(monkeypatch):
+    """Medians and ratios of known times: a machine that is twice as slow in every second round does not move the ratio."""
+    durations = iter([1.0, 3.0, 2.0, 6.0, 1.0, 3.0])
+
+    class Event:
+        def __init__(self, **_):
+            self.record = self.synchronize = lambda: None
+
+        def elapsed_time(self, _):
+            return next(durations)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    found = gpu_benchmarks.rounds({"a": lambda: None, "b": lambda: None}, least=3, most=3, seconds=0)
+    assert found["b"]["ms"]["median"] == 3 and found["b"]["ratio"] == {"median": 3, "q1": 3, "q3": 3}
+    assert found["a"]["ratio"]["median"] == 1 and found["a"]["rounds"] == 3
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -177,6 +197,8 @@ def test_a_failing_benchmark_fails_the_run(tmp_path, monkeypatch):
     worked, failed = json.loads(out.read_text())["benchmarks"]
     assert (worked["outcome"], worked["results"]) == ("ran", [{"a": None}, {"a": 2}])
     assert failed["reason"] == "RuntimeError: broken" and failed["results"] == [{"a": 1}]
+    monkeypatch.setattr(gpu, "BENCHMARKS", {"works": works, "wrong": lambda: (one for one in [{"wrong": "values"}])})
+    assert gpu.main(["--out", str(out), "--only", "wrong"]) == 1
     assert gpu.main(["--out", str(out), "--only", "works", "--seconds", "0"]) == 0
     (late,) = json.loads(out.read_text())["benchmarks"]
     assert (late["outcome"], late["results"]) == ("broken off", [{"a": None}])
