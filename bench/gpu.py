@@ -21,15 +21,17 @@ import time
 import traceback
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.gpu_benchmarks import BENCHMARKS
+from bench import real_size
+from bench.gpu_benchmarks import BENCHMARKS, SIZED, Benchmark
 from fastguard.files import finite, write_atomic
 
 ROOT = Path(__file__).parents[1]
@@ -98,13 +100,12 @@ def _case(element: ElementTree.Element) -> dict[str, Any]:
     return {"name": name, "outcome": outcome, "reason": reason, "seconds": float(element.get("time", 0))}
 
 
-def run_benchmarks(names: list[str], skip: str | None, seconds: float) -> Iterator[list[dict[str, Any]]]:
+def run_benchmarks(chosen: Mapping[str, Benchmark], skip: str | None, seconds: float) -> Iterator[list[dict[str, Any]]]:
     """Every benchmark's numbers, or why there are none; yielded after each result as far as they are known."""
     entries: list[dict[str, Any]] = []
     end = time.monotonic() + seconds
-    for name in names:
-        benchmark = BENCHMARKS[name]
-        entry: dict[str, Any] = {"name": name, "what": (benchmark.__doc__ or "").partition("\n")[0]}
+    for name, benchmark in chosen.items():
+        entry: dict[str, Any] = {"name": name, "what": (BENCHMARKS[name].__doc__ or "").partition("\n")[0]}
         entries.append(entry)
         if skip is not None:
             entry |= {"outcome": "skipped", "reason": skip}
@@ -144,16 +145,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--only", nargs="+", choices=list(BENCHMARKS), default=list(BENCHMARKS), help="benchmarks to run"
     )
+    parser.add_argument("--sizes", nargs="+", choices=real_size.SIZES, help=f"of {' and '.join(SIZED)}")
+    parser.add_argument("--batches", nargs="+", type=int, help=f"of {' and '.join(SIZED)}")
     parser.add_argument("--seconds", type=float, default=math.inf, help="no result is begun later (tests not counted)")
     given = parser.parse_args(arguments)
+    selection = {name: value for name in ("sizes", "batches") if (value := getattr(given, name))}
+    chosen = {name: partial(BENCHMARKS[name], **(selection if name in SIZED else {})) for name in given.only}
 
     found = device()
     tests = run_tests(given.tests)
     failed = tests["exit_code"] not in (0, 5)  # 5: there was no test
     skip = "no GPU" if found is None else "a test failed" if failed else None
-    result = {"fastguard_gpu": 1, "device": found, "versions": versions(), "tests": tests}
+    command = ["python", "-m", "bench.gpu", *(sys.argv[1:] if arguments is None else arguments)]
+    result = {"fastguard_gpu": 1, "command": command, "device": found, "versions": versions(), "tests": tests}
     benchmarks: list[dict[str, Any]] = []
-    for benchmarks in run_benchmarks(given.only, skip, given.seconds):
+    for benchmarks in run_benchmarks(chosen, skip, given.seconds):
         content = finite({**result, "benchmarks": benchmarks})
         write_atomic(given.out, json.dumps(content, indent=2, allow_nan=False) + "\n")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import statistics
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ SCHEDULERS = ("ddim", "euler", "dpm-2m", "pndm", "unipc-2", "ddpm")
 BATCHES = (1, 2, 4, 8, 16, 32)
 STEPS = 20  # at batch 1; fewer at larger ones, never under 4: a ratio hardly depends on it, the time on the device does
 LOOP = 8  # the largest batch whose whole generation is captured too
-COMPILED = {"SD 1.5": (1, 8), "SDXL": (1,)}  # batches; each compilation takes a minute or two
+COMPILED = (1, 8)  # batches; each takes two compilations of a minute or more
 GUARD: dict[str, Any] = {"policy": "og+dtp", "gate": 0.02}  # both branches in every row, as in stock
 BUDGET = 48 << 30  # bytes of graphs of one guard: the largest batches' need more than the default
 # Of the largest value: stock rounds its latents to float16 (2^-11) after each of up to 20 steps, ours are float32.
@@ -209,11 +209,11 @@ def generations() -> Results:
             yield {"size": "SD 1.5", "scheduler": name, "batch": 1, "steps": STEPS, **found}
 
 
-def captures() -> Results:
+def captures(sizes: Sequence[str] = real_size.SIZES, batches: Sequence[int] = BATCHES) -> Results:
     """Euler, random weights, batch 1 to 32, time per generation (latents): stock, and guarded under every capture mode."""
-    for size in real_size.SIZES:
+    for size in sizes:
         model = _random(real_size.unet(size))
-        for batch in BATCHES:
+        for batch in batches:
             count = max(4, STEPS // batch)
             make = capture_modes(Generation(size, "euler", model, batch, count), loop=batch <= LOOP)
             for found in compare(make, least=2):
@@ -229,9 +229,9 @@ def capture_modes(generation: Generation, *, loop: bool) -> Ways:
     return make
 
 
-def compiled() -> Results:
+def compiled(sizes: Sequence[str] = real_size.SIZES, batches: Sequence[int] = COMPILED) -> Results:
     """Euler, random weights: stock under torch.compile reduce-overhead, and our capture of a compiled denoiser."""
-    for size, batches in COMPILED.items():
+    for size in sizes:
         model = _random(real_size.unet(size))
         for batch in batches:
             count = max(4, STEPS // batch)
@@ -281,10 +281,12 @@ def synchronisations() -> Results:
             yield {"scheduler": name, **fastguard.find_syncs(pipe).to_dict()}
 
 
-BENCHMARKS: dict[str, Callable[[], Results]] = {
+Benchmark = Callable[..., Results]
+BENCHMARKS: dict[str, Benchmark] = {
     "guided_step": guided_steps,
     "generations": generations,
     "captures": captures,
     "compiled": compiled,
     "synchronisations": synchronisations,
 }
+SIZED = ("captures", "compiled")  # those that take sizes and batches
