@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -12,6 +12,24 @@ from .layout import Row, Rule, State
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+class Operands(NamedTuple):
+    """The tensors of one step, in the order of the custom op's schema; `guided_step` says what each is."""
+
+    uncond: Tensor
+    cond: Tensor | None
+    x: Tensor
+    history: Tensor
+    model_input: Tensor | None
+    trace: Tensor
+    state: Tensor
+    rows: Tensor
+    rules: Tensor
+    guidance: Tensor
+    noise: Tensor | None
+    timestep_out: Tensor | None
+    scratch: Tensor | None
 
 
 def like(tensor: Tensor, x: Tensor) -> Tensor:
@@ -31,20 +49,9 @@ def dense_like(tensor: Tensor, x: Tensor) -> bool:
     return _strides(tensor) == _strides(x) and (tensor.shape[0] == 1 or tensor.stride(0) == x.numel() // x.shape[0])
 
 
-def check(
-    uncond: Tensor,
-    cond: Tensor | None,
-    x: Tensor,
-    history: Tensor,
-    model_input: Tensor | None,
-    trace: Tensor,
-    state: Tensor,
-    rows: Tensor,
-    rules: Tensor,
-    guidance: Tensor,
-    noise: Tensor | None,
-    timestep_out: Tensor | None,
-) -> None:
+def check(operands: Operands) -> None:
+    """ValueError for what `guided_step` does not take."""
+    uncond, cond, x, history, model_input, trace, state, rows, rules, guidance, noise, timestep_out, _ = operands
     shape, batch = x.shape, x.shape[0]
     batches = (batch, 2 * batch)
     if (

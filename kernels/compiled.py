@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from . import codes
+from .arguments import Operands
 from .decide import decide
 from .twin import guided_step_torch
 
@@ -100,15 +100,12 @@ void step(const float *u, const float *c, float *x, float *history, float *y, fl
 """
 
 
-def guided_step_compiled(u: Tensor, c: Tensor | None, x: Tensor, history: Tensor, model_input: Tensor | None, trace: Tensor,
-    state: Tensor, rows: Tensor, rules: Tensor, guidance: Tensor, noise: Tensor | None, timestep_out: Tensor | None,
-    scratch: Tensor) -> None:  # fmt: skip
+def guided_step_compiled(operands: Operands) -> None:
     """`guided_step` for float32 tensors on the CPU; others go to the twin."""
+    u, c, x, history, model_input, trace, state, rows, rules, guidance, noise, timestep_out, _ = operands
     latents = (u, c, model_input, noise)
     if x.device.type != "cpu" or any(t is not None and t.dtype != torch.float32 for t in latents):
-        guided_step_torch(
-            u, c, x, history, model_input, trace, state, rows, rules, guidance, noise, timestep_out, scratch
-        )
+        guided_step_torch(operands)
         return
     batch = x.shape[0]
     times = None if timestep_out is None else timestep_out.double()

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from . import triton_step, twin
-from .arguments import check, dense_like, like
+from .arguments import Operands, check, dense_like, like
 from .layout import State
 
 BACKENDS = ("torch", "triton", "compiled")
@@ -68,16 +68,17 @@ def guided_step(
     Raises:
         ValueError: a shape, dtype or memory format other than the above.
     """
-    check(uncond, cond, x, history, model_input, trace, state, rows, rules, guidance, noise, timestep_out)
-    arguments = (
-        uncond, cond, x, history, model_input, trace, state, rows, rules, guidance, noise, timestep_out, scratch, choose_backend(x, backend)
-    )  # fmt: skip
+    operands = Operands(
+        uncond, cond, x, history, model_input, trace, state, rows, rules, guidance, noise, timestep_out, scratch
+    )
+    check(operands)
+    chosen = choose_backend(x, backend)
     # The dispatcher costs this many arguments 45 us a call (stock's whole step on 8 small latents: 280 us), so it is only used where
     # somebody is watching: a compiler, FakeTensor, any other mode or subclass.
     if torch.compiler.is_compiling() or type(x) is not Tensor or torch._C._len_torch_dispatch_stack():
-        torch.ops.fastguard.guided_step.default(*arguments)
+        torch.ops.fastguard.guided_step.default(*operands, chosen)
     else:
-        _run(*arguments)
+        _run(operands, chosen)
 
 
 def choose_backend(x: Tensor, backend: str | None = None) -> str:
@@ -103,37 +104,29 @@ def history_for(x: Tensor, slots: int) -> Tensor:
     ).zero_()
 
 
-def _run(
-    uncond: Tensor,
-    cond: Tensor | None,
-    x: Tensor,
-    history: Tensor,
-    model_input: Tensor | None,
-    trace: Tensor,
-    state: Tensor,
-    rows: Tensor,
-    rules: Tensor,
-    guidance: Tensor,
-    noise: Tensor | None,
-    timestep_out: Tensor | None,
-    scratch: Tensor | None,
-    backend: str,
-) -> None:
+def _run(operands: Operands, backend: str) -> None:
+    uncond, cond, x, noise, scratch = operands.uncond, operands.cond, operands.x, operands.noise, operands.scratch
     if uncond.requires_grad or (cond is not None and cond.requires_grad):
         uncond, cond = uncond.detach(), None if cond is None else cond.detach()
-    uncond = like(uncond, x)
-    cond = None if cond is None else like(cond, x)
-    noise = noise if noise is None or dense_like(noise, x) else like(noise.contiguous(), x)
-    scratch = scratch_for(x) if scratch is None else scratch
-    buffers = (x, history, model_input, trace, state, rows, rules, guidance, noise, timestep_out, scratch)
+    operands = operands._replace(
+        uncond=like(uncond, x),
+        cond=None if cond is None else like(cond, x),
+        noise=noise if noise is None or dense_like(noise, x) else like(noise.contiguous(), x),
+        scratch=scratch_for(x) if scratch is None else scratch,
+    )
     if backend == "triton":
-        triton_step.guided_step_triton(uncond, cond, *buffers)
+        triton_step.guided_step_triton(operands)
     elif backend == "torch":
-        twin.guided_step_torch(uncond, cond, *buffers)
+        twin.guided_step_torch(operands)
     else:
         from .compiled import guided_step_compiled
 
-        guided_step_compiled(uncond, cond, *buffers)
+        guided_step_compiled(operands)
+
+
+def _implementation(*arguments: Any) -> None:
+    *tensors, backend = arguments
+    _run(Operands(*tensors), backend)
 
 
 def _fake(*_: Any) -> None:
@@ -147,5 +140,5 @@ _library.define(
     "str backend) -> ()",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-_library.impl("guided_step", _run, "CompositeExplicitAutograd")
+_library.impl("guided_step", _implementation, "CompositeExplicitAutograd")
 torch.library.register_fake("fastguard::guided_step", _fake, lib=_library)

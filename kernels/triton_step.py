@@ -12,9 +12,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from . import codes
+from .arguments import Operands
 from .decide import decide
 
 try:
@@ -230,21 +230,9 @@ def launch_shape(
     return SINGLE_BLOCK // part, 1, {"num_warps": SINGLE_THREADS // warp, **limit}
 
 
-def guided_step_triton(
-    u: Tensor,
-    c: Tensor | None,
-    x: Tensor,
-    history: Tensor,
-    model_input: Tensor | None,
-    trace: Tensor,
-    state: Tensor,
-    rows: Tensor,
-    rules: Tensor,
-    guidance: Tensor,
-    z: Tensor | None,
-    timestep_out: Tensor | None,
-    scratch: Tensor,
-) -> None:
+def guided_step_triton(operands: Operands) -> None:
+    u, c, x, history, model_input, trace, state, rows, rules, guidance, z, timestep_out, scratch = operands
+    assert scratch is not None
     batch = x.shape[0]
     size = x.numel() // batch
     latents = [t for t in (u, c, x, history, model_input, z) if t is not None]

@@ -15,31 +15,20 @@ import torch
 from torch import Tensor
 
 from . import codes
+from .arguments import Operands
 from .decide import decide
 
 PART = 16384  # d is summed in parts of PART elements: below torch's grain of 32,768, under which a sum is never split by threads
 
 
-def guided_step_torch(
-    uncond: Tensor,
-    cond: Tensor | None,
-    x: Tensor,
-    history: Tensor,
-    model_input: Tensor | None,
-    trace: Tensor,
-    state: Tensor,
-    rows: Tensor,
-    rules: Tensor,
-    guidance: Tensor,
-    noise: Tensor | None,
-    timestep_out: Tensor | None,
-    scratch: Tensor,
-) -> None:
+def guided_step_torch(operands: Operands) -> None:
     """`guided_step` in plain torch, for the CPU and devices without Triton (there it synchronises with the host).
 
     Every tensor operation rounds once (no addcmul, no alpha): torch's kernels may use a fused multiply-add in their vectorised
     body and not in its tail, and which of the two an element meets depends on the batch.
     """
+    uncond, cond, x, history, model_input, trace, state, rows, rules, guidance, noise, timestep_out, scratch = operands
+    assert scratch is not None
     batch, size = x.shape[0], x.numel() // x.shape[0]
     padded = width(size)
     delta, work = (scratch.as_strided((batch, padded), (padded, 1), start) for start in (0, batch * padded))

@@ -16,6 +16,7 @@ pytest.importorskip("triton")
 
 from fastguard.kernels import guided_step as op
 from fastguard.kernels import triton_step
+from fastguard.kernels.arguments import Operands
 
 SD, SDXL = (2, 4, 64, 64), (2, 4, 128, 128)
 
@@ -47,14 +48,12 @@ def launched(monkeypatch, shape, *, change=lambda case: None, **options) -> list
     """What one step does on its way to the device, in order."""
     case = cases.make(0, shape, dtype=torch.float16, **options)
     change(case)
-    names = ["x", "history", "model_input", "trace", "state", "rows", "rules", "guidance", "noise", "timestep_out"]
-    arguments = [case.arguments[name] for name in names]
     scratch = op.scratch_for(case.arguments["x"])
     notes: list[str] = []
     for name in ("_norm_kernel", "_step_kernel"):
         monkeypatch.setattr(triton_step, name, Launched(notes, name))
     with Watch(notes):
-        op._run(case.uncond, case.cond, *arguments, scratch, "triton")
+        op._run(Operands(case.uncond, case.cond, **case.arguments, scratch=scratch), "triton")
     return notes
 
 
@@ -66,16 +65,16 @@ def test_nothing_but_the_kernels(shape, kernels, options, monkeypatch):
     assert launched(monkeypatch, shape, **options) == kernels
 
 
-def _waits(u, c, x, *rest):
-    rest[3][0, 0].item()  # state
+def _waits(operands):
+    operands.state[0, 0].item()
 
 
-def _launches(u, c, x, *rest):
-    x.mul_(1.0)
+def _launches(operands):
+    operands.x.mul_(1.0)
 
 
-def _copies(u, c, x, *rest):
-    rest[3].copy_(torch.zeros(rest[3].shape, dtype=torch.float64))
+def _copies(operands):
+    operands.state.copy_(torch.zeros(operands.state.shape, dtype=torch.float64))
 
 
 @pytest.mark.parametrize(
@@ -84,9 +83,9 @@ def _copies(u, c, x, *rest):
 def test_planted_faults_in_the_launcher_are_found(plant, seen, monkeypatch):
     real = triton_step.guided_step_triton
 
-    def faulty(*arguments):
-        plant(*arguments)
-        real(*arguments)
+    def faulty(operands):
+        plant(operands)
+        real(operands)
 
     monkeypatch.setattr(triton_step, "guided_step_triton", faulty)
     notes = launched(monkeypatch, SD)

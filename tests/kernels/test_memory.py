@@ -28,6 +28,7 @@ else:
     from tilelens.core.data import Grid, Load, Store
 
     from fastguard.kernels import triton_step as kernel
+    from fastguard.kernels.arguments import Operands
     from fastguard.kernels.guided_step import scratch_for
     from fastguard.kernels.layout import Phase, State
 
@@ -81,12 +82,10 @@ else:
             steps = case.arguments["guidance"].shape[1]
             case.arguments["state"][:, State.STEP] = steps - 1
             case.arguments["state"][:, State.BASE] = case.arguments["rows"].shape[0] - 1 - steps
-        order = list(inspect.signature(module.guided_step_triton).parameters)[2:]
         # The sanitizer executes no store, so what the first launch would hand to the second must be there already.
         scratch, state = scratch_for(case.arguments["x"]), case.arguments["state"]
         scratch[: 2 * state.numel()].view(torch.float64).copy_(state.flatten())
-        arguments = {**case.arguments, "z": case.arguments["noise"], "scratch": scratch}
-        module.guided_step_triton(case.uncond, case.cond, *(arguments[name] for name in order))
+        module.guided_step_triton(Operands(case.uncond, case.cond, **case.arguments, scratch=scratch))
 
     def races(client):
         """Addresses that two programs of one launch touch, one of them writing."""
