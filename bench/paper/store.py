@@ -85,7 +85,8 @@ class Store:
         return whole
 
     def add(self, unit: str, rows: Sequence[dict[str, Any]], images: Sequence[Image.Image]) -> None:
-        """Keep a finished unit: images[i] at rows[i]["image"] (relative to the folder), then the lines."""
+        """Keep a finished unit: images[i] at rows[i]["image"] (relative to the folder), then the lines. A unit is added once."""
+        assert unit not in self.done, f"unit {unit!r} is in {self.path} already"
         for row, image in zip(rows, images, strict=True):
             target = self.out / row["image"]
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -36,7 +36,10 @@ class Unit:
 
 @dataclass(frozen=True)
 class Amount:
-    """How much is made: seeds per prompt, batch size. `seeds` for the tables, `detection` for the curves of d."""
+    """How much is made: seeds per prompt, batch size. `seeds` for the tables, `detection` for the curves of d.
+
+    A scale given twice is kept once. ValueError for different scales with one name (six digits), which names units and folders.
+    """
 
     scale: float
     scales: tuple[float, ...]
@@ -44,6 +47,16 @@ class Amount:
     ordinary: int
     detection: int
     batch: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scales", tuple(dict.fromkeys(self.scales)))
+        named: dict[str, float] = {}
+        for scale in (self.scale, *self.scales):
+            other = named.setdefault(f"{scale:g}", scale)
+            if other != scale:
+                raise ValueError(
+                    f"guidance scales {other!r} and {scale!r}: are both {scale:g} in six digits; must differ there or be equal"
+                )
 
 
 def generator(item: Item, seed: int) -> torch.Generator:

@@ -189,6 +189,7 @@ def test_other_settings_into_the_same_folder_are_refused(given: Path, done: Path
         ({"seeds": 0}, "--seeds=0: must be at least 1"),
         ({"batch_size": 0}, "--batch-size=0"),
         ({"guidance_scales": "7.5,1"}, "guidance scale 1.0: must be above 1"),
+        ({"guidance_scales": "3,7.5000001"}, "guidance scales 7.5 and 7.5000001: are both 7.5 in six digits"),
         ({"guidance_scales": "a"}, "--guidance-scales='a'"),
         ({"gate": "nan"}, "--gate=nan"),
         ({"methods": "stp,nothing"}, "'nothing' is unknown; allowed are none"),

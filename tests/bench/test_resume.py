@@ -8,13 +8,16 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from bench.paper.store import Store
-from tests.bench.tiny_run import AMOUNT, ITEMS, main
+from bench.paper.work import units
+from tests.bench.tiny_run import AMOUNT, ITEMS, METHODS, main
 
 ROOT = Path(__file__).parents[2]
 
@@ -92,8 +95,8 @@ def test_cut_off_at_any_byte(whole: Path, tmp_path: Path) -> None:
             kept = store.rows
         complete = sum(end <= cut for end in ends)
         # What is kept: whole units only, and all of them.
-        units = list(dict.fromkeys(r["unit"] for r in rows[:complete]))
-        full = [u for u in units if sum(r["unit"] == u for r in rows[:complete]) == sum(r["unit"] == u for r in rows)]
+        names = list(dict.fromkeys(r["unit"] for r in rows[:complete]))
+        full = [u for u in names if sum(r["unit"] == u for r in rows[:complete]) == sum(r["unit"] == u for r in rows)]
         assert kept == [r for r in rows if r["unit"] in full]
         assert (out / "results.jsonl").read_bytes() == data[: ends[len(kept) - 1] if kept else 0]
 
@@ -118,6 +121,26 @@ def test_damage_in_the_middle_is_refused_with_its_line(whole: Path, tmp_path: Pa
         (out / "results.jsonl").write_bytes(b"".join(damaged))
         with pytest.raises(ValueError, match="line 3 is damaged" if name == "torn" else "line 6 does not follow"):
             Store(out)
+
+
+def test_a_scale_given_twice_is_made_once() -> None:
+    assert units(ITEMS, METHODS, replace(AMOUNT, scales=(2.0, 7.5, 2.0, 7.5))) == units(ITEMS, METHODS, AMOUNT)
+
+
+@pytest.mark.parametrize("scales", [(2.0, 7.5000001), (2.0, 2.0000001)])
+def test_scales_of_one_name_are_refused(scales: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match=rf"and {scales[1]}: are both .* in six digits"):
+        replace(AMOUNT, scales=scales)
+
+
+def test_a_unit_is_added_once(tmp_path: Path) -> None:
+    with Store(tmp_path) as store:
+        store.add("u", [{"image": "a.png"}], [Image.new("RGB", (2, 2))])
+        with pytest.raises(AssertionError, match="unit 'u'"):
+            store.add("u", [{"image": "a.png"}], [Image.new("RGB", (2, 2), "red")])
+        assert Image.open(tmp_path / "a.png").getpixel((0, 0)) == (0, 0, 0)
+    with Store(tmp_path) as store:
+        assert store.done == {"u"}
 
 
 def test_two_processes_at_once_are_refused(tmp_path: Path) -> None:
