@@ -28,7 +28,7 @@ class _Device:
 
     lock    one capture or launch at a time, whichever guard makes it
     stream  for captures: the allocator reuses a pool's blocks only on the stream that they were made for
-    used    the last use of any pool and of the buffers around it; not per pool: graphs captured on one stream share its cuBLAS workspace
+    used    the last use of any pool and of the buffers around it; not per pool: libraries keep things per stream, and all captures share one
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -73,7 +73,7 @@ class Recorder:
             caller = cuda.current_stream(self.device)
             self._warm_up(warm_up, keeps, caller)
             graph = cuda.CUDAGraph()
-            with _alone:
+            with _alone, _own_workspace():
                 try:
                     # torch.cuda.graph waits for the device and empties the allocator's cache before it begins.
                     # "thread_local": other threads may go on allocating and launching; only what this one must not do is an error.
@@ -134,6 +134,23 @@ class Recorder:
         """Device memory that the pool holds. The driver's own memory for a graph's nodes is not in it and cannot be asked for."""
         segments = cuda.memory_snapshot()
         return sum(s["total_size"] for s in segments if tuple(s["segment_pool_id"]) == self._pool)
+
+
+@contextmanager
+def _own_workspace() -> Iterator[None]:
+    """Inside, cuBLAS finds no workspace for any stream and makes one; what is captured gets its own, in the graph's pool.
+
+    cuBLAS keeps a workspace per stream, and a graph holds its address but not its memory. One that is left from a warm-up, or in another
+    graph's pool, is freed whenever anybody clears it: CUDAGraph.reset does in newer torch (PyTorch issue 193402), Inductor's
+    cudagraph trees always did. One made during the capture and given up here goes back to the pool, which lasts until its last
+    graph is reset; another graph of that pool may work in the same block, since no two run at once and none reads what it did not write.
+    """
+    clear = torch._C._cuda_clearCublasWorkspaces
+    clear()
+    try:
+        yield
+    finally:
+        clear()
 
 
 def _end_allocation(device: torch.device, pool: Any) -> None:

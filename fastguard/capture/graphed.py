@@ -26,7 +26,7 @@ from fastguard.denoiser import select_branch
 from fastguard.policy import Plan
 from fastguard.schedule import Schedule
 
-# "auto" records where launches take longer than the work: the denoiser's rows times the latents' positions, 2 B h w. A forward of
+# "auto" records where launches take longer than the work: the denoiser's rows (2 B guided, else B) times the latents' positions h w. A forward of
 # SD 1.5 / SDXL is about 980 / 2,980 kernels, 5 / 15 ms of launches at 5 us each, whatever the batch. This is SD 1.5
 # (64 x 64) up to batch 4 and SDXL (128 x 128) at batch 1; on an H200 graphs save 9 to 62% up to there, 0 to 4% beyond (docs/gpu).
 LAUNCH_BOUND = 2 * 4 * 64 * 64
