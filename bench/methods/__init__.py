@@ -89,7 +89,7 @@ def methods(*, gate: float | None = None) -> dict[str, Factory]:
     found["random-numbers"] = Factory(partial(Words, "numbers"), f"{SOMEPALLI} four random numbers in the prompt")
     found["random-words"] = Factory(partial(Words, "words"), f"{SOMEPALLI} four random tokens in the prompt")
     found["word-repeat"] = Factory(partial(Words, "repeat"), f"{SOMEPALLI} four words of the prompt repeated in it")
-    found["embedding-noise"] = Factory(EmbeddingNoise, f"{SOMEPALLI} Gaussian noise of 0.1 on the embedding")
+    found["embedding-noise"] = Factory(EmbeddingNoise, f"{SOMEPALLI} Gaussian noise of 0.1 on both embeddings")
     found["interval"] = Factory(
         Interval, "Kynkaanniemi et al., NeurIPS 2024, arXiv 2404.07724: guidance for 0.28 < sigma <= 5.42 only"
     )

@@ -59,10 +59,15 @@ class Words(Method):
 
 
 class EmbeddingNoise(Method):
-    """c + strength * z, z standard normal as large as the conditional embedding; the unconditional one is left alone."""
+    """u + strength * z_u and c + strength * z_c, z standard normal and independent.
+
+    The authors' sd_mitigation.py adds noise to what _encode_prompt returns, in the diffusers of that time the unconditional and the
+    conditional embeddings in one tensor.
+    """
 
     def __init__(self, strength: float = 0.1, *, name: str = "embedding-noise") -> None:
         self.strength, self.name = strength, name
+        self.on = ("u", "c")  # for settings.json: no mixing with earlier results, whose noise was on c alone
 
     def generate(self, pipe: Any, request: Request) -> tuple[torch.Tensor, list[dict[str, Any]]]:
         with torch.no_grad():
@@ -73,15 +78,15 @@ class EmbeddingNoise(Method):
                 for prompt, generator in zip(request.prompts, request.generators, strict=True)
             ]
         )
-        c = c + self.strength * noise.to(c)
+        u, c = (e + self.strength * z.to(e) for e, z in zip((u, c), noise.unbind(1), strict=True))
         arguments = {**request.arguments, "prompt": None, "prompt_embeds": c, "negative_prompt_embeds": u}
         return pipe(**arguments).images, [{} for _ in request.prompts]
 
     @staticmethod
     def noise(prompt: str, seed: int, shape: torch.Size) -> torch.Tensor:
-        """z, float32 on the CPU."""
+        """z_u and z_c [2, *shape], float32 on the CPU."""
         generator = torch.Generator().manual_seed(_draws("embedding", prompt, seed).getrandbits(63))
-        return torch.randn(shape, generator=generator)
+        return torch.randn((2, *shape), generator=generator)
 
 
 def _draws(kind: str, prompt: str, seed: int) -> random.Random:
