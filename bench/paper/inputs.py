@@ -58,21 +58,33 @@ class BadInput(ValueError):
         super().__init__("\n  ".join([f"{where}: {many}, nothing was done", *shown]))
 
 
-class TrainingSet(Sequence[Image.Image]):
-    """The training images in the order of their places, opened when they are asked for. `key`: a hash of their contents."""
+class Images(Sequence[Image.Image]):
+    """read(one) for one of `kept`, when it is asked for: as many open files as images would be too many."""
 
-    def __init__(self, count: int, get: Callable[[int], Image.Image], key: str) -> None:
-        self._count, self._get, self.key = count, get, key
+    def __init__(self, kept: Sequence[Any], read: Callable[[Any], Image.Image]) -> None:
+        self._kept, self._read = kept, read
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._kept)
 
     def __getitem__(self, place: Any) -> Any:
         if isinstance(place, slice):
-            return [self._get(i) for i in range(*place.indices(self._count))]
-        if not 0 <= place < self._count:
-            raise IndexError(place)
-        return self._get(place)
+            return [self._read(one) for one in self._kept[place]]
+        return self._read(self._kept[place])
+
+
+class TrainingSet(Images):
+    """The training images in the order of their places. `key`: a hash of their contents."""
+
+    def __init__(self, kept: Sequence[Any], read: Callable[[Any], Image.Image], key: str) -> None:
+        super().__init__(kept, read)
+        self.key = key
+
+
+def read_image(path: Path) -> Image.Image:
+    """RGB, decoded, the file closed again."""
+    with Image.open(path) as image:
+        return image.convert("RGB")
 
 
 def of_folder(folder: Path, files: Sequence[Path]) -> TrainingSet:
@@ -81,12 +93,7 @@ def of_folder(folder: Path, files: Sequence[Path]) -> TrainingSet:
     for path in files:
         digest.update(f"{path.relative_to(folder).as_posix()}\n".encode())
         digest.update(hashlib.sha256(path.read_bytes()).digest())
-
-    def get(place: int) -> Image.Image:
-        with Image.open(files[place]) as image:
-            return image.convert("RGB")
-
-    return TrainingSet(len(files), get, digest.hexdigest())
+    return TrainingSet(files, read_image, digest.hexdigest())
 
 
 def of_testbed() -> TrainingSet:
@@ -94,7 +101,7 @@ def of_testbed() -> TrainingSet:
     from fastguard import testbed
 
     images = testbed.training_images()
-    return TrainingSet(len(images), lambda i: Image.fromarray(images[i]), hashlib.sha256(images.tobytes()).hexdigest())
+    return TrainingSet(list(images), Image.fromarray, hashlib.sha256(images.tobytes()).hexdigest())
 
 
 def training_files(folder: Path) -> list[Path]:

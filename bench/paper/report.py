@@ -12,7 +12,7 @@ from PIL import Image
 
 from bench.metrics import Fid, note
 from bench.paper import plots, tables
-from bench.paper.inputs import Item, TrainingSet
+from bench.paper.inputs import Images, Item, TrainingSet, read_image
 from bench.paper.store import Store
 from bench.paper.summary import summarise
 from bench.paper.tables import Table
@@ -49,14 +49,14 @@ def fid_values(store: Store, methods: Sequence[str], amount: Amount, fid: Fid, t
         seeds = amount.seeds if group == "memorized" else amount.ordinary
         values, counts = {}, []
         for name in methods:
-            rows = [
-                r
+            files = [
+                store.out / r["image"]
                 for r in store.rows
                 if (r["method"], r["group"], r["scale"]) == (name, group, amount.scale) and r["seed"] < seeds
             ]
-            if len(rows) >= 2 and len(training) >= 2:
-                values[name] = fid([Image.open(store.out / r["image"]) for r in rows], training)
-                counts.append(len(rows))
+            if len(files) >= 2 and len(training) >= 2:
+                values[name] = fid(Images(files, read_image), training)
+                counts.append(len(files))
         if values:
             found["values"][group], found["notes"][group] = values, note(min(counts))
     return found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +71,7 @@ def page(out: Path, cheap: Any, dear: Any) -> str:
                     )
                 store.add(f"{name}/{scale}", made, [Image.new("RGB", (4, 4))] * len(made))
         known = {name: {"source": name, "ours": ours, "peer": not ours} for name, (ours, _, _) in METHODS.items()}
-        training = TrainingSet(1, lambda _: Image.new("RGB", (4, 4)), "")
+        training = TrainingSet([Image.new("RGB", (4, 4))], lambda image: image, "")
         amount = Amount(scale=5.0, scales=SCALES, seeds=1, ordinary=0, detection=0, batch=6)
         report.write(store, ITEMS, known, amount, SETTINGS, NETWORKS, training)
     return (out / "report.html").read_text()
@@ -105,3 +107,31 @@ def test_costs_that_rows_do_not_show_stand_beside_them(tmp_path: Path) -> None:
     # 100 rows of og+dtp; 2 (50 + 10 + 157) = 434 of the script on five images, 2 (50 + 40 + 37) = 254 on the sixth
     assert f"og+dtp takes {600 / (5 * 434 + 254):.2f} of the denoiser rows" in text
     assert "at most a quarter on 5 of 6" in text
+
+
+def test_fid_does_not_keep_every_file_open(tmp_path: Path) -> None:
+    count, (soft, hard) = 200, resource.getrlimit(resource.RLIMIT_NOFILE)
+    rows = [
+        {"method": "a", "group": "memorized", "scale": 5.0, "seed": seed, "image": f"{seed}.png"}
+        for seed in range(count)
+    ]
+    seen: list[int] = []
+
+    class Network:
+        network = "made up"
+
+        def __call__(self, generated: Sequence[Image.Image], real: Sequence[Image.Image]) -> float:
+            for start in range(0, len(generated), 64):
+                seen.extend(image.getpixel((0, 0))[0] for image in generated[start : start + 64])
+            return float(len(real))
+
+    training = TrainingSet([Image.new("RGB", (4, 4))] * 2, lambda image: image, "")
+    amount = Amount(scale=5.0, scales=(), seeds=count, ordinary=0, detection=0, batch=6)
+    with Store(tmp_path) as store:
+        store.add("u", rows, [Image.new("RGB", (2, 2), (seed, 0, 0)) for seed in range(count)])
+        resource.setrlimit(resource.RLIMIT_NOFILE, (128, hard))
+        try:
+            found = report.fid_values(store, ["a"], amount, Network(), training)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert found["values"] == {"memorized": {"a": 2.0}} and seen == list(range(count))
