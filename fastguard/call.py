@@ -81,7 +81,7 @@ class Call:
         """Remember the arguments: the table is compiled from the same call made on the host, without reading the device back."""
         self._timesteps_arguments = (args, kwargs)
         result = self.scheduler.set_timesteps(*args, **kwargs)
-        if self.graphed.may_be_whole(self.pipe):
+        if len(self.scheduler.timesteps) and self.graphed.may_be_whole(self.pipe):
             self.graphed.make_whole(self.pipe._execution_device, recorded.needs_steps(self))
             if self.graphed.whole:
                 one_row(self.pipe.scheduler)
@@ -107,7 +107,7 @@ class Call:
         Where the first latents or the first row are not known yet, the first step does it.
         """
         late = hasattr(self.pipe, "get_timesteps") and getattr(self.scheduler, "_begin_index", None) is None
-        if self._returned is None or late:
+        if self._returned is None or late or not len(self.scheduler.timesteps):
             return
         self._begin = getattr(self.scheduler, "_begin_index", None) or 0
         self._compile(self._expected_step_kwargs())

@@ -8,9 +8,11 @@ import inspect
 import logging
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
+
+import torch
 
 from fastguard.call import Call
 from fastguard.capture.engine import Engine
@@ -125,40 +127,49 @@ class Guard:
         values = {**arguments.arguments, **arguments.arguments.get("kwargs", {})}
         if reason := family.refusal(values):
             raise ValueError(reason)
-        with _exclusive(pipe.scheduler) as scheduler:
-            denoiser = getattr(pipe, family.denoiser)
+        denoiser = getattr(pipe, family.denoiser)
+        if getattr(denoiser, "dtype", None) == torch.float64:
+            raise ValueError(
+                f"{family.denoiser} is torch.float64: a guarded call takes float16, bfloat16 or float32; disable the guard for float64"
+            )
+        with _claimed(pipe) as alone, _claimed(pipe.scheduler) as free:
+            # The loop's own pipeline: its state is the original's, unless another call is at work on that at this moment.
+            state = pipe if alone else _copy(pipe)
+            # Schedulers keep the state of a loop on themselves.
+            scheduler = pipe.scheduler if free else type(pipe.scheduler).from_config(pipe.scheduler.config)
             runs, capturing = self.engine.lend(denoiser, self.graphs)
             call = Call(self.policy, family, values, scheduler, runs, capturing)
-            twin = object.__new__(type(pipe))
-            twin.__dict__.update(pipe.__dict__)
-            twin.__dict__["_fastguard_origin"] = pipe
-            twin.__dict__["scheduler"] = shadow(
-                scheduler,
-                {
-                    "step": call.step,
-                    "scale_model_input": call.scale_model_input,
-                    "set_timesteps": call.set_timesteps,
-                },
-            )
-            twin.__dict__[family.denoiser] = shadow(denoiser, {"__call__": call.denoise})
-            twin.__dict__["progress_bar"] = _before(call.begin, call.counted(twin.progress_bar))
+            methods: dict[str, Callable] = {
+                "step": call.step,
+                "scale_model_input": call.scale_model_input,
+                "set_timesteps": call.set_timesteps,
+            }
+            parts = {
+                "scheduler": shadow(scheduler, methods),
+                family.denoiser: shadow(denoiser, {"__call__": call.denoise}),
+            }
+            replacements: dict[str, Callable] = {
+                "progress_bar": _before(call.begin, call.counted(state.progress_bar)),
+                # Offloading replaces the pipeline's hooks at the end of a call: they belong to the original.
+                "maybe_free_model_hooks": pipe.maybe_free_model_hooks,
+            }
             if hasattr(pipe, "prepare_latents"):
-                twin.__dict__["prepare_latents"] = _after(twin.prepare_latents, call.prepare_latents)
-            # Offloading replaces the pipeline's hooks at the end of a call: they belong to the original.
-            twin.__dict__["maybe_free_model_hooks"] = pipe.maybe_free_model_hooks
-            held_back = twin.__dict__.copy()
-            call.pipe = twin
+                replacements["prepare_latents"] = _after(state.prepare_latents, call.prepare_latents)
+            call.pipe = shadow(state, replacements, parts)
             if hasattr(pipe, "_interrupt"):
                 pipe._interrupt = False
             try:
-                return settled(stock_call(twin, *args, **kwargs))
+                return settled(stock_call(call.pipe, *args, **kwargs))
             finally:
                 self._last = self._thread.last = call.report()
                 call.close()
-                # What the call noted on itself (num_timesteps, guidance scale ...) stays readable, as in a stock call.
-                for name, value in twin.__dict__.items():
-                    if held_back.get(name, held_back) is not value:
-                        pipe.__dict__[name] = value
+
+
+def _copy(pipe: Any) -> Any:
+    twin = object.__new__(type(pipe))
+    twin.__dict__.update(pipe.__dict__)
+    twin.__dict__["_fastguard_origin"] = pipe
+    return twin
 
 
 def _before(first: Callable[[], None], function: Callable) -> Callable:
@@ -235,16 +246,14 @@ _busy_lock = threading.Lock()
 
 
 @contextmanager
-def _exclusive(scheduler: Any):
-    """The scheduler itself, or a copy while another call is using it: schedulers keep the state of a loop on themselves."""
+def _claimed(shared: Any) -> Iterator[bool]:
+    """Whether the object is ours until the end: False while another call has it."""
     with _busy_lock:
-        free = id(scheduler) not in _busy
-        _busy.add(id(scheduler))
-    if not free:
-        yield type(scheduler).from_config(scheduler.config)
-        return
+        free = id(shared) not in _busy
+        _busy.add(id(shared))
     try:
-        yield scheduler
+        yield free
     finally:
-        with _busy_lock:
-            _busy.discard(id(scheduler))
+        if free:
+            with _busy_lock:
+                _busy.discard(id(shared))

@@ -37,7 +37,7 @@ SHORTEST_COMPARED = 10
 CACHED = 64  # schedules kept; one of 50 rows is 7 kB
 
 _IGNORED_ARGUMENTS = {"generator", "return_dict"}
-_cache: OrderedDict[bytes, Schedule] = OrderedDict()
+_cache: OrderedDict[tuple[type, bytes], Schedule] = OrderedDict()
 _cache_lock = threading.Lock()
 
 
@@ -234,20 +234,11 @@ def _deviation(rows: torch.Tensor, recorded: Trace, stock: np.ndarray, dtype: ty
     return worst
 
 
-def _key(scheduler: Any, arguments: Mapping[str, Any], begin: int) -> bytes:
+def _key(scheduler: Any, arguments: Mapping[str, Any], begin: int) -> tuple[type, bytes]:
+    """The class itself is part of it: kept alive, so that no later class can be taken for it."""
     digest = hashlib.sha1(usedforsecurity=False)
-    kind = type(scheduler)
-    digest.update(
-        repr(
-            (
-                id(kind),
-                kind.__qualname__,
-                replaced_step(scheduler),
-                begin,
-                sorted(arguments.items(), key=lambda pair: pair[0]),
-            )
-        ).encode()
-    )
+    given = sorted(arguments.items(), key=lambda pair: pair[0])
+    digest.update(repr((replaced_step(scheduler), begin, given)).encode())
     for name, value in sorted(own_state(scheduler).items()):
         digest.update(name.encode())
         if isinstance(value, torch.Tensor):
@@ -258,4 +249,4 @@ def _key(scheduler: Any, arguments: Mapping[str, Any], begin: int) -> bytes:
             digest.update(repr((value.dtype, value.shape)).encode() + value.tobytes())
         else:
             digest.update(repr(value).encode())
-    return digest.digest()
+    return type(scheduler), digest.digest()

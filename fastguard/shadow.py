@@ -3,18 +3,19 @@
 A pipeline's scheduler and denoiser may be shared with other pipelines and with other threads, and accelerate replaces
 `module.forward` on the instance. So nothing is ever patched: during a call the pipeline holds a shadow, whose `__dict__` *is* the
 original's, whose class bears the same name, and whose replaced methods talk to the call that made it. Everything else, from
-`isinstance` to `.config`, `.to()` or a LoRA scale, reads and writes the original.
+`isinstance` to `.config`, `.to()` or a LoRA scale, reads and writes the original. The pipeline whose loop runs is a shadow, too: so
+what a callback changes on it or on the original is seen by both.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 
 @functools.lru_cache(maxsize=256)
-def _shadow_class(original: type, names: tuple[str, ...]) -> type:
+def _shadow_class(original: type, names: tuple[str, ...], parts: tuple[str, ...]) -> type:
     def replaced(name: str) -> Any:
         if name == "__call__":  # Python looks it up on the class and calls it: no property
             return lambda self, *args, **kwargs: self._fastguard_replacements[name](*args, **kwargs)
@@ -22,16 +23,36 @@ def _shadow_class(original: type, names: tuple[str, ...]) -> type:
         return property(lambda self: self._fastguard_replacements[name])
 
     namespace: dict[str, Any] = {name: replaced(name) for name in names}
-    # A slot, because the instance __dict__ belongs to the original.
-    namespace["__slots__"] = ("_fastguard_replacements",)
+    namespace.update({name: _part(name) for name in parts})
+    # Slots, because the instance __dict__ belongs to the original.
+    namespace["__slots__"] = ("_fastguard_parts", "_fastguard_replacements")
     namespace["__module__"] = original.__module__
     namespace["__qualname__"] = original.__qualname__
     namespace["__doc__"] = original.__doc__
     return type(original)(original.__name__, (original,), namespace)
 
 
-def shadow(original: Any, replacements: dict[str, Callable]) -> Any:
-    """An object that is `original` in all but the methods named in `replacements`; a method that it has not is not added."""
+def _part(name: str) -> property:
+    def refuse(self: Any) -> NoReturn:
+        kind = next(base.__name__ for base in type(self).__mro__ if name not in vars(base))
+        raise RuntimeError(f"{kind}.{name} was replaced during a guarded call, which works on the one it began with")
+
+    def get(self: Any) -> Any:
+        own, shown = self._fastguard_parts[name]
+        return shown if self.__dict__[name] is own else refuse(self)
+
+    def put(self: Any, value: Any) -> None:
+        if not any(value is one for one in self._fastguard_parts[name]):
+            refuse(self)
+
+    return property(get, put)
+
+
+def shadow(original: Any, replacements: dict[str, Callable], parts: dict[str, Any] | None = None) -> Any:
+    """An object that is `original` in all but the methods named in `replacements`; a method that it has not is not added.
+
+    parts: attributes that it shows another object for. RuntimeError where one of them is replaced, on either object.
+    """
     # wraps: pipelines read the signature of scheduler.step to learn whether it takes eta or a generator.
     wrapped = {
         name: functools.wraps(getattr(original, name))(_function(method))
@@ -39,8 +60,10 @@ def shadow(original: Any, replacements: dict[str, Callable]) -> Any:
         if hasattr(original, name)
     }
     kind: Any = type(original)
-    twin: Any = object.__new__(_shadow_class(kind, tuple(wrapped)))
+    shown = {name: (original.__dict__[name], part) for name, part in (parts or {}).items()}
+    twin: Any = object.__new__(_shadow_class(kind, tuple(wrapped), tuple(shown)))
     object.__setattr__(twin, "_fastguard_replacements", wrapped)
+    object.__setattr__(twin, "_fastguard_parts", shown)
     object.__setattr__(twin, "__dict__", original.__dict__)
     return twin
 

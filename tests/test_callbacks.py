@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+
 import pytest
 import torch
 
 import fastguard
 from tests import pipelines
-from tests.guarded import SCHEDULERS, STEPS, call, same
+from tests.guarded import SCHEDULERS, SD_KINDS, STEPS, call, same
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +67,95 @@ def test_callback_changes_are_honoured(callback, scheduler):
     )
 
 
+@pytest.mark.parametrize("kind", [name for name in SD_KINDS if "ControlNet" in name])
+def test_a_scale_is_followed_where_stock_follows_it(kind):
+    """Most ControlNet pipelines combine with their argument: a callback changes what they show and nothing else."""
+    same(
+        pipelines.sd(kind),
+        **SD_KINDS[kind](),
+        callback_on_step_end=_scale,
+        controlnet_conditioning_scale=1.0,
+    )
+
+
 def test_what_a_call_notes_on_the_pipeline_stays_readable(sd):
     with fastguard.enable(sd, "cfg"):
         call(sd, callback_on_step_end=_scale)
         assert sd.guidance_scale == 4.0 + STEPS
         assert sd.num_timesteps == STEPS
         assert len(sd.scheduler.timesteps) == STEPS
+
+
+def _outer_scale(pipe, outer):
+    outer._guidance_scale += 20.0
+
+
+def _outer_vae(pipe, outer):
+    outer.vae = copy.deepcopy(outer.vae)
+    with torch.no_grad():
+        outer.vae.decoder.conv_out.bias.add_(0.5)
+
+
+@pytest.mark.parametrize("change", [_outer_scale, _outer_vae], ids=lambda f: f.__name__)
+def test_changes_of_the_original_are_honoured(change):
+    """A callback may use the pipeline that it closed over in place of its argument."""
+
+    def images(guarded):
+        pipe = pipelines.sd()
+
+        def callback(argument, step, timestep, kwargs):
+            if step == 1:
+                change(argument, pipe)
+            return kwargs
+
+        with fastguard.enable(pipe, "cfg") if guarded else contextlib.nullcontext():
+            plain = call(pipe, output_type="pt")
+            return plain, call(pipe, output_type="pt", callback_on_step_end=callback)
+
+    _, ours = images(True)
+    plain, stock = images(False)
+    torch.testing.assert_close(ours, stock, rtol=0, atol=1e-4)
+    assert (stock - plain).abs().max() > 1e-2, "the change is one"
+
+
+def test_the_original_shows_the_call_that_is_running(sd):
+    seen = []
+
+    def callback(pipe, step, timestep, kwargs):
+        seen.append((sd.guidance_scale, sd.num_timesteps, pipe.guidance_scale))
+        return kwargs
+
+    with fastguard.enable(sd, "cfg"):
+        call(sd, guidance_scale=3.5, callback_on_step_end=callback)
+        call(sd, guidance_scale=2.5, num_inference_steps=4, callback_on_step_end=callback)
+    assert seen == [(3.5, STEPS, 3.5)] * STEPS + [(2.5, 4, 2.5)] * 4
+
+
+@pytest.mark.parametrize("name", ["scheduler", "unet"])
+@pytest.mark.parametrize("through", ["argument", "original"])
+def test_a_part_that_is_replaced_in_the_loop_is_refused(name, through):
+    """The guard's arithmetic belongs to the scheduler and the denoiser with which the call began."""
+    pipe = pipelines.sd()
+    other = getattr(pipelines.sd(), name)
+
+    def callback(argument, step, timestep, kwargs):
+        setattr(argument if through == "argument" else pipe, name, other)
+        return kwargs
+
+    with (
+        fastguard.enable(pipe, "cfg"),
+        pytest.raises(RuntimeError, match=rf"StableDiffusionPipeline.{name} was replaced during a guarded call"),
+    ):
+        call(pipe, callback_on_step_end=callback)
+
+
+def test_a_part_may_be_set_to_itself(sd):
+    def callback(pipe, step, timestep, kwargs):
+        pipe.unet = pipe.unet
+        pipe.scheduler = pipe.scheduler
+        return kwargs
+
+    same(sd, callback_on_step_end=callback)
 
 
 @pytest.mark.parametrize("through", ["argument", "original"])
@@ -83,6 +169,7 @@ def test_interrupt(sd, through):
     with fastguard.enable(sd, "cfg") as guard:
         ours = call(sd, callback_on_step_end=callback)
         assert guard.report[0].denoiser_rows == 2 * 3
+        assert sd.interrupt, "as in stock, until the next call"
         after = call(sd)
     torch.testing.assert_close(ours, stock, rtol=0, atol=1e-4 * stock.abs().max().item())
     torch.testing.assert_close(after, call(sd), rtol=0, atol=1e-4 * stock.abs().max().item())

@@ -48,6 +48,17 @@ def test_custom_sigmas_and_timesteps():
     same(pipe, timesteps=[900, 700, 400, 100])
 
 
+@pytest.mark.parametrize("scheduler", ["euler", "euler-ancestral", "dpm"])  # others refuse it themselves
+def test_no_steps_at_all(scheduler):
+    """Stock then returns the noise that it began with."""
+    assert same(pipelines.sd(scheduler=SCHEDULERS[scheduler]()), num_inference_steps=0) is None
+
+
+def test_float64_is_refused():
+    with fastguard.enable(pipelines.sd().to(torch.float64), "cfg") as guard, pytest.raises(ValueError, match="float64"):
+        call(guard._pipe)
+
+
 def test_prompt_embeds(sd):
     embeds = torch.randn(2, 2, 16, 32, generator=torch.Generator().manual_seed(1))
     same(sd, prompt=None, prompt_embeds=embeds[0], negative_prompt_embeds=embeds[1])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import threading
 import time
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -130,6 +132,25 @@ def test_cache_is_bounded():
     for steps in range(1, module.CACHED + 20):
         compile_schedule(Case("FlowMatchEulerDiscrete").make(steps))
     assert len(module._cache) == module.CACHED
+
+
+def test_a_class_of_the_same_name_has_a_table_of_its_own():
+    """Notebooks define a class again and again; the next one may get the address of the one before."""
+
+    def rows(factor):
+        class Again(diffusers.DDIMScheduler):
+            def step(self, model_output, *args, **kwargs):
+                return super().step(model_output * factor, *args, **kwargs)
+
+        scheduler = Again(clip_sample=False)
+        scheduler.set_timesteps(12)
+        return compile_schedule(scheduler).rows
+
+    for factor in (1.0, 1.1, 1.2):
+        first = rows(factor)
+        gc.collect()
+        assert not torch.equal(first, rows(factor + 0.05))
+        gc.collect()
 
 
 def test_threads():

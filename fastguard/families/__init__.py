@@ -13,7 +13,14 @@ import diffusers
 
 from fastguard.families.base import Family
 from fastguard.families.pixart import PIXART
-from fastguard.families.stable_diffusion import CONTROLNET, IMAGE_TO_IMAGE, INPAINT, TEXT_TO_IMAGE
+from fastguard.families.stable_diffusion import (
+    CONTROLNET,
+    CONTROLNET_FIXED,
+    CONTROLNET_INPAINT,
+    IMAGE_TO_IMAGE,
+    INPAINT,
+    TEXT_TO_IMAGE,
+)
 from fastguard.families.stable_diffusion_3 import SD3, SD3_INPAINT
 
 FAMILIES: tuple[Family, ...] = (
@@ -21,6 +28,8 @@ FAMILIES: tuple[Family, ...] = (
     IMAGE_TO_IMAGE,
     INPAINT,
     CONTROLNET,
+    CONTROLNET_FIXED,
+    CONTROLNET_INPAINT,
     SD3,
     SD3_INPAINT,
     PIXART,

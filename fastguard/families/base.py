@@ -44,3 +44,10 @@ class Family:
     def own_step(self, arguments: Arguments) -> str | None:
         """Why the scheduler's own step() must run in this call (it returns something that the table does not hold)."""
         return None
+
+
+class FixedScale(Family):
+    """Pipelines that combine with their argument and never look at themselves again: a callback cannot change the scale."""
+
+    def guidance_scale(self, pipe: Any, arguments: Arguments) -> float:
+        return float(arguments["guidance_scale"])

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastguard.families.base import Arguments, Family
+from fastguard.families.base import Arguments, FixedScale
 
 
-class _PixArt(Family):
-    # These pipelines keep neither value on themselves: a callback cannot change them.
+class _PixArt(FixedScale):
+    # Whether there are two branches is not kept on these pipelines either.
     def guided(self, pipe: Any, arguments: Arguments) -> bool:
         return self.guidance_scale(pipe, arguments) > 1.0
-
-    def guidance_scale(self, pipe: Any, arguments: Arguments) -> float:
-        return float(arguments["guidance_scale"])
 
     def own_step(self, arguments: Arguments) -> str | None:
         if arguments.get("num_inference_steps") == 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastguard.families.base import Family
+from fastguard.families.base import Family, FixedScale
 
 TEXT_TO_IMAGE = Family(
     name="text-to-image",
@@ -14,8 +14,11 @@ IMAGE_TO_IMAGE = Family(
 )
 CONTROLNET = Family(
     name="controlnet",
+    pipelines=("StableDiffusionControlNetPipeline",),
+)
+CONTROLNET_FIXED = FixedScale(
+    name="controlnet, fixed scale",
     pipelines=(
-        "StableDiffusionControlNetPipeline",
         "StableDiffusionControlNetImg2ImgPipeline",
         "StableDiffusionXLControlNetPipeline",
         "StableDiffusionXLControlNetImg2ImgPipeline",
@@ -24,11 +27,11 @@ CONTROLNET = Family(
 # With a 4-channel UNet the known region is blended into the latents after every step.
 INPAINT = Family(
     name="inpaint",
-    pipelines=(
-        "StableDiffusionInpaintPipeline",
-        "StableDiffusionXLInpaintPipeline",
-        "StableDiffusionControlNetInpaintPipeline",
-        "StableDiffusionXLControlNetInpaintPipeline",
-    ),
+    pipelines=("StableDiffusionInpaintPipeline", "StableDiffusionXLInpaintPipeline"),
+    rewrites_latents=True,
+)
+CONTROLNET_INPAINT = FixedScale(
+    name="controlnet inpaint",
+    pipelines=("StableDiffusionControlNetInpaintPipeline", "StableDiffusionXLControlNetInpaintPipeline"),
     rewrites_latents=True,
 )
