@@ -139,7 +139,7 @@ class Graphed:
     def step(self, arguments: Arguments, branches: str, *, channels: int, observed: bool) -> bool:
         """Run denoiser and guided step of one row; False if they are left to the caller.
 
-        `observed`: somebody runs between the rows, so neither model nor arguments are taken to be as they were.
+        `observed`: somebody runs between the rows, so the model is not taken to be as it was.
         """
         if observed and not self._may_record(self.loop.x.device):
             return False
@@ -147,7 +147,7 @@ class Graphed:
         def make(inputs: StaticInputs) -> Program:
             return self._program(inputs, lambda tree: self._row(tree, branches, channels, 0))
 
-        return self._replay(("step", branches, channels), arguments, make, always=observed)
+        return self._replay(("step", branches, channels), arguments, make)
 
     def generation(
         self,
@@ -178,7 +178,7 @@ class Graphed:
             return self._program(inputs, rows, warm_up)
 
         key = ("loop", *branches, tuple(map(bool, draws)), channels)
-        if not self._replay(key, arguments, make, always=False):
+        if not self._replay(key, arguments, make):
             rows(arguments)
 
     def _row(self, tree: Arguments, branches: str, channels: int, slot: int) -> None:
@@ -194,8 +194,6 @@ class Graphed:
         what: Hashable,
         arguments: Arguments,
         make: Callable[[StaticInputs], Program],
-        *,
-        always: bool,
     ) -> bool:
         """False: nothing was run, `reason` says why."""
         workspace, loop = self._workspace, self.loop
@@ -213,7 +211,7 @@ class Graphed:
         program = self._graphs.program(
             workspace, key, lambda: make(StaticInputs(arguments, loop.x.device, loop.tensors))
         )
-        program.inputs.load(arguments, always=always)
+        program.inputs.load(arguments)
         failed = self._graphs.run(workspace, key, program)
         self.reason = failed or self.reason
         self.replayed += failed is None

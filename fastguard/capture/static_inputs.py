@@ -1,4 +1,4 @@
-"""The arguments of a call as tensors at fixed addresses, into which later calls' arguments are copied where they changed."""
+"""The arguments of a call as tensors at fixed addresses, into which every run's arguments are copied."""
 
 from __future__ import annotations
 
@@ -18,29 +18,18 @@ class StaticInputs:
     def __init__(self, tree: Any, device: torch.device, resident: Sequence[torch.Tensor]) -> None:
         self._resident = {_storage(tensor) for tensor in resident}
         self._buffers: list[torch.Tensor] = []
-        self._seen: list[tuple[Any, torch.Tensor] | None] = []
         self.tree = self._copy(tree, device)
 
     @property
     def nbytes(self) -> int:
         return sum(buffer.untyped_storage().nbytes() for buffer in self._buffers)
 
-    def load(self, tree: Any, *, always: bool = False) -> None:
-        """Copy what is another tensor than at the last load, or was written to since. `always`: copy everything.
-
-        Writes that torch does not count (`.data`, NumPy views) are seen only with `always`.
-        """
+    def load(self, tree: Any) -> None:
+        """Copy everything, changed or not: nobody can tell. Memory that another graph's replay fills (a ControlNet compiled with
+        reduce-overhead) has the same address and version with new contents, and so have writes by NumPy and `.data`."""
         leaves = [leaf for leaf in _tensors(tree) if _storage(leaf) not in self._resident]
-        for i, (buffer, leaf) in enumerate(zip(self._buffers, leaves, strict=True)):
-            mark, seen = _mark(leaf), self._seen[i]
-            if always or mark is None or seen is None or seen[0] != mark:
-                buffer.copy_(leaf, non_blocking=True)
-            # The leaf is held, so its address cannot come to mean another tensor while the mark is remembered.
-            self._seen[i] = (mark, leaf)
-
-    def forget(self) -> None:
-        """Let go of the last call's tensors: the next load copies everything."""
-        self._seen = [None] * len(self._buffers)
+        for buffer, leaf in zip(self._buffers, leaves, strict=True):
+            buffer.copy_(leaf, non_blocking=True)
 
     def _copy(self, tree: Any, device: torch.device) -> Any:
         if isinstance(tree, torch.Tensor):
@@ -49,7 +38,6 @@ class StaticInputs:
             # On the loop's device even where the argument is a number in host memory: its value would be baked in.
             buffer = torch.empty_like(tree, device=device, requires_grad=False)
             self._buffers.append(buffer)
-            self._seen.append(None)
             return buffer
         if isinstance(tree, Mapping):
             return {key: self._copy(value, device) for key, value in tree.items()}
@@ -100,10 +88,3 @@ def _tensors(tree: Any) -> list[torch.Tensor]:
 
 def _storage(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
-
-
-def _mark(tensor: torch.Tensor) -> Hashable:
-    """Equal marks of tensors that are both alive mean equal contents. None: nobody counts (inference tensors)."""
-    if tensor.is_inference():
-        return None
-    return (tensor.data_ptr(), tensor._version, tuple(tensor.shape), tensor.stride(), tensor.dtype)
