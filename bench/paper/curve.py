@@ -165,10 +165,13 @@ def sentences(result: Mapping[str, Any], axis: str) -> list[str]:
     def gap(cell: Mapping[str, Any]) -> str:
         return f"{cell['gap']:+.3f} [{cell['low']:+.3f}, {cell['high']:+.3f}] at {axis} {cell['at']:.2f}"
 
-    verb = "is" if result["holds"] else "is NOT"
+    verb, lead = "is NOT", ""
+    if result["holds"]:
+        peer, cell = min(result["cheap"].items(), key=lambda item: item[1]["gap"])
+        verb, lead = "is", f"; its least lead is {gap(cell)}, over {peer}"
     text = [
         f"The {axis}-against-faithfulness curve of the best preset at no more than 1.0 times plain cost "
-        f"({result['best']}, {result['cost']:.2f} times) {verb} on or above every peer's of at most that cost ({', '.join(result['cheap'])})."
+        f"({result['best']}, {result['cost']:.2f} times) {verb} on or above every peer's of at most that cost ({', '.join(result['cheap'])}){lead}."
     ]
     below = {peer: cell for peer, cell in result["cheap"].items() if not cell["on or above"]}
     if below:

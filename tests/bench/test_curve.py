@@ -89,16 +89,35 @@ def test_verdict_holds_names_the_best_affordable_preset_and_the_dearer_peer() ->
     result = case(0.6)
     assert (result["best"], result["holds"]) == ("b", True)
     text = " ".join(sentences(result, "similarity"))
-    assert "(b, 0.80 times) is on or above every peer's of at most that cost (cheap)" in text
+    won = "(b, 0.80 times) is on or above every peer's of at most that cost (cheap); its least lead is"
+    assert f"{won} +0.100 [+0.100, +0.100] at similarity 0.40, over cheap." in text
     assert "below that of plain guidance itself (least lead -0.300" in text
     assert "dear at 3.00 times plain cost (-0.200" in text
+
+
+def test_a_win_names_the_peer_that_comes_closest() -> None:
+    rng = np.random.default_rng(0)
+    spread = rng.normal(0, 0.1, 40)
+    made = []
+    for i in range(40):
+        for method, x, y in (("a", 0.3, 0.6), ("far", 0.5, 0.4), ("near", 0.4, 0.55 + spread[i])):
+            made.append({"method": method, "scale": 2.0, "id": str(i), "x": x, "y": y})
+    result = verdict(curves(made, "x", "y"), dict.fromkeys(("a", "far", "near"), 1.0), ["a"], ["far", "near"])
+    cell = result["cheap"]["near"]
+    assert cell["gap"] == pytest.approx(0.05 - spread.mean()) and cell["low"] < cell["gap"] < cell["high"]
+    lead = f"{cell['gap']:+.3f} [{cell['low']:+.3f}, {cell['high']:+.3f}] at similarity 0.40, over near."
+    assert sentences(result, "similarity")[0].endswith(f"(far, near); its least lead is {lead}")
 
 
 def test_verdict_fails_when_the_numbers_do() -> None:
     result = case(0.45)
     assert (result["best"], result["holds"]) == ("b", False)
     text = " ".join(sentences(result, "similarity"))
-    assert "(b, 0.80 times) is NOT on or above" in text and "It lies below: cheap (-0.050" in text
+    assert (
+        "(b, 0.80 times) is NOT on or above" in text
+        and "least lead is" not in text
+        and "It lies below: cheap (-0.050" in text
+    )
 
 
 def test_no_peer_no_verdict() -> None:
