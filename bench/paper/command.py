@@ -112,6 +112,7 @@ def choose(request: Request, pipe: Any) -> Chosen:
         peer = not isinstance(method, Preset) and name != NOT_BY_DEFAULT
         known[name] = {"source": factory.source, "ours": guarded, "peer": peer}
         if asked is not None and name not in asked and name not in always:
+            known[name]["skipped"] = report.NOT_ASKED
             continue
         reason = unsuitable(name, request) or refusal(method, pipe)
         if reason is None:

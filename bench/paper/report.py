@@ -21,6 +21,7 @@ from fastguard.files import finite, write_atomic, write_json
 from fastguard.testbed import page as html_page
 
 SHOWN = 8  # prompts of the picture grid
+NOT_ASKED = "not asked for"  # why a method that --methods leaves out is not there
 COLUMNS = 10  # methods of one; more could not be read on the page
 
 
@@ -106,6 +107,8 @@ def write(
     figures = _figures(store, result, items, list(result["tables"]["memorized"]), amount, networks, training, ran)
 
     lead, further = (list(result["verdicts"][axis]["sentences"]) for axis in ("similarity", "copy rate"))
+    if omitted := [name for name, reason in skipped.items() if reason == NOT_ASKED]:
+        lead.append(f"Left out by --methods: {', '.join(omitted)}.")
     if cheaper := result["against reference"]:
         further.append(
             f"og+dtp takes {cheaper['ratio']:.2f} of the denoiser rows of the authors' opposite script mended (reference-og+dtp) on "
@@ -167,8 +170,8 @@ def _facts(
         + "; every method starts from the same noise for the same prompt and seed.",
         f"Cost, {tables.COST} Batches of {amount.batch}; not a benchmark of speed.",
     ]
-    if skipped:
-        facts.append("Not run: " + "; ".join(f"{name} ({reason})" for name, reason in skipped.items()) + ".")
+    if reasons := [f"{name} ({reason})" for name, reason in skipped.items() if reason != NOT_ASKED]:
+        facts.append(f"Not run: {'; '.join(reasons)}.")
     if result["command"]:
         facts.append(f"Command: {result['command']}")
     return facts

@@ -71,6 +71,8 @@ def page(out: Path, cheap: Any, dear: Any) -> str:
                     )
                 store.add(f"{name}/{scale}", made, [Image.new("RGB", (4, 4))] * len(made))
         known = {name: {"source": name, "ours": ours, "peer": not ours} for name, (ours, _, _) in METHODS.items()}
+        for name, reason in (("stp", report.NOT_ASKED), ("ren", report.NOT_ASKED), ("compile", "cannot")):
+            known[name] = {"source": name, "ours": False, "peer": True, "skipped": reason}
         training = TrainingSet([Image.new("RGB", (4, 4))], lambda image: image, "")
         amount = Amount(scale=5.0, scales=SCALES, seeds=1, ordinary=0, detection=0, batch=6)
         report.write(store, ITEMS, known, amount, SETTINGS, NETWORKS, training)
@@ -97,6 +99,12 @@ def test_verdict(tmp_path: Path, cheap: Any, dear: Any, said: list[str], unsaid:
     sentences = text.split("The copy rate-against")[0]
     assert all(part in sentences for part in said), sentences
     assert not any(part in sentences for part in unsaid)
+
+
+def test_methods_that_were_left_out_stand_beside_the_verdict(tmp_path: Path) -> None:
+    text = page(tmp_path, WORSE, WORSE)
+    assert "Left out by --methods: stp, ren." in text.split("The copy rate-against")[0]
+    assert "Not run: compile (cannot)." in text
 
 
 def test_costs_that_rows_do_not_show_stand_beside_them(tmp_path: Path) -> None:

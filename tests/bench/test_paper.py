@@ -134,6 +134,7 @@ def test_the_page_stands_alone_and_says_what_made_the_numbers(done: Path) -> Non
 
     Sources().feed(text)
     assert len(Sources.found) >= 2 and all(source.startswith("data:image/png;base64,") for source in Sources.found)
+    assert "wen-1, " in text.split("Left out by --methods: ")[1].split("</")[0] and "(not asked for)" not in text
     assert "sscd.pt (TorchScript" in text and "(theirs)" in text
     assert "no measure of faithfulness was given (--clip)" in text
     assert "0.6504" in (done / "tables.md").read_text()  # S1 without mitigation, published
