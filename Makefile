@@ -26,8 +26,11 @@ types: setup
 
 bench: setup
 	mkdir -p build
-	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=build/bench.json
-	$(BIN)/python -m bench.ratios build/bench.json
+	rm -f build/bench.json
+	code=0; \
+	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=build/bench.json || code=$$?; \
+	$(BIN)/python -m bench.ratios build/bench.json || exit $$((code ? code : 1)); \
+	exit $$code
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -1,6 +1,9 @@
 """The table and the plot of `make bench` from its JSON."""
 
 import json
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -28,3 +31,18 @@ def test_no_ratios(tmp_path):
     path.write_text(json.dumps({"benchmarks": [{"extra_info": {}}]}))
     with pytest.raises(ValueError, match=r"bench\.json"):
         read(path)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize(("tests", "ratios", "code"), [(0, 0, 0), (3, 0, 3), (3, 1, 3), (0, 5, 1)])
+def test_a_missed_limit_does_not_hide_the_table(tmp_path, tests, ratios, code):
+    shutil.copy(Path(__file__).parents[2] / "Makefile", tmp_path)
+    python = tmp_path / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\n[ "$2" = pytest ] && exit {tests}\necho "the table from $3"\nexit {ratios}\n')
+    python.chmod(0o755)
+    (tmp_path / "setup.py").touch()
+    (tmp_path / ".venv/.ready").touch()
+    result = subprocess.run(["make", "bench"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "the table from build/bench.json" in result.stdout.splitlines()
+    assert (result.returncode == 0) is (code == 0) and (code == 0 or f"Error {code}" in result.stderr)
