@@ -114,9 +114,8 @@ def training_files(folder: Path) -> list[Path]:
     problems = []
     for path in found:
         try:
-            with Image.open(path) as image:
-                image.verify()
-        except (OSError, SyntaxError, ValueError) as error:  # Pillow raises SyntaxError for a broken PNG
+            read_image(path)  # Image.verify() decodes nothing: a truncated JPEG or BMP passes it
+        except Exception as error:  # OSError, SyntaxError, struct.error, ...: every decoder raises its own
             problems.append(f"{path.relative_to(folder)}: cannot be read as an image ({error})")
     if problems:
         raise BadInput(f"train-images={str(folder)!r}", problems)

@@ -89,6 +89,18 @@ def test_training_folders(folder: Path, tmp_path: Path) -> None:
         inputs.training_files(folder)
 
 
+def test_images_that_are_cut_off_are_all_listed(tmp_path: Path) -> None:
+    names = [f"cut{ending}" for ending in inputs.ENDINGS]
+    noise = Image.effect_noise((64, 64), 50).convert("RGB")
+    for name in names:
+        noise.save(tmp_path / f"whole-{name}")
+        data = (tmp_path / f"whole-{name}").read_bytes()
+        (tmp_path / name).write_bytes(data[: len(data) // 2])
+    with pytest.raises(BadInput, match=rf"{len(names)} problems") as error:
+        inputs.training_files(tmp_path)
+    assert all(f"\n  {name}: cannot be read" in str(error.value) for name in names)
+
+
 def test_missing_prompt_file(folder: Path) -> None:
     with pytest.raises(BadInput, match="No such file"):
         inputs.memorized(folder / "no.jsonl", folder, inputs.training_files(folder))
