@@ -10,7 +10,7 @@ SETTINGS = {
     "S2": "Stable Diffusion 2.1 fine-tuned on Imagenette",
     "S3": "Stable Diffusion 1.4 fine-tuned on 200 duplicated pairs",
 }
-# (setting, method as the paper calls it, our method of that kind, similarity, CLIP score, FID)
+# (setting, method as the paper calls it, our method of that kind or "", similarity, CLIP score, FID)
 ROWS: tuple[tuple[str, str, str, float, float | None, float], ...] = (
     ("S1", "none", "none", 0.6504, 0.3027, 16.84),
     ("S1", "random word", "random words", 0.5254, 0.2941, 17.41),
@@ -28,8 +28,8 @@ ROWS: tuple[tuple[str, str, str, float, float | None, float], ...] = (
     ("S3", "DTP", "paper-dtp", 0.5885, 0.3020, 138.92),
     ("S3", "OG+DTP", "paper-og+dtp", 0.6915, 0.2910, 140.05),
     ("S2", "none", "none", 0.3702, None, 43.35),
-    ("S2", "guidance from 700", "stp", 0.3018, None, 38.86),
-    ("S2", "guidance from 600", "stp", 0.2756, None, 45.73),
+    ("S2", "guidance from 700", "", 0.3018, None, 38.86),
+    ("S2", "guidance from 600", "", 0.2756, None, 45.73),
 )
 DIFFERS = (
     "Theirs: other models, prompts and training sets; SSCD (which of its networks, the paper's tables do not say) and another CLIP and "

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from bench.paper import report
+from bench.paper import report, tables
 from bench.paper.inputs import Item, TrainingSet
 from bench.paper.store import Store
 from bench.paper.work import Amount
@@ -143,3 +143,20 @@ def test_fid_does_not_keep_every_file_open(tmp_path: Path) -> None:
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert found["values"] == {"memorized": {"a": 2.0}} and seen == list(range(count))
+
+
+def test_published_rows_say_which_of_ours_stands_there() -> None:
+    def table(*names: str) -> tables.Table:
+        cells = {name: {"similarity_set": {"p95": 1.0 if name == "none" else 0.25}} for name in ("none", *names)}
+        return tables.published_table(cells, {})
+
+    def ours(some: tables.Table) -> dict[str, str]:
+        return {f"{row[0]} {row[1]}": row[-1] for row in some.rows}
+
+    short = table("dtp", "paper-og+dtp", "og+dtp", "stp")
+    assert ours(short)["S3 DTP"] == "dtp 0.250 (-75%)" and ours(short)["S3 OG+DTP"] == "paper-og+dtp 0.250 (-75%)"
+    assert short.notes[-1].endswith("stands there: dtp for paper-dtp.")
+    assert ours(table("stp"))["S3 DTP"] == "-" and "stands there" not in table("stp").notes[-1]
+    # Theirs starts guidance at 700 or 600, our stp at 500.
+    assert ours(short)["S2 guidance from 700"] == ours(short)["S2 guidance from 600"] == "-"
+    assert ours(short)["S1 STP"] == "stp 0.250 (-75%)"
