@@ -20,7 +20,8 @@ class Wen(Method):
     it before the update.
 
     target      of the loss; None: all iterations. Published: 1 to 7 for latents of 4 x 64 x 64; the norm grows as the square root of
-                the number of elements, so 3 there is 0.53 for the embedded model's 8 x 8 x 8
+                the number of elements, so 3 there is 0.53 for the embedded model's 8 x 8 x 8. Being over all
+                images of a prompt it grows with their number too: 3 with four seeds asks of each what 1.5 asks of one
     lr          of AdamW
     iterations  at most this many updates
 
