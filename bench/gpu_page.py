@@ -18,7 +18,7 @@ HEAD = """# Measured on a GPU
 Written by `python -m bench.gpu_page` from the JSON files in this folder, which `python -m bench.gpu` wrote on {device} (driver {driver}, CUDA {cuda},
 torch {torch}, Triton {triton}, diffusers {diffusers}). float16, random weights: the shapes are those of the published models, the pictures mean nothing.
 
-Everything that is compared was run by turns, and a ratio is taken within a round: median [quartiles] over the rounds. Before a way is timed its latents are held
+Everything that is compared was run by turns, and a ratio is taken within a round: median [quartiles] over the rounds, which are few: of two, quartiles are no more than their spread. Before a way is timed its latents are held
 against stock's ("off by": largest difference, relative to the largest latent; stock rounds its latents to float16 in each step, the guard does
 not). Times are between two device events around the whole call, text encoders and decoder left out. **The ratios at small batches are those of this
 machine's host**: launching a forward of SD 1.5 took it about 30 ms. A faster host leaves less to gain there; where the device is the limit
@@ -40,14 +40,22 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]
     for file in files:
         for entry in file["benchmarks"]:
             results.setdefault(entry["name"], []).extend(entry.get("results", []))
+    broken = [
+        f"`{' '.join(file['command'])}`: {entry['name']} {entry['outcome']}, {entry.get('reason', 'the run was ended')}"
+        for file in files
+        for entry in file["benchmarks"]
+        if entry["outcome"] != "ran"
+    ]
     tests = max((file["tests"]["counts"] for file in files), key=lambda counts: sum(counts.values()))
-    return {**first["device"], **first["versions"], "tests": tests}, results
+    return {**first["device"], **first["versions"], "tests": tests, "broken": broken}, results
 
 
 def page(folder: Path) -> str:
     head, results = read(folder)
     counts = ", ".join(f"{count} {outcome}" for outcome, count in sorted(head["tests"].items()))
     parts = [HEAD.format(**{**head, "device": f"one {head['name']}"}), f"Tests marked `gpu`: {counts}."]
+    if head["broken"]:
+        parts.append("Not run to its end:\n" + "\n".join(f"- {line}" for line in head["broken"]))
     sections = (guided_step, generations, captures, compiled, synchronisations)
     for section in sections:
         if section.__name__ in results:

@@ -26,10 +26,14 @@ def test_numbers_come_through(tmp_path):
         {"how": "c", "wrong": "differ"},
     ]
     where = {"size": "SDXL", "batch": 2, "steps": 10}
-    write(tmp_path / "one.json", {"name": "captures", "results": [{**where, **row} for row in rows]})
+    write(
+        tmp_path / "one.json",
+        {"name": "captures", "outcome": "broken off", "reason": "late", "results": [{**where, **row} for row in rows]},
+    )
     page = gpu_page.page(tmp_path)
     assert "| SDXL | 2 | 10 | a | 3.0 | 0.50 [0.40, 0.60] | 3 | 2.00 | 1.50 | 1.0e-03 |" in page
     assert "| b | no room |" in page and "| c | differ |" in page and "a thing (driver 1" in page
+    assert "- `bench this`: captures broken off, late" in page
     gpu_page.plot(tmp_path)
     assert (tmp_path / "captures.png").stat().st_size > 1000
 
@@ -46,5 +50,11 @@ def test_files_of_two_devices_are_no_page(tmp_path):
 def write(path: Path, *benchmarks: dict, device: str = "a thing") -> None:
     head = {"name": device, "driver": "1", "cuda": "2"}
     versions = {"torch": "3", "triton": "4", "diffusers": "5"}
-    file = {"device": head, "versions": versions, "tests": {"counts": {"passed": 1}}, "benchmarks": benchmarks}
+    file = {
+        "command": ["bench", "this"],
+        "device": head,
+        "versions": versions,
+        "tests": {"counts": {"passed": 1}},
+        "benchmarks": benchmarks,
+    }
     path.write_text(json.dumps(file))
