@@ -261,7 +261,8 @@ def paper(request: Request) -> dict[str, Any]:
         "versions": settings.versions(),
     }
     with Store(request.out) as store:
-        settings.keep(request.out, wanted, {name: settings.describe(method) for name, method in chosen.made.items()})
+        if settings.keep(request.out, wanted, {name: settings.describe(one) for name, one in chosen.made.items()}):
+            store.clean()
         work = units(items, list(chosen.made), amount)
         if request.processes > 1:
             run(work, lambda todo: made(todo, partial(prepare, request), request.processes), store)

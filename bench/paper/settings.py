@@ -11,6 +11,7 @@ import torch
 
 import fastguard
 from bench.paper.inputs import BadInput, Item
+from bench.paper.store import RESULTS
 from fastguard.files import read_json, write_json
 
 SETTINGS = "settings.json"
@@ -63,15 +64,16 @@ def versions() -> dict[str, str]:
     }
 
 
-def keep(out: Path, settings: Mapping[str, Any], methods: Mapping[str, Any]) -> None:
-    """Write settings.json, or agree with the one that is there. BadInput names every setting that differs.
+def keep(out: Path, settings: Mapping[str, Any], methods: Mapping[str, Any]) -> bool:
+    """Write settings.json, or agree with the one that is there; True if it was. BadInput names every setting that differs.
 
     Methods and guidance scales may be added by later runs; a method that is there already must have the same parameters.
     """
     path = out / SETTINGS
     wanted: dict[str, Any] = {"format": FORMAT, **settings}
     known: dict[str, Any] = {}
-    if path.exists():
+    there = path.exists()
+    if there:
         found = read_json(path)
         known = found.pop("methods", {})
         differ = [
@@ -86,5 +88,8 @@ def keep(out: Path, settings: Mapping[str, Any], methods: Mapping[str, Any]) -> 
         ]
         if differ:
             raise BadInput(f"out={str(out)!r} holds results of other settings; choose another folder", differ)
+    elif (out / RESULTS).exists():
+        raise BadInput(f"out={str(out)!r}", [f"{RESULTS} is there without {SETTINGS}: choose another folder"])
     out.mkdir(parents=True, exist_ok=True)
     write_json(path, {**wanted, "methods": {**known, **methods}})
+    return there

@@ -2,7 +2,8 @@
 
 A unit is one batch of images of one method and guidance scale. Its images are written first, each under a temporary name and then
 renamed; then its lines are appended in ONE write and flushed. The file is only ever appended to, so what a kill can leave is an
-incomplete last unit: `open` cuts it off, and its images are made again under the same names.
+incomplete last unit: the next `add` cuts it off, and its images are made again under the same names. Opening adds a lock and changes
+nothing, since the folder may turn out to be someone else's.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Store:
             self._lock.close()
             raise RuntimeError(f"out={str(out)!r}: another process is at work there") from None
         try:
-            self._recover()
+            self._whole = self._units(self.path.read_bytes()) if self.path.exists() else 0
         except BaseException:
             self._lock.close()
             raise
@@ -49,21 +50,13 @@ class Store:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, at: TracebackType | None) -> None:
         self._lock.close()
 
-    def _recover(self) -> None:
-        """Read whole units, cut off an incomplete last one, remove half-written images. ValueError for damage that no kill makes."""
+    def clean(self) -> None:
+        """Remove what a killed run left half-written. Only for a folder that is known to be the benchmark's."""
         for left in self.out.rglob(".*.tmp"):
             left.unlink()
-        if not self.path.exists():
-            return
-        data = self.path.read_bytes()
-        whole = self._units(data)
-        if whole < len(data):
-            with self.path.open("rb+") as file:
-                file.truncate(whole)
-                os.fsync(file.fileno())
 
     def _units(self, data: bytes) -> int:
-        """Take in the whole units of `data`; returns how many bytes they are."""
+        """Take in the whole units of `data`; returns how many bytes they are. ValueError for damage that no kill makes."""
         whole = at = number = 0
         unit: list[dict[str, Any]] = []
         for raw in data.split(b"\n")[:-1]:  # what follows the last line end is empty or torn
@@ -97,12 +90,14 @@ class Store:
         text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept).encode()
         handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         try:
+            os.ftruncate(handle, self._whole)
             written = 0
             while written < len(text):
                 written += os.write(handle, text[written:])
             os.fsync(handle)
         finally:
             os.close(handle)
+        self._whole += len(text)
         self.rows.extend(kept)
         self.done.add(unit)
 

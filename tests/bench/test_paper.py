@@ -66,8 +66,10 @@ def call(given: Path, out: Path, **changed: Any) -> Any:
 @pytest.fixture(scope="module")
 def done(given: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("out")
+    (out / ".draft.tmp").write_text("was there before")
     result = call(given, out)
     assert result.exit_code == 0, result.output
+    assert (out / ".draft.tmp").exists()
     return out
 
 
@@ -161,7 +163,9 @@ def test_detection_is_computed_from_the_kept_curves(done: Path) -> None:
 
 def test_running_again_makes_nothing_and_methods_can_be_added(given: Path, done: Path) -> None:
     before = (done / "results.jsonl").read_bytes()
+    (done / "images" / ".a.png.0.tmp").write_text("left by a kill")
     assert call(given, done, methods="none").exit_code == 0
+    assert not list(done.rglob(".*.tmp"))
     assert (done / "results.jsonl").read_bytes() == before
     tables = json.loads((done / "summary.json").read_text())["tables"]["memorized"]
     assert set(tables) == {"none", "cfg", "stp", "ren"}  # those of the earlier run are still there
@@ -177,9 +181,10 @@ def test_running_again_makes_nothing_and_methods_can_be_added(given: Path, done:
 )
 def test_other_settings_into_the_same_folder_are_refused(given: Path, done: Path, changed: dict, message: str) -> None:
     before = (done / "results.jsonl").read_bytes()
+    (done / ".draft.tmp").write_text("not ours to remove")
     result = call(given, done, **changed)
     assert result.exit_code == 2 and "holds results of other settings" in result.output and message in result.output
-    assert (done / "results.jsonl").read_bytes() == before
+    assert (done / "results.jsonl").read_bytes() == before and (done / ".draft.tmp").exists()
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from bench.paper.inputs import BadInput
+from bench.paper.settings import keep
 from bench.paper.store import Store
 from bench.paper.work import units
 from tests.bench.tiny_run import AMOUNT, ITEMS, METHODS, main
@@ -92,13 +94,16 @@ def test_cut_off_at_any_byte(whole: Path, tmp_path: Path) -> None:
         out.mkdir()
         (out / "results.jsonl").write_bytes(data[:cut])
         with Store(out) as store:
-            kept = store.rows
+            kept = list(store.rows)
+            assert (out / "results.jsonl").read_bytes() == data[:cut]  # opening changes nothing
+            store.add("next", [{"image": "next.png"}], [Image.new("RGB", (2, 2))])
         complete = sum(end <= cut for end in ends)
         # What is kept: whole units only, and all of them.
         names = list(dict.fromkeys(r["unit"] for r in rows[:complete]))
         full = [u for u in names if sum(r["unit"] == u for r in rows[:complete]) == sum(r["unit"] == u for r in rows)]
         assert kept == [r for r in rows if r["unit"] in full]
-        assert (out / "results.jsonl").read_bytes() == data[: ends[len(kept) - 1] if kept else 0]
+        cut_off, text = data[: ends[len(kept) - 1] if kept else 0], (out / "results.jsonl").read_bytes()
+        assert text.startswith(cut_off) and json.loads(text[len(cut_off) :])["unit"] == "next"
 
 
 def test_resuming_after_a_cut_gives_the_same_file(whole: Path, tmp_path: Path) -> None:
@@ -141,6 +146,17 @@ def test_a_unit_is_added_once(tmp_path: Path) -> None:
         assert Image.open(tmp_path / "a.png").getpixel((0, 0)) == (0, 0, 0)
     with Store(tmp_path) as store:
         assert store.done == {"u"}
+
+
+def test_opening_leaves_the_files_of_a_foreign_folder_alone(tmp_path: Path) -> None:
+    (tmp_path / "notes").mkdir()
+    for name in ("notes/.draft.tmp", "results.jsonl"):
+        (tmp_path / name).write_text('{"theirs": 1}\n')
+    with Store(tmp_path), pytest.raises(BadInput, match=r"results\.jsonl is there without settings\.json"):
+        keep(tmp_path, {}, {})
+    for name in ("notes/.draft.tmp", "results.jsonl"):
+        assert (tmp_path / name).read_text() == '{"theirs": 1}\n'
+    assert not (tmp_path / "settings.json").exists()
 
 
 def test_two_processes_at_once_are_refused(tmp_path: Path) -> None:

@@ -56,6 +56,7 @@ def prepare() -> Callable[[Unit], Made]:
 
 def main(out: Path, processes: int = 1) -> None:
     with Store(out) as store:
+        store.clean()
         print("ready", flush=True)
         work = units(ITEMS, METHODS, AMOUNT)
         if processes > 1:
