@@ -5,7 +5,8 @@
 | `engine` | the options of `enable`, checked |
 | `recorded` | what one guarded call records: a row, or all of them |
 | `graphed` | the bodies that are recorded, and their keys |
-| `fingerprint`, `static_inputs`, `static_loop` | what a replay cannot notice; tensors at fixed addresses |
+| `fingerprint`, `ambient`, `obstacles` | what a replay cannot notice: in the model, in torch's switches; what must not be recorded |
+| `static_inputs`, `static_loop` | tensors at fixed addresses |
 | `graphs` | memory, order and failure of recorded bodies; knows nothing of diffusion |
 | `cuda_graphs` | every call of torch.cuda |
 | `attention`, `compiled` | attention backends; torch.compile |

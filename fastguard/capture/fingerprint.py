@@ -3,10 +3,11 @@
 A weight that is edited in place reaches a graph. What does not: a moved address, every number and choice that Python reads while
 the model runs (LoRA scales and active adapters, attention processors and their scalars, FreeU factors, `_attention_backend`,
 `training`), and torch's own switches. So the key covers the address of every parameter, buffer and plain tensor, and every plain
-value found on the modules and on the objects that they hold (processors, adapters' dictionaries).
+value on the modules, on the objects that they hold (processors, adapters' dictionaries, modules outside the tree) and on the
+classes of all these. What a function has in its closure or reads from its module is not looked at.
 
-Reading all that takes SDXL's UNet a tenth of a second; so it is read once, remembered with the objects that it was read from, and
-a call only compares: the same objects in the same places at the same addresses mean the same key.
+Reading all that takes SDXL's UNet some tenths of a second; so it is read once, remembered with the objects that it was read from,
+and a call only compares: the same objects in the same places at the same addresses mean the same key.
 """
 
 from __future__ import annotations
@@ -14,28 +15,36 @@ from __future__ import annotations
 import hashlib
 import operator
 import threading
-from collections.abc import Hashable, Iterator
+from collections import deque
+from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import dataclass, field
 from enum import Enum
-from itertools import chain
-from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from functools import partial
+from itertools import chain, starmap
+from types import BuiltinFunctionType, FunctionType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any
 
+import numpy as np
 import torch
-from diffusers.models import attention_dispatch
 
-from fastguard.capture.compiled import records_graphs
+from fastguard.capture.ambient import ambient
+from fastguard.capture.obstacles import hooks, obstacle
 
 # Of torch's own entries on every module only these say what it computes; the other ten are dictionaries of hooks for training.
 _TORCH = frozenset(vars(torch.nn.Module())) - {"_parameters", "_buffers", "_modules", "training"}
 _DEPTH = 4  # processor -> list of scales -> number; deeper objects count by identity
-_PLAIN = (bool, int, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size, Enum)
-_OPAQUE = (type, ModuleType, FunctionType, BuiltinFunctionType, MethodType, torch.nn.Module)
+_PLAIN = (bool, int, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size, Enum, np.generic)
+_OPAQUE = (type, ModuleType, FunctionType, BuiltinFunctionType)
+_COMPILERS = ("torch._dynamo.", "torch._inductor.")  # their objects count their own runs
+_SEQUENCES = (list, tuple, set, frozenset, deque)
 
 
-# Objects that count by identity, held so that no other object takes their id while a key names it.
-_held: dict[int, Any] = {}
-_generation = 0
-_HELD = 100_000  # somebody puts new objects on a model at every call: begin anew, with keys that match no old one
+@dataclass(frozen=True)
+class Key:
+    """`digest` names functions and the like by their address. Held with it, so that no other object takes it while the key is used."""
+
+    digest: str
+    held: tuple[Any, ...] = field(compare=False, repr=False)
 
 
 class Fingerprint:
@@ -57,6 +66,8 @@ class Fingerprint:
         """Why the module must not be recorded, as of the last call."""
         return self._obstacle
 
+    # Comparing -------------------------------------------------------------------------------------------------------------
+
     def _changed(self) -> bool:
         if self._hooked or any(self._hooks) or self._lengths() != self._counted:
             return True
@@ -67,41 +78,44 @@ class Fingerprint:
 
     def _entries(self) -> Iterator[Any]:
         """Names, values and items of all that was read. Without a line of Python for each: SDXL's UNet has 48,000 names."""
-        return chain(*map(chain.from_iterable, (self._filled, map(dict.values, self._filled), self._sequences)))
+        values = map(operator.methodcaller("values"), self._filled)
+        slots = starmap(getattr, self._slots)
+        return chain(slots, *map(chain.from_iterable, (self._filled, values, self._sequences)))
 
     def _where(self) -> list[Hashable]:
-        """Addresses and layouts: both may change under the same tensor, as its `.data` does."""
+        """Addresses and layouts: both may change under the same tensor, as its `.data` does. Arrays are small: their contents."""
         plain = [*self._tensors, *(part for tensor in self._wrappers for part in parts(tensor))]
         kinds = (torch.Tensor.data_ptr, torch.Tensor.size, torch.Tensor.stride)
-        return [found for of in kinds for found in map(of, plain)]
+        return [*(found for of in kinds for found in map(of, plain)), *(array.tobytes() for array in self._arrays)]
+
+    # Reading ---------------------------------------------------------------------------------------------------------------
 
     def _read(self) -> None:
-        self._mappings: list[dict] = []
+        self._mappings: list[Mapping] = []
         self._sequences: list[Any] = []
+        self._slots: list[tuple[Any, str, None]] = []
+        self._arrays: list[np.ndarray] = []
         self._tensors: list[torch.Tensor] = []
         self._wrappers: list[torch.Tensor] = []
-        modules = list(self._module.modules())
-        self._hooks = [h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)]
+        self._modules: list[torch.nn.Module] = []
+        self._held: list[Any] = []
+        self._numbers: dict[int, int] = {}
+        # What is still to be opened, with the depth of what lies in it. It grows while it is read, the nearest first.
+        self._queue: list[tuple[Any, int]] = []
+        self._refer(self._module, 0)
+        text = repr([self._open(value, depth) for value, depth in self._queue])
+        self._queue = []
+        self._hooks = hooks(self._modules)
         self._hooked = any(self._hooks)  # once more, then, to see whether they are gone
-        seen: set[int] = {id(module) for module in modules}
-        text = repr([_generation, *((kind(m), self._mapping(vars(m), seen, 0)) for m in modules)])
         self._filled = list(filter(None, self._mappings))
         self._contents, self._counted = list(self._entries()), self._lengths()
         self._addresses = self._where()
         digest = hashlib.sha256(text.encode())
         digest.update(repr(self._addresses).encode())
-        self._key = digest.hexdigest()
-        self._obstacle = obstacle(modules)
+        self._key = Key(digest.hexdigest(), tuple(self._held))
+        self._obstacle = obstacle(self._modules)
 
-    def _mapping(self, mapping: dict, seen: set[int], depth: int) -> list[Any]:
-        self._mappings.append(mapping)
-        return [
-            (str(key), self._describe(value, seen, depth))
-            for key, value in mapping.items()
-            if depth or key not in _TORCH
-        ]
-
-    def _describe(self, value: Any, seen: set[int], depth: int) -> Hashable | list[Any]:
+    def _describe(self, value: Any, depth: int) -> Hashable | list[Any]:
         if isinstance(value, float):
             return float(f"{value:.12g}")  # scaling a LoRA and scaling it back may lose the last digit
         if isinstance(value, _PLAIN):
@@ -110,33 +124,81 @@ class Fingerprint:
             wrapper = hasattr(value, "__tensor_flatten__")
             (self._wrappers if wrapper else self._tensors).append(value)
             return (tuple(value.shape), str(value.dtype), kind(value))
-        if isinstance(value, _OPAQUE) or depth >= _DEPTH:
-            return _identity(value)
-        if id(value) in seen:
-            return "seen"
+        if isinstance(value, np.ndarray):
+            return self._array(value)
+        if isinstance(value, torch.nn.Module):
+            return self._refer(value, 0)
+        if isinstance(value, MethodType):
+            return self._method(value, depth)
+        if isinstance(value, partial):
+            return self._partial(value, depth)
+        if isinstance(value, _OPAQUE) or depth >= _DEPTH or kind(value).startswith(_COMPILERS):
+            return self._identity(value)
+        return self._refer(value, depth + 1)
+
+    def _refer(self, value: Any, depth: int) -> str:
+        """A number for what is read in its own place."""
+        if id(value) not in self._numbers:
+            self._numbers[id(value)] = len(self._numbers)
+            self._queue.append((value, depth))
+        return f"{kind(value)} #{self._numbers[id(value)]}"
+
+    def _open(self, value: Any, depth: int) -> Hashable | list[Any]:
+        if isinstance(value, torch.nn.Module):
+            self._modules.append(value)
+            return [self._classes(value), self._mapping(vars(value), depth)]
+        if isinstance(value, type):
+            names = [name for name in vars(value) if not name.startswith("__") or name == "__call__"]
+            return self._mapping(vars(value), depth, names)
         if isinstance(value, dict):
-            seen.add(id(value))
-            return self._mapping(value, seen, depth + 1)
-        if isinstance(value, (list, tuple, set, frozenset)):
+            return self._mapping(value, depth)
+        if isinstance(value, _SEQUENCES):
             self._sequences.append(value)
-            return [kind(value), *(self._describe(item, seen, depth + 1) for item in value)]
+            return [self._describe(item, depth) for item in value]
+        return self._object(value, depth)
+
+    def _mapping(self, mapping: Mapping, depth: int, names: list[str] | None = None) -> list[Any]:
+        self._mappings.append(mapping)
+        names = names if names is not None else [key for key in mapping if depth or key not in _TORCH]
+        return [(str(key), self._describe(mapping[key], depth)) for key in names]
+
+    def _object(self, value: Any, depth: int) -> Hashable | list[Any]:
+        found = self._slotted(value, depth)
         if hasattr(value, "__dict__"):
-            seen.add(id(value))
-            return [kind(value), self._mapping(vars(value), seen, depth + 1)]
-        return _identity(value)
+            found = [*found, self._mapping(vars(value), depth)]
+        return [self._classes(value), *found] if found else self._identity(value)
+
+    def _slotted(self, value: Any, depth: int) -> list[Any]:
+        names = [
+            name
+            for cls in _python_classes(value)
+            for name, entry in vars(cls).items()
+            if isinstance(entry, MemberDescriptorType)
+        ]
+        self._slots += [(value, name, None) for name in names]
+        return [(name, self._describe(getattr(value, name, None), depth)) for name in names]
+
+    def _classes(self, value: Any) -> list[str]:
+        """Values and functions on the classes; what these hold, one step deep."""
+        return [self._refer(cls, _DEPTH - 1) for cls in _python_classes(value)]
+
+    def _method(self, method: MethodType, depth: int) -> list[Any]:
+        return ["method", self._identity(method.__func__), self._describe(method.__self__, depth)]
+
+    def _partial(self, value: partial, depth: int) -> list[Any]:
+        return [kind(value), *(self._describe(part, depth) for part in (value.func, value.args, value.keywords))]
+
+    def _array(self, array: np.ndarray) -> Hashable:
+        self._arrays.append(array)
+        return (array.shape, str(array.dtype), kind(array))
+
+    def _identity(self, value: Any) -> str:
+        self._held.append(value)
+        return f"{kind(value)} {id(value)}"
 
 
-def _identity(value: Any) -> str:
-    global _generation
-    if isinstance(value, torch.nn.Module):
-        return kind(value)  # it is read in its own place
-    if isinstance(value, MethodType):  # a new object at every look
-        return f"{value.__func__.__qualname__} of {_identity(value.__self__)}"
-    if len(_held) > _HELD:
-        _held.clear()
-        _generation += 1
-    _held[id(value)] = value
-    return f"{kind(value)} {id(value)}"
+def _python_classes(value: Any) -> list[type]:
+    return [cls for cls in type(value).__mro__ if cls.__module__ != "builtins"]
 
 
 def kind(value: Any) -> str:
@@ -150,58 +212,3 @@ def parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         return
     for name in tensor.__tensor_flatten__()[0]:
         yield from parts(getattr(tensor, name))
-
-
-def obstacle(modules: list[torch.nn.Module]) -> str | None:
-    """What runs Python in every forward, which a replay would skip: hooks that move weights, count steps, or belong to the user."""
-    for module in modules:
-        where = type(module).__name__
-        if (registry := getattr(module, "_diffusers_hook", None)) is not None:
-            names = ", ".join(registry.hooks) or "a hook"
-            return f"{names} on {where} runs Python in every forward (group offload, caching, casting)"
-        if (hook := getattr(module, "_hf_hook", None)) is not None:
-            return f"{type(hook).__name__} of accelerate on {where} runs Python in every forward (offload)"
-        if module._forward_hooks or module._forward_pre_hooks:
-            return f"a forward hook on {where} runs Python in every forward"
-        if module.training and isinstance(module, torch.nn.Dropout) and module.p > 0:
-            return "a Dropout is in training mode; call eval() on the model"
-    return records_graphs(modules)
-
-
-def ambient() -> tuple[Any, ...]:
-    """Switches outside the model that choose kernels when a graph is recorded."""
-    cuda = torch.backends.cuda
-    return (
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        torch.are_deterministic_algorithms_enabled(),
-        torch.backends.cudnn.benchmark,
-        torch.backends.cudnn.deterministic,
-        torch.backends.cudnn.enabled,
-        *_precision(),
-        cuda.flash_sdp_enabled(),
-        cuda.mem_efficient_sdp_enabled(),
-        cuda.math_sdp_enabled(),
-        cuda.cudnn_sdp_enabled(),
-        str(attention_dispatch._AttentionBackendRegistry.get_active_backend()[0]),
-    )
-
-
-def _precision() -> tuple[str, ...]:
-    """Torch has two generations of these switches; either refuses to be read once the other was set, and old versions have one."""
-    backends: Any = torch.backends
-    matmul, cudnn = backends.cuda.matmul, backends.cudnn
-    names = (
-        "allow_tf32",
-        "allow_fp16_reduced_precision_reduction",
-        "allow_bf16_reduced_precision_reduction",
-        "fp32_precision",
-    )
-    found = []
-    for switches in (backends, matmul, cudnn, getattr(cudnn, "conv", None), getattr(cudnn, "rnn", None)):
-        for name in names:
-            try:
-                found.append(str(getattr(switches, name)))
-            except (AttributeError, RuntimeError):
-                found.append("-")
-    return tuple(found)

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import gc
+import types
+import weakref
+
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.testing._internal.two_tensor import TwoTensor
 
 from fastguard.capture import attention
-from fastguard.capture.fingerprint import Fingerprint, ambient
+from fastguard.capture.ambient import ambient
+from fastguard.capture.fingerprint import Fingerprint, kind
 
 
 def renamed(entries):
@@ -37,30 +47,183 @@ def wrapped():
     return layer
 
 
-CHANGES = {
-    "renamed key": (lambda: held({"one": 1.0}), lambda layer: renamed(layer.held)),
-    "renamed attribute": (lambda: held(1.0), lambda layer: renamed(vars(layer))),
-    "renamed parameter": (lambda: held(1.0), lambda layer: renamed(layer._parameters)),
-    "value": (lambda: held({"one": 1.0}), lambda layer: layer.held.update(one=2.0)),
-    "item": (lambda: held([1.0]), lambda layer: layer.held.__setitem__(0, 2.0)),
-    "entry moved to another": (lambda: held([[1.0], []]), lambda layer: layer.held[1].append(layer.held[0].pop())),
-    "strides": (lambda: held(None), transposed),
-    "size": (lambda: held(None), resized),
-    "address in a subclass": (wrapped, lambda layer: setattr(layer.weight, "b", torch.ones(2, 2))),
-    "strides in a subclass": (wrapped, lambda layer: setattr(layer.weight.b, "data", layer.weight.b.data.t())),
+class Processor:
+    """As attention processors are: no module, held by one."""
+
+    scale = 1.0
+
+    def __init__(self, **values):
+        vars(self).update(values)
+
+    def __call__(self, x):
+        return x * self.scale
+
+
+class Slotted(Processor):
+    __slots__ = ("factor",)
+
+    def __init__(self):
+        self.factor = 1.0
+
+
+class Layer(torch.nn.Linear):
+    eps = 1.0
+
+
+def layer_with_method():
+    layer = held(None)
+    layer.held = types.MethodType(lambda self, x: x * self.factor, Processor(factor=1.0))
+    return layer
+
+
+def layer_pointing_at(child):
+    parent = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.ReLU())
+    parent.held = [parent[child]]
+    return parent
+
+
+CHANGES = {  # how the layer is made, what changes, and the branch of the fingerprint that sees it
+    "renamed key": (lambda: held({"one": 1.0}), lambda layer: renamed(layer.held), "_mapping"),
+    "renamed attribute": (lambda: held(1.0), lambda layer: renamed(vars(layer)), "_mapping"),
+    "renamed parameter": (lambda: held(1.0), lambda layer: renamed(layer._parameters), "_mapping"),
+    "value": (lambda: held({"one": 1.0}), lambda layer: layer.held.update(one=2.0), "_mapping"),
+    "item": (lambda: held([1.0]), lambda layer: layer.held.__setitem__(0, 2.0), "_open"),
+    "entry moved": (lambda: held([[1.0], []]), lambda layer: layer.held[1].append(layer.held[0].pop()), "_open"),
+    "strides": (lambda: held(None), transposed, "_where"),
+    "size": (lambda: held(None), resized, "_where"),
+    "address in a subclass": (wrapped, lambda layer: setattr(layer.weight, "b", torch.ones(2, 2)), "_where"),
+    "strides in a subclass": (
+        wrapped,
+        lambda layer: setattr(layer.weight.b, "data", layer.weight.b.data.t()),
+        "_where",
+    ),
+    "scalar of a processor": (
+        lambda: held(Processor(factor=1.0)),
+        lambda layer: setattr(layer.held, "factor", 2.0),
+        "_object",
+    ),
+    "scalar of its class": (
+        lambda: held(Processor()),
+        lambda layer: setattr(Processor, "scale", 2.0),
+        "_classes",
+    ),
+    "function of its class": (
+        lambda: held(Processor()),
+        lambda layer: setattr(Processor, "__call__", lambda self, x: x),
+        "_classes",
+    ),
+    "scalar of a module's class": (
+        lambda: Layer(2, 2),
+        lambda layer: setattr(Layer, "eps", 2.0),
+        "_classes",
+    ),
+    "slot beside a dictionary": (
+        lambda: held(Slotted()),
+        lambda layer: setattr(layer.held, "factor", 2.0),
+        "_slotted",
+    ),
+    "module of a processor": (
+        lambda: held(Processor(proj=torch.nn.Linear(2, 2))),
+        lambda layer: setattr(layer.held, "proj", torch.nn.Linear(2, 2)),
+        "_object",
+    ),
+    "address in a module of a processor": (
+        lambda: held(Processor(proj=torch.nn.Linear(2, 2))),
+        lambda layer: setattr(layer.held.proj.weight, "data", torch.ones(2, 2)),
+        "_object",
+    ),
+    "scalar of a module in a list": (
+        lambda: held([torch.nn.LayerNorm(2)]),
+        lambda layer: setattr(layer.held[0], "eps", 1.0),
+        "_open",
+    ),
+    "which of its modules is meant": (
+        lambda: layer_pointing_at(0),
+        lambda layer: layer.held.__setitem__(0, layer[1]),
+        "_refer",
+    ),
+    "partial": (
+        lambda: held(functools.partial(F.gelu, approximate="none")),
+        lambda layer: setattr(layer, "held", functools.partial(F.gelu, approximate="tanh")),
+        "_partial",
+    ),
+    "scalar of a method's object": (
+        layer_with_method,
+        lambda layer: setattr(layer.held.__self__, "factor", 2.0),
+        "_method",
+    ),
+    "array": (lambda: held(np.ones(2)), lambda layer: layer.held.__setitem__(0, 5.0), "_array"),
+    "function": (lambda: held(lambda x: x), lambda layer: setattr(layer, "held", lambda x: -x), "_identity"),
 }
 
 
+@pytest.fixture(autouse=True)
+def classes_as_they_were(monkeypatch):
+    for cls, name in ((Processor, "scale"), (Processor, "__call__"), (Layer, "eps")):
+        monkeypatch.setattr(cls, name, vars(cls)[name])
+
+
+def unread(branch, monkeypatch):
+    """The fault that one branch of the fingerprint reads nothing."""
+    nothing = {"_mapping": [], "_classes": [], "_slotted": [], "_where": []}.get(branch, "unread")
+    original = getattr(Fingerprint, branch)
+
+    def blind(self, value=None, *rest):
+        # Only what the layer holds: without the layer itself there would be nothing to compare.
+        return original(self, value, *rest) if branch == "_open" and isinstance(value, torch.nn.Module) else nothing
+
+    def by_kind(self, value, depth):
+        original(self, value, depth)
+        return kind(value)
+
+    monkeypatch.setattr(Fingerprint, branch, by_kind if branch == "_refer" else blind)
+
+
+@pytest.mark.parametrize("blind", [False, True], ids=["", "planted"])
 @pytest.mark.parametrize("name", CHANGES)
-def test_changes_are_noticed(name):
-    make, change = CHANGES[name]
+def test_changes_are_noticed(name, blind, monkeypatch):
+    make, change, branch = CHANGES[name]
+    if blind:
+        unread(branch, monkeypatch)
     layer = make()
     fingerprint = Fingerprint(layer)
     before = fingerprint()
     assert fingerprint() == before
     change(layer)
     after = fingerprint()
-    assert after != before and fingerprint() == after
+    assert (after != before) != blind and fingerprint() == after
+
+
+def test_nothing_is_kept_alive_by_a_fingerprint_that_is_gone():
+    layer, other = held(None), torch.nn.Linear(3, 3)
+    layer.held = (lambda module: lambda x: module(x))(other)
+    key, alive = Fingerprint(layer)(), weakref.ref(other)
+    del layer, other
+    gc.collect()
+    assert alive() is not None, "the key names a function, whose address nothing else may take meanwhile"
+    del key
+    gc.collect()
+    assert alive() is None
+
+
+@pytest.mark.parametrize("register", [register_module_forward_hook, register_module_forward_pre_hook])
+def test_hooks_for_every_module_are_an_obstacle(register):
+    fingerprint = Fingerprint(held(None))
+    assert fingerprint.obstacle is None
+    handle = register(lambda *args: None)
+    try:
+        fingerprint()
+        assert "a forward hook for every module" in fingerprint.obstacle
+    finally:
+        handle.remove()
+    fingerprint()
+    assert fingerprint.obstacle is None
+
+
+def test_hooks_of_modules_outside_the_tree_are_an_obstacle():
+    outside = torch.nn.Linear(2, 2)
+    outside.register_forward_hook(lambda *args: None)
+    assert "a forward hook on Linear" in Fingerprint(held(Processor(proj=outside))).obstacle
 
 
 # Switches of torch and diffusers: the name of the function that sets one, or an object and its attribute.
@@ -71,11 +234,16 @@ SWITCHES = {
     "efficient": (CUDA.mem_efficient_sdp_enabled, CUDA.enable_mem_efficient_sdp),
     "math": (CUDA.math_sdp_enabled, CUDA.enable_math_sdp),
     "cudnn attention": (CUDA.cudnn_sdp_enabled, CUDA.enable_cudnn_sdp),
+    "sums of 16 bits in math attention": (
+        CUDA.fp16_bf16_reduction_math_sdp_allowed,
+        CUDA.allow_fp16_bf16_reduction_math_sdp,
+    ),
     "cudnn": (CUDNN, "enabled"),
     "cudnn benchmark": (CUDNN, "benchmark"),
     "cudnn deterministic": (CUDNN, "deterministic"),
     "cudnn tf32": (CUDNN, "allow_tf32"),
     "matmul tf32": (MATMUL, "allow_tf32"),
+    "matmul fp16 sums": (MATMUL, "allow_fp16_accumulation"),
     "matmul fp16": (MATMUL, "allow_fp16_reduced_precision_reduction"),
     "matmul bf16": (MATMUL, "allow_bf16_reduced_precision_reduction"),
 }
@@ -86,6 +254,8 @@ def test_switches_are_in_the_fingerprint(name):
     get, put = SWITCHES[name]
     if isinstance(put, str):
         owner, attribute = get, put
+        if not hasattr(owner, attribute):
+            pytest.skip("this torch has none")
         get, put = lambda: getattr(owner, attribute), lambda value: setattr(owner, attribute, value)
     before, value = ambient(), get()
     put(not value)
@@ -93,6 +263,21 @@ def test_switches_are_in_the_fingerprint(name):
         assert ambient() != before
     finally:
         put(value)
+
+
+def test_the_order_of_attentions_kernels_is_in_the_fingerprint():
+    order = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH, SDPBackend.CUDNN_ATTENTION]
+    found = []
+    for kernels in (order, order[::-1]):
+        with sdpa_kernel(kernels, set_priority=True):
+            found.append(ambient())
+    assert found[0] != found[1]
+
+
+def test_attention_that_a_library_replaced_is_in_the_fingerprint(monkeypatch):
+    before = ambient()
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args, **kwargs: args[0])
+    assert ambient() != before
 
 
 @pytest.mark.parametrize(

@@ -160,6 +160,19 @@ def test_diffusers_own_choice_of_attention_is_looked_at(where, blind, monkeypatc
         assert len(guard.graphs()) == (1 if blind else 2)
 
 
+@planted
+def test_a_backend_set_on_processors_alone_is_looked_at(blind, monkeypatch):
+    pipe = pipelines.sd()
+    if blind:
+        monkeypatch.setattr(Fingerprint, "_object", lambda self, value, depth: "unread")
+    with fastguard.enable(pipe, "cfg", capture="step") as guard:
+        for backend in (None, attention.Backend._NATIVE_MATH):
+            for processor in pipe.unet.attn_processors.values():
+                processor._attention_backend = backend
+            call(pipe, steps=2)
+        assert len(guard.graphs()) == (1 if blind else 2)
+
+
 # The body, and the shape of its tensors -------------------------------------------------------------------------------------
 
 

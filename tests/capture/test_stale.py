@@ -63,6 +63,61 @@ def processor(pipe, value):
     pipe.unet.set_attn_processor(Louder() if value else AttnProcessor2_0())
 
 
+class Scaled(AttnProcessor2_0):
+    def __init__(self, scale):
+        super().__init__()
+        self.scale = scale
+
+    def __call__(self, *args, **kwargs):
+        return super().__call__(*args, **kwargs) * self.scale
+
+
+def own_scalar(pipe, value):
+    """The same processor with another number on it."""
+    processors = [p for p in pipe.unet.attn_processors.values() if isinstance(p, Scaled)]
+    if not processors:
+        pipe.unet.set_attn_processor(Scaled(1.0))
+    for processor in pipe.unet.attn_processors.values():
+        processor.scale = 1.5 if value else 1.0
+
+
+class Gated(AttnProcessor2_0):
+    """With a module of its own that is not one of the model's."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = gate(1.0)
+
+    def __call__(self, *args, **kwargs):
+        return super().__call__(*args, **kwargs) * self.gate.weight.sum()
+
+
+def gate(value):
+    layer = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.constant_(layer.weight, value)
+    return layer
+
+
+def own_module(pipe, value):
+    if not isinstance(next(iter(pipe.unet.attn_processors.values())), Gated):
+        pipe.unet.set_attn_processor(Gated())
+    for processor in pipe.unet.attn_processors.values():
+        processor.gate = gate(1.5 if value else 1.0)
+
+
+class Class(AttnProcessor2_0):
+    scale = 1.0
+
+    def __call__(self, *args, **kwargs):
+        return super().__call__(*args, **kwargs) * self.scale
+
+
+def class_scalar(pipe, value):
+    if not isinstance(next(iter(pipe.unet.attn_processors.values())), Class):
+        pipe.unet.set_attn_processor(Class())
+    Class.scale = 1.5 if value else 1.0
+
+
 def moved(pipe, value):
     weight = pipe.unet.conv_in.weight
     old = weight.data
@@ -123,6 +178,20 @@ def stale(pipe, change, monkeypatch, blind, options=None, **kwargs):
 @pytest.mark.parametrize("change", MODEL_CHANGES)
 def test_a_changed_model_is_recorded_anew(change, blind, monkeypatch):
     after, expected = stale(with_lora(), change, monkeypatch, blind, steps=2)
+    assert torch.equal(after, expected) != blind
+
+
+BRANCHES = {own_scalar: ("_object", "unread"), own_module: ("_object", "unread"), class_scalar: ("_classes", [])}
+
+
+@pytest.mark.parametrize("blind", [False, True], ids=["", "planted"])
+@pytest.mark.parametrize("change", BRANCHES)
+def test_what_a_processor_holds(change, blind, monkeypatch):
+    """Planted: the fingerprint reads all but plain objects, or all but classes."""
+    if blind:
+        branch, nothing = BRANCHES[change]
+        monkeypatch.setattr(Fingerprint, branch, lambda *args: nothing)
+    after, expected = stale(pipelines.sd(), change, monkeypatch, False, steps=2)
     assert torch.equal(after, expected) != blind
 
 

@@ -1,0 +1,56 @@
+"""Switches outside a model that choose its kernels while a graph is recorded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models import attention_dispatch
+
+# Of attention; not every torch has all of them.
+_SDP = ("_get_sdp_priority_order", "_get_math_sdp_allow_fp16_bf16_reduction", "_get_fa3_sdp_enabled")
+_PRECISION = (
+    "allow_tf32",
+    "allow_fp16_accumulation",
+    "allow_fp16_reduced_precision_reduction",
+    "allow_fp16_reduced_precision_reduction_split_k",
+    "allow_bf16_reduced_precision_reduction",
+    "allow_bf16_reduced_precision_reduction_split_k",
+    "fp32_precision",
+)
+
+
+def ambient() -> tuple[Any, ...]:
+    """All of them, now; compared by value, functions by identity."""
+    cuda = torch.backends.cuda
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.backends.cudnn.benchmark,
+        torch.backends.cudnn.deterministic,
+        torch.backends.cudnn.enabled,
+        *_precision(),
+        cuda.flash_sdp_enabled(),
+        cuda.mem_efficient_sdp_enabled(),
+        cuda.math_sdp_enabled(),
+        cuda.cudnn_sdp_enabled(),
+        *(str(getattr(torch._C, name)()) for name in _SDP if hasattr(torch._C, name)),
+        F.scaled_dot_product_attention,  # libraries put their own in its place
+        str(attention_dispatch._AttentionBackendRegistry.get_active_backend()[0]),
+    )
+
+
+def _precision() -> tuple[str, ...]:
+    """Torch has two generations of these switches; either refuses to be read once the other was set, and old versions have one."""
+    backends: Any = torch.backends
+    matmul, cudnn = backends.cuda.matmul, backends.cudnn
+    found = []
+    for switches in (backends, matmul, cudnn, getattr(cudnn, "conv", None), getattr(cudnn, "rnn", None)):
+        for name in _PRECISION:
+            try:
+                found.append(str(getattr(switches, name)))
+            except (AttributeError, RuntimeError):
+                found.append("-")
+    return tuple(found)
