@@ -7,13 +7,17 @@ pipelines and threads) or in diffusers' registry, so there is nothing to restore
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers.models import attention_dispatch as dispatch
 from torch.overrides import TorchFunctionMode
+
+from fastguard.capture.compiled import is_compiled
+from fastguard.capture.graphs import Refused
 
 Backend = dispatch.AttentionBackendName
 _ALIASES = {"sdpa": Backend.NATIVE}
@@ -33,34 +37,66 @@ def find(name: str) -> Any:
     return found
 
 
-def check(name: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Try the backend on a few numbers of the denoiser's dtype on its device; ValueError says what is missing.
+def head_sizes(denoiser: torch.nn.Module) -> list[int]:
+    """Of the denoiser's attention modules; 64, which everybody can do, where it has none of diffusers' kind."""
+    shapes = ((getattr(m, "inner_dim", None), getattr(m, "heads", None)) for m in denoiser.modules())
+    return sorted({d // n for d, n in shapes if isinstance(d, int) and isinstance(n, int)}) or [64]
+
+
+def check(name: str, device: torch.device, dtype: torch.dtype, sizes: Iterable[int]) -> None:
+    """Try the backend on a few numbers of the denoiser's dtype and head sizes on its device; ValueError says what is missing.
 
     A backend ending in "_hub" is downloaded by diffusers the first time (it asks for the `kernels` package).
     """
-    backend = find(name)
+    backend, tried = find(name), ""
     try:
         dispatch._check_attention_backend_requirements(backend)
         dispatch._maybe_download_kernel_for_backend(backend)
-        query = torch.ones(1, 16, 2, 64, device=device, dtype=dtype)
-        with torch.no_grad():
-            result = dispatch.dispatch_attention_fn(query, query, query, backend=backend)
-        if not torch.allclose(result.float(), query.float(), atol=0.05):
-            raise RuntimeError("attention over equal values does not give these values back")
+        for size in sizes:
+            tried = f" and heads of {size}"
+            query = torch.ones(1, 16, 2, size, device=device, dtype=dtype)
+            with torch.no_grad():
+                result = dispatch.dispatch_attention_fn(query, query, query, backend=backend)
+            if not torch.allclose(result.float(), query.float(), atol=0.05):
+                raise RuntimeError("attention over equal values does not give these values back")
     except Exception as error:  # each library has its own way of saying no
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"attention_backend={name!r}: cannot run with {dtype} on {device}: {lines[0]}") from error
+        raise ValueError(
+            f"attention_backend={name!r}: cannot run with {dtype}{tried} on {device}: {lines[0]}"
+        ) from error
 
 
-def attend_with(name: str | None, denoiser: Callable[..., Any]) -> Callable[..., Any]:
-    """`denoiser` with its attention computed by the named backend; itself for None."""
+class Ignored(Refused, ValueError):
+    """The denoiser never asked for what `attention_backend` names."""
+
+
+def attend_with(name: str | None, denoiser: torch.nn.Module, runs: Callable[..., Any]) -> Callable[..., Any]:
+    """`runs`, which is `denoiser` or its compiled form, with its attention computed by the named backend; itself for None.
+
+    The first call raises Ignored if the denoiser asks for no attention: its processors compute it by themselves.
+    """
     if name is None:
-        return denoiser
-    backend = find(name)
+        return runs
+    backend, known = find(name), False
 
     def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal known
+        if not known:
+            # What is compiled counts nothing: the model is asked as it was written, and run again.
+            compiled = runs is not denoiser or is_compiled(denoiser.modules())
+            as_written = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+            with as_written, _Counted(backend) as attention:
+                result = denoiser(*args, **kwargs)
+            if not attention.asked:
+                raise Ignored(
+                    f"attention_backend={name!r}: {type(denoiser).__name__} never calls scaled_dot_product_attention of torch, "
+                    f"so nothing would change; set processors that do (AttnProcessor2_0), or attention_backend=None"
+                )
+            known = True
+            if not compiled:
+                return result
         with _Attention(backend):
-            return denoiser(*args, **kwargs)
+            return runs(*args, **kwargs)
 
     return call
 
@@ -76,6 +112,14 @@ class _Attention(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             return _dispatched(self.backend, *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+class _Counted(_Attention):
+    asked = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        self.asked += func is F.scaled_dot_product_attention
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 def _dispatched(

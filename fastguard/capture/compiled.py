@@ -57,9 +57,18 @@ def records_graphs(parts: Iterable[torch.nn.Module]) -> str | None:
     return None
 
 
+def is_compiled(parts: Iterable[torch.nn.Module]) -> bool:
+    """Whether torch.compile is at work in one of these parts."""
+    return any(hasattr(form, "get_compiler_config") for part in parts for form in _forms(part))
+
+
+def _forms(module: torch.nn.Module) -> Iterator[Any]:
+    """Where torch.compile(module), module.compile() and `module.forward = torch.compile(module.forward)` leave their work."""
+    yield from (module, getattr(module, "_compiled_call_impl", None), vars(module).get("forward"))
+
+
 def _compiler_configs(module: torch.nn.Module) -> Iterator[Mapping[str, Any]]:
-    """Of a module wrapped by torch.compile(module), and of one compiled in place by module.compile()."""
-    for compiled in (module, getattr(module, "_compiled_call_impl", None)):
+    for compiled in _forms(module):
         ask = getattr(compiled, "get_compiler_config", None)
         config = ask() if ask is not None else None
         if config is not None:

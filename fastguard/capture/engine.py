@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fastguard.capture.attention import attend_with, check, find
+from fastguard.capture.attention import attend_with, check, find, head_sizes
 from fastguard.capture.compiled import check_compile, compile_denoiser, records_graphs
 from fastguard.capture.fingerprint import Fingerprint
 from fastguard.capture.graphed import Capturing
@@ -48,19 +48,19 @@ class Engine:
             find(attention_backend)
             some = next(denoiser.parameters(), torch.empty(0))
             dtype = some.dtype if some.is_floating_point() else torch.float16  # quantised weights
-            check(attention_backend, some.device, dtype)
+            check(attention_backend, some.device, dtype, head_sizes(denoiser))
         return cls(capture, attention_backend, options)
 
     def lend(self, denoiser: torch.nn.Module, graphs: Graphs) -> tuple[Callable[..., Any], Capturing]:
         """The denoiser as a call shall run it, and what a call needs to record it."""
-        made = self._made.of(denoiser, self.compile)
+        made = self._made.of(denoiser, self)
         options = (self.attention_backend, repr(self.compile))
         capturing = Capturing(self.capture, graphs, made.fingerprint, options)
-        return attend_with(self.attention_backend, made.runs), capturing
+        return made.runs, capturing
 
 
 class _Made:
-    """What is made once per denoiser: its compiled form and its fingerprint."""
+    """What is made once per denoiser: how it runs, and its fingerprint."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -68,11 +68,12 @@ class _Made:
         self._fingerprint: Fingerprint | None = None
         self.runs: Any = None
 
-    def of(self, denoiser: torch.nn.Module, options: Mapping[str, Any] | None) -> _Made:
+    def of(self, denoiser: torch.nn.Module, engine: Engine) -> _Made:
         with self._lock:
             if self._denoiser is not denoiser:
                 self._denoiser, self._fingerprint = denoiser, None
-                self.runs = compile_denoiser(denoiser, options)
+                runs = compile_denoiser(denoiser, engine.compile)
+                self.runs = attend_with(engine.attention_backend, denoiser, runs)
         return self
 
     def fingerprint(self) -> Fingerprint:

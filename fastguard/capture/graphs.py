@@ -26,6 +26,10 @@ LIMIT = 32  # graphs; the driver's own memory for nodes (980 a forward of SD 1.5
 Body = Callable[[], None]
 
 
+class Refused(Exception):
+    """A body's own word that it must not run at all, recorded or not: it goes to the caller and is no failure of a capture."""
+
+
 class Recorder(Protocol):
     """What records on a device: `cuda_graphs.Recorder`, or the simulator of the tests. It has locks of its own, and calls nobody's."""
 
@@ -225,6 +229,8 @@ class Graphs:
             before, start = recorder.pool_bytes(), time.perf_counter()
             try:
                 recorded = recorder.record(program.body, program.warm_up or program.body, program.keeps)
+            except Refused:
+                raise
             except Exception as error:  # whatever a model does that no capture allows
                 self.failure = f"capture failed, everything runs eagerly from here on: {_text(error)}"
                 return self.failure

@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 import fastguard
 from fastguard.capture import attention
@@ -153,17 +154,64 @@ def test_a_backend_that_computes_something_else_is_refused(sd, monkeypatch):
         fastguard.enable(sd, "cfg", attention_backend="native")
 
 
+def test_a_backend_that_cannot_do_the_denoisers_heads_is_refused(sd, monkeypatch):
+    dispatch = attention.dispatch.dispatch_attention_fn
+    sizes = attention.head_sizes(sd.unet)
+    assert sizes == sorted({m.to_q.out_features // m.heads for m in sd.unet.modules() if hasattr(m, "to_q")})
+    assert attention.head_sizes(torch.nn.Linear(2, 2)) == [64]
+
+    def of_64(query, *args, **kwargs):
+        if query.shape[-1] != 64:
+            raise ValueError("unsupported head size")
+        return dispatch(query, *args, **kwargs)
+
+    monkeypatch.setattr(attention.dispatch, "dispatch_attention_fn", of_64)
+    with pytest.raises(ValueError, match=f"cannot run with torch.float32 and heads of {sizes[0]} on cpu: unsupported"):
+        fastguard.enable(sd, "cfg", attention_backend="native")
+
+
+@pytest.mark.parametrize("options", [{}, {"compile": {"backend": "eager"}}], ids=["", "compiled"])
+@pytest.mark.parametrize("capture", ["off", "step"])
+def test_a_backend_that_the_denoiser_never_asks_is_not_ignored_silently(capture, options):
+    pipe = pipelines.sd()
+    expected, _ = run(pipe)
+    pipe.unet.set_attn_processor(AttnProcessor())
+    with simulator.recording():
+        guard = fastguard.enable(pipe, "cfg", capture=capture, attention_backend="native", **options)
+        for _ in range(2):
+            with pytest.raises(
+                ValueError, match="'native': UNet2DConditionModel never calls scaled_dot_product_attention"
+            ):
+                call(pipe)
+        pipe.unet.set_attn_processor(AttnProcessor2_0())
+        torch.testing.assert_close(call(pipe), expected, rtol=0, atol=1e-4 * expected.abs().max().item())
+        assert guard.report.path == ("fused" if capture == "off" else "fused, step graph"), guard.report.reason
+        guard.disable()
+
+
+def test_a_model_that_its_owner_compiled_asks_the_backend(sd):
+    """Compiled code counts nothing, so the model is asked once as it is; what runs is the compiled one."""
+    pipe = pipelines.sd()
+    ours, _ = run(pipe, attention_backend="native_math")
+    pipe.unet.compile(backend="eager")
+    again, _ = run(pipe, attention_backend="native_math")
+    assert torch.equal(ours, again)
+
+
 # Compilation ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
-@pytest.mark.parametrize("in_place", [False, True])
-def test_modules_with_graphs_of_their_own_are_refused(mode, in_place):
+@pytest.mark.parametrize("what", ["module", "in place", "forward"])
+def test_modules_with_graphs_of_their_own_are_refused(mode, what):
     pipe = pipelines.sd()
-    if in_place:
-        pipe.unet.mid_block.compile(mode=mode)
+    block = pipe.unet.mid_block
+    if what == "in place":
+        block.compile(mode=mode)
+    elif what == "forward":
+        block.forward = torch.compile(block.forward, mode=mode)
     else:
-        pipe.unet.mid_block = torch.compile(pipe.unet.mid_block, mode=mode)
+        pipe.unet.mid_block = torch.compile(block, mode=mode)
     for capture in ("step", "loop"):
         with pytest.raises(ValueError, match=f"capture='{capture}': .*CUDA graphs of its own"):
             fastguard.enable(pipe, "cfg", capture=capture)
