@@ -55,7 +55,7 @@ class Engine:
         """The denoiser as a call shall run it, and what a call needs to record it."""
         made = self._made.of(denoiser, self)
         options = (self.attention_backend, repr(self.compile))
-        capturing = Capturing(self.capture, graphs, made.fingerprint, options)
+        capturing = Capturing(self.capture, graphs, made.fingerprint, options, begun=graphs.clears)
         return made.runs, capturing
 
 

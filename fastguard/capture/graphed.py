@@ -36,13 +36,18 @@ Arguments = tuple[tuple, dict]
 
 @dataclass(frozen=True)
 class Capturing:
-    """What a guard lends to its calls. `options`: whatever else decides what the denoiser computes (attention, compilation)."""
+    """What a guard lends to a call.
+
+    options  whatever else decides what the denoiser computes (attention, compilation)
+    begun    `graphs.clears` when the call began
+    """
 
     mode: str
     graphs: Graphs
     fingerprint: Callable[[], Fingerprint]
     options: Hashable = None
     refusal: str | None = None
+    begun: int | None = None
 
     def available(self, device: torch.device) -> bool:
         return self.mode != "off" and graphs.records(device)
@@ -102,11 +107,13 @@ class Graphed:
         if not self.whole and not self._may_record(device):
             return None
         shape = LoopShape.of(latents, schedule, halves=halves, whole=self.whole, noise_dtype=noise_dtype)
-        self._workspace = self._graphs.lease(shape, device, lambda: StaticLoop(shape))
+        begun = self._capturing.begun
+        self._workspace = self._graphs.lease(shape, device, lambda: StaticLoop(shape), begun=begun)
         if self._workspace is not None:
             self.loop = self._workspace.content
         else:
-            self.reason = "another call of this shape is using the graphs' tensors"
+            since = begun is not None and begun != self._graphs.clears
+            self.reason = graphs.CLEARED if since else "another call of this shape is using the graphs' tensors"
             self.loop = StaticLoop(shape) if self.whole else None
         if self.loop is not None:
             self.loop.load(schedule, plan, latents)

@@ -22,6 +22,7 @@ from fastguard.capture import cuda_graphs
 MODES = ("off", "step", "loop", "auto")
 BUDGET = 4 << 30  # bytes of pool and workspaces together
 LIMIT = 32  # graphs; the driver's own memory for nodes (980 a forward of SD 1.5's UNet, 2,980 of SDXL's) cannot be asked for
+CLEARED = "the graphs were given up while this call was running"
 
 Body = Callable[[], None]
 
@@ -71,6 +72,7 @@ class Workspace:
     recorder: Recorder
     busy: bool = True
     graphs: int = 0
+    cleared: bool = False  # since it was leased: nothing is recorded over it any more
 
 
 @dataclass(eq=False)
@@ -121,6 +123,7 @@ class Graphs:
     budget: int = BUDGET
     limit: int = LIMIT
     failure: str | None = None  # why nothing is recorded any more
+    clears: int = 0
     _recorder: Recorder | None = None
     _device: torch.device | None = None
     _graphs: OrderedDict[Hashable, _Graph] = field(default_factory=OrderedDict)
@@ -142,24 +145,45 @@ class Graphs:
             return pool + inputs + sum(w.content.nbytes for w in self._workspaces.values())
 
     def clear(self) -> None:
-        """Forget every graph, and every failure."""
+        """Forget every graph, and every failure. Calls that have begun record nothing any more: no graph is left behind them."""
         with self._lock:
-            while self._graphs:
-                self._evict(next(iter(self._graphs)))
-            self._workspaces = {key: w for key, w in self._workspaces.items() if w.busy}
-            self._too_large.clear()
-            self.failure = None
-            if self._recorder is not None:
-                self._recorder.new_pool()  # whatever a failed capture left in the old one
+            self.clears += 1
+            self._forget()
+
+    def _forget(self) -> None:
+        self._evict_all()
+        for workspace in self._workspaces.values():
+            workspace.cleared = True
+        self._workspaces = {}
+        self._too_large.clear()
+        self.failure = None
+        if self._recorder is not None:
+            self._recorder.new_pool()  # whatever a failed capture left in the old one
+
+    def _evict_all(self) -> None:
+        while self._graphs:
+            self._evict(next(iter(self._graphs)))
 
     # A call's tensors ------------------------------------------------------------------------------------------------------
 
-    def lease(self, key: Hashable, device: torch.device, make: Callable[[], Content]) -> Workspace | None:
-        """Tensors for this key that nobody else uses until `give_back`; None if somebody does. Made by `make` the first time."""
+    def lease(
+        self,
+        key: Hashable,
+        device: torch.device,
+        make: Callable[[], Content],
+        *,
+        begun: int | None = None,
+    ) -> Workspace | None:
+        """Tensors for this key that nobody else uses until `give_back`; None if somebody does. Made by `make` the first time.
+
+        begun: `clears` when the call began; None, too, if there was one since.
+        """
         with self._lock:
+            if begun is not None and begun != self.clears:
+                return None
             if device != self._device:
-                self.clear()
-                self._workspaces, self._device = {}, device
+                self._forget()
+                self._device = device
                 self._recorder = RECORDERS[device.type](device)
             assert self._recorder is not None
             workspace = self._workspaces.get(key)
@@ -188,6 +212,8 @@ class Graphs:
 
     def refusal(self, workspace: Workspace, key: Hashable) -> str | None:
         """Why nothing would be recorded under this key."""
+        if workspace.cleared:
+            return CLEARED
         return self.failure or self._too_large.get((workspace.key, key))
 
     def program(self, workspace: Workspace, key: Hashable, make: Callable[[], Program]) -> Program:
@@ -233,6 +259,7 @@ class Graphs:
                 raise
             except Exception as error:  # whatever a model does that no capture allows
                 self.failure = f"capture failed, everything runs eagerly from here on: {_text(error)}"
+                self._evict_all()  # nobody would replay them
                 return self.failure
             seconds = time.perf_counter() - start
             grown = recorder.pool_bytes() - before

@@ -48,7 +48,10 @@ class Tuning:
 
 
 def tune(guard: Any, pipe: Any, args: tuple, kwargs: Mapping[str, Any]) -> Tuning:
-    """Call `pipe` under every mode; the guard's own options are back afterwards."""
+    """Call `pipe` under every mode; the guard's own options are back afterwards.
+
+    Only the mode measured last may leave its graphs, and only if it is chosen: those of "step" are recorded again in the next call.
+    """
     before = guard.engine
     timings: list[Timing] = []
     try:
@@ -62,6 +65,8 @@ def tune(guard: Any, pipe: Any, args: tuple, kwargs: Mapping[str, Any]) -> Tunin
     for timing in timings[1:]:  # in order of memory
         if "graph" in timing.path and timing.seconds < WORTH * chosen.seconds:
             chosen = timing
+    if chosen is not timings[-1]:
+        guard.graphs.clear()  # those of the last mode, which nobody would use; the chosen mode's are recorded anew
     return Tuning(chosen.mode, tuple(timings))
 
 

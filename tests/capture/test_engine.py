@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 import fastguard
-from fastguard.capture import attention
+from fastguard.capture import attention, tune
 from fastguard.capture.fingerprint import Fingerprint
 from tests import pipelines
 from tests.capture import simulator
@@ -232,6 +232,15 @@ def test_tune_measures_and_chooses(sd):
         assert tuning.timings[2].bytes > tuning.timings[1].bytes > 0
         assert guard.engine.capture == tuning.chosen
         assert f"{tuning.chosen}*" in str(tuning)
+
+
+@pytest.mark.parametrize(("worth", "chosen", "kept"), [(0.0, "off", 0), (1e9, "loop", 1)])
+def test_tune_leaves_no_graphs_that_nobody_uses(sd, monkeypatch, worth, chosen, kept):
+    monkeypatch.setattr(tune, "WORTH", worth)
+    with simulator.recording() as recorders, fastguard.enable(sd, "cfg") as guard:
+        tuning = guard.tune("a cat", num_inference_steps=2, output_type="latent", **SIZE)
+        assert (tuning.chosen, len(guard.graphs()), len(recorders[0].tapes)) == (chosen, kept, kept)
+        assert (guard.graphs.bytes > 0) == bool(kept)
 
 
 def test_tune_without_a_device_chooses_off(sd):

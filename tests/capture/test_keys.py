@@ -251,8 +251,8 @@ def test_the_shape_of_the_loops_tensors_is_in_the_key(fields, blind, monkeypatch
     if blind:
         lease = Graphs.lease
 
-        def without(self, shape, device, make):
-            return lease(self, dataclasses.replace(shape, **dict.fromkeys(fields)), device, make)
+        def without(self, shape, device, make, **kwargs):
+            return lease(self, dataclasses.replace(shape, **dict.fromkeys(fields)), device, make, **kwargs)
 
         monkeypatch.setattr(Graphs, "lease", without)
     after, expected = compare(pipe, *SHAPES[fields])

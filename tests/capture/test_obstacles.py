@@ -14,6 +14,7 @@ from diffusers import hooks
 
 import fastguard
 from fastguard.capture import recorded, static_inputs
+from fastguard.capture.graphs import Graphs
 from tests import pipelines
 from tests.capture.calls import call as two
 
@@ -166,6 +167,48 @@ def test_a_model_that_synchronises_falls_back_and_says_so(sd, monkeypatch):
             assert torch.equal(call(pipe), expected)
             assert guard.report.path == "fused"
             assert "capture failed, everything runs eagerly from here on" in guard.report.reason
+
+
+def test_graphs_from_before_a_failure_go(sd, recorders):
+    """Nobody would replay them, and they hold memory."""
+    pipe = pipelines.sd()
+    with fastguard.enable(pipe, "cfg", capture="step") as guard:
+        expected = call(pipe)
+        assert len(guard.graphs()) == 1
+        forward = pipe.unet.conv_in.forward
+        pipe.unet.conv_in.forward = lambda x: forward(x) * (x.sum().item() * 0 + 1)
+        assert torch.equal(call(pipe), expected)
+        assert "capture failed" in guard.report.reason
+        assert guard.graphs() == [] and guard.graphs.bytes == 0 and recorders[-1].tapes == []
+
+
+@pytest.mark.parametrize("when", ["before the loop", "in the loop"])
+def test_a_guard_that_is_disabled_during_a_call_leaves_no_graph(when, monkeypatch, recorders):
+    pipe = pipelines.sd()
+    expected, _ = run(pipe)
+    guard = fastguard.enable(pipe, "cfg", capture="step")
+
+    def disabling(function):
+        @functools.wraps(function)
+        def called(*args, **kwargs):
+            result = function(*args, **kwargs)
+            thread = threading.Thread(target=guard.disable)
+            thread.start()
+            thread.join()
+            threads.append(thread)
+            return result
+
+        return called
+
+    threads = []
+    if when == "in the loop":
+        monkeypatch.setattr(Graphs, "run", disabling(Graphs.run))
+    else:
+        pipe.encode_prompt = disabling(pipe.encode_prompt)
+    assert torch.equal(call(pipe), expected)
+    assert threads and guard.graphs() == [] and guard.graphs.bytes == 0
+    assert all(recorder.tapes == [] for recorder in recorders)
+    assert "given up while this call was running" in guard.report.reason
 
 
 def test_arguments_that_nobody_can_compare_stay_eager(sd):
