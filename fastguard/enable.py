@@ -109,9 +109,9 @@ class Guard:
 
     def disable(self) -> None:
         """Give the pipeline its stock class back and the graphs' memory. Nothing else was ever changed."""
-        self.graphs.clear()
         self._pipe.__dict__.pop(_ATTRIBUTE, None)
         self._pipe.__class__ = _stock_class(type(self._pipe))
+        self.graphs.clear()
 
     def __enter__(self) -> Guard:
         return self
