@@ -145,12 +145,17 @@ def collect_gate_statistics(
     if "callback_on_step_end" in call:
         raise ValueError("callback_on_step_end is used here to stop each call after gate_steps rows")
 
+    if not call.get("guidance_scale", 7.5) > 1:
+        raise ValueError(
+            f"guidance_scale={call['guidance_scale']!r}: must be above 1, else there is no second branch to compare with"
+        )
+
     def stop(pipeline: Any, step: int, timestep: Any, values: dict) -> dict:
         pipeline._interrupt = step + 1 >= gate_steps
         return values
 
     before = getattr(pipe, "_fastguard_guard", None)
-    earlier = before.policy if before is not None else None
+    earlier = (before.policy, before.engine) if before is not None else None
     work = [prompt for prompt in prompts for _ in range(seeds)]
     largest = [0.0] * len(prompts)
     guard = fastguard.enable(pipe, "cfg", monitor=True)
@@ -168,13 +173,15 @@ def collect_gate_statistics(
             for i, image in enumerate(guard.report or ()):
                 rows = [rms for rms in image.rms_curve[:gate_steps] if rms is not None]
                 owner = (start + i) // seeds
-                largest[owner] = max(largest[owner], *rows)
+                if not all(map(math.isfinite, rows)):
+                    raise ValueError(f"prompt {prompts[owner]!r}: cond or uncond is not finite, so it has no statistic")
+                largest[owner] = max([largest[owner], *rows])
     finally:
         pipe._interrupt = False
         if earlier is None:
             guard.disable()
         else:
-            fastguard.enable(pipe, earlier)
+            guard.policy, guard.engine = earlier
     return largest
 
 

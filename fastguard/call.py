@@ -147,6 +147,8 @@ class Call:
             )
         batch = rows // 2 if guided else rows
         branches = self._planned(sample, batch).branches[self.row] if guided else "cond"
+        if self.rescale > 0.0 and self.schedule.linear:
+            raise RuntimeError("guidance_rescale was switched on during a guarded call, which had begun without it")
         if guided and self.rescale > 0.0:
             branches = "both"  # rescaling needs the conditional output even where guidance does not
         if guided and branches != "both" and not self.graphed.whole:

@@ -154,9 +154,11 @@ class Guard:
                 "maybe_free_model_hooks": pipe.maybe_free_model_hooks,
             }
             if hasattr(pipe, "prepare_latents"):
-                replacements["prepare_latents"] = _after(state.prepare_latents, call.prepare_latents)
+                replacements["prepare_latents"] = lambda *a, **k: call.prepare_latents(
+                    _prepare(state, call.pipe, *a, **k)
+                )
             call.pipe = shadow(state, replacements, parts)
-            if hasattr(pipe, "_interrupt"):
+            if alone and hasattr(pipe, "_interrupt"):
                 pipe._interrupt = False
             try:
                 return settled(stock_call(call.pipe, *args, **kwargs))
@@ -168,8 +170,15 @@ class Guard:
 def _copy(pipe: Any) -> Any:
     twin = object.__new__(type(pipe))
     twin.__dict__.update(pipe.__dict__)
-    twin.__dict__["_fastguard_origin"] = pipe
+    # An interrupt that is still standing was meant for the call that runs already.
+    twin.__dict__["_fastguard_origin"] = None if pipe.__dict__.get("_interrupt") else pipe
     return twin
+
+
+def _prepare(state: Any, loop: Any, *args: Any, **kwargs: Any) -> Any:
+    """The pipeline's own prepare_latents, with the scheduler of this call: another call may be at work on the original."""
+    hooked = state.__dict__.get("prepare_latents")
+    return type(state).prepare_latents(loop, *args, **kwargs) if hooked is None else hooked(*args, **kwargs)
 
 
 def _before(first: Callable[[], None], function: Callable) -> Callable:
@@ -177,14 +186,6 @@ def _before(first: Callable[[], None], function: Callable) -> Callable:
     def call(*args: Any, **kwargs: Any) -> Any:
         first()
         return function(*args, **kwargs)
-
-    return call
-
-
-def _after(function: Callable, then: Callable) -> Callable:
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return then(function(*args, **kwargs))
 
     return call
 
@@ -238,7 +239,8 @@ def _enabled_class(base: type) -> type:
 
 
 def _stock_class(cls: type) -> type:
-    return cls.__dict__.get("_fastguard_stock", cls)
+    """Also of the stand-in that a callback gets."""
+    return next((vars(base)["_fastguard_stock"] for base in cls.__mro__ if "_fastguard_stock" in vars(base)), cls)
 
 
 _busy: set[int] = set()

@@ -23,7 +23,10 @@ def _shadow_class(original: type, names: tuple[str, ...], parts: tuple[str, ...]
         return property(lambda self: self._fastguard_replacements[name])
 
     namespace: dict[str, Any] = {name: replaced(name) for name in names}
-    namespace.update({name: _part(name) for name in parts})
+    if parts:
+        namespace.update({name: _part(name) for name in parts}, __setattr__=_set)
+    if original.__reduce_ex__ is object.__reduce_ex__:  # a copy is one of the original
+        namespace["__reduce_ex__"] = lambda self, protocol: (object.__new__, (original,), dict(self.__dict__))
     # Slots, because the instance __dict__ belongs to the original.
     namespace["__slots__"] = ("_fastguard_parts", "_fastguard_replacements")
     namespace["__module__"] = original.__module__
@@ -33,19 +36,25 @@ def _shadow_class(original: type, names: tuple[str, ...], parts: tuple[str, ...]
 
 
 def _part(name: str) -> property:
-    def refuse(self: Any) -> NoReturn:
-        kind = next(base.__name__ for base in type(self).__mro__ if name not in vars(base))
-        raise RuntimeError(f"{kind}.{name} was replaced during a guarded call, which works on the one it began with")
-
     def get(self: Any) -> Any:
         own, shown = self._fastguard_parts[name]
-        return shown if self.__dict__[name] is own else refuse(self)
+        return shown if self.__dict__[name] is own else _refuse(self, name)
 
-    def put(self: Any, value: Any) -> None:
-        if not any(value is one for one in self._fastguard_parts[name]):
-            refuse(self)
+    return property(get, lambda self, value: None)  # see _set
 
-    return property(get, put)
+
+def _set(self: Any, name: str, value: Any) -> None:
+    """Before the pipeline's own __setattr__, which would note the new part in its configuration."""
+    if name not in self._fastguard_parts:
+        super(type(self), self).__setattr__(name, value)
+    elif not any(value is one for one in self._fastguard_parts[name]):
+        _refuse(self, name)
+
+
+def _refuse(self: Any, name: str) -> NoReturn:
+    raise RuntimeError(
+        f"{type(self).__name__}.{name} was replaced during a guarded call, which works on the one it began with"
+    )
 
 
 def shadow(original: Any, replacements: dict[str, Callable], parts: dict[str, Any] | None = None) -> Any:

@@ -147,6 +147,34 @@ def test_a_part_that_is_replaced_in_the_loop_is_refused(name, through):
         pytest.raises(RuntimeError, match=rf"StableDiffusionPipeline.{name} was replaced during a guarded call"),
     ):
         call(pipe, callback_on_step_end=callback)
+    if through == "argument":
+        assert pipe.config[name][1] == type(getattr(pipe, name)).__name__, "and is not noted for save_pretrained"
+
+
+def test_the_pipeline_of_a_callback_is_one_for_everybody_else():
+    """It can be enabled, and copies of what it holds are copies of the originals."""
+    pipe = pipelines.sd()
+    copies = []
+
+    def callback(argument, step, timestep, kwargs):
+        fastguard.enable(argument, "cfg")
+        copies.extend(copy.deepcopy(part) for part in (argument.unet, argument.scheduler))
+        return kwargs
+
+    with fastguard.enable(pipe, "cfg"):
+        call(pipe, num_inference_steps=1, callback_on_step_end=callback)
+    unet, scheduler = copies
+    assert (type(unet), type(scheduler)) == (type(pipe.unet), type(pipe.scheduler))
+    assert all(torch.equal(a, b) for a, b in zip(unet.parameters(), pipe.unet.parameters(), strict=True))
+
+
+def test_rescaling_that_begins_in_the_loop_is_refused(sd):
+    def callback(pipe, step, timestep, kwargs):
+        pipe._guidance_rescale = 0.7
+        return kwargs
+
+    with fastguard.enable(sd, "cfg"), pytest.raises(RuntimeError, match="guidance_rescale was switched on"):
+        call(sd, callback_on_step_end=callback)
 
 
 def test_a_part_may_be_set_to_itself(sd):

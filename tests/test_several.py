@@ -11,7 +11,7 @@ import torch
 
 import fastguard
 from tests import pipelines
-from tests.guarded import SCHEDULERS, call
+from tests.guarded import SCHEDULERS, SD_KINDS, call
 
 
 @pytest.fixture(scope="module")
@@ -70,12 +70,28 @@ def test_one_pass(sd):
         handle.remove()
 
 
-def test_concurrent_calls_do_not_disturb_each_other():
-    pipe = pipelines.sd(scheduler=diffusers.EulerAncestralDiscreteScheduler(**pipelines.BETAS))
+def _image_to_image():
+    pipe = pipelines.sd("StableDiffusionImg2ImgPipeline", diffusers.DPMSolverMultistepScheduler(**pipelines.BETAS))
+    return pipe, SD_KINDS["StableDiffusionImg2ImgPipeline"]()
+
+
+# Their first latents are scaled (or noised) as the scheduler of this very call says.
+CONCURRENT = {
+    "sd": lambda: (pipelines.sd(scheduler=diffusers.EulerAncestralDiscreteScheduler(**pipelines.BETAS)), {}),
+    "sdxl": lambda: (pipelines.sdxl(), {}),
+    "image-to-image": _image_to_image,
+}
+
+
+@pytest.mark.parametrize("kind", CONCURRENT)
+def test_concurrent_calls_do_not_disturb_each_other(kind):
+    pipe, more = CONCURRENT[kind]()
     settings = [(4.0, 5), (7.0, 8), (2.0, 11), (9.0, 6)]
+    if kind == "image-to-image":
+        settings = [(scale, 2 * steps) for scale, steps in settings]  # strength 0.7 of them
 
     def one(scale, steps):
-        return call(pipe, guidance_scale=scale, num_inference_steps=steps)
+        return call(pipe, guidance_scale=scale, num_inference_steps=steps, **more)
 
     with fastguard.enable(pipe, "cfg") as guard:
         alone = [one(*s) for s in settings]
@@ -95,7 +111,28 @@ def test_concurrent_calls_do_not_disturb_each_other():
             thread.join()
     for result, expected, report, (_, steps) in zip(results, alone, reports, settings, strict=True):
         assert torch.equal(result, expected)
-        assert len(report[0].timesteps) == steps
+        assert len(report[0].timesteps) == (int(0.7 * steps) if more else steps)
+
+
+@pytest.mark.parametrize("kind", CONCURRENT)
+def test_a_call_within_a_call(kind):
+    """Of the same pipeline, and of another one that has the same scheduler."""
+    pipe, more = CONCURRENT[kind]()
+    other = type(pipe)(**pipe.components)
+    other.set_progress_bar_config(disable=True)
+    with fastguard.enable(pipe, "cfg"), fastguard.enable(other, "cfg"):
+        alone, inner = call(pipe, **more), call(pipe, **more, num_inference_steps=9)
+        for second in (pipe, other):
+            found = []
+
+            def callback(p, step, timestep, kwargs, second=second, found=found):
+                if step == 1:
+                    found.append(call(second, **more, num_inference_steps=9))
+                return {}
+
+            outer = call(pipe, **more, callback_on_step_end=callback)
+            assert torch.equal(found[0], inner)
+            torch.testing.assert_close(outer, alone, rtol=0, atol=1e-4 * alone.abs().max().item())
 
 
 def test_generators_end_where_stock_leaves_them(sd):
