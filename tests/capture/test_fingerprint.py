@@ -297,7 +297,9 @@ def test_contexts_are_in_the_fingerprint(context):
         assert ambient() == before
 
 
-@pytest.mark.parametrize("switches", [torch.backends, MATMUL, CUDNN, CUDNN.conv, CUDNN.rnn], ids=str)
+@pytest.mark.parametrize(
+    "switches", [torch.backends, MATMUL, CUDNN, CUDNN.conv, CUDNN.rnn], ids=["all", "matmul", "cudnn", "conv", "rnn"]
+)
 def test_the_new_precision_switches_are_in_the_fingerprint(switches):
     """In the generation of switches that torch has since 2.9; setting one makes the older generation unreadable."""
     if not hasattr(switches, "fp32_precision"):
