@@ -56,7 +56,7 @@ halves were fixed by a seed before training.
 
 Retrain: `python -m fastguard.testbed train` (with the extra `train` and npm; resumable; two one-thread
 processes). The shipped weights are one uninterrupted run of it from nothing, 61 minutes on two cores that had other
-work besides. A later run with newer packages gave other weights and the same behaviour (docs/testbed/FINDINGS.md). Then `tune` and `evaluate` of the same command repeat every number; the classifier that
+work besides. A later run with newer packages gave other weights and the same behaviour (docs/testbed/FINDINGS.md). Then `tune` and `evaluate` of the same command repeat the tables; the classifier that
 they measure with (`classifier`) was trained before, on the same drawings.
 
 ## Measured at export
