@@ -40,7 +40,7 @@ def _part(name: str) -> property:
         own, shown = self._fastguard_parts[name]
         return shown if self.__dict__[name] is own else _refuse(self, name)
 
-    return property(get, lambda self, value: None)  # see _set
+    return property(get)  # what sets it is _set
 
 
 def _set(self: Any, name: str, value: Any) -> None:

@@ -2,10 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
+import fastguard
 from fastguard import calibrate as module
-from fastguard.calibrate import calibrate, needed_prompts
+from fastguard.calibrate import calibrate, collect_gate_statistics, needed_prompts
+from tests import pipelines
 
 
 @pytest.mark.parametrize(("m", "n", "p"), [(0, 299, 0.01), (3, 800, 0.01), (40, 1000, 0.05), (5, 9, 0.5)])
@@ -79,3 +82,23 @@ def test_the_promise_holds_for_dependent_prompts_by_groups_alone():
         for name, groups in (("prompts", None), ("groups", labels)):
             broken[name] += law.sf(np.log(calibrate(values, 0.05, 0.95, groups=groups).threshold)) > 0.05
     assert broken["groups"] / 400 <= 0.05 < 0.1 < broken["prompts"] / 400
+
+
+def test_collecting_leaves_an_earlier_guard_as_it_was():
+    pipe = pipelines.sd()
+    with fastguard.enable(pipe, "dtp", gate=0.1, capture="off") as guard:
+        before = guard.policy, guard.engine
+        values = collect_gate_statistics(pipe, ["a cat", "a dog"], num_inference_steps=2)
+        assert (guard.policy, guard.engine) == before and guard.engine.capture == "off"
+    assert len(values) == 2 and min(values) > 0
+
+
+def test_collecting_refuses_what_has_no_statistic():
+    pipe = pipelines.sd()
+    with pytest.raises(ValueError, match=r"guidance_scale=1.0: must be above 1"):
+        collect_gate_statistics(pipe, ["a cat"], guidance_scale=1.0)
+    with torch.no_grad():
+        pipe.unet.conv_out.bias.fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"prompt 'a cat': .* not finite"):
+        collect_gate_statistics(pipe, ["a cat"], num_inference_steps=2)
+    assert "_fastguard_guard" not in vars(pipe)
