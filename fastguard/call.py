@@ -73,6 +73,7 @@ class Call:
         self._pending: Pending | None = None
         self.noise = Noise()
         self._placeholder: torch.Tensor | None = None
+        self._expected = False  # the loop is about to call the denoiser
         self._outputs: Any = None  # (uncond, cond or None) of a row between denoiser and step
 
     # What the shadows call -------------------------------------------------------------------------------------------------
@@ -115,6 +116,7 @@ class Call:
         self._draw_ahead(self._returned)
 
     def scale_model_input(self, sample: torch.Tensor, timestep: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self._expected = True
         schedule = self.compiled(timestep)
         if not schedule.linear:
             return self.scheduler.scale_model_input(sample, timestep, *args, **kwargs)
@@ -126,6 +128,11 @@ class Call:
 
     def denoise(self, *args: Any, **kwargs: Any) -> Any:
         """Run the denoiser on the branches that this row needs, keep its output, return a placeholder of the full batch."""
+        if self.family.scales_input and not self._expected:
+            raise RuntimeError(
+                f"{self.family.denoiser} was called outside its turn in a guarded loop (by a callback?); call that of the original pipeline"
+            )
+        self._expected = False
         name = self.family.sample_argument
         sample = args[0] if args else kwargs[name]
         timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]

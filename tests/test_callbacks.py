@@ -168,6 +168,23 @@ def test_the_pipeline_of_a_callback_is_one_for_everybody_else():
     assert all(torch.equal(a, b) for a, b in zip(unet.parameters(), pipe.unet.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("step", [0, STEPS - 1])
+def test_the_denoiser_out_of_its_turn_is_refused(sd, step):
+    """The stand-in works for the loop; that of the original pipeline is anybody's."""
+    outputs = []
+
+    def callback(pipe, at, timestep, kwargs):
+        if at == step:
+            embeddings = torch.zeros(2, 16, 32)
+            outputs.append(sd.unet(kwargs["latents"], timestep, embeddings, return_dict=False)[0])
+            pipe.unet(kwargs["latents"], timestep, embeddings, return_dict=False)
+        return kwargs
+
+    with fastguard.enable(sd, "cfg"), pytest.raises(RuntimeError, match="unet was called outside its turn"):
+        call(sd, callback_on_step_end=callback)
+    assert outputs[0].abs().max() > 0
+
+
 def test_rescaling_that_begins_in_the_loop_is_refused(sd):
     def callback(pipe, step, timestep, kwargs):
         pipe._guidance_rescale = 0.7

@@ -18,6 +18,7 @@ class Family:
     sample_argument: the keyword under which some pipelines pass the sample.
     rewrites_latents: the loop itself changes the latents between two steps (inpaint blending), so each step starts from what the
         pipeline hands over and not from what the last step left in the buffers.
+    scales_input: the loop calls `scheduler.scale_model_input` before every call of the denoiser.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Family:
     denoiser: str = "unet"
     sample_argument: str = "sample"
     rewrites_latents: bool = False
+    scales_input: bool = True
 
     def guided(self, pipe: Any, arguments: Arguments) -> bool:
         """Whether the pipeline runs both branches right now. Callbacks may change it in the middle of a call."""

@@ -21,11 +21,13 @@ SD3 = _StableDiffusion3(
     pipelines=("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline"),
     denoiser="transformer",
     sample_argument="hidden_states",
+    scales_input=False,
 )
 SD3_INPAINT = _StableDiffusion3(
     name="stable-diffusion-3-inpaint",
     pipelines=("StableDiffusion3InpaintPipeline",),
     denoiser="transformer",
     sample_argument="hidden_states",
+    scales_input=False,
     rewrites_latents=True,
 )
