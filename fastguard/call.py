@@ -147,10 +147,11 @@ class Call:
             )
         rows = sample.shape[0]
         guided = self.family.guided(self.pipe, self.arguments)
-        if not guided and self.row == 0 and self.policy.guarded:
+        if not guided and self.row == 0 and (self.policy.guarded or _sets_scale(self.policy)):
             raise ValueError(
                 f"guidance_scale={self.arguments.get('guidance_scale')!r}: the pipeline runs no unconditional branch then, but policy "
-                f"{self.policy.name!r} needs it; pass a guidance_scale above 1 to a model with classifier-free guidance, or use 'cfg'"
+                f"{self.policy.name!r} needs it; pass a guidance_scale above 1 to a model with classifier-free guidance, or use 'cfg' "
+                f"without a scale of its own"
             )
         batch = rows // 2 if guided else rows
         branches = self._planned(sample, batch).branches[self.row] if guided else "cond"
@@ -410,6 +411,11 @@ def _expand(policy: Policy, batch: int, per_prompt: int) -> list[Policy]:
         if per_prompt == 1 or batch % per_prompt:
             raise
     return [p for p in policy.samples(batch // per_prompt) for _ in range(per_prompt)]
+
+
+def _sets_scale(policy: Policy) -> bool:
+    scales = policy.guidance_scale
+    return any(scale is not None for scale in (scales if isinstance(scales, list) else [scales]))
 
 
 def _begin_index(scheduler: Any, timestep: Any) -> int:

@@ -97,7 +97,7 @@ def inspect_model(
 ) -> Inspection:
     """Inspect `model` under a policy for one image; steps and guidance_scale default to the pipeline's own.
 
-    ValueError names the argument if there is no such model or scheduler, or the policy does not fit the schedule.
+    ValueError names the argument if there is no such model or scheduler, or the policy does not fit the schedule or the scale.
     """
     index = model_index(model)
     kind = pipeline_class(index)
@@ -117,6 +117,11 @@ def inspect_model(
     schedule = compile_schedule(made)
     body = schedule.rows[:-1]
     (sample,) = policy.samples(1)
+    guarded = sample.transition is not None
+    if scale <= 1 and guarded:
+        raise ValueError(
+            f"guidance_scale={scale:g}: must be above 1 under policy {sample.name!r} (at or below 1 pipelines run no unconditional branch)"
+        )
     plan = lower(
         [sample],
         timesteps=body[:, Row.TIMESTEP],
@@ -125,7 +130,6 @@ def inspect_model(
         elements=1,  # of no consequence here: only the gate's threshold on d depends on it
     )
     switch = int(plan.rules[0, Rule.SWITCH_ROW])
-    guarded = sample.transition is not None
     rows = tuple(
         RowInfo(
             row=k,
@@ -138,7 +142,12 @@ def inspect_model(
             switch=k == switch,
         )
         for k, (t, branches, (before, after)) in enumerate(
-            zip(plan.timesteps, plan.branches, plan.guidance[0].tolist(), strict=True)
+            zip(
+                plan.timesteps,
+                plan.branches if scale > 1 else ["cond"] * len(body),
+                plan.guidance[0].tolist(),
+                strict=True,
+            )
         )
     )
     path = "refused" if refusal else "fused" if schedule.linear else "own step"

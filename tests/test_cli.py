@@ -20,6 +20,7 @@ import fastguard
 from fastguard import cli, testbed
 from fastguard.cli import app
 from fastguard.generate import Interrupted
+from fastguard.inspection import inspect_model
 from fastguard.policy import Policy, policy
 from tests import pipelines
 
@@ -442,6 +443,15 @@ def test_inspect_says_why(model):
     assert text.count("<- deadline") == 1
     assert "gate none" in text
     assert "steps=0" in refused("inspect", model, "--steps", 0)
+
+
+def test_inspect_without_guidance(model):
+    """A pipeline runs one branch then: nothing for a guard to do, half of the rows for plain guidance."""
+    assert "guidance_scale=1: must be above 1" in refused("inspect", model, "--policy", "dtp", "--guidance-scale", 1)
+    found = [
+        inspect_model(str(model), policy("cfg"), steps=5, guidance_scale=scale).denoiser_rows for scale in (1.0, 2.0)
+    ]
+    assert found == [5, 10]
 
 
 def test_version():

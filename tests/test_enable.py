@@ -214,6 +214,14 @@ def test_guard_without_guidance_is_refused(sd):
         call(sd, guidance_scale=1.0)
 
 
+def test_a_scale_of_the_policy_is_not_dropped_silently(sd):
+    with (
+        fastguard.enable(sd, "cfg", guidance_scale=[None, 5.0]),
+        pytest.raises(ValueError, match="without a scale of its own"),
+    ):
+        call(sd, guidance_scale=1.0)
+
+
 # Adapters -------------------------------------------------------------------------------------------------------------
 
 
