@@ -23,6 +23,8 @@ from typing import Any
 
 __all__ = ["Calibration", "calibrate", "check_sample", "collect_gate_statistics", "needed_prompts"]
 
+UNREACHED = 1e30  # a gate that observes every image and catches none: all get plain guidance
+
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
@@ -129,10 +131,10 @@ def collect_gate_statistics(
     progress: bool = False,
     **call: Any,
 ) -> list[float]:
-    """Per prompt, the largest RMS(c - u) over `seeds` seeds and the first `gate_steps` denoiser rows.
+    """Per prompt, the largest RMS(c - u) over `seeds` seeds and the first `gate_steps` observations, as the gate itself compares it.
 
     The pipeline is called as it will be used (`call`: num_inference_steps, guidance_scale, height ...), under plain guidance, and
-    interrupted after `gate_steps` rows. Image i uses the generator seeded with seed + i. A guard that was on is replaced for the
+    interrupted once it has observed enough. Image i uses the generator seeded with seed + i. A guard that was on is replaced for the
     time and then enabled again with its policy. ValueError for empty prompts or numbers below 1.
     """
     import torch
@@ -143,22 +145,28 @@ def collect_gate_statistics(
     if not prompts or min(seeds, gate_steps, batch_size) < 1:
         raise ValueError("prompts must not be empty; seeds, gate_steps and batch_size must be >= 1")
     if "callback_on_step_end" in call:
-        raise ValueError("callback_on_step_end is used here to stop each call after gate_steps rows")
+        raise ValueError("callback_on_step_end is used here to stop each call early")
 
     if not call.get("guidance_scale", 7.5) > 1:
         raise ValueError(
             f"guidance_scale={call['guidance_scale']!r}: must be above 1, else there is no second branch to compare with"
         )
 
+    levels: set[float] = set()
+
     def stop(pipeline: Any, step: int, timestep: Any, values: dict) -> dict:
-        pipeline._interrupt = step + 1 >= gate_steps
+        # Some schedulers observe a single one of several evaluations, at most two noise levels apart (PNDM's Runge-Kutta steps).
+        if step == 0:
+            levels.clear()
+        levels.add(float(timestep))
+        pipeline._interrupt = gate_steps == 1 or len(levels) > 2 * gate_steps
         return values
 
     before = getattr(pipe, "_fastguard_guard", None)
     earlier = (before.policy, before.engine) if before is not None else None
     work = [prompt for prompt in prompts for _ in range(seeds)]
     largest = [0.0] * len(prompts)
-    guard = fastguard.enable(pipe, "cfg", monitor=True)
+    guard = fastguard.enable(pipe, "stp", gate=UNREACHED, gate_steps=gate_steps)
     try:
         for start in tqdm(range(0, len(work), batch_size), disable=not progress, desc="calibration"):
             batch = work[start : start + batch_size]
@@ -171,11 +179,10 @@ def collect_gate_statistics(
                 **call,
             )
             for i, image in enumerate(guard.report or ()):
-                rows = [rms for rms in image.rms_curve[:gate_steps] if rms is not None]
                 owner = (start + i) // seeds
-                if not all(map(math.isfinite, rows)):
+                if image.non_finite is not None or image.gate is None or image.gate["rms"] is None:
                     raise ValueError(f"prompt {prompts[owner]!r}: cond or uncond is not finite, so it has no statistic")
-                largest[owner] = max([largest[owner], *rows])
+                largest[owner] = max(largest[owner], image.gate["rms"])
     finally:
         pipe._interrupt = False
         if earlier is None:

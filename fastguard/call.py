@@ -19,6 +19,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -74,6 +75,7 @@ class Call:
         self.noise = Noise()
         self._placeholder: torch.Tensor | None = None
         self._expected = False  # the loop is about to call the denoiser
+        self._guided = True  # the row before ran with guidance
         self._outputs: Any = None  # (uncond, cond or None) of a row between denoiser and step
 
     # What the shadows call -------------------------------------------------------------------------------------------------
@@ -153,6 +155,13 @@ class Call:
                 f"{self.policy.name!r} needs it; pass a guidance_scale above 1 to a model with classifier-free guidance, or use 'cfg' "
                 f"without a scale of its own"
             )
+        if not guided and self.row > 0 and self.policy.guarded and self._guided:
+            warnings.warn(
+                f"guidance was switched off at denoiser row {self.row} (by a callback): the guard ends with it, and an image that has "
+                f"not reached its transition gets the conditional branch alone, which copies",
+                stacklevel=2,
+            )
+        self._guided = guided
         batch = rows // 2 if guided else rows
         branches = self._planned(sample, batch).branches[self.row] if guided else "cond"
         if self.rescale > 0.0 and self.schedule.linear:

@@ -33,6 +33,7 @@ DEFAULT = "dtp"
 embedded model without a gate, 2% of the ordinary pictures still show their caption, 64% under `dtp` (docs/testbed)."""
 
 DEADLINE = 600.0
+SUFFIX = ".json"  # by which a policy file is told from a preset's name
 """Timestep at which `dtp` and `og+dtp` begin to guide even if no local minimum was seen: the middle of the fixed timesteps that work
 in the paper (500 to 700). On the embedded model's tuning prompts, copies and faithfulness of the others: at 700 43% and 63%, at 600
 32% and 53%, without a deadline 23% and 28% (docs/testbed/tuning.json)."""
@@ -188,7 +189,12 @@ class Policy:
         return cls(**{key: _decode(key, value) for key, value in given.items()})
 
     def save(self, path: str | os.PathLike[str], *, provenance: Mapping[str, Any] | None = None) -> Path:
-        """Write the policy as JSON, atomically. `provenance` (how the values were found) is kept in the file and ignored on loading."""
+        """Write the policy as JSON, atomically. `provenance` (how the values were found) is kept in the file and ignored on loading.
+
+        ValueError for a path that `policy` would not take for a file's.
+        """
+        if not os.fspath(path).endswith(SUFFIX):
+            raise ValueError(f"path={short(os.fspath(path))}: must end in {SUFFIX}")
         extra = {} if provenance is None else {"provenance": dict(provenance)}
         return write_json(path, self.to_dict() | extra)
 
@@ -228,13 +234,13 @@ def policy(source: str | os.PathLike[str] | Policy, **overrides: Any) -> Policy:
     """
     if isinstance(source, Policy):
         base = source
-    elif isinstance(source, (str, os.PathLike)) and os.fspath(source).endswith(".json"):
+    elif isinstance(source, (str, os.PathLike)) and os.fspath(source).endswith(SUFFIX):
         base = Policy.load(source)
     elif isinstance(source, str) and source in PRESETS:
         base = PRESETS[source]
     else:
         raise ValueError(
-            f"policy={short(source)}: allowed are {', '.join(PRESETS)}, a Policy, or a path ending in .json"
+            f"policy={short(source)}: allowed are {', '.join(PRESETS)}, a Policy, or a path ending in {SUFFIX}"
         )
     _refuse_unknown(overrides)
     return dataclasses.replace(base, **overrides)

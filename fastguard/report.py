@@ -82,7 +82,9 @@ class ImageReport:
         """The gate's verdict in words; empty without a gate."""
         if self.gate is None:
             return ""
-        rms = "no observation" if self.gate["rms"] is None else f"RMS {self.gate['rms']:.4g}"
+        if self.gate["rms"] is None:
+            return f"not caught (no finite observation; threshold {self.gate['threshold']:.4g})"
+        rms = f"RMS {self.gate['rms']:.4g}"
         if self.gate["caught"]:
             return f"caught at row {self.gate['step']} ({rms} >= {self.gate['threshold']:.4g})"
         return f"not caught ({rms} < {self.gate['threshold']:.4g})"

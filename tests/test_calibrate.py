@@ -1,5 +1,6 @@
 """Calibration of the gate: the bound against scipy and against its own promise."""
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -102,3 +103,25 @@ def test_collecting_refuses_what_has_no_statistic():
     with pytest.raises(ValueError, match=r"prompt 'a cat': .* not finite"):
         collect_gate_statistics(pipe, ["a cat"], num_inference_steps=2)
     assert "_fastguard_guard" not in vars(pipe)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "rows"),
+    [
+        (diffusers.DDIMScheduler(), [0, 1, 2]),
+        (diffusers.HeunDiscreteScheduler(), [0, 2, 4]),
+        (diffusers.PNDMScheduler(skip_prk_steps=True), [0, 1, 3]),
+        (diffusers.PNDMScheduler(), [0, 4, 8]),
+    ],
+    ids=["DDIM", "Heun", "PNDM", "PNDM with Runge-Kutta"],
+)
+def test_the_statistic_is_taken_where_the_gate_observes(scheduler, rows):
+    """Heun evaluates a level twice, PNDM its second one: rows that do not count as observations do not count here either."""
+    pipe = pipelines.sd(scheduler=scheduler)
+    arguments = {"num_inference_steps": 8, "guidance_scale": 5.0}
+    with fastguard.enable(pipe, "cfg", monitor=True) as guard:
+        pipe(["a cat"], generator=[torch.Generator().manual_seed(0)], output_type="latent", **arguments)
+        curve = guard.report[0].rms_curve
+    (value,) = collect_gate_statistics(pipe, ["a cat"], gate_steps=3, **arguments)
+    assert value == pytest.approx(max(curve[k] for k in rows), rel=1e-6)
+    assert len(set(curve)) == len(curve), "or the rows could not be told apart"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 
 import pytest
 import torch
@@ -65,6 +66,18 @@ def test_callback_changes_are_honoured(callback, scheduler):
         callback_on_step_end=callback,
         callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"],
     )
+
+
+@pytest.mark.parametrize("policy", ["cfg", "dtp"])
+def test_a_guard_that_ends_with_the_guidance_says_so(sd, policy):
+    with (
+        warnings.catch_warnings(record=True) as said,
+        fastguard.enable(sd, policy, **({} if policy == "cfg" else {"gate": 1e-6})),
+    ):
+        warnings.simplefilter("always")
+        call(sd, callback_on_step_end=_cut_off, callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"])
+    off = [str(w.message) for w in said if "guidance was switched off" in str(w.message)]
+    assert off == [] if policy == "cfg" else len(off) == 1 and "row 3" in off[0]
 
 
 @pytest.mark.parametrize("kind", [name for name in SD_KINDS if "ControlNet" in name])

@@ -243,6 +243,8 @@ def test_save_and_load(tmp_path):
 
 
 def test_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"must end in \.json"):
+        policy("dtp").save(tmp_path / "guard.txt")
     path = policy("dtp").save(tmp_path / "guard.json")
     before = path.read_bytes()
     monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))

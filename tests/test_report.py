@@ -109,7 +109,7 @@ def test_interrupted():
 def test_gate_before_its_first_observation():
     image = report([policy("dtp", gate=1.0)], [[NAN] * 5], [{State.STEP: 0}], steps=0)[0]
     assert image.gate == {"caught": False, "rms": None, "threshold": 1.0, "step": None}
-    assert "no observation" in str(image)
+    assert "no finite observation" in str(image)
 
 
 def test_text(mixed):

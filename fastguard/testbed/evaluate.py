@@ -17,9 +17,9 @@ import numpy as np
 
 from fastguard import policy
 
-from . import Prompt, load, path, plots, policy_path, prompts, tables
+from . import Prompt, load, path, plots, policy_path, prompts, sheets, tables
 from .baselines import baselines
-from .grid import front, transitions
+from .grid import contest, front, transitions
 from .measures import Judge
 from .run import BATCH, jobs, run
 from .split import TEMPLATES
@@ -182,16 +182,16 @@ def touched(plain: list[dict], guarded: list[dict]) -> dict:
     }
 
 
-def harm(pipe: Any, judge: Judge, cache: Path, plain: list[dict]) -> dict:
-    """What ungated presets do to ordinary prompts (50 of them, 2 seeds)."""
+def harm(pipe: Any, judge: Judge, cache: Path, seeds: int, plain: list[dict]) -> dict:
+    """What ungated presets do to ordinary prompts (50 of them)."""
     some = prompts("ordinary", "test")[:50]
     names = {p.prompt for p in some}
-    rows = {"none": [r for r in plain if r["prompt"] in names and r["seed"] < 2]}
+    rows = {"none": [r for r in plain if r["prompt"] in names]}
     own = policy(policy_path(), gate=None)
     trials = {n: make_policy(n) for n in ("stp", "dtp", "og+dtp", "paper-dtp")}
     for name, one in {**trials, "default without its gate": own}.items():
         slug = name.replace(" ", "_")
-        rows[name] = run(pipe, judge, f"harm-{slug}", jobs(some, 2, one), cache)
+        rows[name] = run(pipe, judge, f"harm-{slug}", jobs(some, seeds, one), cache)
     return {
         name: {
             "faithful": over_prompts(part, "faithful"),
@@ -217,10 +217,11 @@ def evaluate(out: Path, work: Path, seeds: int = 4) -> None:
     assert reference is not None
     table = main_table(pipe, judge, cache, seeds, reference)
     cfg = run(pipe, judge, "main-none", jobs(memorized, seeds, policy("cfg")), cache)
-    near = run(pipe, judge, "near-cfg", jobs(near_prompts(), 2, policy("cfg")), cache)
+    near = run(pipe, judge, "near-cfg", jobs(near_prompts(), seeds, policy("cfg")), cache)
     default = jobs(ordinary, seeds, make_policy(DEFAULT))
     guarded = run(pipe, judge, "ordinary-default", default, cache)
-    never, grid = transitions(pipe, judge, "test", prompts("D", "test"), 2, cache)
+    never, grid = transitions(pipe, judge, "test", prompts("D", "test"), seeds, cache)
+    ranked = front(pipe, never, grid)
     results = {
         "weights and policy": cache.name.removeprefix("evaluation-"),
         "policy": policy(policy_path()).to_dict(),
@@ -232,12 +233,17 @@ def evaluate(out: Path, work: Path, seeds: int = 4) -> None:
         "gate": gate(cfg, plain, near),
         "ordinary under the default": touched(plain, guarded),
         "ordinary under the default, against stock": touched(stock, guarded),
-        "harm without a gate": harm(pipe, judge, cache, plain),
-        "rules": front(pipe, never, grid),
-        "sensitivity": sensitivity(pipe, judge, cache),
+        "harm without a gate": harm(pipe, judge, cache, seeds, plain),
+        "rules": ranked,
+        "best rules": contest(pipe, never, grid, ranked),
+        "sensitivity": sensitivity(pipe, judge, cache, seeds),
     }
     results["seconds of the last run"] = round(time.time() - started)
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     (out / "README.md").write_text(tables.page(results))
     plots.all_plots(out, results, cfg, plain, never, pipe)
+    shown = prompts("D", "test")
+    unguarded, own = (sheets.pictures(pipe, judge, shown, one) for one in (policy("cfg"), make_policy(DEFAULT)))
+    sheets.memorized(out / "memorized.png", shown, unguarded, own)
+    sheets.ordinary(out / "ordinary.png", ordinary, sheets.pictures(pipe, judge, ordinary, policy("cfg")))
     print(f"wrote {out}")

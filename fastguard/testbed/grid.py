@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 from . import Prompt, rules
 from .measures import Judge
 from .run import CALL, Job, jobs, run
+from .stats import over_prompts
 
 
 def timesteps(pipe: Any) -> list[float]:
@@ -72,3 +74,35 @@ def front(pipe: Any, never: list[dict], table: dict) -> list[dict]:
             }
         )
     return result
+
+
+def contest(pipe: Any, never: list[dict], table: dict, ranked: list[dict]) -> dict:
+    """The most useful candidate of each family, and how far they lie apart, seed by seed; intervals over prompts.
+
+    `ranked` is what `front` gave. All of it is of the half on which the candidates were compared, so it favours every one of them.
+    """
+    every, best = rules.candidates(timesteps(pipe), noise(pipe)), {}
+    for family in dict.fromkeys(entry["family"] for entry in ranked):
+        place = max((i for i, e in enumerate(ranked) if e["family"] == family), key=lambda i: ranked[i]["useful"])
+        rows = rules.outcome(every[place], never, table)
+        best[family] = [r | {"useful": bool(not r["copy"] and r["faithful"])} for r in rows], ranked[place]
+    pairs = itertools.combinations(best, 2)
+    return {
+        "best": {
+            family: {
+                "parameters": entry["parameters"],
+                "useful": over_prompts(rows, "useful"),
+                "copies": over_prompts(rows, "copy"),
+                "faithful, no copies": over_prompts([r for r in rows if not r["copy"]], "faithful"),
+                "fired": entry["fired"],
+                "median row": entry["median row"],
+            }
+            for family, (rows, entry) in best.items()
+        },
+        "differences": [{"more": a, "less": b, "useful": _difference(best[a][0], best[b][0])} for a, b in pairs],
+    }
+
+
+def _difference(more: Sequence[dict], less: Sequence[dict]) -> dict | None:
+    apart = [a | {"apart": float(a["useful"]) - float(b["useful"])} for a, b in zip(more, less, strict=True)]
+    return over_prompts(apart, "apart")

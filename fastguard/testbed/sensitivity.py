@@ -1,6 +1,6 @@
 """How much the default's work depends on scheduler, steps, guidance scale and dtype.
 
-D test prompts with and without the guard and 40 ordinary prompts without it, 1 seed each. For the dtypes
+D test prompts with and without the guard and 40 ordinary prompts without it. For the dtypes
 the decisions are compared image by image with float32: caught by the gate or not, and the row of the transition.
 """
 
@@ -17,8 +17,8 @@ from fastguard import policy
 from . import load, policy_path, prompts
 from .measures import Judge
 from .run import CALL, jobs, run
+from .stats import over_prompts
 
-SEEDS = 1
 ORDINARY = 40
 
 
@@ -36,15 +36,14 @@ def variants() -> dict[str, tuple[str | None, dict]]:
 
 
 def numbers(rows: list[dict], caught: bool) -> dict:
-    """Copies, faithfulness of what is no copy, blow-ups; and what the gate caught."""
-    free = [r for r in rows if not r["copy"]]
+    """Copies, faithfulness of what is no copy, blow-ups; and what the gate caught. With intervals over prompts."""
     result = {
-        "copies": float(np.mean([bool(r["copy"]) for r in rows])),
-        "faithful, no copies": float(np.mean([r["faithful"] for r in free])) if free else None,
-        "blown": float(np.mean([r["blown"] for r in rows])),
+        "copies": over_prompts(rows, "copy"),
+        "faithful, no copies": over_prompts([r for r in rows if not r["copy"]], "faithful"),
+        "blown": over_prompts(rows, "blown"),
     }
     if caught:
-        result["caught"] = float(np.mean([r["gate"]["caught"] for r in rows]))
+        result["caught"] = over_prompts([r | {"caught": bool(r["gate"]["caught"])} for r in rows], "caught")
     return result
 
 
@@ -66,7 +65,7 @@ def flips(rows: list[dict], reference: list[dict]) -> dict:
     }
 
 
-def sensitivity(pipe: Any, judge: Judge, cache: Path) -> dict:
+def sensitivity(pipe: Any, judge: Judge, cache: Path, seeds: int) -> dict:
     """All variants, then float16 and bfloat16."""
     import diffusers
 
@@ -78,13 +77,13 @@ def sensitivity(pipe: Any, judge: Judge, cache: Path) -> dict:
         slug = name.replace(" ", "_").replace(",", "")
         row = {}
         for guard, one in (("none", policy("cfg")), ("default", chosen)):
-            rows = run(pipe, judge, f"vary-{slug}-{guard}", jobs(memorized, SEEDS, one), cache, **call)
+            rows = run(pipe, judge, f"vary-{slug}-{guard}", jobs(memorized, seeds, one), cache, **call)
             row[guard] = numbers(rows, guard == "default")
-        plain = jobs(prompts("ordinary", "test")[:ORDINARY], SEEDS, policy("cfg"))
+        plain = jobs(prompts("ordinary", "test")[:ORDINARY], seeds, policy("cfg"))
         row["ordinary"] = numbers(run(pipe, judge, f"vary-{slug}-ordinary", plain, cache, **call), False)
         result[name] = row
         pipe.scheduler = shipped
-    work = jobs(memorized, 1, chosen) + jobs(prompts("ordinary", "test")[:28], 1, chosen)
+    work = jobs(memorized, seeds, chosen) + jobs(prompts("ordinary", "test")[:28], seeds, chosen)
     reference = run(pipe, judge, "dtype-float32", work, cache)
     for dtype in (torch.float16, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")

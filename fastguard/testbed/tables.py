@@ -80,24 +80,31 @@ MAIN_HEAD = (
 )
 
 
-def best_rules(rules: list[dict]) -> list[list[str]]:
+def best_rules(best: dict) -> list[list[str]]:
     """The most useful candidate of each family, on the test half."""
-    rows = []
-    for family in dict.fromkeys(r["family"] for r in rules):
-        best = max((r for r in rules if r["family"] == family), key=lambda r: r["useful"])
-        parameters = ", ".join(f"{k} = {v}" for k, v in best["parameters"].items())
-        rows.append(
-            [
-                family,
-                parameters,
-                f"{best['useful']:.1%}",
-                f"{best['copies']:.1%}",
-                number(best["faithful"], ".1%"),
-                f"{best['fired']:.0%}",
-                number(best["median row"], ".0f"),
-            ]
-        )
-    return rows
+    return [
+        [
+            family,
+            ", ".join(f"{k} = {v}" for k, v in one["parameters"].items()),
+            share(one["useful"]),
+            share(one["copies"]),
+            share(one["faithful, no copies"]),
+            f"{one['fired']:.0%}",
+            number(one["median row"], ".0f"),
+        ]
+        for family, one in best.items()
+    ]
+
+
+def apart(differences: list[dict]) -> str:
+    """How far the families lie apart, in a sentence."""
+    parts = []
+    for one in differences:
+        value = one["useful"]
+        cells = (value["mean"], value["low"], value["high"])
+        mean, low, high = (f"{cell:+.2f}" for cell in cells)
+        parts.append(f"{one['more']} over {one['less']} {mean} [{low}, {high}]")
+    return "Useful images, differences of these rows, seed by seed: " + "; ".join(parts) + ".\n"
 
 
 def page(r: dict) -> str:
@@ -121,7 +128,9 @@ def page(r: dict) -> str:
         "are defined in `fastguard/testbed/measures.py`. What the numbers mean is discussed in "
         "[FINDINGS.md](FINDINGS.md).\n",
         "## Memorized prompts\n",
-        "A prompt counts as memorized if at least 80% of its unguarded seeds are copies.\n",
+        "A prompt counts as memorized if at least 80% of its unguarded seeds are copies. All D test prompts, first seed: training image, plain "
+        "guidance, the default. All ordinary test prompts, first seed, plain guidance: [ordinary.png](ordinary.png).\n",
+        "![memorized](memorized.png)\n",
         table(
             ("kind, copies in the data", "test prompts", "memorized"),
             [[k, str(v["prompts"]), str(v["memorized"])] for k, v in q.items()],
@@ -146,11 +155,11 @@ def page(r: dict) -> str:
         f"bit-identical to plain guidance (policy `cfg`), {touched['released but different']} released but different; "
         f"against stock diffusers without fastguard {stock['released and bit-identical']} of "
         f"{stock['images']} are bit-identical, {stock['released but different']} released but different. "
-        f"Other captions of the memorized concepts, 2 seeds: {g['near captions']['caught']} of "
+        f"Other captions of the memorized concepts: {g['near captions']['caught']} of "
         f"{g['near captions']['images']} caught, {g['near captions']['copies']} copies.\n",
         "![gate](gate.png)\n",
         "## Which rule detects the transition better\n",
-        "Every rule replayed on recorded curves (`rules.py`), 2 seeds a prompt. Useful: no copy AND faithful. The best "
+        "Every rule replayed on recorded curves (`rules.py`). Useful: no copy AND faithful. The best "
         "parameters of each family ON THIS HALF, so these rows are optimistic; the curve shows all.\n",
         table(
             (
@@ -162,12 +171,13 @@ def page(r: dict) -> str:
                 "fired",
                 "median row",
             ),
-            best_rules(r["rules"]),
+            best_rules(r["best rules"]["best"]),
         ),
+        apart(r["best rules"]["differences"]),
         "![rules](rules.png)\n",
         "![curves](curves.png)\n",
         "## Ordinary prompts without a gate\n",
-        "50 prompts, 2 seeds.\n",
+        "50 prompts.\n",
         table(
             ("policy", "faithful", "blown up", "transition"),
             [
@@ -176,7 +186,7 @@ def page(r: dict) -> str:
             ],
         ),
         "## Scheduler, steps, scale\n",
-        "One seed a prompt, 40 ordinary prompts: no more than a sign of the direction.\n",
+        "All D test prompts, 40 ordinary ones.\n",
         table(
             (
                 "D test prompts",
@@ -191,19 +201,19 @@ def page(r: dict) -> str:
             [
                 [
                     k,
-                    f"{r['sensitivity'][k]['none']['copies']:.1%}",
-                    f"{r['sensitivity'][k]['default']['copies']:.1%}",
-                    number(r["sensitivity"][k]["default"]["faithful, no copies"], ".1%"),
-                    f"{r['sensitivity'][k]['default']['blown']:.1%}",
-                    f"{r['sensitivity'][k]['default']['caught']:.1%}",
-                    number(r["sensitivity"][k]["ordinary"]["faithful, no copies"], ".1%"),
-                    f"{r['sensitivity'][k]['ordinary']['blown']:.1%}",
+                    share((v := r["sensitivity"][k])["none"]["copies"]),
+                    share(v["default"]["copies"]),
+                    share(v["default"]["faithful, no copies"]),
+                    share(v["default"]["blown"]),
+                    share(v["default"]["caught"]),
+                    share(v["ordinary"]["faithful, no copies"]),
+                    share(v["ordinary"]["blown"]),
                 ]
                 for k in varied
             ],
         ),
         "## Decisions in other dtypes, against float32\n",
-        "D and ordinary test prompts, one seed.\n",
+        "D test prompts and 28 ordinary ones.\n",
         table(
             (
                 "dtype",
