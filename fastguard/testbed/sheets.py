@@ -28,13 +28,13 @@ def sheet(path: Path, tiles: Sequence[tuple[str, np.ndarray]], columns: int) -> 
     """Pictures under their captions, row by row, as PNG."""
     rows = -(-len(tiles) // columns)
     figure = Figure(figsize=(0.95 * columns, 1.12 * rows))
-    axes = figure.subplots(rows, columns, squeeze=False).flat
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis in axes:
         axis.set_axis_off()
     for axis, (title, picture) in zip(axes, tiles, strict=False):
         axis.imshow(picture)
         axis.set_title(title, fontsize=6, pad=2)
-    figure.subplots_adjust(0.005, 0.005, 0.995, 0.98, 0.06, 0.16)
+    figure.subplots_adjust(0.005, 0.005, 0.995, 1 - 0.14 / (1.12 * rows), 0.06, 0.16)
     figure.savefig(path, dpi=110)
 
 

@@ -57,3 +57,34 @@ def test_interval_over_prompts_holds_the_mean_and_ignores_what_is_unknown():
     result = stats.over_prompts(rows, "x")
     assert result["mean"] == result["low"] == result["high"] == 0.25
     assert (result["images"], result["prompts"]) == (80, 20)
+
+
+def test_the_best_rules_and_how_far_they_lie_apart(pipe):
+    """Made-up images: useful if the transition comes at rows 12 to 18, for prompt 'b' at 15 to 21. Counted by hand from the rows."""
+    t, drops = grid.timesteps(pipe), {"a": 14, "b": 17, "c": 30}
+    never = [
+        {"prompt": p, "seed": 0, "d_curve": [100.0 if k < drop else 1.0 for k in range(50)], "copy": False, "faithful": False, "blown": False}
+        for p, drop in drops.items()
+    ]  # fmt: skip
+    good = {"a": range(12, 19), "b": range(15, 22), "c": range(15, 22)}
+    table = {
+        (p, 0): [
+            {"prompt": p, "copy": k < good[p].start, "faithful": k in good[p], "blown": False}
+            for k in range(0, 50, rules.EVERY)
+        ]
+        + [one]
+        for one in never
+        for p in [one["prompt"]]
+    }
+    ranked = grid.front(pipe, never, table)
+    found = grid.contest(pipe, never, table, ranked)
+    best = {family: one["useful"]["mean"] for family, one in found["best"].items()}
+    for family, value in best.items():
+        assert value == max(r["useful"] for r in ranked if r["family"] == family)
+    # A fixed row of 15 or 18 suits all three; a drop comes where the curve falls: rows 14 and 17, and 30, which is too late for c.
+    assert best["static"] == 1.0
+    assert best["drop in output"] == pytest.approx(2 / 3)
+    apart = {(d["more"], d["less"]): d["useful"] for d in found["differences"]}
+    assert apart["static", "drop in output"]["mean"] == pytest.approx(1 / 3)
+    assert apart["static", "drop in output"]["low"] == 0.0 and apart["static", "drop in output"]["prompts"] == 3
+    assert t[15] > t[18]
