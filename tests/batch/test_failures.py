@@ -1,0 +1,319 @@
+"""What can go wrong in a job, and what is left of it."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastguard.batch import store
+from fastguard.batch.growing import Growing
+from fastguard.batch.pictures import Picture
+from fastguard.batch.stages import Stages
+from fastguard.generate import Interrupted, generate
+from tests.batch.jobs import OPTIONS, ROWS, check_complete, lines, pixels, stamps
+
+ROOT = Path(__file__).parents[2]
+
+
+def failing(pipe, monkeypatch, fail):
+    """Have the UNet raise what `fail(rows)` returns; the sizes that it was called with."""
+    sizes: list[int] = []
+    stock = type(pipe.unet).forward
+
+    def forward(self, sample, *args, **kwargs):
+        sizes.append(len(sample))
+        if error := fail(sample):
+            raise error
+        return stock(self, sample, *args, **kwargs)
+
+    monkeypatch.setattr(type(pipe.unet), "forward", forward)
+    return sizes
+
+
+def test_ungated_policies_are_told_once(pipe, tmp_path, caplog):
+    rows = [{"prompt": "a cat", "policy": name} for name in ("stp", "dtp", "cfg", "stp")]
+    generate(pipe, rows, tmp_path / "out", **OPTIONS)
+    assert [r.message.split(" has no gate")[0] for r in caplog.records] == ["policy 'stp', 'dtp'"]
+
+
+def test_where_the_stages_run(pipe, tmp_path, monkeypatch, overlap, whole):
+    threads = {}
+    for name in ("encode", "denoise", "decode"):
+        original = getattr(Stages, name)
+
+        def noted(self, *args, name=name, original=original):
+            threads.setdefault(name, set()).add(threading.current_thread())
+            return original(self, *args)
+
+        monkeypatch.setattr(Stages, name, noted)
+    generate(pipe, ROWS, tmp_path / "out", **OPTIONS)
+    here = {threading.current_thread()}
+    assert threads["denoise"] == here
+    assert (threads["encode"] == here, threads["decode"] == here) == (not overlap, not overlap)
+    check_complete(tmp_path / "out", whole)
+
+
+def test_when_the_stages_overlap(pipe, monkeypatch):
+    monkeypatch.setattr("fastguard.batch.stages._cores", lambda: 2)
+    stages = Stages(pipe, [], {})
+    try:
+        for threads, device, expected in ((1, "cpu", True), (2, "cpu", False), (2, "cuda", True)):
+            monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+            stages.device = torch.device(device)
+            assert stages.overlap is expected
+    finally:
+        stages.close()
+
+
+@pytest.mark.usefixtures("overlap")
+@pytest.mark.parametrize("message", ["CUDA out of memory", "DefaultCPUAllocator: can't allocate memory"])
+def test_out_of_memory_halves_the_batch(pipe, tmp_path, monkeypatch, whole, message, caplog):
+    kind = torch.OutOfMemoryError if "CUDA" in message else RuntimeError
+    sizes = failing(pipe, monkeypatch, lambda sample: kind(message) if len(sample) > 4 else None)
+    summary = generate(pipe, ROWS, tmp_path, **{**OPTIONS, "policy": "dtp", "batch_size": 8})
+    assert summary.made == 10
+    assert "going on with 2" in caplog.text
+    assert sizes[0] == 16 and sizes[1] == 8 and set(sizes[2:]) == {4}  # two branches of 8, 4 and then 2 images
+    assert sorted(line["id"] for line in lines(tmp_path)) == sorted(row["id"] for row in ROWS)
+
+
+@pytest.mark.usefixtures("overlap")
+def test_out_of_memory_for_one_image(pipe, tmp_path, monkeypatch):
+    failing(pipe, monkeypatch, lambda sample: torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(torch.OutOfMemoryError):
+        generate(pipe, ROWS, tmp_path, **OPTIONS)
+    assert lines(tmp_path) == []
+
+
+@pytest.mark.usefixtures("overlap")
+def test_failing_image_is_left_out_when_keeping_going(pipe, tmp_path, monkeypatch, whole):
+    """One row breaks the model: its batch mates are made, it is in rejected.jsonl with the bad rows."""
+    poison = [0]
+
+    def fail(sample):
+        poison[0] += 1
+        return ValueError("broken") if poison[0] in (1, 2) else None  # the first batch, then its first image alone
+
+    failing(pipe, monkeypatch, fail)
+    rows = [*ROWS, {"id": "bad", "prompt": ""}]
+    summary = generate(pipe, rows, tmp_path, **OPTIONS, keep_going=True)
+    assert (summary.total, summary.rejected) == (9, 2)
+    rejected = [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text().splitlines()]
+    assert [(r["line"], r["error"]) for r in rejected] == [
+        (11, "prompt='': must be text that is not empty"),
+        (1, "ValueError: broken"),
+    ]
+    assert rejected[0]["row"] == {"id": "bad", "prompt": ""}
+    monkeypatch.undo()
+    assert generate(pipe, ROWS, tmp_path, **OPTIONS).made == 1
+    assert not (tmp_path / "rejected.jsonl").exists()
+    check_complete(tmp_path, whole)
+
+
+@pytest.mark.usefixtures("overlap")
+@pytest.mark.parametrize("keep_going", [True, False], ids=["keeping going", "stopping"])
+def test_image_that_cannot_be_decoded(pipe, tmp_path, monkeypatch, whole, keep_going):
+    """Its batch mates are made all the same, with the records of their own places in the batch."""
+    original, batches = pipe.vae.decode, []
+
+    def decode(latents, **options):
+        batches.append(latents)
+        # The second image of the first batch, whether it comes with the others or alone.
+        if any(torch.equal(row, batches[0][1]) for row in latents):
+            raise ValueError("broken")
+        return original(latents, **options)
+
+    monkeypatch.setattr(pipe.vae, "decode", decode)
+    if not keep_going:
+        with pytest.raises(ValueError, match="broken"):
+            generate(pipe, ROWS, tmp_path, **OPTIONS)
+        return
+    assert generate(pipe, ROWS, tmp_path, **OPTIONS, keep_going=True).rejected == 1
+    (rejected,) = [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text().splitlines()]
+    assert rejected["error"] == "ValueError: broken"
+    assert [len(latents) for latents in batches[:5]] == [4, 1, 1, 1, 1]
+    assert {rejected["row"]["id"], *(line["id"] for line in lines(tmp_path))} == {row["id"] for row in ROWS}
+    monkeypatch.undo()
+    assert generate(pipe, ROWS, tmp_path, **OPTIONS).made == 1
+    check_complete(tmp_path, whole)
+
+
+def test_rejected_rows_that_are_no_json(pipe, tmp_path):
+    deep: list = []
+    for _ in range(900):
+        deep = [deep]
+    rows = ["a cat", {"prompt": "a", "seed": deep}, {"prompt": "a", ("b",): 1}, {"prompt": "a", "seed": 10**5000}]
+    assert generate(pipe, rows, tmp_path, **OPTIONS, keep_going=True).rejected == 3
+    rejected = [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text().splitlines()]
+    assert [r["line"] for r in rejected] == [2, 3, 4]
+    assert all(isinstance(r["row"], str) and len(r["row"]) <= 60 for r in rejected)
+
+
+@pytest.mark.usefixtures("overlap")
+def test_error_keeps_what_was_finished(pipe, tmp_path, monkeypatch, whole):
+    calls = [0]
+
+    def fail(sample):
+        calls[0] += 1
+        return ValueError("broken") if calls[0] == 6 else None  # the third batch's second step
+
+    failing(pipe, monkeypatch, fail)
+    with pytest.raises(ValueError, match="broken"):
+        generate(pipe, ROWS, tmp_path, **OPTIONS)
+    assert len(lines(tmp_path)) == 8
+    monkeypatch.undo()
+    assert generate(pipe, ROWS, tmp_path, **OPTIONS).made == 2
+    check_complete(tmp_path, whole)
+
+
+@pytest.mark.usefixtures("overlap")
+@pytest.mark.parametrize("where", ["image", "manifest", "shard"])
+def test_disk_full(pipe, tmp_path, monkeypatch, whole, where):
+    """Nothing half written stays, what was reported is there, and the same call goes on once there is room."""
+    left = [3]
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def spend():
+        left[0] -= 1
+        if left[0] < 0:
+            raise full
+
+    stock_write, stock_append = store.write_atomic, Growing.append
+
+    def write(path, data):
+        spend()
+        stock_write(path, data)
+
+    def append(self, data):
+        if (where == "manifest") == (self._file.name is not None and data.startswith(b"{")):
+            spend()
+        return stock_append(self, data)
+
+    if where == "image":
+        monkeypatch.setattr(store, "write_atomic", write)
+    else:
+        left[0] = 1
+        monkeypatch.setattr(Growing, "append", append)
+    options = {**OPTIONS, "batch_size": 2, **({"shard_size": 4} if where == "shard" else {})}
+    with pytest.raises(OSError, match="No space left"):
+        generate(pipe, ROWS, tmp_path, **options)
+    monkeypatch.undo()
+    done = {line["id"] for line in lines(tmp_path)}
+    assert 0 < len(done) < 10
+    assert not list(tmp_path.glob(".*.tmp"))
+    summary = generate(pipe, ROWS, tmp_path, **options)
+    assert summary.total == 10 and summary.made <= 10 - len(done)
+    assert sorted(line["id"] for line in lines(tmp_path)) == sorted(row["id"] for row in ROWS)
+    if where != "shard":
+        check_complete(tmp_path, whole)
+
+
+def unwritable(out: Path, monkeypatch, kind: str) -> None:
+    """Have r3 fail on its way to the disk."""
+    if kind == "directory":
+        (out / "r3.png").mkdir()
+        return
+    stock_encode, stock_write = Picture.encode, store.write_atomic
+
+    def encode(self, image, record):
+        if record["id"] == "r3":
+            raise OSError("encoder error -2 when writing image file")  # as Pillow has it
+        return stock_encode(self, image, record)
+
+    def write(path, data):
+        if path.name == "r3.png":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return stock_write(path, data)
+
+    if kind == "encoder":
+        monkeypatch.setattr(Picture, "encode", encode)
+    else:
+        monkeypatch.setattr(store, "write_atomic", write)
+
+
+@pytest.mark.usefixtures("overlap")
+@pytest.mark.parametrize("keep_going", [True, False], ids=["keeping going", "stopping"])
+@pytest.mark.parametrize("kind", ["directory", "encoder", "disk"])
+def test_picture_that_cannot_be_written(pipe, tmp_path, monkeypatch, whole, kind, keep_going):
+    """Keeping going, one that fails by itself is left out. A full disk ends the run: every other picture would fail too."""
+    options = {**OPTIONS, "batch_size": 2, "keep_going": keep_going}
+    generate(pipe, ROWS[:1], tmp_path, **options)
+    unwritable(tmp_path, monkeypatch, kind)
+    if kind == "disk" or not keep_going:
+        with pytest.raises(OSError, match=r"No space left|directory|encoder error"):
+            generate(pipe, ROWS, tmp_path, **options)
+        assert not (tmp_path / "rejected.jsonl").exists()
+        assert "r2" in {line["id"] for line in lines(tmp_path)}  # of the same batch
+    else:
+        summary = generate(pipe, ROWS, tmp_path, **options)
+        assert (summary.total, summary.made, summary.rejected) == (9, 8, 1)
+        (rejected,) = [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text().splitlines()]
+        assert (rejected["line"], rejected["row"]["id"]) == (4, "r3")
+        assert rejected["error"].startswith(("IsADirectoryError: ", "OSError: encoder error -2"))
+    monkeypatch.undo()
+    if kind == "directory":
+        (tmp_path / "r3.png").rmdir()
+    generate(pipe, ROWS, tmp_path, **options)
+    assert not (tmp_path / "rejected.jsonl").exists()
+    check_complete(tmp_path, whole)
+
+
+@pytest.mark.usefixtures("overlap")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_ends_the_run_in_good_order(pipe, tmp_path, whole, number):
+    def send():
+        while not (tmp_path / "manifest.jsonl").exists() or not (tmp_path / "manifest.jsonl").stat().st_size:
+            time.sleep(0.001)
+        os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    thread = threading.Thread(target=send)
+    thread.start()
+    with pytest.raises(Interrupted, match=number.name):
+        generate(pipe, ROWS, tmp_path, **{**OPTIONS, "batch_size": 1, "steps": 2})
+    thread.join()
+    assert signal.getsignal(number) is before
+    assert 0 < len(lines(tmp_path)) < 10
+    assert {line["id"] for line in lines(tmp_path)} == set(pixels(tmp_path))
+    kept = stamps(tmp_path)
+    generate(pipe, ROWS, tmp_path, **OPTIONS)
+    assert kept.items() <= stamps(tmp_path).items()
+    check_complete(tmp_path, whole)
+
+
+def test_killed_at_any_moment(model, tmp_path, whole):
+    """SIGKILL, three times: no image is lost, damaged or made twice. (`python -m bench.batches` does it 20 times to 1,000 rows.)"""
+    out = tmp_path / "out"
+    program = (
+        "import json, sys\nfrom fastguard.generate import generate\n"
+        f"generate({model!r}, {ROWS!r}, {str(out)!r}, policy='stp', steps=2, batch_size=1, device='cpu', progress=False)"
+    )
+    known: dict[str, int] = {}
+    for target in (1, 4, 7):
+        process = subprocess.Popen(
+            [sys.executable, "-c", program], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        end = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < end and len(stamps(out)) < target:
+            time.sleep(0.001)
+        assert process.poll() is None, "it ended before it could be killed"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert known.items() <= stamps(out).items()  # what was finished was left alone
+        known = stamps(out)
+        for line in (out / "manifest.jsonl").read_bytes().splitlines(keepends=True):
+            if line.endswith(b"\n"):
+                assert json.loads(line)["id"] in known
+    generate(model, ROWS, out, **{**OPTIONS, "batch_size": 1, "device": "cpu"})
+    assert known.items() <= stamps(out).items()
+    check_complete(out, whole)

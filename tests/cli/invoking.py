@@ -1,0 +1,18 @@
+"""Running the command line within the test's process."""
+
+from __future__ import annotations
+
+from typer.testing import CliRunner
+
+from fastguard.cli import app
+
+
+def invoke(*args: object):
+    return CliRunner().invoke(app, [str(arg) for arg in args])
+
+
+def refused(*args: object) -> str:
+    """Standard error of a command that must be refused with exit code 2."""
+    result = invoke(*args)
+    assert result.exit_code == 2, result.output
+    return " ".join(result.stderr.replace("│", " ").split())  # typer wraps its own messages in a box

@@ -1,0 +1,114 @@
+"""`fastguard calibrate` and `fastguard demo`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import diffusers
+import pytest
+
+import fastguard
+from fastguard import cli, testbed
+from fastguard.policy import Policy, policy
+from tests import pipelines
+from tests.cli.invoking import invoke, refused
+
+
+def ordinary(path: Path, count: int) -> Path:
+    path.write_text("".join(json.dumps({"prompt": f"a {i}"}) + "\n" for i in range(count)))
+    return path
+
+
+def test_calibrate(model, tmp_path):
+    """The file it writes is the policy with the gate that the library finds from the same prompts, and says how it was found."""
+    prompts, out = ordinary(tmp_path / "ordinary.jsonl", 8), tmp_path / "guard.json"
+    result = invoke(
+        "calibrate", "--model", model, "--prompts", prompts, "--out", out, "--policy", "stp", "--fpr", 0.4, "--confidence", 0.9,
+        "--seeds", 2, "--steps", 3, "--guidance-scale", 4,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    made = Policy.load(out)
+    assert made == policy("stp", gate=made.gate)
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(model)
+    pipe.set_progress_bar_config(disable=True)
+    guard = fastguard.enable(pipe, "cfg")
+    largest = []
+    for i in range(8):
+        pipe(
+            [f"a {i}"] * 2,
+            generator=pipelines.generators([2 * i, 2 * i + 1]),
+            num_inference_steps=3,
+            guidance_scale=4,
+        )
+        largest.append(max(image.rms_curve[0] for image in guard.report))
+    # P(Binomial(8, 0.4) = 0) = 0.017, <= 1: 0.106: none may exceed
+    assert made.gate == pytest.approx(max(largest), rel=1e-4)
+    found = json.loads(out.read_text())["provenance"]
+    assert (found["prompts"], found["seeds"], found["fpr"], found["steps"]) == (8, 2, 0.4, 3)
+    assert found["statement"] in result.stdout
+
+
+BAD_CALIBRATIONS = [
+    ([], "ordinary.jsonl': fpr=0.01 at confidence=0.95 needs at least 299"),
+    (["--fpr", "0"], "fpr=0.0"),
+    (["--confidence", "1"], "confidence=1.0"),
+    (["--policy", "cfg"], "gate=1.0 has no effect here"),
+    (["--fpr", "0.5", "--seeds", "0"], "seeds=0"),
+    (["--fpr", "0.5", "--steps", "0"], "steps=0"),
+    (["--fpr", "0.5", "--out", "guard.txt"], "out='guard.txt': must be a .json file"),
+    (["--fpr", "0.5", "--out", "nowhere/guard.json"], "in an existing directory"),
+    (["--fpr", "0.5", "--dtype", "int8"], "dtype='int8'"),
+    (["--prompts", "nowhere.jsonl"], "No such file or directory: nowhere.jsonl"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_CALIBRATIONS, ids=[" ".join(a) for a, _ in BAD_CALIBRATIONS])
+def test_bad_calibrations(model, no_model, tmp_path, arguments, message):
+    prompts, out = ordinary(tmp_path / "ordinary.jsonl", 8), tmp_path / "guard.json"
+    assert message in refused("calibrate", "--model", model, "--prompts", prompts, "--out", out, *arguments)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("line", ["a cat", '{"text": "a cat"}', '{"prompt": ""}', '["a"]', '{"prompt": 3}'])
+def test_bad_jsonl(model, no_model, tmp_path, line):
+    file = tmp_path / "ordinary.jsonl"
+    file.write_text('{"prompt": "a"}\n' + line + "\n")
+    assert "line 2 is not" in refused(
+        "calibrate", "--model", model, "--prompts", file, "--out", tmp_path / "guard.json"
+    )
+
+
+def test_calibration_by_groups(model, no_model, tmp_path):
+    """Eight prompts of four things are four units: too few for what eight would prove."""
+    file = tmp_path / "ordinary.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"a {i}", "group": f"thing {i // 2}"}) + "\n" for i in range(8)))
+    options = ("calibrate", "--model", model, "--prompts", file, "--out", tmp_path / "guard.json", "--fpr", 0.4)
+    assert "4 ordinary groups of prompts in" in refused(*options)
+    for line in (
+        {"prompt": "a", "group": "a"},
+        {"prompt": "b"},
+        {"prompt": "b", "group": 3},
+        {"prompt": "b", "group": ""},
+    ):
+        file.write_text('{"prompt": "a", "group": "a"}\n' + json.dumps(line) + "\n")
+        assert "line 2" in refused(*options)
+
+
+def test_demo(monkeypatch, tmp_path):
+    module = type(sys)("fastguard.testbed.demo")
+    module.run_demo = lambda out: [out / "index.html"]
+    monkeypatch.setitem(sys.modules, "fastguard.testbed.demo", module)
+    result = invoke("demo", "--out", tmp_path / "demo")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.strip() == str(tmp_path / "demo" / "index.html")
+    assert (tmp_path / "demo").is_dir()
+
+
+def test_the_embedded_model_has_a_guidance_scale_of_its_own():
+    plain, scaled = policy("dtp", gate=0.1), policy("dtp", gate=0.1, guidance_scale=5.0)
+    assert cli._scale(None, plain, "testbed") == testbed.GUIDANCE_SCALE == 3.0
+    assert cli._scale(2.0, plain, "testbed") == 2.0
+    assert cli._scale(None, scaled, "testbed") is None  # the policy says it
+    assert cli._scale(None, plain, "owner/name") is None

@@ -1,0 +1,70 @@
+"""`fastguard inspect`, `--version` and `--help`."""
+
+from __future__ import annotations
+
+import json
+
+import fastguard
+from fastguard.inspection import inspect_model
+from fastguard.policy import policy
+from tests.cli.invoking import invoke, refused
+
+
+def test_inspect(model):
+    result = invoke("inspect", model, "--policy", "stp", "--steps", 50, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert (found["path"], found["family"], found["scheduler"]) == (
+        "fused",
+        "text-to-image",
+        "DDIMScheduler",
+    )
+    assert (found["form"], found["history"]) == ("epsilon", 0)
+    assert 0 <= found["residual"] < 1e-6
+    assert (found["denoiser_rows"], found["plain_rows"]) == (75, 100)
+    assert [row["denoiser_rows"] for row in found["rows"]] == [1] * 25 + [2] * 25
+    assert [row["row"] for row in found["rows"] if row["switch"]] == [25]
+    assert found["rows"][25]["timestep"] <= 500 < found["rows"][24]["timestep"]
+    assert found["rows"][0]["before"] == 0.0
+    assert found["rows"][0]["after"] == 7.5
+
+
+def test_inspect_says_why(model):
+    text = invoke(
+        "inspect",
+        model,
+        "--policy",
+        "og+dtp",
+        "--scheduler",
+        "pndm",
+        "--steps",
+        10,
+        "--guidance-scale",
+        4,
+    ).stdout
+    assert "own step: Runge-Kutta" in text
+    text = invoke("inspect", model, "--policy", "og+dtp", "--scheduler", "DPMSolverMultistep", "--steps", 10).stdout
+    assert "form x0, lags 1" in text
+    assert "deadline at row 4" in text
+    assert text.count("<- deadline") == 1
+    assert "gate none" in text
+    assert "steps=0" in refused("inspect", model, "--steps", 0)
+
+
+def test_inspect_without_guidance(model):
+    """A pipeline runs one branch then: nothing for a guard to do, half of the rows for plain guidance."""
+    assert "guidance_scale=1: must be above 1" in refused("inspect", model, "--policy", "dtp", "--guidance-scale", 1)
+    found = [
+        inspect_model(str(model), policy("cfg"), steps=5, guidance_scale=scale).denoiser_rows for scale in (1.0, 2.0)
+    ]
+    assert found == [5, 10]
+
+
+def test_version():
+    assert invoke("--version").stdout.strip() == f"fastguard {fastguard.__version__}"
+
+
+def test_help_names_every_command():
+    text = invoke("--help").stdout
+    for command in ("generate", "inspect", "demo", "calibrate"):
+        assert command in text
