@@ -162,33 +162,29 @@ def collect_gate_statistics(
         pipeline._interrupt = gate_steps == 1 or len(levels) > 2 * gate_steps
         return values
 
-    before = getattr(pipe, "_fastguard_guard", None)
-    earlier = (before.policy, before.engine) if before is not None else None
     work = [prompt for prompt in prompts for _ in range(seeds)]
     largest = [0.0] * len(prompts)
-    guard = fastguard.enable(pipe, "stp", gate=UNREACHED, gate_steps=gate_steps)
     try:
-        for start in tqdm(range(0, len(work), batch_size), disable=not progress, desc="calibration"):
-            batch = work[start : start + batch_size]
-            generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(batch))]
-            pipe(
-                batch,
-                generator=generators,
-                output_type="latent",
-                callback_on_step_end=stop,
-                **call,
-            )
-            for i, image in enumerate(guard.report or ()):
-                owner = (start + i) // seeds
-                if image.non_finite is not None or image.gate is None or image.gate["rms"] is None:
-                    raise ValueError(f"prompt {prompts[owner]!r}: cond or uncond is not finite, so it has no statistic")
-                largest[owner] = max(largest[owner], image.gate["rms"])
+        with fastguard.enable(pipe, "paper-dtp", gate=UNREACHED, gate_steps=gate_steps) as guard:
+            for start in tqdm(range(0, len(work), batch_size), disable=not progress, desc="calibration"):
+                batch = work[start : start + batch_size]
+                generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(batch))]
+                pipe(
+                    batch,
+                    generator=generators,
+                    output_type="latent",
+                    callback_on_step_end=stop,
+                    **call,
+                )
+                for i, image in enumerate(guard.report or ()):
+                    owner = (start + i) // seeds
+                    if image.non_finite is not None or image.gate is None or image.gate["rms"] is None:
+                        raise ValueError(
+                            f"prompt {prompts[owner]!r}: cond or uncond is not finite, so it has no statistic"
+                        )
+                    largest[owner] = max(largest[owner], image.gate["rms"])
     finally:
         pipe._interrupt = False
-        if earlier is None:
-            guard.disable()
-        else:
-            guard.policy, guard.engine = earlier
     return largest
 
 

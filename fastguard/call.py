@@ -29,11 +29,11 @@ from fastguard.capture import recorded
 from fastguard.capture.graphed import Capturing, Graphed
 from fastguard.denoiser import placeholder, select_branch
 from fastguard.families import Family
-from fastguard.kernels.layout import Row
+from fastguard.kernels.layout import Row, Rule
 from fastguard.loop import Loop
 from fastguard.noise import Noise
 from fastguard.pending import Pending, values_of
-from fastguard.plan import Plan, lower
+from fastguard.plan import Plan, limit_of, lower
 from fastguard.policy import Policy
 from fastguard.report import Report
 from fastguard.schedule import Schedule, compile_schedule
@@ -284,7 +284,18 @@ class Call:
             self._samples = _expand(self.policy, batch, per_prompt)
             self._elements = channels * sample[0, 0].numel()
             self.plan = self._lower()
+            self._warn_of_idle_guards()
         return self.plan
+
+    def _warn_of_idle_guards(self) -> None:
+        """Of policies that end at the first row already: image-to-image and refiners begin late."""
+        rules, plan = self.plan.rules, self.plan
+        idle = [p for p, rule in zip(plan.policies, rules, strict=True) if p.transition and rule[Rule.SWITCH_ROW] == 0]
+        for policy in dict.fromkeys(idle):
+            warnings.warn(
+                f"policy {policy.name!r} has no effect in this call: {limit_of(policy)} is not below its first timestep, {plan.timesteps[0]:g}",
+                stacklevel=2,
+            )
 
     def _lower(self) -> Plan:
         self._scale = self.family.guidance_scale(self.pipe, self.arguments)
@@ -294,6 +305,7 @@ class Call:
             observe=self.schedule.rows[:-1, Row.OBSERVE],
             guidance_scale=self._scale,
             elements=self._elements,
+            in_steps=self.schedule.in_steps,
         )
         return plan
 
@@ -374,6 +386,7 @@ class Call:
             state=self.loop.state,
             trace=self.loop.trace,
             plan=self.plan,
+            latents=self.loop.x,
             rows_run=self.rows_run,
             steps=self.row,
             path=path,

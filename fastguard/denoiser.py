@@ -12,20 +12,21 @@ from typing import Any
 import torch
 
 Branches = str  # "both" | "uncond" | "cond"
+UNBRANCHED = ("ip_adapter_masks",)  # one per adapter, whatever their number
 
 
 def select_branch(tree: Any, branch: Branches, batch: int) -> Any:
     """Keep one half of every tensor in `tree` whose leading size is 2 * batch; everything else passes through unchanged.
 
     `tree` may nest tuples, lists and mappings: ControlNet residuals, `added_cond_kwargs`, IP-Adapter embeddings. Tensors of
-    another leading size (timestep, IP-Adapter masks) belong to no branch.
+    another leading size (timestep) belong to no branch, nor does what is called by a name in UNBRANCHED.
     """
     if isinstance(tree, torch.Tensor):
         if tree.ndim == 0 or tree.shape[0] != 2 * batch:
             return tree
         return tree[:batch] if branch == "uncond" else tree[batch:]
     if isinstance(tree, Mapping):
-        return {key: select_branch(value, branch, batch) for key, value in tree.items()}
+        return {k: v if k in UNBRANCHED else select_branch(v, branch, batch) for k, v in tree.items()}
     if isinstance(tree, (tuple, list)):
         return type(tree)(select_branch(value, branch, batch) for value in tree)
     return tree

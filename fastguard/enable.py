@@ -51,7 +51,7 @@ def enable(
     compile    torch.compile the denoiser for the guard's calls: True, or a dictionary of its arguments
     overrides  fields of the policy to replace, e.g. gate=0.02
 
-    Enabling a guarded pipeline again replaces policy and options. FASTGUARD_DISABLE=1 in the environment makes every call a stock
+    Enabling a guarded pipeline again replaces policy and options; a `with` gives them back at its end. FASTGUARD_DISABLE=1 in the environment makes every call a stock
     call. TypeError for a pipeline that is not supported, ValueError for a bad policy or an option that cannot work here.
     """
     base = _stock_class(type(pipe))
@@ -71,6 +71,7 @@ def enable(
         guard = pipe.__dict__[_ATTRIBUTE] = Guard(pipe, family, chosen, engine)
         pipe.__class__ = _enabled_class(base)
     else:
+        guard._replaced = guard.policy, guard.engine
         guard.policy = chosen
         guard.use(engine)
     return guard
@@ -85,6 +86,8 @@ class Guard:
         self.engine = engine
         self.graphs = Graphs()
         self._pipe = pipe
+        self._replaced: tuple[Policy, Engine] | None = None  # by the last `enable`
+        self._outer: list[tuple[Policy, Engine] | None] = []  # what each `with` goes back to; None: the stock pipeline
         self._last: Report | None = None
         self._thread = threading.local()
 
@@ -114,10 +117,16 @@ class Guard:
         self.graphs.clear()
 
     def __enter__(self) -> Guard:
+        self._outer.append(self._replaced)
+        self._replaced = None
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.disable()
+        outer = self._outer.pop()
+        if outer is None:
+            self.disable()
+        else:
+            self.policy, self.engine = outer
 
     def run(self, stock_call: Any, args: tuple, kwargs: dict) -> Any:
         """One call of the pipeline: the stock loop on a copy of the pipeline that holds shadows."""

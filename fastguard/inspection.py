@@ -7,7 +7,7 @@ import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fastguard.families import find
+from fastguard.families import Family, find
 from fastguard.kernels.layout import NEVER, Row, Rule
 from fastguard.models import model_index, pipeline_class, resolve, scheduler_class, with_scheduler
 from fastguard.policy import Policy, lower
@@ -58,6 +58,13 @@ class Inspection:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    def _scales(self) -> str:
+        own = self.policy["guidance_scale"]
+        if own is None:
+            return f"{self.guidance_scale:g}"
+        low, high = min(r.after for r in self.rows), max(r.after for r in self.rows)
+        return f"{low:g} (the policy's)" if low == high else f"{low:g} to {high:g}, by row (the policy's)"
+
     def __str__(self) -> str:
         name, kind = self.policy["name"], self.policy["transition"]
         facts = {
@@ -68,7 +75,7 @@ class Inspection:
             "table": f"form {self.form}, lags {self.history}, noise draws {self.noise_draws}, residual "
             + ("none (own step)" if self.residual is None else f"{self.residual:.1e}"),
             "policy": f"{name}, transition {kind or 'none'}, gate {self.policy['gate'] or 'none'}, "
-            f"guidance scale {self.guidance_scale:g}",
+            f"guidance scale {self._scales()}",
             "cost": f"{self.denoiser_rows} denoiser rows per image in {len(self.rows)} evaluations; plain guidance "
             f"{self.plain_rows} ({self.denoiser_rows / self.plain_rows:.0%})",
         }
@@ -105,16 +112,20 @@ def inspect_model(
     count = steps if steps is not None else int(defaults.get("num_inference_steps", 50))
     scale = guidance_scale if guidance_scale is not None else float(defaults.get("guidance_scale", 7.5))
     refusal: str | None = None
+    known: Family | None = None
     try:
-        family: str | None = find(kind).name
+        known = find(kind)
     except TypeError as error:
-        family, refusal = None, str(error)
+        refusal = str(error)
 
-    made = _scheduler(model, index, scheduler)
+    made = _scheduler(model, index, scheduler, known)
     # A schedule that shifts with the image's size has its largest shift at 1024 x 1024, these models' default.
     shift = made.config.get("use_dynamic_shifting")
-    made.set_timesteps(count, **({"mu": made.config.max_shift} if shift else {}))
-    schedule = compile_schedule(made)
+    try:
+        made.set_timesteps(count, **({"mu": made.config.max_shift} if shift else {}))
+        schedule = compile_schedule(made)
+    except (ValueError, IndexError, ZeroDivisionError) as error:
+        raise ValueError(f"steps={count}: {type(made).__name__} refuses: {error}") from None
     body = schedule.rows[:-1]
     (sample,) = policy.samples(1)
     guarded = sample.transition is not None
@@ -128,6 +139,7 @@ def inspect_model(
         observe=body[:, Row.OBSERVE],
         guidance_scale=scale,
         elements=1,  # of no consequence here: only the gate's threshold on d depends on it
+        in_steps=schedule.in_steps,
     )
     switch = int(plan.rules[0, Rule.SWITCH_ROW])
     rows = tuple(
@@ -144,8 +156,9 @@ def inspect_model(
         for k, (t, branches, (before, after)) in enumerate(
             zip(
                 plan.timesteps,
+                # Without guidance pipelines run the conditional branch alone, whatever number the scale is.
                 plan.branches if scale > 1 else ["cond"] * len(body),
-                plan.guidance[0].tolist(),
+                plan.guidance[0].tolist() if scale > 1 else [(1.0, 1.0)] * len(body),
                 strict=True,
             )
         )
@@ -156,7 +169,7 @@ def inspect_model(
         pipeline=kind.__name__,
         path=path,
         reason=refusal or schedule.reason,
-        family=family,
+        family=known.name if known else None,
         scheduler=type(made).__name__,
         form=schedule.form,
         history=schedule.history,
@@ -172,7 +185,7 @@ def inspect_model(
     )
 
 
-def _scheduler(model: str, index: Any, name: str | None) -> Any:
+def _scheduler(model: str, index: Any, name: str | None, family: Family | None) -> Any:
     """The model's scheduler, or the named one in its place with the same configuration."""
     entry = index.get("scheduler")
     if not isinstance(entry, (list, tuple)) or len(entry) != 2:
@@ -183,4 +196,4 @@ def _scheduler(model: str, index: Any, name: str | None) -> Any:
     if os.path.isdir(where) and not os.path.isdir(os.path.join(where, subfolder)):
         raise ValueError(f"model={model!r}: has no {subfolder} directory")
     own = kind.from_pretrained(where, subfolder=subfolder)
-    return own if name is None else with_scheduler(name, own.config)
+    return own if name is None else with_scheduler(name, own.config, family)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastguard import checks
+
+if TYPE_CHECKING:
+    from fastguard.families import Family
 
 DTYPES = ("float32", "float16", "bfloat16")
 TESTBED = "testbed"  # the embedded model
@@ -47,6 +51,16 @@ def pipeline_class(index: Mapping[str, Any]) -> type:
     return found
 
 
+def family_of(kind: type) -> Family | None:
+    """None for a pipeline class that is not supported."""
+    from fastguard.families import find
+
+    try:
+        return find(kind)
+    except TypeError:
+        return None
+
+
 def scheduler_class(name: str) -> type:
     """A diffusers scheduler by its class name; case and the ending "Scheduler" do not matter. ValueError lists all of them."""
     import diffusers
@@ -66,13 +80,32 @@ def scheduler_class(name: str) -> type:
     raise ValueError(f"scheduler={name!r}: allowed are {', '.join(n.removesuffix('Scheduler') for n in usable)}")
 
 
-def with_scheduler(name: str, config: Any) -> Any:
-    """The named scheduler with another's configuration. ValueError if it needs what that has not, or a library that is not here."""
+def with_scheduler(name: str, config: Any, family: Family | None) -> Any:
+    """The named scheduler with another's configuration, for pipelines of a family (None: not known).
+
+    ValueError if it needs what the configuration has not, or a library that is not here, or if the pipelines cannot call it.
+    """
     kind: Any = scheduler_class(name)
     try:
-        return kind.from_config(config)
+        made = kind.from_config(config)
     except (TypeError, ImportError) as error:
         raise ValueError(f"scheduler={name!r}: cannot be made from this model's configuration ({error})") from None
+    if family is not None and family.scales_input:
+        missing = [
+            attribute
+            for attribute in ("init_noise_sigma", "order", "scale_model_input")
+            if not hasattr(made, attribute)
+        ]
+        known = {"model_output", "timestep", "sample"}
+        asked = [
+            p.name
+            for p in inspect.signature(made.step).parameters.values()
+            if p.default is p.empty and p.name not in known
+        ]
+        if missing or asked:
+            why = f"has no {missing[0]}" if missing else f"wants {asked[0]} at every step"
+            raise ValueError(f"scheduler={name!r}: {type(made).__name__} {why}, so this model's pipeline cannot run it")
+    return made
 
 
 def prepare(device: str, dtype: str) -> tuple[str, str]:
@@ -103,7 +136,7 @@ def load_pipeline(model: str, *, dtype: str = "float32", device: str = "cpu", sc
         warnings.simplefilter("ignore", FutureWarning)
         pipe = AutoPipelineForText2Image.from_pretrained(resolve(model), torch_dtype=getattr(torch, dtype))
     if scheduler is not None:
-        pipe.scheduler = with_scheduler(scheduler, pipe.scheduler.config)
+        pipe.scheduler = with_scheduler(scheduler, pipe.scheduler.config, family_of(type(pipe)))
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 

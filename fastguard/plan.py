@@ -44,14 +44,17 @@ def lower(
     observe: Iterable[bool] | torch.Tensor,
     guidance_scale: float,
     elements: int,
+    in_steps: bool = True,
 ) -> Plan:
     """Turn scalar policies (`Policy.samples`) into the tables that `guided_step` reads.
 
     timesteps, observe   one value per denoiser row; observe marks the first evaluation of each noise level
     guidance_scale       the pipeline's own, used where a policy has none
     elements             of one image's latent (channels x height x width)
+    in_steps             whether the timesteps count training steps, as t_star and deadline do (`Schedule.in_steps`)
 
-    ValueError if lengths disagree, a policy still holds per-image lists, or a per-step schedule is not as long as the rows.
+    ValueError if lengths disagree, a policy still holds per-image lists, a per-step schedule is not as long as the rows, or a policy
+    has a t_star or deadline where timesteps count something else.
     """
     times = tuple(float(t) for t in timesteps)
     observed = tuple(bool(o) for o in observe)
@@ -66,6 +69,11 @@ def lower(
     for b, policy in enumerate(policies):
         if any(isinstance(value, list) for value in vars(policy).values()):
             raise ValueError(f"policies[{b}] holds per-image lists: pass policy.samples(batch)")
+        if not in_steps and (limit := limit_of(policy)) is not None:
+            raise ValueError(
+                f"policy {policy.name!r}: {limit} counts training steps, but this scheduler's timesteps do not (they begin at "
+                f"{times[0]:.4g}); use a policy without one, such as 'paper-dtp', or another scheduler"
+            )
         switch_row = _switch_row(policy, times, observed)
         rules[b] = torch.tensor(_rule(policy, switch_row, elements), dtype=torch.float64)
         after = _after(policy, len(times), scale)
@@ -75,6 +83,13 @@ def lower(
             row.add(branch)
     branches = tuple(row.pop() if len(row) == 1 else "both" for row in needed)
     return Plan(rules, guidance, _initial_state(policies), branches, tuple(policies), times, elements)
+
+
+def limit_of(policy: Any) -> str | None:
+    """The fixed timestep at which a guard ends at the latest, as "t_star=500"; None if it has none."""
+    if policy.transition == "static":
+        return f"t_star={policy.t_star:g}"
+    return None if policy.deadline is None else f"deadline={policy.deadline:g}"
 
 
 def gate_threshold(tau: float, elements: int) -> float:

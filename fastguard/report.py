@@ -40,7 +40,8 @@ class ImageReport:
                          a decision with a small margin may turn out otherwise with another dtype or device
     gate                 see `Gate`; None if the policy has none
     forced               the deadline ended the guard, not the rule
-    non_finite           first row whose d was NaN or infinite
+    non_finite           first row whose d was NaN or infinite; the last row if only the finished latents show it (no d is formed
+                         where one branch runs alone)
     denoiser_rows        rows of the denoiser's batch that this image cost; plain guidance: two per evaluation
     path, reason         which code ran, and why it was not the fused op alone ("own step": the scheduler is not linear)
     """
@@ -109,7 +110,7 @@ class Report(Sequence[ImageReport]):
     """A sequence of `ImageReport`, one per image of a call. The device is read once, when the report is first looked at."""
 
     def __init__(self, plan: Plan, numbers: torch.Tensor, denoiser_rows: int, path: str, reason: str | None) -> None:
-        """Use `Report.read`. numbers: float64 [len(State) + K, B] on any device."""
+        """Use `Report.read`. numbers: float64 [len(State) + 1 + K, B] on any device."""
         self.path, self.reason = path, reason
         self._plan, self._numbers, self._denoiser_rows = plan, numbers, denoiser_rows
         self._ready = (
@@ -127,6 +128,7 @@ class Report(Sequence[ImageReport]):
         plan: Plan,
         *,
         path: str,
+        latents: torch.Tensor | None = None,
         reason: str | None = None,
         steps: int | None = None,
         rows_run: int | None = None,
@@ -135,11 +137,13 @@ class Report(Sequence[ImageReport]):
 
         state     float64 [>= B, len(State)] and trace float32 [>= K, >= B], as `guided_step` left them
         plan      as `lower` made it
+        latents   [>= B, ...] at the end: whether they are finite
         steps     rows that ran; all K unless given
         rows_run  denoiser rows per image; what the plan asked for in those steps unless given
         """
         rows, batch = len(plan.timesteps), len(plan.policies)
-        numbers = torch.cat([state[:batch].double().T, trace[:rows, :batch].double()])
+        finite = state.new_ones(batch) if latents is None else latents[:batch].flatten(1).isfinite().all(1)
+        numbers = torch.cat([state[:batch].double().T, finite.double()[None], trace[:rows, :batch].double()])
         if rows_run is None:
             rows_run = sum(2 if branch == "both" else 1 for branch in plan.branches[:steps])
         return cls(plan, numbers, rows_run, path, reason)
@@ -150,10 +154,11 @@ class Report(Sequence[ImageReport]):
             if self._ready is not None:
                 self._ready.synchronize()
             table = self._numbers.cpu().T.tolist()
-            self._images = tuple(self._image(b, line[: len(State)], line[len(State) :]) for b, line in enumerate(table))
+            n = len(State)
+            self._images = tuple(self._image(b, line[:n], bool(line[n]), line[n + 1 :]) for b, line in enumerate(table))
         return self._images
 
-    def _image(self, b: int, state: list[float], trace: list[float]) -> ImageReport:
+    def _image(self, b: int, state: list[float], finite: bool, trace: list[float]) -> ImageReport:
         policy: Any = self._plan.policies[b]
         times, elements = self._plan.timesteps, self._plan.elements
 
@@ -163,6 +168,7 @@ class Report(Sequence[ImageReport]):
         def timestep(column: State) -> float | None:
             return times[int(state[column])] if state[column] >= 0 else None
 
+        non_finite = row(State.NON_FINITE)
         gate: Gate | None = None
         if policy.gate is not None:
             largest, caught = state[State.GATE_D], row(State.GATE_STEP)
@@ -184,7 +190,7 @@ class Report(Sequence[ImageReport]):
             margin=None if math.isnan(state[State.MARGIN]) else state[State.MARGIN],
             gate=gate,
             forced=bool(state[State.FORCED]),
-            non_finite=row(State.NON_FINITE),
+            non_finite=int(state[State.STEP]) - 1 if non_finite is None and not finite else non_finite,
             denoiser_rows=self._denoiser_rows,
             path=self.path,
             reason=self.reason,

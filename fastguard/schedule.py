@@ -34,6 +34,7 @@ LARGEST_DIFFERENCE = (
 )
 # Shorter runs keep the table, which is nearer to float64 than stock is: their long steps cost stock up to 1.6e-5 (KDPM2, 2 steps).
 SHORTEST_COMPARED = 10
+SMALLEST_START = 0.01  # of the training's timesteps
 CACHED = 64  # schedules kept; one of 50 rows is 7 kB
 
 _IGNORED_ARGUMENTS = {"generator", "return_dict"}
@@ -57,6 +58,7 @@ class Schedule:
     reason       why it is not linear
     noise_dtype  dtype in which stock draws; None: that of the model's output
     rounding     like residual, but with the table and its arithmetic in float32, against stock in float64
+    in_steps     whether timesteps count training steps; some schedulers' are logarithms or angles of the noise level
     """
 
     rows: torch.Tensor
@@ -69,6 +71,7 @@ class Schedule:
     reason: str | None
     noise_dtype: torch.dtype | None = None
     rounding: float = float("nan")
+    in_steps: bool = True
 
     def with_own_step(self, reason: str) -> Schedule:
         """The same rows without an update: x' = e, for callers that must run the scheduler's own step() on the guided output."""
@@ -79,7 +82,7 @@ class Schedule:
         rows[:, [Row.Q, Row.B]] = 1.0
         rows[:, Row.STORE] = -1.0
         draws = (0,) * len(self.draws)
-        return Schedule(rows, self.timesteps, 0, draws, float("nan"), "own step", False, reason)
+        return Schedule(rows, self.timesteps, 0, draws, float("nan"), "own step", False, reason, in_steps=self.in_steps)
 
 
 def compile_schedule(scheduler: Any, *, step_kwargs: Mapping[str, Any] | None = None, begin_index: int = 0) -> Schedule:
@@ -116,6 +119,7 @@ def _compile(scheduler: Any, arguments: Mapping[str, Any], begin: int) -> Schedu
         form="own step",
         linear=False,
         reason=_known_reason(scheduler, arguments) or recorded.problem,
+        in_steps=in_training_steps(scheduler),
     )
     if own.reason is not None:
         return own
@@ -137,9 +141,9 @@ def _compile(scheduler: Any, arguments: Mapping[str, Any], begin: int) -> Schedu
         if not difference <= LARGEST_DIFFERENCE:
             lost = f"its own step loses {difference:.1e} to rounding in float32, which a table does not repeat"
             return replace(own, reason=lost)
-    return Schedule(
+    return replace(
+        own,
         rows=rows,
-        timesteps=timesteps,
         history=folded.history,
         draws=recorded.draws,
         residual=residual,
@@ -183,6 +187,12 @@ def _best_fold(recorded: Trace, rows: torch.Tensor) -> tuple[str, Folded]:
         if folded is not None:
             reason = f"it needs {folded.history} remembered tensors, {HISTORY} are supported"
     raise ValueError(reason)
+
+
+def in_training_steps(scheduler: Any) -> bool:
+    """By the whole schedule's largest timestep: one that counts steps begins among the hundreds, any other one near 1."""
+    trained = getattr(scheduler, "config", {}).get("num_train_timesteps", 0)
+    return float(max(scheduler.timesteps)) >= SMALLEST_START * trained
 
 
 def _rows_without_update(scheduler: Any, recorded: Trace, timesteps: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import diffusers
 import pytest
@@ -222,6 +223,83 @@ def test_a_scale_of_the_policy_is_not_dropped_silently(sd):
         call(sd, guidance_scale=1.0)
 
 
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        diffusers.IPNDMScheduler(),
+        diffusers.EDMEulerScheduler(),
+        diffusers.EulerDiscreteScheduler(**pipelines.BETAS, timestep_type="continuous", prediction_type="v_prediction"),
+    ],
+    ids=lambda s: type(s).__name__,
+)
+def test_a_limit_in_training_steps_is_refused_where_timesteps_count_something_else(scheduler):
+    pipe = pipelines.sd(scheduler=scheduler)
+    for name, limit in (("stp", "t_star=500"), ("dtp", "deadline=600")):
+        with fastguard.enable(pipe, name, gate=1e-9), pytest.raises(ValueError, match=f"{limit} counts training steps"):
+            call(pipe)
+    with fastguard.enable(pipe, "cfg"):
+        plain = call(pipe)
+    with fastguard.enable(pipe, "paper-dtp", gate=1e-9):
+        assert not torch.equal(call(pipe), plain)
+
+
+def test_a_guard_that_ends_before_it_begins_is_told():
+    pipe = pipelines.sd("StableDiffusionImg2ImgPipeline")
+    image = {"image": picture(), "strength": 0.4}
+    for name, said in (("stp", 1), ("cfg", 0)):
+        with warnings.catch_warnings(record=True) as found, fastguard.enable(pipe, name):
+            warnings.simplefilter("always")
+            call(pipe, **image)
+        assert sum("has no effect in this call: t_star=500" in str(w.message) for w in found) == said
+
+
+def test_not_finite_is_told_where_one_branch_runs(sd):
+    """Neither policy runs both branches in any row here, so no d could have shown it."""
+    pipe = pipelines.sd()
+    with torch.no_grad():
+        pipe.unet.conv_out.bias.fill_(float("nan"))
+    with fastguard.enable(pipe, "stp", t_star=0) as guard:
+        call(pipe)
+        assert [image.non_finite for image in guard.report] == [STEPS - 1] * 2
+        assert "NOT FINITE" in str(guard.report[0])
+    with fastguard.enable(sd, "stp", t_star=0) as guard:
+        call(sd)
+        assert [image.non_finite for image in guard.report] == [None] * 2
+
+
+def test_guards_within_guards(sd):
+    with fastguard.enable(sd, "dtp", gate=0.1) as outer:
+        with fastguard.enable(sd, "cfg", capture="off") as inner:
+            assert inner is outer and outer.policy.name == "cfg"
+            with fastguard.enable(sd, "stp", gate=0.1):
+                pass
+            assert outer.policy.name == "cfg" and outer.engine.capture == "off"
+        assert outer.policy.name == "dtp" and outer.engine.capture == "auto"
+        call(sd)
+        assert outer.report[0].policy.name == "dtp"
+    assert "_fastguard_guard" not in vars(sd)
+
+
+def test_rescaling_under_a_guard_that_runs_one_branch(sd):
+    """Lin et al. rescale by the conditional output's standard deviation: it runs although zero guidance would not need it."""
+    phi, seen = 0.6, []
+    hook = sd.unet.register_forward_hook(lambda module, inputs, output: seen.append(output[0].double()))
+    try:
+        with fastguard.enable(sd, "stp", t_star=0) as guard:
+            ours = call(sd, guidance_rescale=phi)
+    finally:
+        hook.remove()
+    assert guard.report[0].denoiser_rows == 2 * STEPS
+    scheduler = pipelines.ddim()
+    scheduler.set_timesteps(STEPS)
+    x = torch.randn(2, *seen[0].shape[1:], generator=torch.Generator().manual_seed(3)).double()
+    for t, output in zip(scheduler.timesteps, seen, strict=True):
+        u, c = output.chunk(2)  # zero guidance: e = u
+        std = [v.std(dim=(1, 2, 3), keepdim=True) for v in (c, u)]
+        x = scheduler.step(phi * u * std[0] / std[1] + (1 - phi) * u, t, x).prev_sample
+    torch.testing.assert_close(ours.double(), x, rtol=0, atol=1e-5 * x.abs().max().item())
+
+
 # Adapters -------------------------------------------------------------------------------------------------------------
 
 
@@ -263,6 +341,25 @@ def test_ip_adapter():
     with fastguard.enable(pipe, "stp", t_star=0) as guard:  # one branch only: its half of the image embeddings
         call(pipe, ip_adapter_image_embeds=embeds)
         assert guard.report[0].denoiser_rows == STEPS
+
+
+def test_masks_of_ip_adapters_belong_to_no_branch():
+    """Two adapters for one image: as many masks as rows of a batch, and yet no halves of one."""
+    encoder, processor = pipelines.image_encoder()
+    pipe = pipelines.sd(image_encoder=encoder, feature_extractor=processor)
+    pipe.unet._load_ip_adapter_weights([_ip_adapter_state(pipe.unet)] * 2)
+    pipe.set_ip_adapter_scale([0.7, 0.7])
+    masks = torch.zeros(2, 1, 32, 32)
+    masks[0, :, :, :16] = masks[1, :, :, 16:] = 1
+    arguments = {
+        "prompt": "a cat",
+        "ip_adapter_image_embeds": [torch.randn(2, 1, 32, generator=torch.Generator().manual_seed(2))] * 2,
+        "cross_attention_kwargs": {"ip_adapter_masks": masks},
+    }
+    same(pipe, **arguments)
+    with fastguard.enable(pipe, "stp", gate=None) as guard:
+        call(pipe, **arguments)
+        assert guard.report[0].denoiser_rows < 2 * STEPS
 
 
 def _ip_adapter_state(unet):

@@ -14,6 +14,8 @@ from fastguard.batch.prompt_files import Problem
 from fastguard.batch.request import Request
 from fastguard.families import find
 from fastguard.files import short
+from fastguard.plan import limit_of
+from fastguard.schedule import in_training_steps
 
 UNSUPPORTED = "generate needs a text-to-image pipeline"
 
@@ -40,7 +42,7 @@ class Limits:
     @classmethod
     def of_model(cls, model: str, scheduler: str | None = None) -> Limits:
         """Of a model by name; no weights are loaded. ValueError if there is none, or it makes no images from text alone."""
-        from fastguard.models import model_index, pipeline_class, resolve, scheduler_class
+        from fastguard.models import model_index, pipeline_class, resolve, scheduler_class, with_scheduler
 
         index = model_index(model)
         try:
@@ -56,8 +58,7 @@ class Limits:
         except OSError as error:
             raise ValueError(f"model={model!r}: {str(error).splitlines()[0]}") from None
         if scheduler is not None:
-            other: Any = scheduler_class(scheduler)
-            made = other.from_config(made.config)
+            made = with_scheduler(scheduler, made.config, find(pipeline_class(index)))
         return cls(8, made)
 
     def problems(self, requests: Iterable[Request]) -> list[Problem]:
@@ -91,6 +92,11 @@ class Limits:
             value = getattr(request, name)
             if value is not None and value % self.multiple:
                 return f"{name}={value}: must be a multiple of {self.multiple}"
+        if not in_training_steps(self.scheduler) and (limit := limit_of(request.policy)) is not None:
+            return (
+                f"policy {short(request.policy.name)}: {limit} counts training steps, which {type(self.scheduler).__name__}'s timesteps"
+                " do not; use a policy without one, such as 'paper-dtp'"
+            )
         scale = request.policy.guidance_scale
         if isinstance(scale, tuple) and len(scale) != rows:
             return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -19,6 +20,9 @@ def check_compile(compile: bool | Mapping[str, Any]) -> dict[str, Any] | None:
     if compile is not True and not isinstance(compile, Mapping):
         raise ValueError(f"compile={compile!r}: must be True, False or a dictionary of torch.compile's arguments")
     options = {} if compile is True else dict(compile)
+    arguments = list(inspect.signature(torch.compile).parameters)[1:]
+    if unknown := [name for name in options if name not in arguments]:
+        raise ValueError(f"compile: {unknown[0]!r} is no argument of torch.compile; allowed are {', '.join(arguments)}")
     mode, switches = options.get("mode"), options.get("options") or {}
     if mode not in MODES:
         allowed = ", ".join(repr(mode) for mode in MODES)

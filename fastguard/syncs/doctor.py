@@ -76,7 +76,7 @@ def skeleton(model: str, *, scheduler: str | None = None) -> Any:
     import torch
 
     from fastguard.inspection import _scheduler
-    from fastguard.models import model_index, pipeline_class, resolve
+    from fastguard.models import family_of, model_index, pipeline_class, resolve
 
     index = model_index(model)
     kind: Any = pipeline_class(index)
@@ -84,7 +84,7 @@ def skeleton(model: str, *, scheduler: str | None = None) -> Any:
     for name, parameter in inspect.signature(kind.__init__).parameters.items():
         entry = index.get(name)
         if name == "scheduler":
-            parts[name] = _scheduler(model, index, scheduler)
+            parts[name] = _scheduler(model, index, scheduler, family_of(kind))
         elif name in ("unet", "transformer", "vae", "controlnet") and isinstance(entry, (list, tuple)) and entry[1]:
             made: Any = getattr(diffusers, entry[1])
             with torch.device("meta"):

@@ -60,6 +60,15 @@ def test_inspect_without_guidance(model):
     assert found == [5, 10]
 
 
+def test_inspect_shows_the_scale_that_is_used(model, tmp_path):
+    own = policy("dtp", guidance_scale=3.0, gate=0.1).save(tmp_path / "own.json")
+    assert "guidance scale 3 (the policy's)" in invoke("inspect", model, "--policy", own).stdout
+    by_row = policy("dtp", guidance_scale=(2.0, 3.0, 4.0)).save(tmp_path / "rows.json")
+    assert "guidance scale 2 to 4, by row" in invoke("inspect", model, "--policy", by_row, "--steps", 3).stdout
+    assert {r.after for r in inspect_model(str(model), policy("cfg"), steps=3, guidance_scale=-3.0).rows} == {1.0}
+    assert "steps=3: PNDMScheduler refuses" in refused("inspect", model, "--scheduler", "PNDM", "--steps", 3)
+
+
 def test_version():
     assert invoke("--version").stdout.strip() == f"fastguard {fastguard.__version__}"
 

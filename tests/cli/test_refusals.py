@@ -39,6 +39,13 @@ BAD = [
     (["--gate", "much"], "Invalid value for '--gate'"),
     (["--policy", "cfg", "--gate", "0.1"], "gate=0.1 has no effect here"),
     (["--scheduler", "DDIN"], "scheduler='DDIN': allowed are"),
+    (["--scheduler", "FlowMatchEulerDiscrete"], "FlowMatchEulerDiscreteScheduler has no init_noise_sigma"),
+    (
+        ["--scheduler", "IPNDM", "--policy", "stp"],
+        "t_star=500 counts training steps, which IPNDMScheduler's timesteps do not",
+    ),
+    (["--scheduler", "RePaint"], "RePaintScheduler wants original_image at every step"),
+    (["--scheduler", "VQDiffusion"], "scheduler='VQDiffusion': cannot be made from this model's configuration"),
     (["--dtype", "int8"], "dtype='int8': allowed are 'auto', 'float32'"),
     (["--device", "gpu0"], "device='gpu0'"),
     (["--steps", "-3"], "steps=-3: must be an integer from 1"),
