@@ -89,7 +89,9 @@ def with_scheduler(name: str, config: Any, family: Family | None) -> Any:
     try:
         made = kind.from_config(config)
     except (TypeError, ImportError) as error:
-        raise ValueError(f"scheduler={name!r}: cannot be made from this model's configuration ({error})") from None
+        raise ValueError(
+            f"scheduler={name!r}: cannot be made from this model's configuration ({' '.join(str(error).split())})"
+        ) from None
     if family is not None and family.scales_input:
         missing = [
             attribute

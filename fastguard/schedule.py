@@ -190,9 +190,10 @@ def _best_fold(recorded: Trace, rows: torch.Tensor) -> tuple[str, Folded]:
 
 
 def in_training_steps(scheduler: Any) -> bool:
-    """By the whole schedule's largest timestep: one that counts steps begins among the hundreds, any other one near 1."""
+    """By the whole schedule: one that counts steps begins among the hundreds, or has so few that they are small integers."""
     trained = getattr(scheduler, "config", {}).get("num_train_timesteps", 0)
-    return float(max(scheduler.timesteps)) >= SMALLEST_START * trained
+    times = [float(t) for t in scheduler.timesteps]
+    return max(times) >= SMALLEST_START * trained or all(t.is_integer() for t in times)
 
 
 def _rows_without_update(scheduler: Any, recorded: Trace, timesteps: torch.Tensor) -> torch.Tensor:
