@@ -45,7 +45,10 @@ BAD = [
         "t_star=500 counts training steps, which IPNDMScheduler's timesteps do not",
     ),
     (["--scheduler", "RePaint"], "RePaintScheduler wants original_image at every step"),
-    (["--scheduler", "VQDiffusion"], "scheduler='VQDiffusionScheduler': cannot be made from this model's configuration"),
+    (
+        ["--scheduler", "VQDiffusion"],
+        "scheduler='VQDiffusionScheduler': cannot be made from this model's configuration",
+    ),
     (["--dtype", "int8"], "dtype='int8': allowed are 'auto', 'float32'"),
     (["--device", "gpu0"], "device='gpu0'"),
     (["--steps", "-3"], "steps=-3: must be an integer from 1"),
