@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import fastguard
+from fastguard import Policy
 from fastguard.kernels.layout import HISTORY, Row, Rule, State
 from fastguard.kernels.triton_step import launch_shape
 from fastguard.schedule import Schedule, compile_schedule
@@ -66,7 +67,7 @@ def composition(pipe: Any) -> dict[str, int]:
     return found
 
 
-def guarded(pipe: Any, policy: str = "og+dtp") -> Account:
+def guarded(pipe: Any, policy: str | Policy = "og+dtp") -> Account:
     """A step of the guarded loop; the fused op at the number of launches that its launcher makes, and at its bytes on paper."""
     with fastguard.enable(pipe, policy, gate=0.02):
         stream = _run(pipe, values=False)

@@ -108,7 +108,7 @@ def lines(size: str, names: list[str]) -> Iterator[Line]:
                 name=name,
                 half=accounts.stock(pipe(name)),
                 single=accounts.stock(pipe(name, torch.float32)),
-                ours=accounts.guarded(pipe(name)),
+                ours=accounts.guarded(pipe(name), schedulers.suited(name, "og+dtp")),
                 draws=sum(draws) / len(draws),
             )
 

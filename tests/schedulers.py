@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import diffusers as d
 
+from fastguard import Policy, policy
 from tests.pipelines import BETAS, ddim
 
 _MULTISTEP = d.DPMSolverMultistepScheduler
@@ -58,6 +60,17 @@ OWN_STEP: dict[str, Callable[[], Any]] = {
     ),
     "lms-exponential": lambda: d.LMSDiscreteScheduler(**BETAS, use_exponential_sigmas=True),
 }
+
+NOT_IN_STEPS = ("ipndm", "edm-euler", "edm-dpm")  # timesteps that count no training steps: no t_star or deadline there
+
+
+def suited(name: str, chosen: str | Policy, **fields: Any) -> Policy:
+    """The policy, for a scheduler of `NOT_IN_STEPS` with the bare rule in place of its limit."""
+    made = policy(chosen, **fields)
+    if name not in NOT_IN_STEPS or made.transition is None:
+        return made
+    return replace(made, transition="dynamic", t_star=None, deadline=None)
+
 
 FLOW: dict[str, Callable[[], Any]] = {
     "flow-euler": lambda: d.FlowMatchEulerDiscreteScheduler(shift=3.0),

@@ -1,4 +1,4 @@
-"""Switches outside a model that choose its kernels while a graph is recorded."""
+"""What is outside a model and has a say in its kernels while a graph is recorded."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers.models import attention_dispatch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-# Of attention; not every torch has all of them.
+# Switches of attention; not every torch has all of them.
 _SDP = ("_get_sdp_priority_order", "_get_math_sdp_allow_fp16_bf16_reduction", "_get_fa3_sdp_enabled")
 _PRECISION = (
     "allow_tf32",
@@ -19,6 +23,18 @@ _PRECISION = (
     "allow_bf16_reduced_precision_reduction_split_k",
     "fp32_precision",
 )
+
+
+WATCHES = "watches_only"  # an attribute of modes that change nothing of what a model computes
+
+
+def surroundings(device: torch.device) -> str | None:
+    """What around the call forbids recording: things that change what the model's functions do, and that no key can name."""
+    if torch.is_autocast_enabled(device.type):
+        return "autocast keeps converted weights, which a graph would outlive"
+    modes = [*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()]
+    foreign = [m for m in modes if not (isinstance(m, (DeviceContext, FakeTensorMode)) or getattr(m, WATCHES, False))]
+    return f"the call runs under a {type(foreign[-1]).__name__}, which a replay would not ask" if foreign else None
 
 
 def ambient() -> tuple[Any, ...]:

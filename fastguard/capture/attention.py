@@ -8,7 +8,6 @@ pipelines and threads) or in diffusers' registry, so there is nothing to restore
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -73,28 +72,29 @@ class Ignored(Refused, ValueError):
 def attend_with(name: str | None, denoiser: torch.nn.Module, runs: Callable[..., Any]) -> Callable[..., Any]:
     """`runs`, which is `denoiser` or its compiled form, with its attention computed by the named backend; itself for None.
 
-    The first call raises Ignored if the denoiser asks for no attention: its processors compute it by themselves.
+    A call raises Ignored if the denoiser asks for no attention: its processors compute it by themselves. Of a compiled one, which
+    counts nothing, the first call alone is looked at.
     """
     if name is None:
         return runs
-    backend, known = find(name), False
+    backend, known = find(name), False  # a compiled denoiser, which as it was written asks
 
     def call(*args: Any, **kwargs: Any) -> Any:
         nonlocal known
-        if not known:
+        with _Attention(backend) as attention:
+            result = runs(*args, **kwargs) if runs is denoiser or known else None
+        if attention.asked or known:
+            return result
+        if runs is not denoiser or is_compiled(denoiser.modules()):
             # What is compiled counts nothing: the model is asked as it was written, and run again.
-            compiled = runs is not denoiser or is_compiled(denoiser.modules())
-            as_written = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
-            with as_written, _Counted(backend) as attention:
-                result = denoiser(*args, **kwargs)
-            if not attention.asked:
-                raise Ignored(
-                    f"attention_backend={name!r}: {type(denoiser).__name__} never calls scaled_dot_product_attention of torch, "
-                    f"so nothing would change; set processors that do (AttnProcessor2_0), or attention_backend=None"
-                )
-            known = True
-            if not compiled:
-                return result
+            with torch.compiler.set_stance("force_eager"), _Attention(backend) as attention:
+                denoiser(*args, **kwargs)
+        if not attention.asked:
+            raise Ignored(
+                f"attention_backend={name!r}: {type(denoiser).__name__} never calls scaled_dot_product_attention of torch, "
+                f"so nothing would change; set processors that do (AttnProcessor2_0), or attention_backend=None"
+            )
+        known = True
         with _Attention(backend):
             return runs(*args, **kwargs)
 
@@ -106,20 +106,13 @@ class _Attention(TorchFunctionMode):
 
     def __init__(self, backend: Any) -> None:
         super().__init__()
-        self.backend = backend
+        self.backend, self.asked = backend, 0
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is F.scaled_dot_product_attention:
+            self.asked += 1
             return _dispatched(self.backend, *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
-
-
-class _Counted(_Attention):
-    asked = 0
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        self.asked += func is F.scaled_dot_product_attention
-        return super().__torch_function__(func, types, args, kwargs)
 
 
 def _dispatched(

@@ -23,7 +23,7 @@ class Engine:
     capture: str = "auto"
     attention_backend: str | None = None
     compile: Mapping[str, Any] | None = None
-    _made: _Made = field(default_factory=lambda: _Made(), repr=False, compare=False)
+    _last: _Last = field(default_factory=lambda: _Last(), repr=False, compare=False)
 
     @classmethod
     def of(
@@ -53,32 +53,37 @@ class Engine:
 
     def lend(self, denoiser: torch.nn.Module, graphs: Graphs) -> tuple[Callable[..., Any], Capturing]:
         """The denoiser as a call shall run it, and what a call needs to record it."""
-        made = self._made.of(denoiser, self)
+        made = self._last.of(denoiser, self)
         options = (self.attention_backend, repr(self.compile))
         capturing = Capturing(self.capture, graphs, made.fingerprint, options, begun=graphs.clears)
         return made.runs, capturing
 
 
-class _Made:
-    """What is made once per denoiser: how it runs, and its fingerprint."""
+class _Last:
+    """What was made for the denoiser that was lent last: mostly there is only one."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._denoiser: torch.nn.Module | None = None
-        self._fingerprint: Fingerprint | None = None
-        self.runs: Any = None
+        self._made: _Made | None = None
 
     def of(self, denoiser: torch.nn.Module, engine: Engine) -> _Made:
         with self._lock:
-            if self._denoiser is not denoiser:
-                self._denoiser, self._fingerprint = denoiser, None
-                runs = compile_denoiser(denoiser, engine.compile)
-                self.runs = attend_with(engine.attention_backend, denoiser, runs)
-        return self
+            if self._made is None or self._made.denoiser is not denoiser:
+                self._made = _Made(denoiser, engine)
+            return self._made
+
+
+class _Made:
+    """One denoiser, how it runs, and its fingerprint. A call keeps its own, whatever another call lends meanwhile."""
+
+    def __init__(self, denoiser: torch.nn.Module, engine: Engine) -> None:
+        self.denoiser = denoiser
+        self.runs = attend_with(engine.attention_backend, denoiser, compile_denoiser(denoiser, engine.compile))
+        self._lock = threading.Lock()
+        self._fingerprint: Fingerprint | None = None
 
     def fingerprint(self) -> Fingerprint:
         with self._lock:
             if self._fingerprint is None:
-                assert self._denoiser is not None
-                self._fingerprint = Fingerprint(self._denoiser)
+                self._fingerprint = Fingerprint(self.denoiser)
             return self._fingerprint

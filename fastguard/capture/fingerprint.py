@@ -85,7 +85,7 @@ class Fingerprint:
     def _where(self) -> list[Hashable]:
         """Addresses and layouts: both may change under the same tensor, as its `.data` does. Arrays are small: their contents."""
         plain = [*self._tensors, *(part for tensor in self._wrappers for part in parts(tensor))]
-        kinds = (torch.Tensor.data_ptr, torch.Tensor.size, torch.Tensor.stride)
+        kinds = (torch.Tensor.data_ptr, torch.Tensor.size, torch.Tensor.stride, operator.attrgetter("dtype"))
         return [*(found for of in kinds for found in map(of, plain)), *(array.tobytes() for array in self._arrays)]
 
     # Reading ---------------------------------------------------------------------------------------------------------------
@@ -123,7 +123,11 @@ class Fingerprint:
         if isinstance(value, torch.Tensor):
             wrapper = hasattr(value, "__tensor_flatten__")
             (self._wrappers if wrapper else self._tensors).append(value)
-            return (tuple(value.shape), str(value.dtype), kind(value))
+            noted = [
+                name for name in vars(value) if not name.startswith("_dynamo")
+            ]  # quantisers note what a weight is; compilers, theirs
+            own = self._mapping(vars(value), depth + 1, noted) if noted and not wrapper and depth < _DEPTH else []
+            return [tuple(value.shape), str(value.dtype), kind(value), own]
         if isinstance(value, np.ndarray):
             return self._array(value)
         if isinstance(value, torch.nn.Module):

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from fastguard.capture import graphs
+from fastguard.capture.ambient import surroundings
 from fastguard.capture.fingerprint import Fingerprint
 from fastguard.capture.graphs import Graphs, Program, Workspace
 from fastguard.capture.static_inputs import StaticInputs, signature, unhashable
@@ -97,9 +98,11 @@ class Graphed:
             if mode in ("step", "loop"):
                 self.reason = f"capture={mode!r}: nothing records graphs on device {device.type!r}"
             return None
-        if not graphs.holds(latents):
+        held = graphs.holds(latents)
+        if not held:
             self.reason = f"latents are a {type(latents).__name__}, which no graph can hold"
-            return None
+            if not self.whole:
+                return None
         positions = halves * latents[:, 0].numel()
         if mode == "auto" and positions > LAUNCH_BOUND:
             self.reason = f"capture='auto' records up to {LAUNCH_BOUND:,} positions a forward (launches take longer there), here are {positions:,}"
@@ -108,13 +111,15 @@ class Graphed:
             return None
         shape = LoopShape.of(latents, schedule, halves=halves, whole=self.whole, noise_dtype=noise_dtype)
         begun = self._capturing.begun
-        self._workspace = self._graphs.lease(shape, device, lambda: StaticLoop(shape), begun=begun)
+        if held:
+            self._workspace = self._graphs.lease(shape, device, lambda: StaticLoop(shape), begun=begun)
+            if self._workspace is None:
+                since = begun is not None and begun != self._graphs.clears
+                self.reason = graphs.CLEARED if since else "another call of this shape is using the graphs' tensors"
         if self._workspace is not None:
             self.loop = self._workspace.content
-        else:
-            since = begun is not None and begun != self._graphs.clears
-            self.reason = graphs.CLEARED if since else "another call of this shape is using the graphs' tensors"
-            self.loop = StaticLoop(shape) if self.whole else None
+        elif self.whole:  # the stock loop has been cut to one row: all of them run here, unrecorded
+            self.loop = StaticLoop(shape)
         if self.loop is not None:
             self.loop.load(schedule, plan, latents)
         return self.loop
@@ -135,9 +140,7 @@ class Graphed:
         """Look at the model: take its fingerprint, or the reason against recording it."""
         fingerprint = self._capturing.fingerprint()
         self._print = fingerprint()
-        found = self._capturing.refusal or self._graphs.failure or fingerprint.obstacle
-        if torch.is_autocast_enabled(device.type):
-            found = "autocast keeps converted weights, which a graph would outlive"
+        found = self._capturing.refusal or self._graphs.failure or fingerprint.obstacle or surroundings(device)
         self.reason = found or self.reason
         return found is None
 

@@ -115,7 +115,7 @@ class GraphInfo:
 
 @dataclass
 class Graphs:
-    """The graphs of one guard: least recently used go first, `budget` bytes and `limit` graphs are never exceeded.
+    """The graphs of one guard: least recently used go first, until between calls there are at most `budget` bytes and `limit` graphs.
 
     Call it for a table of what is there.
     """
@@ -202,6 +202,8 @@ class Graphs:
             workspace.recorder.join(workspace.content.tensors)
             workspace.busy = False
             self._drop_if_unused(workspace)
+            while self._graphs and (len(self._graphs) > self.limit or self.bytes > self.budget):  # lowered meanwhile
+                self._evict(next(iter(self._graphs)))
 
     def _drop_if_unused(self, workspace: Workspace) -> None:
         mine = self._workspaces.get(workspace.key) is workspace

@@ -62,8 +62,10 @@ def tune(guard: Any, pipe: Any, args: tuple, kwargs: Mapping[str, Any]) -> Tunin
     finally:
         guard.use(before)
     chosen = timings[0]
-    for timing in timings[1:]:  # in order of memory
-        if "graph" in timing.path and timing.seconds < WORTH * chosen.seconds:
+    # "loop" that became "step" is no mode of its own.
+    graphed = {timing.path: timing for timing in reversed(timings) if "graph" in timing.path}
+    for timing in sorted(graphed.values(), key=lambda t: t.bytes):
+        if timing.seconds < WORTH * chosen.seconds:
             chosen = timing
     if chosen is not timings[-1]:
         guard.graphs.clear()  # those of the last mode, which nobody would use; the chosen mode's are recorded anew
@@ -81,6 +83,8 @@ def _measure(guard: Any, pipe: Any, args: tuple, kwargs: Mapping[str, Any], mode
         cuda_graphs.finish(device)
         seconds.append(time.perf_counter() - start)
     report = guard.report
+    if report is None:
+        raise RuntimeError("the call was not guarded (FASTGUARD_DISABLE?), so there is nothing to tune")
     return Timing(
         mode=mode,
         path=report.path,

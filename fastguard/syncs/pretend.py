@@ -58,6 +58,8 @@ class Pretend(TorchDispatchMode):
     elsewhere come in only with their mode, `fake`.
     """
 
+    watches_only = True
+
     def __init__(
         self,
         watch: Callable[..., Callable[[Any], None]],

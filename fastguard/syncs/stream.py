@@ -132,6 +132,8 @@ class Stream:
 class Real(TorchDispatchMode):
     """Runs every operation as it is, and shows it to `watch` (see `Pretend`)."""
 
+    watches_only = True
+
     def __init__(self, watch: Callable[..., Callable[[Any], None]]) -> None:
         super().__init__()
         self._watch = watch

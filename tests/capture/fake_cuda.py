@@ -75,6 +75,7 @@ class Cuda:
 
     @contextlib.contextmanager
     def device(self, device):
+        self.log.append(f"on {device}")
         yield
 
     @contextlib.contextmanager

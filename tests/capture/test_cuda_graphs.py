@@ -39,6 +39,7 @@ def test_warm_up_capture_and_replay(cuda):
 
     graph = recorder.record(lambda: runs.append("body"), warm_up, [x])
     assert cuda.log == [
+        "on cuda:0",
         "main waits for event",
         "side1 waits for main",
         "main waits for side1",
@@ -224,6 +225,7 @@ def test_capture_uses_it_on_cuda(cuda, monkeypatch):
     streams = []
     tensor = SimpleNamespace(record_stream=lambda stream: streams.append(stream.name))
     workspace = graphs.lease("shape", DEVICE, lambda: SimpleNamespace(tensors=[tensor], nbytes=8))
+    assert cuda.log[-2:] == ["main waits for event", "event on main"], "whoever leases writes after the last turn"
     for key in ("a", "a", "b"):
         program = graphs.program(workspace, key, lambda: Program(lambda: None))
         assert graphs.run(workspace, key, program) is None

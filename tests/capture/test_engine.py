@@ -189,6 +189,16 @@ def test_a_backend_that_the_denoiser_never_asks_is_not_ignored_silently(capture,
         guard.disable()
 
 
+@pytest.mark.parametrize("capture", ["off", "step"])
+def test_a_backend_that_is_not_asked_any_more_is_not_ignored_silently(capture):
+    pipe = pipelines.sd()
+    with simulator.recording(), fastguard.enable(pipe, "cfg", capture=capture, attention_backend="native"):
+        call(pipe)
+        pipe.unet.set_attn_processor(AttnProcessor())
+        with pytest.raises(ValueError, match="never calls scaled_dot_product_attention"):
+            call(pipe)
+
+
 def test_a_model_that_its_owner_compiled_asks_the_backend(sd):
     """Compiled code counts nothing, so the model is asked once as it is; what runs is the compiled one."""
     pipe = pipelines.sd()
@@ -241,6 +251,34 @@ def test_tune_leaves_no_graphs_that_nobody_uses(sd, monkeypatch, worth, chosen, 
         tuning = guard.tune("a cat", num_inference_steps=2, output_type="latent", **SIZE)
         assert (tuning.chosen, len(guard.graphs()), len(recorders[0].tapes)) == (chosen, kept, kept)
         assert (guard.graphs.bytes > 0) == bool(kept)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "sizes", "paths", "chosen"),
+    [
+        ((1.0, 0.5, 0.5), (0, 660, 580), ("fused", "step graph", "loop graph"), "loop"),
+        ((1.0, 0.5, 0.5), (0, 580, 660), ("fused", "step graph", "loop graph"), "step"),
+        ((1.0, 0.5, 0.4), (0, 580, 660), ("fused", "step graph", "loop graph"), "loop"),
+        ((1.0, 0.5, 0.4), (0, 580, 580), ("fused", "step graph", "step graph"), "step"),
+        ((1.0, 0.98, 0.99), (0, 580, 660), ("fused", "step graph", "loop graph"), "off"),
+    ],
+)
+def test_tune_weighs_time_and_memory(sd, monkeypatch, seconds, sizes, paths, chosen):
+    measured = dict(zip(tune.MODES, zip(seconds, sizes, paths, strict=True), strict=True))
+
+    def measure(guard, pipe, args, kwargs, mode):
+        s, size, path = measured[mode]
+        return tune.Timing(mode=mode, path=path, reason=None, seconds=s, spread=0.0, bytes=size, capture=0.0)
+
+    monkeypatch.setattr(tune, "_measure", measure)
+    with fastguard.enable(sd, "cfg") as guard:
+        assert guard.tune("a cat").chosen == chosen
+
+
+def test_tune_of_stock_calls_is_refused(sd, monkeypatch):
+    monkeypatch.setenv("FASTGUARD_DISABLE", "1")
+    with fastguard.enable(sd, "cfg") as guard, pytest.raises(RuntimeError, match="was not guarded"):
+        guard.tune("a cat", num_inference_steps=1, output_type="latent", **SIZE)
 
 
 def test_tune_without_a_device_chooses_off(sd):

@@ -41,6 +41,12 @@ def resized(layer):
     layer.weight.data = layer.weight.data[:1]
 
 
+def noted():
+    layer = torch.nn.Linear(2, 2, bias=False)
+    layer.weight.factor = 1.0
+    return layer
+
+
 def wrapped():
     layer = torch.nn.Linear(2, 2, bias=False)
     layer.weight = torch.nn.Parameter(TwoTensor(torch.ones(2, 2), torch.ones(2, 2)))
@@ -91,6 +97,13 @@ CHANGES = {  # how the layer is made, what changes, and the branch of the finger
     "entry moved": (lambda: held([[1.0], []]), lambda layer: layer.held[1].append(layer.held[0].pop()), "_open"),
     "strides": (lambda: held(None), transposed, "_where"),
     "size": (lambda: held(None), resized, "_where"),
+    "dtype": (
+        lambda: held(None).half(),
+        lambda layer: setattr(layer.weight, "data", layer.weight.data.view(torch.bfloat16)),
+        "_where",
+    ),
+    "value on a parameter": (noted, lambda layer: setattr(layer.weight, "factor", 2.0), "_mapping"),
+    "training": (lambda: held(None), lambda layer: layer.eval(), "_mapping"),
     "address in a subclass": (wrapped, lambda layer: setattr(layer.weight, "b", torch.ones(2, 2)), "_where"),
     "strides in a subclass": (
         wrapped,
@@ -265,6 +278,29 @@ def test_switches_are_in_the_fingerprint(name):
         put(value)
 
 
+@pytest.mark.parametrize("name", ["allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction"])
+def test_split_sums_are_in_the_fingerprint(name):
+    """Set as the second of a pair, which may be off only where the first is."""
+    if not hasattr(MATMUL, f"{name}_split_k"):
+        pytest.skip("this torch has none")
+    found = []
+    try:
+        for split in (True, False):
+            setattr(MATMUL, name, (False, split))
+            found.append(ambient())
+    finally:
+        setattr(MATMUL, name, (True, True))
+    assert found[0] != found[1]
+
+
+def test_flash_attention_3_is_in_the_fingerprint(monkeypatch):
+    if not hasattr(torch._C, "_get_fa3_sdp_enabled"):
+        pytest.skip("this torch has none")
+    before = ambient()
+    monkeypatch.setattr(torch._C, "_get_fa3_sdp_enabled", lambda: "otherwise")
+    assert ambient() != before
+
+
 def test_the_order_of_attentions_kernels_is_in_the_fingerprint():
     order = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH, SDPBackend.CUDNN_ATTENTION]
     found = []
@@ -295,6 +331,13 @@ def test_contexts_are_in_the_fingerprint(context):
         with context():
             assert ambient() != before
         assert ambient() == before
+
+
+def test_inference_mode_is_more_than_no_grad():
+    with torch.no_grad():
+        before = ambient()
+    with torch.inference_mode():
+        assert ambient() != before
 
 
 @pytest.mark.parametrize(

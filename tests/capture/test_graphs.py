@@ -168,6 +168,20 @@ def test_count_and_bytes_are_bounded(recorders):
     assert graphs._workspaces == {}
 
 
+def test_bounds_that_are_lowered_hold_after_the_next_call():
+    for lower in ({"limit": 1}, {"budget": 900}):
+        graphs = Graphs(limit=3, budget=10_000)
+        for size in (20, 40, 60):  # 8 bytes an element
+            w = lease(graphs, size, size)
+            assert run(graphs, w, "k", lambda x=w.content.x: x.add_(x * 2), keeps=[w.content.x]) is None
+            graphs.give_back(w)
+        vars(graphs).update(lower)
+        w = lease(graphs, 60, 60)
+        assert run(graphs, w, "k", lambda: None) is None, "the last one was used last"
+        graphs.give_back(w)
+        assert len(graphs()) <= graphs.limit and graphs.bytes <= graphs.budget and graphs()
+
+
 def test_room_is_made_before_a_graph_is_recorded():
     graphs, seen = Graphs(budget=1000), []
     for size, nbytes in ((50, 0), (80, 300)):  # 8 bytes an element: 400, then 640, and 300 of inputs

@@ -8,9 +8,11 @@ import threading
 import diffusers
 import pytest
 import torch
+import torch.nn.functional as F
 from accelerate import cpu_offload
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from diffusers import hooks
+from torch.overrides import TorchFunctionMode
 
 import fastguard
 from fastguard.capture import recorded, static_inputs
@@ -123,11 +125,68 @@ class Watched(torch.Tensor):
 
 def test_latents_that_somebody_watches(monkeypatch):
     pipe = pipelines.sd()
+    expected, _ = run(pipe)
     prepare = pipe.prepare_latents
     pipe.prepare_latents = lambda *args, **kwargs: prepare(*args, **kwargs).as_subclass(Watched)
-    for mode in ("step", "auto"):
-        _, report = run(pipe, capture=mode)
+    for mode in ("step", "loop", "auto"):
+        image, report = run(pipe, capture=mode)
         assert (report.path, report.reason) == ("fused", "latents are a Watched, which no graph can hold")
+        assert torch.equal(torch.Tensor(image), expected), "of all rows, also where the stock loop was told of one"
+
+
+class Halved(TorchFunctionMode):
+    """Somebody else's attention, in the way that a library may put it there for a while."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        return result * 0.5 if func is F.scaled_dot_product_attention else result
+
+
+@pytest.mark.parametrize("mode", ["step", "loop"])
+def test_modes_of_torch_that_a_replay_would_not_ask(sd, mode):
+    plain, _ = run(sd)
+    with fastguard.enable(sd, "cfg", capture=mode) as guard:
+        assert torch.equal(call(sd), plain) and guard.report.path == f"fused, {mode} graph"
+        with Halved():
+            other = call(sd)
+            assert guard.report.path == "fused" and "runs under a Halved" in guard.report.reason
+        with Halved(), fastguard.enable(sd, "cfg", capture="off"):
+            assert torch.equal(other, call(sd)) and not torch.equal(other, plain)
+        with torch.device("cpu"), fastguard.enable(sd, "cfg", capture=mode):
+            assert torch.equal(call(sd), plain) and guard.report.path == f"fused, {mode} graph", (
+                "a default device is harmless"
+            )
+
+
+def test_another_call_with_another_model_meanwhile():
+    """Each call records and replays the model that it was begun with."""
+    pipe, two = pipelines.sd(), pipelines.sd().unet
+    for parameter in two.parameters():
+        parameter.data.mul_(1.5)
+    one, encode = pipe.unet, pipe.encode_prompt
+    expected, _ = run(pipe)
+
+    def meanwhile(*args, **kwargs):
+        def other():
+            pipe.unet = two
+            try:
+                call(pipe)
+            finally:
+                pipe.unet = one
+
+        pipe.encode_prompt = encode
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        return encode(*args, **kwargs)
+
+    for mode in ("step", "loop"):
+        with fastguard.enable(pipe, "cfg", capture=mode):
+            call(pipe)
+            pipe.encode_prompt = meanwhile
+            assert torch.equal(call(pipe), expected)
+            assert torch.equal(call(pipe), expected)
+            pipe.encode_prompt = encode
 
 
 def test_guidance_rescale_reads_an_output(sd):

@@ -29,6 +29,7 @@ LINEAR = {**schedulers.SD, **MORE}
 @pytest.mark.parametrize("name", LINEAR)
 def test_schedulers(sd, name, policy):
     sd.scheduler = LINEAR[name]()
+    policy = schedulers.suited(name, policy)
     kwargs = {"steps": 4 if "3" in name else 3, **({"eta": 1.0} if name == "ddim-eta" else {})}
     against = eager(sd, policy, **kwargs)
     for mode in ("step", "loop"):

@@ -280,7 +280,7 @@ def test_two_hundred_changes_in_random_order(recorders):
     settings = {
         "scheduler": names,
         "policy": [*POLICIES, "stp"],
-        "mode": ["step", "step", "loop"],
+        "mode": ["step", "loop"],
         "guidance_scale": [1.5, 4.0, 9.0],
         "steps": [2, 3],
         "seeds": [(1,), (1, 2)],
@@ -295,7 +295,7 @@ def test_two_hundred_changes_in_random_order(recorders):
     try:
         for number in range(200):
             name = chance.choice(list(settings))
-            now[name] = chance.choice(settings[name])
+            now[name] = chance.choice([value for value in settings[name] if value is not now[name]])
             if name in ("change", "value"):
                 now["change"](pipe, now["value"])
             pipe.scheduler = schedulers.SD[now["scheduler"]]()

@@ -17,6 +17,7 @@ pytest.importorskip("triton")
 from fastguard.kernels import guided_step as op
 from fastguard.kernels import triton_step
 from fastguard.kernels.arguments import Operands
+from fastguard.kernels.layout import State
 
 SD, SDXL = (2, 4, 64, 64), (2, 4, 128, 128)
 
@@ -63,6 +64,45 @@ def launched(monkeypatch, shape, *, change=lambda case: None, **options) -> list
 )
 def test_nothing_but_the_kernels(shape, kernels, options, monkeypatch):
     assert launched(monkeypatch, shape, **options) == kernels
+
+
+def arguments_of_a_launch(monkeypatch, rows=3):
+    """What the kernels are handed in one row after the other: tensors by their place, everything else by value."""
+    case = cases.make(0, SD, dtype=torch.float16)
+    operands = Operands(case.uncond, case.cond, **case.arguments, scratch=op.scratch_for(case.arguments["x"]))
+    seen: list[list] = []
+
+    class Handed:
+        def __getitem__(self, grid):
+            def launch(*args, **kwargs):
+                values = [*args, *sorted(kwargs.items())]
+                seen.append([grid, *(v.data_ptr() if isinstance(v, torch.Tensor) else v for v in values)])
+
+            return launch
+
+    monkeypatch.setattr(triton_step, "_step_kernel", Handed())
+    for row in range(rows):
+        operands.state[:, State.STEP] = row  # as the kernel itself would have left it
+        op._run(operands, "triton")
+    return seen
+
+
+def test_a_launch_says_nothing_of_the_row(monkeypatch):
+    """A graph bakes in what a kernel is handed by value; a counter of Python's would stand still in every replay."""
+    first, *others = arguments_of_a_launch(monkeypatch)
+    assert others == [first, first]
+
+
+def test_a_planted_counter_in_the_launcher_is_found(monkeypatch):
+    real, calls = triton_step.guided_step_triton, []
+
+    def counting(operands):
+        calls.append(None)
+        real(operands._replace(x=operands.x[: len(calls)]))
+
+    monkeypatch.setattr(triton_step, "guided_step_triton", counting)
+    first, *others = arguments_of_a_launch(monkeypatch, rows=2)
+    assert others != [first]
 
 
 def _waits(operands):

@@ -31,7 +31,7 @@ def sized(request):
 def test_guarded_loop_neither_waits_nor_copies(sized, name):
     _, pipeline = sized
     pipe = pipeline(schedulers.SD[name]())
-    with fastguard.enable(pipe, "og+dtp", gate=0.02):
+    with fastguard.enable(pipe, schedulers.suited(name, "og+dtp", gate=0.02)):
         report = fastguard.assert_sync_free(pipe, steps=STEPS)
     assert report.technique == "fake" and report.guarded
     assert report.steps >= STEPS
