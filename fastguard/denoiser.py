@@ -28,7 +28,8 @@ def select_branch(tree: Any, branch: Branches, batch: int) -> Any:
     if isinstance(tree, Mapping):
         return {k: v if k in UNBRANCHED else select_branch(v, branch, batch) for k, v in tree.items()}
     if isinstance(tree, (tuple, list)):
-        return type(tree)(select_branch(value, branch, batch) for value in tree)
+        items = [select_branch(value, branch, batch) for value in tree]
+        return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
     return tree
 
 

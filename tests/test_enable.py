@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections import namedtuple
 
 import diffusers
 import pytest
 import torch
 
 import fastguard
+from fastguard.denoiser import select_branch
 from tests import pipelines
 from tests.guarded import SCHEDULERS, SD_KINDS, STEPS, call, mask, picture, same
 
@@ -358,6 +360,14 @@ def test_ip_adapter():
     with fastguard.enable(pipe, "stp", t_star=0) as guard:  # one branch only: its half of the image embeddings
         call(pipe, ip_adapter_image_embeds=embeds)
         assert guard.report[0].denoiser_rows == STEPS
+
+
+def test_branches_of_named_tuples():
+    pair = namedtuple("Pair", "u c")
+    half = select_branch({"p": pair(torch.arange(4), [torch.arange(4), 3])}, "cond", 2)["p"]
+    assert (
+        type(half).__name__ == "Pair" and half.u.tolist() == [2, 3] and half.c[0].tolist() == [2, 3] and half.c[1] == 3
+    )
 
 
 def test_masks_of_ip_adapters_belong_to_no_branch():

@@ -56,7 +56,7 @@ def unhashable(tree: Any, path: str = "arguments") -> str | None:
     """Where `tree` holds something that is neither a tensor nor a plain value, so that nobody can tell whether it changed."""
     if isinstance(tree, Mapping):
         parts = [(f"{path}[{key!r}]", value) for key, value in tree.items()]
-    elif isinstance(tree, (tuple, list)):
+    elif type(tree) in (tuple, list):
         parts = [(f"{path}[{i}]", value) for i, value in enumerate(tree)]
     elif tree is None or isinstance(tree, (torch.Tensor, bool, int, float, str, torch.dtype)):
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
+from collections import namedtuple
 
 import diffusers
 import pytest
@@ -117,6 +118,9 @@ def test_what_runs_python_in_every_forward_stays_eager(obstacle, reason):
 
 
 # Whatever is asked of a call ------------------------------------------------------------------------------------------------
+
+
+Pair = namedtuple("Pair", "u c")
 
 
 class Watched(torch.Tensor):
@@ -274,6 +278,7 @@ def test_arguments_that_nobody_can_compare_stay_eager(sd):
     assert static_inputs.unhashable(((torch.ones(1), 2.0, None), {"a": [{"b": "c"}]})) is None
     found = static_inputs.unhashable(((), {"cross_attention_kwargs": {"mask": object()}}))
     assert found == "arguments[1]['cross_attention_kwargs']['mask'] is a object"
+    assert static_inputs.unhashable((Pair(1, 2),)) == "arguments[0] is a Pair", "it may hold more than its items"
 
 
 def test_concurrent_calls_of_one_shape():
