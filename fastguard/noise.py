@@ -22,11 +22,8 @@ class Noise:
     def draw_ahead(self, schedule: Schedule, latents: torch.Tensor, generator: Any) -> None:
         """Draw that of all rows now, in stock's order, unless it is too large or autocast would have a say in it.
 
-        A generator in host memory would otherwise stop every step for a copy. Without one nothing is in the way, and torch's global
-        one may serve others between two steps (dropout, a hook).
+        A generator in host memory would otherwise stop every step for a copy.
         """
-        if generator is None:
-            return
         size = sum(schedule.draws) * latents.numel() * latents.element_size()
         if not 0 < size <= AHEAD or torch.is_autocast_enabled(latents.device.type):
             return
@@ -62,7 +59,8 @@ class Noise:
 
 
 def _each(generator: Any) -> list[torch.Generator]:
-    return generator if isinstance(generator, list) else [generator]
+    """The generators that the caller holds; without one, torch's global one is drawn from and not rewound."""
+    return generator if isinstance(generator, list) else [] if generator is None else [generator]
 
 
 def _draw(schedule: Schedule, latents: torch.Tensor, dtype: torch.dtype, generator: Any) -> torch.Tensor:

@@ -11,6 +11,7 @@ from torch._inductor import config as inductor
 
 MODES = (None, "default", "max-autotune-no-cudagraphs")
 _SWITCH = "triton.cudagraphs"
+_ARGUMENTS = tuple(inspect.signature(torch.compile).parameters)[1:]  # but the model
 
 
 def check_compile(compile: bool | Mapping[str, Any]) -> dict[str, Any] | None:
@@ -20,9 +21,10 @@ def check_compile(compile: bool | Mapping[str, Any]) -> dict[str, Any] | None:
     if compile is not True and not isinstance(compile, Mapping):
         raise ValueError(f"compile={compile!r}: must be True, False or a dictionary of torch.compile's arguments")
     options = {} if compile is True else dict(compile)
-    arguments = list(inspect.signature(torch.compile).parameters)[1:]
-    if unknown := [name for name in options if name not in arguments]:
-        raise ValueError(f"compile: {unknown[0]!r} is no argument of torch.compile; allowed are {', '.join(arguments)}")
+    if unknown := [name for name in options if name not in _ARGUMENTS]:
+        raise ValueError(
+            f"compile: {unknown[0]!r} is no argument of torch.compile; allowed are {', '.join(_ARGUMENTS)}"
+        )
     mode, switches = options.get("mode"), options.get("options") or {}
     if mode not in MODES:
         allowed = ", ".join(repr(mode) for mode in MODES)

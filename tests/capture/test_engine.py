@@ -64,6 +64,7 @@ def test_auto_records_small_work_only(sd):
     [
         ({"capture": "graph"}, "capture='graph': allowed are 'off', 'step', 'loop', 'auto'"),
         ({"compile": "yes"}, "compile='yes': must be True, False or a dictionary"),
+        ({"compile": {"modes": "default"}}, "compile: 'modes' is no argument of torch.compile; allowed are fullgraph"),
         ({"compile": {"mode": "reduce-overhead"}}, "mode='reduce-overhead' would record CUDA graphs"),
         ({"compile": {"mode": "max-autotune"}}, "mode='max-autotune' would record CUDA graphs"),
         ({"compile": {"options": {"triton.cudagraphs": True}}}, "triton.cudagraphs must be off"),
