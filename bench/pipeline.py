@@ -3,7 +3,8 @@
     python -m bench.pipeline [--batch 8] [--steps 50] [--pairs 20] [--schedulers DDIM ...] [--policies dtp ...] [--json FILE]
 
 `stp` skips the conditional branch before t* = 500, a quarter of the denoiser's rows; `dtp` needs both branches throughout. Before
-anything is timed the guarded pipeline under `cfg` is checked against stock's latents.
+anything is timed the guarded pipeline under `cfg` is checked against stock's latents. Half of the rows take more than half of the time where
+a denoiser is as small as the embedded one: that is measured, too, and what it leaves for `stp` at best, were everything else free.
 """
 
 from __future__ import annotations
@@ -60,6 +61,21 @@ def measure(
     return results
 
 
+def half_of_the_rows(model: Path | None, batch: int, pairs: int) -> Ratios:
+    """Seconds of the denoiser for `batch` rows over those for 2 * `batch`."""
+    pipe = _load(model, SCHEDULERS["DDIM"])
+    c = pipe.unet.config
+    sample = torch.randn(2 * batch, c.in_channels, c.sample_size, c.sample_size)
+    embeds, _ = pipe.encode_prompt("a red apple", "cpu", 2 * batch, False)
+
+    @torch.no_grad()
+    def run(rows: int) -> None:
+        for _ in range(10):
+            pipe.unet(sample[:rows], 500, encoder_hidden_states=embeds[:rows])
+
+    return alternating(partial(run, batch), partial(run, 2 * batch), pairs=pairs, progress="denoiser")
+
+
 def _load(model: Path | None, make) -> diffusers.StableDiffusionPipeline:
     pipe = (
         testbed.load()
@@ -93,6 +109,8 @@ def main() -> None:
     for scheduler, by_policy in results.items():
         for policy, ratios in by_policy.items():
             print(f"| {scheduler} | {policy} | {ratios} |")
+    half = half_of_the_rows(options.model, options.batch, options.pairs)
+    print(f"denoiser, {options.batch} rows / {2 * options.batch}: {half}; stp at best {(1 + half.median) / 2:.3f}")
     if options.json:
         values = {s: {p: r.values for p, r in by.items()} for s, by in results.items()}
         write_json(
