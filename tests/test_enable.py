@@ -302,6 +302,15 @@ def test_rescaling_under_a_guard_that_runs_one_branch(sd):
     torch.testing.assert_close(ours.double(), x, rtol=0, atol=1e-5 * x.abs().max().item())
 
 
+def test_step_gets_other_arguments_than_the_calls(sd):
+    """What `scheduler.step` is really called with decides, not what the call's own arguments let expect."""
+    pipe = pipelines.sd()
+    plain = call(pipe)
+    pipe.prepare_extra_step_kwargs = lambda generator, eta: {"eta": 0.5, "generator": generator}
+    same(pipe)
+    assert not torch.equal(call(pipe), plain)
+
+
 # Adapters -------------------------------------------------------------------------------------------------------------
 
 
