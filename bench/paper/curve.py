@@ -157,43 +157,57 @@ def verdict(
     }
 
 
+def _gap(cell: Mapping[str, Any], axis: str) -> str:
+    return f"{cell['gap']:+.3f} [{cell['low']:+.3f}, {cell['high']:+.3f}] at {axis} {cell['at']:.2f}"
+
+
+def _below(cells: Mapping[str, Mapping[str, Any]], axis: str) -> str:
+    """The peers that the preset lies below, listed; empty if there are none."""
+    return "; ".join(
+        f"{peer} ({_gap(cell, axis)}{', within the interval' if cell['within the interval'] else ''})"
+        for peer, cell in cells.items()
+        if not cell["on or above"]
+    )
+
+
+def strict_sentence(result: Mapping[str, Any], axis: str) -> str:
+    """The verdict where an image that is blown up counts as not faithful, whatever the classifier sees in it."""
+    below = _below(result["cheap"], axis)
+    where = f"lies below {below}" if below else "is on or above every peer's of at most that cost"
+    return f"With blown-up images counted as not faithful the best preset is {result['best']}: its curve {where}."
+
+
 def sentences(result: Mapping[str, Any], axis: str) -> list[str]:
     """The verdict in words, every one of them from the numbers."""
     if not result["possible"]:
         return [f"Against {axis} the comparison cannot be made: {result['reason']}."]
 
-    def gap(cell: Mapping[str, Any]) -> str:
-        return f"{cell['gap']:+.3f} [{cell['low']:+.3f}, {cell['high']:+.3f}] at {axis} {cell['at']:.2f}"
-
     verb, lead = "is NOT", ""
     if result["holds"]:
         peer, cell = min(result["cheap"].items(), key=lambda item: item[1]["gap"])
-        verb, lead = "is", f"; its least lead is {gap(cell)}, over {peer}"
+        verb, lead = "is", f"; its least lead is {_gap(cell, axis)}, over {peer}"
     text = [
         f"The {axis}-against-faithfulness curve of the best preset at no more than 1.0 times plain cost "
         f"({result['best']}, {result['cost']:.2f} times) {verb} on or above every peer's of at most that cost ({', '.join(result['cheap'])}){lead}."
     ]
-    below = {peer: cell for peer, cell in result["cheap"].items() if not cell["on or above"]}
-    if below:
-        listed = "; ".join(
-            f"{peer} ({gap(cell)}{', within the interval' if cell['within the interval'] else ''})"
-            for peer, cell in below.items()
-        )
-        text.append(f"It lies below: {listed}.")
+    if below := _below(result["cheap"], axis):
+        text.append(f"It lies below: {below}.")
     for cell in result["plain"].values():
         where = "on or above" if cell["on or above"] else "below"
         note = ", within the interval" if not cell["on or above"] and cell["within the interval"] else ""
-        text.append(f"It is {where} that of plain guidance itself (least lead {gap(cell)}{note}).")
+        text.append(f"It is {where} that of plain guidance itself (least lead {_gap(cell, axis)}{note}).")
     dear = {peer: cell for peer, cell in result["dear"].items() if not cell["on or above"]}
     if dear:
         listed = "; ".join(
-            f"{peer} at {cell['cost']:.2f} times plain cost ({gap(cell)})" for peer, cell in dear.items()
+            f"{peer} at {cell['cost']:.2f} times plain cost ({_gap(cell, axis)})" for peer, cell in dear.items()
         )
         text.append(f"Dearer peers that are better somewhere: {listed}.")
     elif result["dear"]:
         text.append(f"Of the dearer peers ({', '.join(result['dear'])}) none is better anywhere.")
     else:
         text.append("No dearer peer was run.")
+    if (strict := result.get("strict")) is not None:
+        text.append(strict_sentence(strict, axis))
     if len(result["presets"]) > 1:
         text.append(
             f"The best of {len(result['presets'])} presets was chosen on the same images that it is compared on, which favours it."

@@ -93,7 +93,11 @@ def summarise(
         found = {name: one for name, one in curve.curves(shown, column, "faithful").items() if name in cost}
         result["curves"][axis] = {name: one.points() for name, one in found.items()}
         if found:
-            result["verdicts"][axis] = curve.verdict(found, cost, ours, peers)
+            result["verdicts"][axis] = one = curve.verdict(found, cost, ours, peers)
+            if one["possible"] and all("blown" in row for row in shown):
+                sound = [row | {"faithful": 0.0} if row["blown"] else row for row in shown]
+                strict = {name: c for name, c in curve.curves(sound, column, "faithful").items() if name in cost}
+                one["strict"] = curve.verdict(strict, cost, ours, peers)
         else:
             reason = "no measure of faithfulness was given (--clip)"
             result["verdicts"][axis] = {"possible": False, "reason": reason}

@@ -40,8 +40,8 @@ OURS = ((0.2, 0.5), (0.3, 0.7))
 WORSE, BETTER = ((0.2, 0.4), (0.3, 0.6)), ((0.2, 0.4), (0.3, 0.8))
 
 
-def page(out: Path, cheap: Any, dear: Any) -> str:
-    """The page of made up results, one value for all prompts. The opposite script's transition is at step 10 or, for "5", at 40."""
+def page(out: Path, cheap: Any, dear: Any, blown: str = "") -> str:
+    """The page of made up results, one value for all prompts, with a method all of whose images are blown up. The opposite script's transition is at step 10 or, for "5", at 40."""
     curves = {"none": PLAIN, "dtp": OURS, "cheap": cheap, "wen-1": dear, "og+dtp": WORSE, "reference-og+dtp": WORSE}
     with Store(out) as store:
         for name, (_, rows, seconds) in METHODS.items():
@@ -66,6 +66,7 @@ def page(out: Path, cheap: Any, dear: Any) -> str:
                             "similarity": x,
                             "copy": x > 0.5,
                             "faithful": y,
+                            **({"blown": name == blown} if blown else {}),
                             "details": detail if name == "reference-og+dtp" else {},
                         }
                     )
@@ -99,6 +100,19 @@ def test_verdict(tmp_path: Path, cheap: Any, dear: Any, said: list[str], unsaid:
     sentences = text.split("The copy rate-against")[0]
     assert all(part in sentences for part in said), sentences
     assert not any(part in sentences for part in unsaid)
+
+
+def test_the_verdict_on_images_that_are_blown_up(tmp_path: Path) -> None:
+    """With them counted as not faithful a preset that led by them leads no more, and one that lost to such a peer does not lose."""
+    strict = "With blown-up images counted as not faithful the best preset is"
+    assert strict not in page(tmp_path / "without", WORSE, WORSE)
+    ours = page(tmp_path / "ours", WORSE, WORSE, blown="dtp")
+    assert IS in ours
+    assert f"{strict} og+dtp: its curve is on or above every peer&#x27;s" in ours
+    theirs = page(tmp_path / "theirs", BETTER, WORSE, blown="cheap")
+    assert IS_NOT in theirs and f"{strict} dtp: its curve is on or above every peer&#x27;s" in theirs
+    lost = page(tmp_path / "lost", BETTER, WORSE, blown="dtp")
+    assert f"{strict} og+dtp: its curve lies below cheap (-0.200" in lost
 
 
 def test_methods_that_were_left_out_stand_beside_the_verdict(tmp_path: Path) -> None:
