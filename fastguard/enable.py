@@ -51,7 +51,8 @@ def enable(
     compile    torch.compile the denoiser for the guard's calls: True, or a dictionary of its arguments
     overrides  fields of the policy to replace, e.g. gate=0.02
 
-    Enabling a guarded pipeline again replaces policy and options; a `with` gives them back at its end. FASTGUARD_DISABLE=1 in the environment makes every call a stock
+    Enabling a guarded pipeline again replaces policy and options; `with enable(...)` gives back
+    what it replaced. FASTGUARD_DISABLE=1 in the environment makes every call a stock
     call. TypeError for a pipeline that is not supported, ValueError for a bad policy or an option that cannot work here.
     """
     base = _stock_class(type(pipe))
@@ -126,6 +127,8 @@ class Guard:
         if outer is None:
             self.disable()
         else:
+            if outer[1] != self.engine:
+                self.graphs.clear()  # those of the inner options
             self.policy, self.engine = outer
 
     def run(self, stock_call: Any, args: tuple, kwargs: dict) -> Any:
@@ -169,11 +172,14 @@ class Guard:
             call.pipe = shadow(state, replacements, parts)
             if alone and hasattr(pipe, "_interrupt"):
                 pipe._interrupt = False
+            self._replaced = None
             try:
                 return settled(stock_call(call.pipe, *args, **kwargs))
             finally:
-                self._last = self._thread.last = call.report()
-                call.close()
+                try:
+                    self._last = self._thread.last = call.report()
+                finally:
+                    call.close()
 
 
 def _copy(pipe: Any) -> Any:

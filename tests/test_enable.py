@@ -280,6 +280,12 @@ def test_guards_within_guards(sd):
         call(sd)
         assert outer.report[0].policy.name == "dtp"
     assert "_fastguard_guard" not in vars(sd)
+    guard = fastguard.enable(sd, "dtp", gate=0.1)
+    fastguard.enable(sd, "cfg")
+    call(sd)
+    with guard:  # of a guard that has worked since, the end is the stock pipeline
+        pass
+    assert "_fastguard_guard" not in vars(sd)
 
 
 def test_rescaling_under_a_guard_that_runs_one_branch(sd):

@@ -69,36 +69,47 @@ class Ignored(Refused, ValueError):
     """The denoiser never asked for what `attention_backend` names."""
 
 
-def attend_with(name: str | None, denoiser: torch.nn.Module, runs: Callable[..., Any]) -> Callable[..., Any]:
-    """`runs`, which is `denoiser` or its compiled form, with its attention computed by the named backend; itself for None.
+class Attending:
+    """`runs`, which is `denoiser` or its compiled form, with its attention computed by the named backend (None: as it is)."""
 
-    A call raises Ignored if the denoiser asks for no attention: its processors compute it by themselves. Of a compiled one, which
-    counts nothing, the first call alone is looked at.
-    """
-    if name is None:
-        return runs
-    backend, known = find(name), False  # a compiled denoiser, which as it was written asks
+    def __init__(self, name: str | None, denoiser: torch.nn.Module, runs: Callable[..., Any]) -> None:
+        self._name, self._denoiser, self._runs = name, denoiser, runs
+        self._compiled_asks = False
 
-    def call(*args: Any, **kwargs: Any) -> Any:
-        nonlocal known
-        with _Attention(backend) as attention:
-            result = runs(*args, **kwargs) if runs is denoiser or known else None
-        if attention.asked or known:
+    def in_a_call(self) -> Callable[..., Any]:
+        """For one call of the pipeline.
+
+        Its first row raises Ignored if the denoiser asks for no attention: its processors compute it by themselves. (Later rows may skip
+        it: diffusers' caches do.) Of a compiled denoiser, which counts nothing, the first call alone is looked at.
+        """
+        if self._name is None:
+            return self._runs
+        backend, asked = find(self._name), self._compiled_asks
+
+        def row(*args: Any, **kwargs: Any) -> Any:
+            nonlocal asked
+            if not asked and self._runs is not self._denoiser:
+                self._ask_as_written(backend, args, kwargs)
+                asked = True
+            with _Attention(backend) as attention:
+                result = self._runs(*args, **kwargs)
+            if not asked and not attention.asked:
+                self._ask_as_written(backend, args, kwargs)
+            asked = True
             return result
-        if runs is not denoiser or is_compiled(denoiser.modules()):
-            # What is compiled counts nothing: the model is asked as it was written, and run again.
+
+        return row
+
+    def _ask_as_written(self, backend: Any, args: tuple, kwargs: dict) -> None:
+        if self._runs is not self._denoiser or is_compiled(self._denoiser.modules()):
             with torch.compiler.set_stance("force_eager"), _Attention(backend) as attention:
-                denoiser(*args, **kwargs)
-        if not attention.asked:
+                self._denoiser(*args, **kwargs)
+            self._compiled_asks = bool(attention.asked)
+        if not self._compiled_asks:
             raise Ignored(
-                f"attention_backend={name!r}: {type(denoiser).__name__} never calls scaled_dot_product_attention of torch, "
+                f"attention_backend={self._name!r}: {type(self._denoiser).__name__} never calls scaled_dot_product_attention of torch, "
                 f"so nothing would change; set processors that do (AttnProcessor2_0), or attention_backend=None"
             )
-        known = True
-        with _Attention(backend):
-            return runs(*args, **kwargs)
-
-    return call
 
 
 class _Attention(TorchFunctionMode):

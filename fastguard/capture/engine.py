@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fastguard.capture.attention import attend_with, check, find, head_sizes
+from fastguard.capture.attention import Attending, check, find, head_sizes
 from fastguard.capture.compiled import check_compile, compile_denoiser, records_graphs
 from fastguard.capture.fingerprint import Fingerprint
 from fastguard.capture.graphed import Capturing
@@ -56,7 +56,7 @@ class Engine:
         made = self._last.of(denoiser, self)
         options = (self.attention_backend, repr(self.compile))
         capturing = Capturing(self.capture, graphs, made.fingerprint, options, begun=graphs.clears)
-        return made.runs, capturing
+        return made.attending.in_a_call(), capturing
 
 
 class _Last:
@@ -78,7 +78,7 @@ class _Made:
 
     def __init__(self, denoiser: torch.nn.Module, engine: Engine) -> None:
         self.denoiser = denoiser
-        self.runs = attend_with(engine.attention_backend, denoiser, compile_denoiser(denoiser, engine.compile))
+        self.attending = Attending(engine.attention_backend, denoiser, compile_denoiser(denoiser, engine.compile))
         self._lock = threading.Lock()
         self._fingerprint: Fingerprint | None = None
 

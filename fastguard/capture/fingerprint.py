@@ -121,13 +121,7 @@ class Fingerprint:
         if isinstance(value, _PLAIN):
             return repr(value)
         if isinstance(value, torch.Tensor):
-            wrapper = hasattr(value, "__tensor_flatten__")
-            (self._wrappers if wrapper else self._tensors).append(value)
-            noted = [
-                name for name in vars(value) if not name.startswith("_dynamo")
-            ]  # quantisers note what a weight is; compilers, theirs
-            own = self._mapping(vars(value), depth + 1, noted) if noted and not wrapper and depth < _DEPTH else []
-            return [tuple(value.shape), str(value.dtype), kind(value), own]
+            return self._tensor(value, depth)
         if isinstance(value, np.ndarray):
             return self._array(value)
         if isinstance(value, torch.nn.Module):
@@ -139,6 +133,21 @@ class Fingerprint:
         if isinstance(value, _OPAQUE) or depth >= _DEPTH or kind(value).startswith(_COMPILERS):
             return self._identity(value)
         return self._refer(value, depth + 1)
+
+    def _tensor(self, tensor: torch.Tensor, depth: int) -> list[Any]:
+        """Its layout, and what is noted on it: quantisers say there what a weight is, compilers what is theirs."""
+        inner: list[str] = []
+        context: Any = None
+        if hasattr(tensor, "__tensor_flatten__"):
+            inner, context = tensor.__tensor_flatten__()
+            self._wrappers.append(tensor)
+        else:
+            self._tensors.append(tensor)
+        found: list[Any] = [tuple(tensor.shape), str(tensor.dtype), kind(tensor)]
+        if depth < _DEPTH:
+            noted = [name for name in vars(tensor) if not name.startswith("_dynamo") and name not in inner]
+            found += [self._mapping(vars(tensor), depth + 1, noted), self._describe(context, depth + 1)]
+        return found
 
     def _refer(self, value: Any, depth: int) -> str:
         """A number for what is read in its own place."""

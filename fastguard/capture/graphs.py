@@ -124,6 +124,7 @@ class Graphs:
     limit: int = LIMIT
     failure: str | None = None  # why nothing is recorded any more
     clears: int = 0
+    _bounds: tuple[int, int] = (BUDGET, LIMIT)  # the last that were applied to what is there
     _recorder: Recorder | None = None
     _device: torch.device | None = None
     _graphs: OrderedDict[Hashable, _Graph] = field(default_factory=OrderedDict)
@@ -202,8 +203,13 @@ class Graphs:
             workspace.recorder.join(workspace.content.tensors)
             workspace.busy = False
             self._drop_if_unused(workspace)
-            while self._graphs and (len(self._graphs) > self.limit or self.bytes > self.budget):  # lowered meanwhile
-                self._evict(next(iter(self._graphs)))
+            if self._bounds != (
+                self.budget,
+                self.limit,
+            ):  # somebody set them: rare, and asking for the pool's size takes a while
+                self._bounds = self.budget, self.limit
+                while self._graphs and (len(self._graphs) > self.limit or self.bytes > self.budget):
+                    self._evict(next(iter(self._graphs)))
 
     def _drop_if_unused(self, workspace: Workspace) -> None:
         mine = self._workspaces.get(workspace.key) is workspace

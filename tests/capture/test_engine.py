@@ -200,6 +200,23 @@ def test_a_backend_that_is_not_asked_any_more_is_not_ignored_silently(capture):
             call(pipe)
 
 
+def test_rows_that_skip_attention_are_no_news():
+    """As diffusers' caches have it: one row computes attention, the next takes what that one gave."""
+    pipe = pipelines.sd()
+    row = {"number": 0}
+    for processor in pipe.unet.attn_processors.values():
+        processor.__class__ = Skipping
+        processor.row = row
+    pipe.unet.register_forward_hook(lambda *_: row.update(number=row["number"] + 1))
+    image, report = run(pipe, attention_backend="native")
+    assert image.isfinite().all() and len(report[0].d_curve) > 1
+
+
+class Skipping(AttnProcessor2_0):
+    def __call__(self, attn, hidden_states, *args, **kwargs):
+        return hidden_states if self.row["number"] % 2 else super().__call__(attn, hidden_states, *args, **kwargs)
+
+
 def test_a_model_that_its_owner_compiled_asks_the_backend(sd):
     """Compiled code counts nothing, so the model is asked once as it is; what runs is the compiled one."""
     pipe = pipelines.sd()

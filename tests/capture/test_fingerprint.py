@@ -103,6 +103,12 @@ CHANGES = {  # how the layer is made, what changes, and the branch of the finger
         "_where",
     ),
     "value on a parameter": (noted, lambda layer: setattr(layer.weight, "factor", 2.0), "_mapping"),
+    "value put on a parameter": (
+        lambda: held(None),
+        lambda layer: setattr(layer.weight, "factor", 2.0),
+        "_mapping",
+    ),
+    "value on a parameter of a subclass": (wrapped, lambda layer: setattr(layer.weight, "factor", 2.0), "_mapping"),
     "training": (lambda: held(None), lambda layer: layer.eval(), "_mapping"),
     "address in a subclass": (wrapped, lambda layer: setattr(layer.weight, "b", torch.ones(2, 2)), "_where"),
     "strides in a subclass": (

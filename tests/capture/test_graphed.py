@@ -31,6 +31,28 @@ def test_policies(sd, policy, mode):
     check(sd, policy, mode, steps=5, times=2)
 
 
+def test_the_end_of_an_inner_guard_gives_its_graphs_back(sd):
+    with fastguard.enable(sd, "cfg", capture="off") as outer:
+        with fastguard.enable(sd, "cfg", capture="step") as inner:
+            call(sd)
+            assert inner.graphs()
+        assert outer.graphs() == [] and outer.graphs.bytes == 0
+
+
+def test_a_report_that_cannot_be_made_keeps_no_tensors(sd, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("no room for a report")
+
+    with fastguard.enable(sd, "cfg", capture="step") as guard:
+        expected = call(sd)
+        with monkeypatch.context() as patch:
+            patch.setattr("fastguard.report.Report.read", full)
+            with pytest.raises(torch.OutOfMemoryError, match="no room"):
+                call(sd)
+        assert torch.equal(call(sd), expected)
+        assert guard.report.path == "fused, step graph", guard.report.reason
+
+
 def test_unguided(sd):
     for mode in ("step", "loop"):
         check(sd, mode=mode, guidance_scale=1.0)
