@@ -213,7 +213,7 @@ def page(r: dict) -> str:
             ],
         ),
         "## Decisions in other dtypes, against float32\n",
-        "D test prompts and 28 ordinary ones.\n",
+        "D test prompts and 28 ordinary ones, one seed.\n",
         table(
             (
                 "dtype",
