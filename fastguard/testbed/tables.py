@@ -137,7 +137,7 @@ def page(r: dict) -> str:
         ),
         "## Every preset\n",
         f"Ordinary prompts under plain guidance: faithful {share(o['faithful'])}, blown up "
-        f"{share(o['blown'])}. The presets run without a gate but for the last two rows; the last, \"default\", is the model's own "
+        f'{share(o["blown"])}. The presets run without a gate but for the last two rows; the last, "default", is the model\'s own '
         f"policy file, `{shown}`. D: plain captions shared with other drawings, the paper's case.\n",
         table(MAIN_HEAD, main_rows(r["main"], "D")),
         "T: captions of their own, the stress case.\n",
