@@ -29,11 +29,11 @@ from fastguard.capture import recorded
 from fastguard.capture.graphed import Capturing, Graphed
 from fastguard.denoiser import placeholder, select_branch
 from fastguard.families import Family
-from fastguard.kernels.layout import Row, Rule
+from fastguard.kernels.layout import Row
 from fastguard.loop import Loop
 from fastguard.noise import Noise
 from fastguard.pending import Pending, values_of
-from fastguard.plan import Plan, limit_of, lower
+from fastguard.plan import Plan, idle_guards, lower, of_images
 from fastguard.policy import Policy
 from fastguard.report import Report
 from fastguard.schedule import Schedule, compile_schedule
@@ -149,7 +149,7 @@ class Call:
             )
         rows = sample.shape[0]
         guided = self.family.guided(self.pipe, self.arguments)
-        if not guided and self.row == 0 and (self.policy.guarded or _sets_scale(self.policy)):
+        if not guided and self.row == 0 and (self.policy.guarded or self.policy.sets_scale):
             raise ValueError(
                 f"guidance_scale={self.arguments.get('guidance_scale')!r}: the pipeline runs no unconditional branch then, but policy "
                 f"{self.policy.name!r} needs it; pass a guidance_scale above 1 to a model with classifier-free guidance, or use 'cfg' "
@@ -281,21 +281,12 @@ class Call:
             per_prompt = self.arguments.get("num_images_per_prompt") or 1
             autoencoder = getattr(self.pipe, "vae", None)  # a pipeline that returns latents may have none
             channels = sample.shape[1] if autoencoder is None else autoencoder.config.latent_channels
-            self._samples = _expand(self.policy, batch, per_prompt)
+            self._samples = of_images(self.policy, batch, per_prompt)
             self._elements = channels * sample[0, 0].numel()
             self.plan = self._lower()
-            self._warn_of_idle_guards()
+            for sentence in idle_guards(self.plan):
+                warnings.warn(sentence, stacklevel=2)
         return self.plan
-
-    def _warn_of_idle_guards(self) -> None:
-        """Of policies that end at the first row already: image-to-image and refiners begin late."""
-        rules, plan = self.plan.rules, self.plan
-        idle = [p for p, rule in zip(plan.policies, rules, strict=True) if p.transition and rule[Rule.SWITCH_ROW] == 0]
-        for policy in dict.fromkeys(idle):
-            warnings.warn(
-                f"policy {policy.name!r} has no effect in this call: {limit_of(policy)} is not below its first timestep, {plan.timesteps[0]:g}",
-                stacklevel=2,
-            )
 
     def _lower(self) -> Plan:
         self._scale = self.family.guidance_scale(self.pipe, self.arguments)
@@ -423,21 +414,6 @@ def _version(tensor: torch.Tensor) -> float:
         RuntimeError
     ):  # inference tensors count no versions: NaN, unequal to itself, takes every tensor for a changed one
         return math.nan
-
-
-def _expand(policy: Policy, batch: int, per_prompt: int) -> list[Policy]:
-    """Policies per image: lists may be as long as the batch of images or as the list of prompts."""
-    try:
-        return policy.samples(batch)
-    except ValueError:
-        if per_prompt == 1 or batch % per_prompt:
-            raise
-    return [p for p in policy.samples(batch // per_prompt) for _ in range(per_prompt)]
-
-
-def _sets_scale(policy: Policy) -> bool:
-    scales = policy.guidance_scale
-    return any(scale is not None for scale in (scales if isinstance(scales, list) else [scales]))
 
 
 def _begin_index(scheduler: Any, timestep: Any) -> int:

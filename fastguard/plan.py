@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from fastguard import checks
+from fastguard.files import short
 from fastguard.kernels.layout import NEVER, Magnitude, Phase, Rule, RuleKind, State
 
 if TYPE_CHECKING:
@@ -69,11 +70,8 @@ def lower(
     for b, policy in enumerate(policies):
         if any(isinstance(value, list) for value in vars(policy).values()):
             raise ValueError(f"policies[{b}] holds per-image lists: pass policy.samples(batch)")
-        if not in_steps and (limit := limit_of(policy)) is not None:
-            raise ValueError(
-                f"policy {policy.name!r}: {limit} counts training steps, but this scheduler's timesteps do not (they begin at "
-                f"{times[0]:.4g}); use a policy without one, such as 'paper-dtp', or another scheduler"
-            )
+        if not in_steps and (problem := limit_problem(policy)) is not None:
+            raise ValueError(problem)
         switch_row = _switch_row(policy, times, observed)
         rules[b] = torch.tensor(_rule(policy, switch_row, elements), dtype=torch.float64)
         after = _after(policy, len(times), scale)
@@ -90,6 +88,35 @@ def limit_of(policy: Any) -> str | None:
     if policy.transition == "static":
         return f"t_star={policy.t_star:g}"
     return None if policy.deadline is None else f"deadline={policy.deadline:g}"
+
+
+def limit_problem(policy: Any) -> str | None:
+    """Why a policy cannot be used where timesteps count no training steps; None if it can."""
+    if (limit := limit_of(policy)) is None:
+        return None
+    return (
+        f"policy {short(policy.name)}: {limit} counts training steps, which this scheduler's timesteps do not; use a policy without "
+        "such a limit ('paper-dtp'), or another scheduler"
+    )
+
+
+def idle_guards(plan: Plan) -> list[str]:
+    """One sentence for each policy that ends at the first row already: image-to-image and refiners begin late."""
+    idle = [p for p, rule in zip(plan.policies, plan.rules, strict=True) if p.transition and rule[Rule.SWITCH_ROW] == 0]
+    return [
+        f"policy {policy.name!r} has no effect in this call: {limit_of(policy)} is not below its first timestep, {plan.timesteps[0]:g}"
+        for policy in dict.fromkeys(idle)
+    ]
+
+
+def of_images(policy: Policy, batch: int, per_prompt: int) -> list[Policy]:
+    """Policies per image: lists may be as long as the batch of images or as the list of prompts."""
+    try:
+        return policy.samples(batch)
+    except ValueError:
+        if per_prompt == 1 or batch % per_prompt:
+            raise
+    return [p for p in policy.samples(batch // per_prompt) for _ in range(per_prompt)]
 
 
 def gate_threshold(tau: float, elements: int) -> float:

@@ -133,6 +133,11 @@ class Policy:
         """True if some image may get other than plain guidance."""
         return any(kind is not None for kind in _as_list(self.transition))
 
+    @property
+    def sets_scale(self) -> bool:
+        """True if some image has a guidance scale of its own."""
+        return any(scale is not None for scale in _as_list(self.guidance_scale))
+
     def ungated_warning(self) -> str | None:
         """What to tell the user once on enabling this policy: None unless images are guarded whatever their prompt."""
         values = self._values()

@@ -14,7 +14,7 @@ from fastguard.batch.prompt_files import Problem
 from fastguard.batch.request import Request
 from fastguard.families import find
 from fastguard.files import short
-from fastguard.plan import limit_of
+from fastguard.plan import limit_problem
 from fastguard.schedule import in_training_steps
 
 UNSUPPORTED = "generate needs a text-to-image pipeline"
@@ -92,11 +92,8 @@ class Limits:
             value = getattr(request, name)
             if value is not None and value % self.multiple:
                 return f"{name}={value}: must be a multiple of {self.multiple}"
-        if not in_training_steps(self.scheduler) and (limit := limit_of(request.policy)) is not None:
-            return (
-                f"policy {short(request.policy.name)}: {limit} counts training steps, which {type(self.scheduler).__name__}'s timesteps"
-                " do not; use a policy without one, such as 'paper-dtp'"
-            )
+        if not in_training_steps(self.scheduler) and (problem := limit_problem(request.policy)) is not None:
+            return problem
         scale = request.policy.guidance_scale
         if isinstance(scale, tuple) and len(scale) != rows:
             return (

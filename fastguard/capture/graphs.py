@@ -203,10 +203,8 @@ class Graphs:
             workspace.recorder.join(workspace.content.tensors)
             workspace.busy = False
             self._drop_if_unused(workspace)
-            if self._bounds != (
-                self.budget,
-                self.limit,
-            ):  # somebody set them: rare, and asking for the pool's size takes a while
+            # Looked at when somebody has set them: asking for the pool's size takes a while.
+            if self._bounds != (self.budget, self.limit):
                 self._bounds = self.budget, self.limit
                 while self._graphs and (len(self._graphs) > self.limit or self.bytes > self.budget):
                     self._evict(next(iter(self._graphs)))

@@ -11,6 +11,11 @@ def invoke(*args: object):
     return CliRunner().invoke(app, [str(arg) for arg in args])
 
 
+def generating(model: object, out: object, *options: object) -> tuple[object, ...]:
+    """`generate` of one prompt under plain guidance."""
+    return ("generate", model, "--prompt", "a cat", "--out", out, "--policy", "cfg", *options)
+
+
 def refused(*args: object) -> str:
     """Standard error of a command that must be refused with exit code 2."""
     result = invoke(*args)

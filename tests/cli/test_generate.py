@@ -17,7 +17,7 @@ from PIL import Image
 import fastguard
 from fastguard.policy import Policy, policy
 from tests import pipelines
-from tests.cli.invoking import invoke, refused
+from tests.cli.invoking import generating, invoke, refused
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = ["a red cat", "two dogs", "a house by the sea"]
@@ -103,22 +103,7 @@ def test_unicode_prompt(model, tmp_path):
 
 
 def test_finished_images_are_kept_and_damaged_ones_made_again(model, tmp_path, monkeypatch):
-    command = (
-        "generate",
-        model,
-        "--prompt",
-        "a cat",
-        "--out",
-        tmp_path,
-        "--steps",
-        2,
-        "--images-per-prompt",
-        4,
-        "--batch-size",
-        1,
-        "--policy",
-        "cfg",
-    )
+    command = generating(model, tmp_path, "--steps", 2, "--images-per-prompt", 4, "--batch-size", 1)
     assert invoke(*command).exit_code == 0
     files = sorted(tmp_path.glob("*.png"))
     pictures = [pixels(file) for file in files]
@@ -209,18 +194,7 @@ def test_failed_write_leaves_no_part(model, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    command = (
-        "generate",
-        model,
-        "--prompt",
-        "a cat",
-        "--out",
-        tmp_path,
-        "--steps",
-        1,
-        "--policy",
-        "cfg",
-    )
+    command = generating(model, tmp_path, "--steps", 1)
     monkeypatch.setattr("fastguard.files.os.fsync", full)
     assert invoke(*command).exit_code != 0
     monkeypatch.undo()

@@ -42,7 +42,7 @@ BAD = [
     (["--scheduler", "FlowMatchEulerDiscrete"], "FlowMatchEulerDiscreteScheduler has no init_noise_sigma"),
     (
         ["--scheduler", "IPNDM", "--policy", "stp"],
-        "t_star=500 counts training steps, which IPNDMScheduler's timesteps do not",
+        "t_star=500 counts training steps, which this scheduler's timesteps do not",
     ),
     (["--scheduler", "RePaint"], "RePaintScheduler wants original_image at every step"),
     (
