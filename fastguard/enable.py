@@ -24,6 +24,7 @@ from fastguard.policy import DEFAULT, Policy
 from fastguard.policy import policy as make_policy
 from fastguard.report import Report
 from fastguard.shadow import shadow
+from fastguard.tokenizers import TOKENIZERS, one_at_a_time
 
 logger = logging.getLogger("fastguard")
 
@@ -159,6 +160,11 @@ class Guard:
             parts = {
                 "scheduler": shadow(scheduler, methods),
                 family.denoiser: shadow(denoiser, {"__call__": call.denoise}),
+                **{
+                    name: one_at_a_time(pipe.__dict__[name])
+                    for name in TOKENIZERS
+                    if pipe.__dict__.get(name) is not None
+                },
             }
             replacements: dict[str, Callable] = {
                 "progress_bar": _before(call.begin, call.counted(state.progress_bar)),

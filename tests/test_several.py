@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import diffusers
 import numpy as np
@@ -112,6 +113,35 @@ def test_concurrent_calls_do_not_disturb_each_other(kind):
     for result, expected, report, (_, steps) in zip(results, alone, reports, settings, strict=True):
         assert torch.equal(result, expected)
         assert len(report[0].timesteps) == (int(0.7 * steps) if more else steps)
+
+
+def test_a_tokenizer_serves_one_thread_after_the_other(monkeypatch):
+    """A fast one keeps padding on itself from setting it to encoding: two threads at once give one of them the other's text."""
+    pipe = pipelines.sd()
+    kind, inside, most = type(pipe.tokenizer), [], []
+    encode = kind.__call__
+
+    def slow(self, *args, **kwargs):
+        inside.append(None)
+        time.sleep(0.005)
+        most.append(len(inside))
+        try:
+            return encode(self, *args, **kwargs)
+        finally:
+            inside.pop()
+
+    monkeypatch.setattr(kind, "__call__", slow)
+    other = type(pipe)(**pipe.components)  # shares the tokenizer
+    other.set_progress_bar_config(disable=True)
+    with fastguard.enable(pipe, "cfg"), fastguard.enable(other, "cfg"):
+        threads = [
+            threading.Thread(target=call, args=(p,), kwargs={"num_inference_steps": 1}) for p in (pipe, other) * 2
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(most) >= 8 and max(most) == 1
 
 
 @pytest.mark.parametrize("kind", CONCURRENT)
