@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -51,6 +52,14 @@ def evaluate(out: Path = Path("docs/testbed"), work: Work = WORK, seeds: int = 4
     from . import evaluate as module
 
     module.evaluate(out, work, seeds=seeds)
+
+
+@app.command()
+def confirm(out: Path = Path("docs/testbed"), work: Work = WORK) -> None:
+    """Measure the shipped policy on seeds and phrases that nothing else has used; writes confirmed.json. Resumable."""
+    from . import confirm as module
+
+    print(json.dumps(module.confirm(out, work), indent=1))
 
 
 @app.command()
