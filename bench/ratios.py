@@ -34,16 +34,28 @@ def plot(found: dict[str, Ratios], path: Path) -> None:
     """One box per pair: median, quartiles, and every ratio in the whiskers; 1 is marked. The axis is logarithmic."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
-    figure = Figure(figsize=(8, 1.2 + 0.32 * len(found)), layout="constrained")
+    figure = Figure(figsize=(10, 1.2 + 0.32 * len(found)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.boxplot([r.values for r in found.values()], orientation="horizontal", whis=(0, 100), widths=0.6)
+    axes.axvline(1, color="0.6", linewidth=1)
+    axes.boxplot(
+        [r.values for r in found.values()],
+        orientation="horizontal",
+        whis=(0, 100),
+        widths=0.6,
+        patch_artist=True,
+        boxprops={"facecolor": "tab:blue", "alpha": 0.5},
+        medianprops={"color": "black"},
+    )
     axes.set_yticks(range(1, len(found) + 1), list(found))
     axes.invert_yaxis()
     axes.set_xscale("log")
-    axes.axvline(1, color="0.6", linewidth=1)
-    axes.set_xlabel("seconds of the first / seconds of the second, alternating pairs")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("seconds of the first / the second")
     figure.savefig(path, dpi=120)
 
 
