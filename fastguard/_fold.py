@@ -30,6 +30,7 @@ class Folded:
     slots: list[dict[int, int]]  # per row: m_j -> history slot it is read from
     store: list[int]
     history: int
+    looks_back: bool  # some row holds only if each x_k is what row k - 1 gave
 
 
 def fold(trace: Trace, form: np.ndarray) -> Folded | None:
@@ -67,7 +68,9 @@ def fold(trace: Trace, form: np.ndarray) -> Folded | None:
     b = np.divide(on_e, q, out=np.zeros(rows), where=q != 0.0)
     a = on_x - b * p
     a[np.abs(a) < 1e-15 * np.abs(on_x)] = 0.0
-    return Folded(p=p, q=q, a=a, b=b, n=n, lags=lags, slots=slots, store=store, history=history)
+    return Folded(
+        p=p, q=q, a=a, b=b, n=n, lags=lags, slots=slots, store=store, history=history, looks_back=bool(back.any())
+    )
 
 
 def free_form(trace: Trace) -> np.ndarray:

@@ -16,8 +16,6 @@ Where the scheduler is not linear the op only decides and guides, and the schedu
 
 from __future__ import annotations
 
-import copy
-import inspect
 import math
 import warnings
 from collections.abc import Mapping
@@ -36,7 +34,8 @@ from fastguard.pending import Pending, values_of
 from fastguard.plan import Plan, idle_guards, lower, of_images
 from fastguard.policy import Policy
 from fastguard.report import Report
-from fastguard.schedule import Schedule, compile_schedule
+from fastguard.schedule import Schedule
+from fastguard.scheduling import Scheduling
 from fastguard.shadow import one_row
 
 
@@ -53,24 +52,22 @@ class Call:
         capturing: Capturing,
     ) -> None:
         self.policy, self.family, self.arguments = policy, family, arguments
-        self.scheduler, self.denoiser = scheduler, denoiser
+        callback = any(arguments.get(name) is not None for name in ("callback_on_step_end", "callback"))
+        self.scheduling, self.denoiser = Scheduling(scheduler, arguments, callback=callback), denoiser
         self.graphed = Graphed(capturing, denoiser)
         self._recorded = False  # this row was run by `graphed`
         self.seen: torch.Tensor | None = None  # the latents of this row as the pipeline has them
         self.pipe: Any = None  # set by the caller: the copy on which the stock loop runs
         # Somebody may look at, keep or change the latents between two steps.
-        self.observed = family.rewrites_latents or any(
-            arguments.get(name) is not None for name in ("callback_on_step_end", "callback")
-        )
+        self.observed = family.rewrites_latents or callback
         self.row = 0
         self.rows_run = 0  # denoiser rows per image so far
         # Each None until the loop begins.
-        self.schedule: Any = None  # Schedule
         self.plan: Any = None  # Plan
         self.loop: Any = None  # Loop
-        self._timesteps_arguments: tuple[tuple, dict] = ((), {})
         self._returned: torch.Tensor | None = None  # the latents that the buffers hold, as the pipeline knows them
         self._returned_version: float = 0
+        self._stepped: torch.Tensor | None = None  # what the scheduler's own step() gave last, where it runs
         self._pending: Pending | None = None
         self.noise = Noise()
         self._placeholder: torch.Tensor | None = None
@@ -81,9 +78,7 @@ class Call:
     # What the shadows call -------------------------------------------------------------------------------------------------
 
     def set_timesteps(self, *args: Any, **kwargs: Any) -> Any:
-        """Remember the arguments: the table is compiled from the same call made on the host, without reading the device back."""
-        self._timesteps_arguments = (args, kwargs)
-        result = self.scheduler.set_timesteps(*args, **kwargs)
+        result = self.scheduling.set_timesteps(*args, **kwargs)
         if len(self.scheduler.timesteps) and self.graphed.may_be_whole(self.pipe):
             self.graphed.make_whole(self.pipe._execution_device, recorded.needs_steps(self))
             if self.graphed.whole:
@@ -109,11 +104,11 @@ class Call:
 
         Where the first latents or the first row are not known yet, the first step does it.
         """
-        late = hasattr(self.pipe, "get_timesteps") and getattr(self.scheduler, "_begin_index", None) is None
+        begin = self.scheduling.begin_index
+        late = hasattr(self.pipe, "get_timesteps") and begin is None
         if self._returned is None or late or not len(self.scheduler.timesteps):
             return
-        self._begin = getattr(self.scheduler, "_begin_index", None) or 0
-        self._compile(self._expected_step_kwargs())
+        self.scheduling.compile(begin or 0, self._own_step())
         self._start(self._returned)
         self._draw_ahead(self._returned)
 
@@ -149,19 +144,7 @@ class Call:
             )
         rows = sample.shape[0]
         guided = self.family.guided(self.pipe, self.arguments)
-        if not guided and self.row == 0 and (self.policy.guarded or self.policy.sets_scale):
-            raise ValueError(
-                f"guidance_scale={self.arguments.get('guidance_scale')!r}: the pipeline runs no unconditional branch then, but policy "
-                f"{self.policy.name!r} needs it; pass a guidance_scale above 1 to a model with classifier-free guidance, or use 'cfg' "
-                f"without a scale of its own"
-            )
-        if not guided and self.row > 0 and self.policy.guarded and self._guided:
-            warnings.warn(
-                f"guidance was switched off at denoiser row {self.row} (by a callback): the guard ends with it, and an image that has "
-                f"not reached its transition gets the conditional branch alone, which copies",
-                stacklevel=2,
-            )
-        self._guided = guided
+        self._check_guidance(guided)
         batch = rows // 2 if guided else rows
         branches = self._planned(sample, batch).branches[self.row] if guided else "cond"
         if self.rescale > 0.0 and self.schedule.linear:
@@ -187,11 +170,27 @@ class Call:
         stand_in = self._placeholder
         return (stand_in, *result[1:]) if isinstance(result, tuple) else type(result)(stand_in)
 
+    def _check_guidance(self, guided: bool) -> None:
+        """Refuse a guard over a call without guidance; warn if guidance ends before the guard does."""
+        if not guided and self.row == 0 and (self.policy.guarded or self.policy.sets_scale):
+            raise ValueError(
+                f"guidance_scale={self.arguments.get('guidance_scale')!r}: the pipeline runs no unconditional branch then, but policy "
+                f"{self.policy.name!r} needs it; pass a guidance_scale above 1 to a model with classifier-free guidance, or use 'cfg' "
+                f"without a scale of its own"
+            )
+        if not guided and self.row > 0 and self.policy.guarded and self._guided:
+            warnings.warn(
+                f"guidance was switched off at denoiser row {self.row} (by a callback): the guard ends with it, and an image that has "
+                f"not reached its transition gets the conditional branch alone, which copies",
+                stacklevel=2,
+            )
+        self._guided = guided
+
     def step(self, model_output: Any, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if self._outputs is None and not self._recorded:
             raise RuntimeError("scheduler.step was called without a denoiser call before it")
-        if self.row == 0:
-            self._check_step_kwargs(kwargs)
+        if self.row == 0 and self.scheduling.compile_again(kwargs, self._own_step(), recorded=self._recorded):
+            self.loop = None
         if self._recorded:
             return self._handed_back(self.loop.dtype, None, timestep, sample, args, kwargs)
         if self.loop is None:
@@ -222,9 +221,11 @@ class Call:
         if not self.schedule.linear:
             # A copy: some schedulers keep what they are given, and the next step writes into x.
             guided = self._rescaled(self.loop.x.to(dtype, copy=True), cond)
-            return self.scheduler.step(guided, timestep, sample, *args, **kwargs)
+            result = self.scheduler.step(guided, timestep, sample, *args, **kwargs)
+            self._stepped = result[0] if isinstance(result, tuple) else result.prev_sample
+            return result
 
-        self._keep_step_index(self.row)
+        self.scheduling.keep_step_index(self.row)
         latents = self._latents()
         self._returned, self._returned_version = latents, _version(latents) if self.observed else 0
         return (latents,) if not kwargs.get("return_dict", True) else _Step(prev_sample=latents)
@@ -235,46 +236,27 @@ class Call:
 
     # Start of a generation -------------------------------------------------------------------------------------------------
 
+    @property
+    def scheduler(self) -> Any:
+        """The original behind the pipeline's shadow."""
+        return self.scheduling.scheduler
+
+    @property
+    def schedule(self) -> Schedule:
+        """The table of this call; None until the loop begins."""
+        return self.scheduling.schedule
+
     def compiled(self, timestep: Any) -> Schedule:
         """The table of this call, compiled at the first thing the loop asks for."""
         if self.schedule is None:
-            self._begin = _begin_index(self.scheduler, timestep)
-            self._compile(self._expected_step_kwargs())
+            self.scheduling.compile(self.scheduling.begin_at(timestep), self._own_step())
         return self.schedule
 
-    def _expected_step_kwargs(self) -> dict[str, Any]:
-        accepted = inspect.signature(self.scheduler.step).parameters
-        return {"eta": self.arguments["eta"]} if "eta" in accepted and "eta" in self.arguments else {}
-
-    def _check_step_kwargs(self, kwargs: Mapping[str, Any]) -> None:
-        """Compile again if the pipeline calls step() with other arguments than expected."""
-        relevant = {k: v for k, v in kwargs.items() if k not in ("generator", "return_dict")}
-        if relevant != self._step_kwargs:
-            if self._recorded:
-                raise RuntimeError(
-                    f"scheduler.step was expected to get {self._step_kwargs} and got {relevant}; use capture='off'"
-                )
-            self._compile(relevant)
-            self.loop = None
-
-    def _compile(self, step_kwargs: Mapping[str, Any]) -> None:
-        self._step_kwargs = dict(step_kwargs)
-        own_step = self.family.own_step(self.arguments)
-        if own_step is None and self.rescale > 0.0:
-            own_step = f"guidance_rescale={self.rescale:g} needs the whole guided output before the update"
-        schedule = compile_schedule(self._on_host(), step_kwargs=self._step_kwargs, begin_index=self._begin)
-        self.schedule = schedule if own_step is None else schedule.with_own_step(own_step)
-
-    def _on_host(self) -> Any:
-        """The scheduler with its timesteps in host memory: itself, or a copy on which set_timesteps is repeated."""
-        if not isinstance(self.scheduler.timesteps, torch.Tensor) or self.scheduler.timesteps.device.type == "cpu":
-            return self.scheduler
-        host = copy.copy(self.scheduler)
-        args, kwargs = self._timesteps_arguments
-        names = list(inspect.signature(host.set_timesteps).parameters)
-        bound = {**dict(zip(names, args, strict=False)), **kwargs, "device": "cpu"}
-        host.set_timesteps(**bound)
-        return host
+    def _own_step(self) -> str | None:
+        reason = self.family.own_step(self.arguments, len(self.scheduler.timesteps))
+        if reason is None and self.rescale > 0.0:
+            reason = f"guidance_rescale={self.rescale:g} needs the whole guided output before the update"
+        return reason
 
     def _planned(self, sample: torch.Tensor, batch: int) -> Plan:
         if self.plan is None:
@@ -337,18 +319,17 @@ class Call:
 
     def _draw_ahead(self, latents: torch.Tensor) -> None:
         """Unless somebody may use the generator between two steps, or fewer rows than the table's will run."""
-        if not self.observed and self.arguments.get("denoising_end") is None and self._passes_generator():
+        if (
+            not self.observed
+            and self.arguments.get("denoising_end") is None
+            and self.scheduling.passes_generator(self.pipe)
+        ):
             self.noise.draw_ahead(self.schedule, latents, self.arguments.get("generator"))
 
     @property
     def generator(self) -> Any:
         """What the pipeline will hand to scheduler.step to draw from."""
-        return self.arguments.get("generator") if self._passes_generator() else None
-
-    def _passes_generator(self) -> bool:
-        """Whether the pipeline hands its generator to scheduler.step, where stock draws."""
-        accepted = inspect.signature(self.scheduler.step).parameters
-        return "generator" in accepted and hasattr(self.pipe, "prepare_extra_step_kwargs")
+        return self.arguments.get("generator") if self.scheduling.passes_generator(self.pipe) else None
 
     def _rescaled(self, guided: torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor:
         """guidance_rescale of Lin et al. 2023 (arXiv 2305.08891, section 3.4): pull the standard deviation back to cond's."""
@@ -358,11 +339,6 @@ class Call:
         dims = tuple(range(1, guided.ndim))
         rescaled = guided * (cond.std(dim=dims, keepdim=True) / guided.std(dim=dims, keepdim=True))
         return phi * rescaled + (1 - phi) * guided
-
-    def _keep_step_index(self, row: int) -> None:
-        """Inpaint pipelines call scheduler.add_noise, which looks at the step index that the scheduler's own step() would have kept."""
-        if hasattr(self.scheduler, "_step_index"):
-            self.scheduler._step_index = self._begin + row
 
     # After it --------------------------------------------------------------------------------------------------------------
 
@@ -377,7 +353,7 @@ class Call:
             state=self.loop.state,
             trace=self.loop.trace,
             plan=self.plan,
-            latents=self.loop.x,
+            latents=self.loop.x if self._stepped is None else self._stepped,
             rows_run=self.rows_run,
             steps=self.row,
             path=path,
@@ -414,21 +390,3 @@ def _version(tensor: torch.Tensor) -> float:
         RuntimeError
     ):  # inference tensors count no versions: NaN, unequal to itself, takes every tensor for a changed one
         return math.nan
-
-
-def _begin_index(scheduler: Any, timestep: Any) -> int:
-    """Row of the schedule at which this loop begins (image-to-image and denoising_start begin late).
-
-    The loop's timesteps are views of `scheduler.timesteps`, so their offset tells without reading the device.
-    """
-    begin = getattr(scheduler, "_begin_index", None)
-    if begin is not None:
-        return int(begin)
-    timesteps = scheduler.timesteps
-    tensors = isinstance(timestep, torch.Tensor) and isinstance(timesteps, torch.Tensor)
-    if tensors and torch._C._is_alias_of(timestep, timesteps):  # type: ignore[attr-defined]
-        return (timestep.storage_offset() - timesteps.storage_offset()) // max(timesteps.stride(0), 1)
-    matches = [i for i, t in enumerate(timesteps) if float(t) == float(torch.as_tensor(timestep).flatten()[0])]
-    if not matches:
-        raise ValueError(f"timestep={timestep!r}: must be one of scheduler.timesteps")
-    return matches[0]

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from fastguard._scheduler_state import at_the_start, hooked
 from fastguard.call import Call
 from fastguard.capture.engine import Engine
 from fastguard.capture.graphs import Graphs
@@ -139,6 +140,7 @@ class Guard:
         arguments.apply_defaults()
         values = {**arguments.arguments, **arguments.arguments.get("kwargs", {})}
         if reason := family.refusal(values):
+            self.forget()
             raise ValueError(reason)
         denoiser = getattr(pipe, family.denoiser)
         if getattr(denoiser, "dtype", None) == torch.float64:
@@ -149,7 +151,7 @@ class Guard:
             # The loop's own pipeline: its state is the original's, unless another call is at work on that at this moment.
             state = pipe if alone else _copy(pipe)
             # Schedulers keep the state of a loop on themselves.
-            scheduler = pipe.scheduler if free else type(pipe.scheduler).from_config(pipe.scheduler.config)
+            scheduler = pipe.scheduler if free else _another(pipe.scheduler)
             runs, capturing = self.engine.lend(denoiser, self.graphs)
             call = Call(self.policy, family, values, scheduler, runs, capturing)
             methods: dict[str, Callable] = {
@@ -188,6 +190,16 @@ class Guard:
                     call.close()
 
 
+def _another(scheduler: Any) -> Any:
+    """A scheduler for a call that finds `scheduler` at work for another."""
+    if names := hooked(scheduler):
+        raise RuntimeError(
+            f"pipe.scheduler.{names[0]} is replaced on the instance, and another call is at work with that scheduler: what replaces it "
+            f"can serve one call at a time; give each pipeline a scheduler of its own, or call one after the other"
+        )
+    return at_the_start(scheduler)
+
+
 def _copy(pipe: Any) -> Any:
     twin = object.__new__(type(pipe))
     twin.__dict__.update(pipe.__dict__)
@@ -216,6 +228,11 @@ def _one_policy(policy: Any, overrides: dict[str, Any]) -> Policy:
         return make_policy(policy, **overrides)
     if not isinstance(policy, Sequence) or not policy:
         raise ValueError(f"policy={policy!r}: must be a preset, a policy, a path, or a list of them, one per image")
+    for name, value in overrides.items():
+        if isinstance(value, list):
+            raise ValueError(
+                f"{name}={value!r}: must be one value where policy is a list; set it in each of the policies"
+            )
     each = [make_policy(one, **overrides) for one in policy]
     names = [field.name for field in dataclasses.fields(Policy)]
     return Policy(**{name: [getattr(one, name) for one in each] for name in names})

@@ -9,7 +9,7 @@ from typing import Any
 
 from fastguard.families import Family, find
 from fastguard.kernels.layout import NEVER, Row, Rule
-from fastguard.models import model_index, pipeline_class, resolve, scheduler_class, with_scheduler
+from fastguard.models import denoiser_refusal, model_index, pipeline_class, resolve, scheduler_class, with_scheduler
 from fastguard.policy import Policy, lower
 from fastguard.schedule import compile_schedule
 
@@ -119,6 +119,8 @@ def inspect_model(
         refusal = str(error)
 
     made = _scheduler(model, index, scheduler, known)
+    if known is not None:
+        refusal = denoiser_refusal(model, index)
     # A schedule that shifts with the image's size has its largest shift at 1024 x 1024, these models' default.
     shift = made.config.get("use_dynamic_shifting")
     try:

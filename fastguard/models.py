@@ -51,6 +51,20 @@ def pipeline_class(index: Mapping[str, Any]) -> type:
     return found
 
 
+def distilled(config: Mapping[str, Any]) -> str | None:
+    """Why a UNet of this configuration cannot be guarded; None if it can."""
+    if config.get("time_cond_proj_dim") is None:
+        return None
+    return "its UNet takes the guidance scale as an input (time_cond_proj_dim, as in LCM-distilled models): there is no unconditional branch"
+
+
+def denoiser_refusal(model: str, index: Mapping[str, Any]) -> str | None:
+    """Why the model's denoiser cannot be guarded, from its configuration alone; None if it can."""
+    from diffusers import UNet2DConditionModel
+
+    return distilled(UNet2DConditionModel.load_config(resolve(model), subfolder="unet")) if "unet" in index else None
+
+
 def family_of(kind: type) -> Family | None:
     """None for a pipeline class that is not supported."""
     from fastguard.families import find

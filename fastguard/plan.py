@@ -111,12 +111,10 @@ def idle_guards(plan: Plan) -> list[str]:
 
 def of_images(policy: Policy, batch: int, per_prompt: int) -> list[Policy]:
     """Policies per image: lists may be as long as the batch of images or as the list of prompts."""
-    try:
-        return policy.samples(batch)
-    except ValueError:
-        if per_prompt == 1 or batch % per_prompt:
-            raise
-    return [p for p in policy.samples(batch // per_prompt) for _ in range(per_prompt)]
+    lengths = {len(value) for value in vars(policy).values() if isinstance(value, list)}
+    if per_prompt > 1 and lengths == {batch // per_prompt}:
+        return [p for p in policy.samples(batch // per_prompt) for _ in range(per_prompt)]
+    return policy.samples(batch)
 
 
 def gate_threshold(tau: float, elements: int) -> float:

@@ -30,6 +30,10 @@ def plot_curves(images: Sequence[ImageReport], path: str | os.PathLike[str] | No
     for b, image in enumerate(images):
         heights = [float("nan") if r is None else r for r in image.rms_curve]  # NaN: a gap
         (line,) = axes.plot(image.timesteps, heights, lw=1.2, label=f"{b}: {image.policy.name}")
+        gaps = [True, *(h != h for h in heights), True]
+        alone = [k for k, h in enumerate(heights) if h == h and gaps[k] and gaps[k + 2]]  # no line goes through them
+        if alone:
+            axes.plot([image.timesteps[k] for k in alone], [heights[k] for k in alone], ".", color=line.get_color())
         _mark(axes, image, image.transition_step, line.get_color(), "o", hollow=image.forced)
         _mark(axes, image, image.minimum_step, line.get_color(), "v")
     for tau in sorted({image.gate["threshold"] for image in images if image.gate is not None}):

@@ -23,7 +23,8 @@ import torch
 
 from fastguard._fold import Folded, fold, free_form
 from fastguard._noise_level import weights
-from fastguard._trace_scheduler import Trace, first_row, own_state, replaced_step, stock_in_float32, trace
+from fastguard._scheduler_state import own_state, replaced_step
+from fastguard._trace_scheduler import Trace, first_row, stock_in_float32, trace
 from fastguard.kernels.layout import HISTORY, Row
 
 # Relative to the largest value of x'; beyond them the scheduler's own step() runs.
@@ -58,6 +59,8 @@ class Schedule:
     reason       why it is not linear
     noise_dtype  dtype in which stock draws; None: that of the model's output
     rounding     like residual, but with the table and its arithmetic in float32, against stock in float64
+    looks_back   whether a row is true only where x is what the row before gave: stock goes back to an older sample there, and to
+                 whatever somebody made of it in between
     in_steps     whether timesteps count training steps; some schedulers' are logarithms or angles of the noise level
     """
 
@@ -72,6 +75,7 @@ class Schedule:
     noise_dtype: torch.dtype | None = None
     rounding: float = float("nan")
     in_steps: bool = True
+    looks_back: bool = False
 
     def with_own_step(self, reason: str) -> Schedule:
         """The same rows without an update: x' = e, for callers that must run the scheduler's own step() on the guided output."""
@@ -152,6 +156,7 @@ def _compile(scheduler: Any, arguments: Mapping[str, Any], begin: int) -> Schedu
         linear=True,
         reason=None,
         noise_dtype=recorded.noise_dtype,
+        looks_back=folded.looks_back,
     )
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fastguard
-from tests import pipelines
+from tests import pipelines, schedulers
 from tests.guarded import SCHEDULERS, SD_KINDS, STEPS, call, same
 
 
@@ -66,6 +66,32 @@ def test_callback_changes_are_honoured(callback, scheduler):
         callback_on_step_end=callback,
         callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"],
     )
+
+
+def _at_two_steps(pipe, step, timestep, kwargs):
+    return {"latents": kwargs["latents"] * 0.5} if step in (2, 4) else {}
+
+
+def _at_the_first(pipe, step, timestep, kwargs):
+    if step == 0:
+        kwargs["latents"].mul_(0.5)
+    return {}
+
+
+@pytest.mark.parametrize("callback", [_at_two_steps, _at_the_first], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("name", schedulers.SD)
+def test_every_scheduler_goes_on_from_changed_latents(name, callback):
+    """Some go back to latents of an earlier row, as they were before the change: no table can know which."""
+    pipe = pipelines.sd(scheduler=schedulers.SD[name]())
+    report = same(pipe, callback_on_step_end=callback, num_inference_steps=10)
+    goes_back = name.startswith(("unipc", "sa-solver", "dpm-single", "heun", "kdpm2", "pndm"))
+    assert report.path == ("own step" if goes_back else "fused"), report.reason
+    assert not goes_back or "latents of an earlier row" in report.reason
+
+
+@pytest.mark.parametrize("name", schedulers.FLOW)
+def test_a_flow_goes_on_from_changed_latents(name):
+    same(pipelines.sd3(scheduler=schedulers.FLOW[name]()), callback_on_step_end=_at_two_steps, num_inference_steps=8)
 
 
 @pytest.mark.parametrize("policy", ["cfg", "dtp"])

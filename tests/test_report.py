@@ -187,6 +187,13 @@ def test_plot_of_a_transition_without_a_curve(tmp_path):
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_plot_shows_points_that_no_line_goes_through():
+    pytest.importorskip("matplotlib")
+    figure = report([policy("cfg")], [[1, NAN, 4, 9, NAN]], [{}]).plot()
+    dots = [line for line in figure.axes[0].lines if line.get_marker() == "."]
+    assert [list(line.get_ydata()) for line in dots] == [[0.5]]  # the square root of 1 over 4 elements
+
+
 def test_plot_without_matplotlib(mixed, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"fastguard\[plot\]"):

@@ -55,6 +55,8 @@ def test_policy_lists_follow_prompts_or_images(sd):
         assert [r.policy.name for r in guard.report] == ["cfg", "cfg", "dtp", "dtp"]
         with pytest.raises(ValueError, match="2 values, but the batch has 3 images"):
             call(sd, prompt=["a", "b", "c"])
+        with pytest.raises(ValueError, match="2 values, but the batch has 6 images"):
+            call(sd, prompt=["a", "b", "c"], num_images_per_prompt=2)
 
 
 def test_one_pass(sd):
@@ -113,6 +115,50 @@ def test_concurrent_calls_do_not_disturb_each_other(kind):
     for result, expected, report, (_, steps) in zip(results, alone, reports, settings, strict=True):
         assert torch.equal(result, expected)
         assert len(report[0].timesteps) == (int(0.7 * steps) if more else steps)
+
+
+def _shifted():
+    pipe = pipelines.sd3()
+    pipe.scheduler.set_shift(1.0)
+    return pipe
+
+
+def _other_betas():
+    pipe = pipelines.sd()
+    pipe.scheduler.alphas_cumprod = pipe.scheduler.alphas_cumprod**1.5
+    return pipe
+
+
+@pytest.mark.parametrize("make", [_shifted, _other_betas])
+def test_a_call_inside_a_call_keeps_what_was_set_on_the_scheduler(make):
+    pipe, inside = make(), []
+
+    def callback(pipe_, step, timestep, kwargs):
+        if step == 1:
+            inside.append(call(pipe))
+        return {}
+
+    with fastguard.enable(pipe, "cfg"):
+        alone = call(pipe)
+        outer = call(pipe, callback_on_step_end=callback)
+    assert torch.equal(inside[0], alone)
+    torch.testing.assert_close(outer, alone, rtol=0, atol=1e-5 * alone.abs().max().item())
+
+
+def test_a_replaced_step_serves_one_call_at_a_time(sd):
+    own = sd.scheduler.step
+    sd.scheduler.step = lambda *args, **kwargs: own(*args, **kwargs)
+
+    def callback(pipe_, step, timestep, kwargs):
+        with pytest.raises(RuntimeError, match=r"pipe.scheduler.step is replaced on the instance, and another call"):
+            call(sd)
+        return {}
+
+    try:
+        with fastguard.enable(sd, "cfg"):
+            call(sd, callback_on_step_end=callback, num_inference_steps=2)
+    finally:
+        del sd.scheduler.step
 
 
 def test_a_tokenizer_serves_one_thread_after_the_other(monkeypatch):

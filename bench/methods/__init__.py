@@ -96,6 +96,10 @@ def methods(*, gate: float | None = None) -> dict[str, Factory]:
     released = f"the script released with {JAIN}, mended, one image at a time:"
     found["reference-dtp"] = Factory(Dynamic, f"{released} dynamic transition, conditional-only before")
     found["reference-stp"] = Factory(Static, f"{released} static transition at 500, unconditional before")
+    found["reference-og+stp"] = Factory(
+        partial(Static, 650.0, -2.0, name="reference-og+stp"),
+        f"{released} static transition at 650, guidance -2 before",
+    )
     found["reference-og+dtp"] = Factory(Opposite, f"{released} opposite guidance, transition from a whole pass before")
     found["compile"] = Factory(Compiled, "stock diffusers with torch.compile of the UNet")
     return found

@@ -14,6 +14,7 @@ from fastguard.batch.prompt_files import Problem
 from fastguard.batch.request import Request
 from fastguard.families import find
 from fastguard.files import short
+from fastguard.models import distilled
 from fastguard.plan import limit_problem
 from fastguard.schedule import in_training_steps
 
@@ -31,10 +32,8 @@ class Limits:
     def of_pipeline(cls, pipe: Any) -> Limits:
         """ValueError if it makes no images from text alone."""
         check_class(type(pipe))
-        if getattr(getattr(pipe, "unet", None), "config", {}).get("time_cond_proj_dim") is not None:
-            raise ValueError(
-                "model: its UNet takes the guidance scale as an input, so rows of one batch cannot differ in it"
-            )
+        if (reason := distilled(getattr(getattr(pipe, "unet", None), "config", {}))) is not None:
+            raise ValueError(f"model: {reason}")
         factor = int(getattr(pipe, "vae_scale_factor", 8))
         patch = int(getattr(pipe, "patch_size", 1) or 1)
         return cls(math.lcm(8, factor * patch), copy.deepcopy(pipe.scheduler))
@@ -42,7 +41,14 @@ class Limits:
     @classmethod
     def of_model(cls, model: str, scheduler: str | None = None) -> Limits:
         """Of a model by name; no weights are loaded. ValueError if there is none, or it makes no images from text alone."""
-        from fastguard.models import model_index, pipeline_class, resolve, scheduler_class, with_scheduler
+        from fastguard.models import (
+            denoiser_refusal,
+            model_index,
+            pipeline_class,
+            resolve,
+            scheduler_class,
+            with_scheduler,
+        )
 
         index = model_index(model)
         try:
@@ -55,8 +61,11 @@ class Limits:
         own: Any = scheduler_class(str(entry[1]))
         try:
             made = own.from_pretrained(resolve(model), subfolder="scheduler")
+            reason = denoiser_refusal(model, index)
         except OSError as error:
             raise ValueError(f"model={model!r}: {str(error).splitlines()[0]}") from None
+        if reason is not None:
+            raise ValueError(f"model={model!r}: {reason}")
         if scheduler is not None:
             made = with_scheduler(scheduler, made.config, find(pipeline_class(index)))
         return cls(8, made)

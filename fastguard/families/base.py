@@ -43,8 +43,8 @@ class Family:
         """Why this call cannot be guarded although the class can; names the argument."""
         return None
 
-    def own_step(self, arguments: Arguments) -> str | None:
-        """Why the scheduler's own step() must run in this call (it returns something that the table does not hold)."""
+    def own_step(self, arguments: Arguments, rows: int) -> str | None:
+        """Why the scheduler's own step() must run in a call of so many rows (it returns something that the table does not hold)."""
         return None
 
 
@@ -53,3 +53,6 @@ class FixedScale(Family):
 
     def guidance_scale(self, pipe: Any, arguments: Arguments) -> float:
         return float(arguments["guidance_scale"])
+
+    def guidance_rescale(self, pipe: Any, arguments: Arguments) -> float:
+        return float(arguments.get("guidance_rescale") or 0.0)

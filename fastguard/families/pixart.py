@@ -12,9 +12,9 @@ class _PixArt(FixedScale):
     def guided(self, pipe: Any, arguments: Arguments) -> bool:
         return self.guidance_scale(pipe, arguments) > 1.0
 
-    def own_step(self, arguments: Arguments) -> str | None:
-        if arguments.get("num_inference_steps") == 1:
-            return "num_inference_steps=1: the pipeline reads pred_original_sample from the scheduler"
+    def own_step(self, arguments: Arguments, rows: int) -> str | None:
+        if rows == 1 or arguments.get("num_inference_steps") == 1:
+            return "a single step: the pipeline reads pred_original_sample from the scheduler"
         return None
 
 

@@ -8,7 +8,7 @@ from fastguard.families.base import Arguments, Family
 class _StableDiffusion3(Family):
     def refusal(self, arguments: Arguments) -> str | None:
         layers = arguments.get("skip_guidance_layers")
-        if layers:
+        if layers is not None:  # stock asks the same: an empty list runs the third branch, too
             return (
                 f"skip_guidance_layers={layers!r}: skip-layer guidance runs a third branch and changes the combination; "
                 "pass None, or call the pipeline without the guard"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 
 import pytest
@@ -130,6 +131,23 @@ def test_unsupported_pipeline(model, no_model, tmp_path):
     result = invoke("inspect", other)
     assert result.exit_code == 0
     assert "path       refused: " in result.stdout
+
+
+def test_a_distilled_unet_is_refused_before_work(model, no_model, tmp_path):
+    """LCM-distilled models take the scale as an input: there is no unconditional branch to hold back."""
+    other = tmp_path / "other"
+    shutil.copytree(model, other)
+    config = json.loads((other / "unet" / "config.json").read_text())
+    (other / "unet" / "config.json").write_text(json.dumps({**config, "time_cond_proj_dim": 8}))
+    out = tmp_path / "out"
+    assert "time_cond_proj_dim" in refused("generate", other, "--prompt", "a cat", "--out", out)
+    assert not out.exists()
+    assert "path       refused: its UNet takes the guidance scale" in invoke("inspect", other).stdout
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(f'{{"prompt": "{i} cats"}}\n' for i in range(300)))
+    assert "time_cond_proj_dim" in refused(
+        "calibrate", "--model", other, "--prompts", prompts, "--out", tmp_path / "policy.json"
+    )
 
 
 def test_other_settings_are_refused(model, tmp_path):

@@ -1,0 +1,101 @@
+"""The scheduler of one call: the table of the rows that its loop will run, and what the stock loop expects of a scheduler besides."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from fastguard.schedule import Schedule, compile_schedule
+
+
+class Scheduling:
+    """`scheduler` is the original behind the pipeline's shadow; `schedule` is None until `compile`.
+
+    callback: somebody may change the latents between two steps.
+    """
+
+    def __init__(self, scheduler: Any, arguments: Mapping[str, Any], *, callback: bool) -> None:
+        self.scheduler, self.arguments, self.callback = scheduler, arguments, callback
+        self.schedule: Any = None  # Schedule
+        self._accepted = inspect.signature(scheduler.step).parameters
+        self._begin = 0
+        self._step_kwargs: dict[str, Any] = {}
+        self._timesteps_arguments: tuple[tuple, dict] = ((), {})
+
+    def set_timesteps(self, *args: Any, **kwargs: Any) -> Any:
+        """Remember the arguments: the table is compiled from the same call made on the host, without reading the device back."""
+        self._timesteps_arguments = (args, kwargs)
+        return self.scheduler.set_timesteps(*args, **kwargs)
+
+    @property
+    def begin_index(self) -> int | None:
+        """Row at which the loop begins, where somebody has said so already (`set_begin_index`)."""
+        begin = getattr(self.scheduler, "_begin_index", None)
+        return None if begin is None else int(begin)
+
+    def compile(self, begin: int, own_step: str | None) -> Schedule:
+        """The table of rows from `begin` on. `own_step`: why the scheduler's own step() must run, whatever the table can do."""
+        self._begin = begin
+        expected = {"eta": self.arguments["eta"]} if "eta" in self._accepted and "eta" in self.arguments else {}
+        return self._compile(expected, own_step)
+
+    def begin_at(self, timestep: Any) -> int:
+        """Row of the schedule at which this loop begins (image-to-image and denoising_start begin late).
+
+        The loop's timesteps are views of `scheduler.timesteps`, so their offset tells without reading the device.
+        """
+        if self.begin_index is not None:
+            return self.begin_index
+        timesteps = self.scheduler.timesteps
+        tensors = isinstance(timestep, torch.Tensor) and isinstance(timesteps, torch.Tensor)
+        if tensors and torch._C._is_alias_of(timestep, timesteps):  # type: ignore[attr-defined]
+            return (timestep.storage_offset() - timesteps.storage_offset()) // max(timesteps.stride(0), 1)
+        matches = [i for i, t in enumerate(timesteps) if float(t) == float(torch.as_tensor(timestep).flatten()[0])]
+        if not matches:
+            raise ValueError(f"timestep={timestep!r}: must be one of scheduler.timesteps")
+        return matches[0]
+
+    def compile_again(self, step_kwargs: Mapping[str, Any], own_step: str | None, *, recorded: bool) -> bool:
+        """True if the pipeline calls step() with other arguments than expected, and the table was compiled anew for them."""
+        relevant = {k: v for k, v in step_kwargs.items() if k not in ("generator", "return_dict")}
+        if relevant == self._step_kwargs:
+            return False
+        if recorded:
+            raise RuntimeError(
+                f"scheduler.step was expected to get {self._step_kwargs} and got {relevant}; use capture='off'"
+            )
+        self._compile(relevant, own_step)
+        return True
+
+    def _compile(self, step_kwargs: dict[str, Any], own_step: str | None) -> Schedule:
+        self._step_kwargs = step_kwargs
+        schedule = compile_schedule(self._on_host(), step_kwargs=step_kwargs, begin_index=self._begin)
+        if own_step is None and self.callback and schedule.looks_back:
+            name = type(self.scheduler).__name__
+            own_step = f"{name} goes back to latents of an earlier row, which the callback may have changed since"
+        self.schedule = schedule if own_step is None else schedule.with_own_step(own_step)
+        return self.schedule
+
+    def _on_host(self) -> Any:
+        """The scheduler with its timesteps in host memory: itself, or a copy on which set_timesteps is repeated."""
+        if not isinstance(self.scheduler.timesteps, torch.Tensor) or self.scheduler.timesteps.device.type == "cpu":
+            return self.scheduler
+        host = copy.copy(self.scheduler)
+        args, kwargs = self._timesteps_arguments
+        names = list(inspect.signature(host.set_timesteps).parameters)
+        bound = {**dict(zip(names, args, strict=False)), **kwargs, "device": "cpu"}
+        host.set_timesteps(**bound)
+        return host
+
+    def passes_generator(self, pipe: Any) -> bool:
+        """Whether the pipeline hands its generator to scheduler.step, where stock draws."""
+        return "generator" in self._accepted and hasattr(pipe, "prepare_extra_step_kwargs")
+
+    def keep_step_index(self, row: int) -> None:
+        """Inpaint pipelines call scheduler.add_noise, which looks at the step index that the scheduler's own step() would have kept."""
+        if hasattr(self.scheduler, "_step_index"):
+            self.scheduler._step_index = self._begin + row
