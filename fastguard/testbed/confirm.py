@@ -21,7 +21,7 @@ from .split import TEMPLATES
 from .stats import over_prompts
 
 FIRST_SEED = 1000  # all others measure seeds 0, 1, 2 ...
-D_SEEDS, ORDINARY_SEEDS = 8, 2
+D_SEEDS, ORDINARY_SEEDS = 8, 1
 
 
 def fresh(chosen: list[Prompt], seeds: int, one: Any) -> list[Job]:
