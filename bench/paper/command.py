@@ -108,9 +108,11 @@ def choose(request: Request, pipe: Any) -> Chosen:
     known: dict[str, dict[str, Any]] = {}
     for name, factory in found.items():
         method = factory()
-        guarded = isinstance(method, Preset) and bool(method.policy.guarded)
+        policy = method.policy if isinstance(method, Preset) else None
+        guarded = policy is not None and bool(policy.guarded)
         peer = not isinstance(method, Preset) and name != NOT_BY_DEFAULT
-        known[name] = {"source": factory.source, "ours": guarded, "peer": peer}
+        gated = policy is not None and policy.gate is not None
+        known[name] = {"source": factory.source, "ours": guarded, "gated": gated, "peer": peer}
         if asked is not None and name not in asked and name not in always:
             known[name]["skipped"] = report.NOT_ASKED
             continue

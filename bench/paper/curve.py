@@ -170,11 +170,18 @@ def _below(cells: Mapping[str, Mapping[str, Any]], axis: str) -> str:
     )
 
 
-def strict_sentence(result: Mapping[str, Any], axis: str) -> str:
-    """The verdict where an image that is blown up counts as not faithful, whatever the classifier sees in it."""
+def _in_short(which: str, result: Mapping[str, Any], axis: str) -> str:
+    """A further verdict in a sentence."""
     below = _below(result["cheap"], axis)
     where = f"lies below {below}" if below else "is on or above every peer's of at most that cost"
-    return f"With blown-up images counted as not faithful the best preset is {result['best']}: its curve {where}."
+    dear = _below(result["dear"], axis)
+    return f"{which} the best preset is {result['best']}: its curve {where}" + (
+        f"; dearer peers that are better somewhere: {dear}." if dear else "."
+    )
+
+
+def _share(cell: Mapping[str, float]) -> str:
+    return f"{cell['mean']:.2f} [{cell['low']:.2f}, {cell['high']:.2f}]"
 
 
 def sentences(result: Mapping[str, Any], axis: str) -> list[str]:
@@ -206,8 +213,14 @@ def sentences(result: Mapping[str, Any], axis: str) -> list[str]:
         text.append(f"Of the dearer peers ({', '.join(result['dear'])}) none is better anywhere.")
     else:
         text.append("No dearer peer was run.")
+    if (ordinary := result.get("ordinary")) is not None:
+        text.append(
+            f"What it does to ordinary prompts: faithful {_share(ordinary['best'])}, under plain guidance {_share(ordinary['plain'])}."
+        )
     if (strict := result.get("strict")) is not None:
-        text.append(strict_sentence(strict, axis))
+        text.append(_in_short("With blown-up images counted as not faithful", strict, axis))
+    if (gated := result.get("gated")) is not None:
+        text.append(_in_short("Of those that leave ordinary prompts alone, the gated ones,", gated, axis))
     if len(result["presets"]) > 1:
         text.append(
             f"The best of {len(result['presets'])} presets was chosen on the same images that it is compared on, which favours it."

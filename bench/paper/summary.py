@@ -56,6 +56,16 @@ def against_reference(rows: Sequence[dict[str, Any]], scale: float) -> dict[str,
     return {"ratio": float(a.sum() / b.sum()), "a quarter at most": int((4 * a <= b).sum()), "images": len(both)}
 
 
+def _points(method: str, one: curve.Curve, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The curve's points, each with the share of its images that are blown up, where that is measured."""
+    points = one.points()
+    for point in points:
+        blown = [r["blown"] for r in rows if (r["method"], r["scale"]) == (method, point["scale"]) and "blown" in r]
+        if blown:
+            point["blown"] = float(np.mean(blown))
+    return points
+
+
 def summarise(
     rows: Sequence[dict[str, Any]], methods: Mapping[str, Mapping[str, Any]], amount: Amount, steps: int
 ) -> dict[str, Any]:
@@ -91,13 +101,21 @@ def summarise(
         result["detection"] = detection.table([row for row in watched if row["seed"] < amount.detection], steps)
     for axis, column in (("similarity", "similarity"), ("copy rate", "copy")):
         found = {name: one for name, one in curve.curves(shown, column, "faithful").items() if name in cost}
-        result["curves"][axis] = {name: one.points() for name, one in found.items()}
+        result["curves"][axis] = {name: _points(name, one, shown) for name, one in found.items()}
         if found:
             result["verdicts"][axis] = one = curve.verdict(found, cost, ours, peers)
             if one["possible"] and all("blown" in row for row in shown):
                 sound = [row | {"faithful": 0.0} if row["blown"] else row for row in shown]
                 strict = {name: c for name, c in curve.curves(sound, column, "faithful").items() if name in cost}
                 one["strict"] = curve.verdict(strict, cost, ours, peers)
+            gated = [name for name in ours if methods[name]["gated"]]
+            if one["possible"] and gated and len(gated) < len(ours):
+                one["gated"] = curve.verdict(found, cost, gated, peers)
+            sides = {
+                key: tables["ordinary"].get(name) for key, name in (("best", one.get("best", "")), ("plain", PLAIN))
+            }
+            if all(cell and cell.get("faithful") for cell in sides.values()):
+                one["ordinary"] = {key: cell["faithful"] for key, cell in sides.items() if cell}
         else:
             reason = "no measure of faithfulness was given (--clip)"
             result["verdicts"][axis] = {"possible": False, "reason": reason}

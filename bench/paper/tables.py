@@ -30,8 +30,9 @@ def number(value: float | None, form: str = ".2f") -> str:
 
 
 COST = (
-    "rows / plain: rows of the denoiser's batches, probes and the forward half of gradient steps included, relative to plain guidance; "
-    "Wen's BACKWARD passes are not in it, so look at the seconds beside it: wall clock of the whole call, one run in batches."
+    "rows / plain: rows of the denoiser's batches, probes and the forward half of gradient steps included, relative to plain guidance. "
+    "What Wen's has above 1.00 are gradient steps, each with a backward pass besides, about twice the work of its rows. Seconds: wall "
+    "clock of the whole call, one run in batches, beside whatever else the machine did."
 )
 COLUMNS = (  # column of the rows, head, what is shown
     ("copy", "copies", "interval"),
@@ -178,13 +179,16 @@ def points_table(
 ) -> Table:
     """Every point of the plot."""
     rows = [
-        [name, f"{cost[name]:.2f}", f"{p['scale']:g}", interval(p["x"]), interval(p["y"])]
+        [
+            *(name, f"{cost[name]:.2f}", f"{p['scale']:g}", interval(p["x"]), interval(p["y"])),
+            number(p.get("blown"), ".0%"),
+        ]
         for name, points in curves.items()
         for p in points
     ]
     return Table(
         "Every point of the curves",
-        ["method", "rows / plain", "guidance scale", "similarity", "faithful"],
+        ["method", "rows / plain", "guidance scale", "similarity", "faithful", "blown up"],
         rows,
         [f"similarity: {networks['similarity']}. faithful: {networks['faithful']}. Memorized prompts."],
     )
