@@ -52,7 +52,7 @@ def paper(
     ] = 1,
     detection_seeds: Annotated[int, typer.Option(help="Images a prompt whose curve of d is looked at; 0: none.")] = 16,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 50,
-    batch_size: Annotated[int, typer.Option(help="Images at once.")] = 32,
+    batch_size: Annotated[int, typer.Option(help="Images at once; may differ when a run goes on.")] = 32,
     gate: Annotated[
         float | None, typer.Option(help="RMS(c - u) of the gated presets; the embedded model has its own.")
     ] = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,15 +13,17 @@ from typing import Any
 import torch
 from PIL import Image
 
-from bench.methods import Method, Preset, methods
+from bench.methods import Method, Opposite, Preset, Wen, methods
+from bench.methods.reference import FINER
 from bench.metrics import Clip, Fid, Sscd, onnx_sscd, torchscript_sscd
 from bench.paper import inputs, report, settings
 from bench.paper.inputs import BadInput, Item, TrainingSet
 from bench.paper.measures import ClipMeasure, Embedded, Measure, SscdMeasure, decode, training_descriptors
-from bench.paper.parallel import made
+from bench.paper.parallel import workers
 from bench.paper.store import Store
-from bench.paper.work import PLAIN, WATCHED, Amount, Made, Unit, make, run, units
+from bench.paper.work import PLAIN, WATCHED, Amount, Made, Unit, ahead, make, run, units
 from fastguard import models
+from fastguard.batch.memory import out_of_memory
 
 NOT_BY_DEFAULT = "compile"  # a method of speed: its images are those of plain guidance
 
@@ -203,24 +206,48 @@ def maker(
     request: Request,
     pipe: Any,
     chosen: Chosen,
-    items: Sequence[Item],
     measures: Sequence[Measure],
     show: Callable[[torch.Tensor], list[Image.Image]],
 ) -> Callable[[Unit], Made]:
-    """Makes one unit."""
-    places = {(item.group, item.id): place for place, item in enumerate(items)}
+    """Makes one unit. RuntimeError with advice where the memory is not enough."""
 
     def make_one(unit: Unit) -> Made:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what the libraries say of deprecations, at every call
-            return make(pipe, chosen.made[unit.method], unit, places, measures, show, request.steps)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what the libraries say of deprecations, at every call
+                rows, pictures = make(pipe, chosen.made[unit.method], unit, measures, show, request.steps)
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            raise RuntimeError(
+                f"{unit.method}: out of memory with {len(unit.batch)} images at once; finished results are kept: run the same "
+                f"command with a --batch-size below {len(unit.batch)}, or leave the method out of --methods ({error})"
+            ) from error
+        return [row | {"batch_size": request.amount.batch} for row in rows], pictures
 
     return make_one
 
 
+def parameters(method: Method, amount: Amount) -> dict[str, Any]:
+    """What settings.json keeps of a method. Wen's loss is one norm over the images of a prompt in a batch, so their number belongs to it."""
+    found = settings.describe(method)
+    if isinstance(method, Wen):
+        found["images of a prompt at once"] = [min(amount.batch, seeds) for seeds in (amount.seeds, amount.ordinary)]
+    return found
+
+
+def most_rows(method: Method, steps: int) -> int:
+    """Rows of the denoiser for an image, at most, where the scheduler evaluates once a step."""
+    if isinstance(method, Wen):
+        return 2 * (steps + method.iterations)
+    if isinstance(method, Opposite):
+        return 2 * (steps + FINER * steps)
+    return 2 * steps
+
+
 def prepare(request: Request) -> Callable[[Unit], Made]:
     """The same in a process of its own: everything loaded again."""
-    items, training = read(request)
+    _, training = read(request)
     device, dtype = models.prepare(request.device, request.dtype)
     models.quiet()
     pipe = models.load_pipeline(
@@ -229,7 +256,7 @@ def prepare(request: Request) -> Callable[[Unit], Made]:
     chosen = choose(request, pipe)
     clip = None if request.clip is None else Clip(request.clip)
     measures, show = measuring(request, pipe, find_sscd(request.sscd_name), clip, training)
-    return maker(request, pipe, chosen, items, measures, show)
+    return maker(request, pipe, chosen, measures, show)
 
 
 def paper(request: Request) -> dict[str, Any]:
@@ -256,19 +283,24 @@ def paper(request: Request) -> dict[str, Any]:
         "seeds": amount.seeds,
         "ordinary_seeds": amount.ordinary,
         "detection_seeds": amount.detection,
-        "batch_size": amount.batch,
         "networks": networks,
         "device": torch.device(device).type,
         "dtype": dtype,
         "versions": settings.versions(),
     }
     with Store(request.out) as store:
-        if settings.keep(request.out, wanted, {name: settings.describe(one) for name, one in chosen.made.items()}):
+        if settings.keep(request.out, wanted, {name: parameters(one, amount) for name, one in chosen.made.items()}):
             store.clean()
         work = units(items, list(chosen.made), amount)
+        print(ahead(work, store, lambda name: most_rows(chosen.made[name], request.steps)), file=sys.stderr)
         if request.processes > 1:
-            run(work, lambda todo: made(todo, partial(prepare, request), request.processes), store)
+            with workers(partial(prepare, request), request.processes) as make_all:
+                run(work, make_all, store)
         else:
-            make_one = maker(request, pipe, chosen, items, measures, show)
-            run(work, lambda todo: map(make_one, todo), store)
+            run(work, partial(map, maker(request, pipe, chosen, measures, show)), store)
+        if lost := store.lacking(row["image"] for row in store.rows):
+            raise RuntimeError(
+                f"images of methods or scales that this command does not make are gone ({len(lost)}, the first {lost[0]}): "
+                "name these in --methods and --guidance-scales and they are made again"
+            )
         return report.write(store, items, chosen.known, amount, wanted, networks, training, fid, request.command)

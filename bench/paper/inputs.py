@@ -57,6 +57,10 @@ class BadInput(ValueError):
         many = f"{len(problems)} problem{'s' * (len(problems) != 1)}"
         super().__init__("\n  ".join([f"{where}: {many}, nothing was done", *shown]))
 
+    def __reduce__(self) -> tuple[type[ValueError], tuple[str]]:
+        """From one process to another as its message."""
+        return ValueError, (str(self),)
+
 
 class Images(Sequence[Image.Image]):
     """read(one) for one of `kept`, when it is asked for: as many open files as images would be too many."""

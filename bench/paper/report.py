@@ -103,6 +103,10 @@ def write(
     result.update(
         {"settings": dict(settings), "networks": dict(networks), "fid": frechet, "skipped": skipped, "command": command}
     )
+    result["batch sizes"] = {
+        name: sorted({row.get("batch_size", amount.batch) for row in store.rows if row["method"] == name})
+        for name in ran
+    }
     shown = _tables(result, networks, frechet, amount)
     figures = _figures(store, result, items, list(result["tables"]["memorized"]), amount, networks, training, ran)
 
@@ -160,6 +164,7 @@ def _facts(
     skipped: Mapping[str, str],
 ) -> list[str]:
     prompts = {group: sum(item.group == group for item in items) for group in ("memorized", "ordinary")}
+    sizes = sorted({size for of_method in result["batch sizes"].values() for size in of_method})
     facts = [
         f"Model {settings['model']} (weights {settings['weights'][:12]}), {settings['scheduler']}, {settings['steps']} steps, "
         f"guidance scale {amount.scale:g} in the tables; {settings['dtype']} on {settings['device']}; "
@@ -168,7 +173,7 @@ def _facts(
         f"{prompts['memorized']} memorized prompts with {amount.seeds} seeds, {prompts['ordinary']} ordinary ones with {amount.ordinary}"
         + (f", {amount.detection} seeds of {WATCHED} for detection" if amount.detection else "")
         + "; every method starts from the same noise for the same prompt and seed.",
-        f"Cost, {tables.COST} Batches of {amount.batch}; not a benchmark of speed.",
+        f"Cost, {tables.COST} Batches of {' and '.join(map(str, sizes))}; not a benchmark of speed.",
     ]
     if reasons := [f"{name} ({reason})" for name, reason in skipped.items() if reason != NOT_ASKED]:
         facts.append(f"Not run: {'; '.join(reasons)}.")

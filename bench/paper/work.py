@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,12 +26,13 @@ PLAIN, WATCHED = "none", "cfg"  # the reference of every table; the preset whose
 
 @dataclass(frozen=True)
 class Unit:
-    """A batch of images of one method at one guidance scale."""
+    """A batch of images of one method at one guidance scale. `images`: where each is kept."""
 
     name: str
     method: str
     scale: float
     batch: tuple[tuple[Item, int], ...]
+    images: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,9 @@ def units(items: Sequence[Item], methods: Sequence[str], amount: Amount) -> list
     """Everything that has to be made, in a fixed order: the tables' scale first, then the curves'.
 
     A unit has whole prompts, all their seeds (Wen's loss is one norm over them), unless a batch is smaller than that; it depends on
-    the settings alone, so it is made again as it was.
+    the settings and the batch size alone, so it is made again as it was. It is named by its first image and how many it has.
     """
-    groups = {g: [item for item in items if item.group == g] for g in ("memorized", "ordinary")}
+    groups = {g: [one for one in enumerate(items) if one[1].group == g] for g in ("memorized", "ordinary")}
     found = []
     for scale in [amount.scale, *(s for s in amount.scales if s != amount.scale)]:
         for method in methods:
@@ -80,39 +81,46 @@ def units(items: Sequence[Item], methods: Sequence[str], amount: Amount) -> list
                     seeds = seeds if group == "memorized" else 0
                 elif method == WATCHED:
                     seeds = max(seeds, amount.detection)
-                images = [(item, seed) for item in members for seed in range(seeds)]
+                every = [(place, item, seed) for place, item in members for seed in range(seeds)]
+                folder = f"images/{group}/{re.sub(r'[^A-Za-z0-9.+=-]', '_', method)}/{scale:g}"
                 size = amount.batch // max(seeds, 1) * seeds or amount.batch
-                for number, start in enumerate(range(0, len(images), size)):
-                    batch = tuple(images[start : start + size])
-                    found.append(Unit(f"{group}/{method}/{scale:g}/{number}", method, scale, batch))
+                for start in range(0, len(every), size):
+                    part = every[start : start + size]
+                    batch = tuple((item, seed) for _, item, seed in part)
+                    images = tuple(f"{folder}/{place:05d}-{seed:03d}.png" for place, _, seed in part)
+                    name = f"{group}/{method}/{scale:g}/{start}+{len(part)}"
+                    found.append(Unit(name, method, scale, batch, images))
     return found
 
 
-def image_path(unit: Unit, place: int, item: Item, seed: int) -> str:
-    """Where an image is kept; `place`: of its prompt among all."""
-    method = re.sub(r"[^A-Za-z0-9.+=-]", "_", unit.method)
-    return f"images/{item.group}/{method}/{unit.scale:g}/{place:05d}-{seed:03d}.png"
+def ahead(work: Sequence[Unit], store: Store, rows: Callable[[str], int]) -> str:
+    """What is still to make, in a line. `rows`: of the denoiser for one image of a method."""
+    total = sum(len(unit.images) for unit in work)
+    left = [unit.method for unit in work for _ in store.lacking(unit.images)]
+    return (
+        f"{len(left):,} of {total:,} images still to make, about {sum(map(rows, left)):,} rows of the denoiser at most; "
+        "the bar counts images, whatever their rows"
+    )
 
 
 def run(work: Sequence[Unit], made: Callable[[Sequence[Unit]], Iterable[Made]], store: Store) -> None:
-    """Keep every unit that the store does not have. `made` gives rows and pictures of units, in their order."""
-    todo = [unit for unit in work if unit.name not in store.done]
-    total, left = (sum(len(unit.batch) for unit in some) for some in (work, todo))
+    """Make every unit of which the store lacks an image. `made` gives rows and pictures of units, in their order."""
+    todo = [(unit, count) for unit in work if (count := len(store.lacking(unit.images)))]
     if not todo:
         return
+    total, left = sum(len(unit.images) for unit in work), sum(count for _, count in todo)
     with tqdm(total=total, initial=total - left, unit="image", mininterval=2) as bar:
-        bar.set_description(f"{todo[0].method} {todo[0].scale:g}")
-        for unit, (rows, pictures) in zip(todo, made(todo), strict=True):
+        bar.set_description(f"{todo[0][0].method} {todo[0][0].scale:g}")
+        for (unit, count), (rows, pictures) in zip(todo, made([unit for unit, _ in todo]), strict=True):
             bar.set_description(f"{unit.method} {unit.scale:g}")
             store.add(unit.name, rows, pictures)
-            bar.update(len(rows))
+            bar.update(count)
 
 
 def make(
     pipe: Any,
     method: Method,
     unit: Unit,
-    places: Mapping[tuple[str, str], int],
     measures: Sequence[Measure],
     decode: Callable[[torch.Tensor], list[Image.Image]],
     steps: int,
@@ -144,7 +152,7 @@ def make(
             "id": item.id,
             "prompt": item.prompt,
             "seed": seed,
-            "image": image_path(unit, places[item.group, item.id], item, seed),
+            "image": unit.images[i],
             "rows": made.rows / len(items),
             "seconds": made.seconds / len(items),
             "finite": finite[i],

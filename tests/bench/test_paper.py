@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
+import zlib
 from html.parser import HTMLParser
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,9 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+import fastguard
 from bench.__main__ import app
+from bench.methods import Ren
 from fastguard import testbed
 
 
@@ -69,6 +74,9 @@ def done(given: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (out / ".draft.tmp").write_text("was there before")
     result = call(given, out)
     assert result.exit_code == 0, result.output
+    assert (
+        "57 of 57 images still to make, about 342 rows of the denoiser at most; the bar counts images" in result.output
+    )
     assert (out / ".draft.tmp").exists()
     return out
 
@@ -83,6 +91,81 @@ def test_every_image_is_kept_with_its_numbers(done: Path) -> None:
     assert {name: sum(r["method"] == name for r in found) for name in count} == count
     assert all(Image.open(done / r["image"]).size == (32, 32) for r in found)
     assert all(r["rows"] == 6 for r in found if r["method"] in ("none", "cfg", "ren"))
+
+
+def test_a_kept_image_is_what_the_pipeline_makes(done: Path) -> None:
+    """Prompt and documented seed into a plain call: 100003 seed + crc32(id)."""
+    pipe = testbed.load()
+    shown = {}
+    for row in (r for r in rows(done) if (r["method"], r["group"], r["scale"]) == ("none", "memorized", 7.5)):
+        generator = torch.Generator().manual_seed(100_003 * row["seed"] + zlib.crc32(row["id"].encode()))
+        want = pipe(row["prompt"], generator=generator, num_inference_steps=3, guidance_scale=7.5).images[0]
+        kept = shown[row["id"], row["seed"]] = np.asarray(Image.open(done / row["image"]), int)
+        # A batch of four sums otherwise than one alone, which may show in the last of 8 bits.
+        assert np.abs(kept - np.asarray(want, int)).max() <= 1
+    assert len(shown) == 4
+    assert all(np.abs(shown[index, 0] - shown[index, 1]).max() > 20 for index in "01")
+
+
+def test_settings_keep_what_made_the_images(done: Path) -> None:
+    kept = json.loads((done / "settings.json").read_text())
+    assert kept["versions"] == {
+        "fastguard": fastguard.__version__,
+        "torch": torch.__version__,
+        **{name: version(name) for name in ("diffusers", "transformers")},
+    }
+    assert (kept["steps"], kept["scheduler"], kept["device"], kept["dtype"]) == (3, "DDIMScheduler", "cpu", "float32")
+    assert kept["methods"]["none"] == {} and kept["methods"]["ren"] == {"c1": 1.25, "name": "ren"}
+    assert kept["methods"]["stp"] == {"policy": fastguard.policy("stp").to_dict()}
+
+
+def test_too_large_a_batch_and_on_with_a_smaller_one(
+    given: Path, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Finished results stay; the images are those of any batch size; the summary has both sizes."""
+    generate = Ren.generate
+
+    def short_of_memory(self: Ren, pipe: Any, request: Any) -> Any:
+        if len(request.prompts) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return generate(self, pipe, request)
+
+    monkeypatch.setattr(Ren, "generate", short_of_memory)
+    result = call(given, tmp_path)
+    assert result.exit_code == 2 and "Traceback" not in result.output
+    advice = "ren: out of memory with 4 images at once; finished results are kept: run the same command with a --batch-size below 4"
+    assert advice in result.output and "Tried to allocate 2.00 GiB" in result.output
+    first = rows(tmp_path)
+    assert {r["method"] for r in first} == {"none", "cfg", "stp"}
+    assert call(given, tmp_path, batch_size=2).exit_code == 0
+    assert rows(tmp_path)[: len(first)] == first
+    one, two = ({r["image"]: r for r in rows(out)} for out in (done, tmp_path))
+    assert len(rows(tmp_path)) == len(two) and set(one) == set(two)
+    for name in two:
+        pair = [np.asarray(Image.open(out / name), int) for out in (done, tmp_path)]
+        assert np.abs(pair[0] - pair[1]).max() <= 1
+    sizes = json.loads((tmp_path / "summary.json").read_text())["batch sizes"]
+    assert sizes == {
+        "none": [2, 8],
+        "cfg": [2, 8],
+        "stp": [2, 8],
+        "ren": [2],
+    }  # the second scale came after ren's first
+    assert "Batches of 2 and 8;" in (tmp_path / "tables.md").read_text()
+
+
+def test_an_image_that_is_gone(given: Path, done: Path, tmp_path: Path) -> None:
+    """Made again by the command that made it; named by one that does not make its method."""
+    out = tmp_path / "out"
+    shutil.copytree(done, out)
+    lost = out / next(r["image"] for r in rows(out) if r["method"] == "ren" and r["scale"] == 7.5 and r["seed"] == 0)
+    lost.unlink()
+    result = call(given, out, methods="none")
+    assert result.exit_code == 2 and f"are gone (1, the first {lost.relative_to(out)}): name these" in result.output
+    result = call(given, out)
+    assert result.exit_code == 0 and "1 of 57 images still to make" in result.output
+    assert lost.read_bytes() == (done / lost.relative_to(out)).read_bytes()
+    assert (out / "results.jsonl").read_bytes() == (done / "results.jsonl").read_bytes()
 
 
 @pytest.mark.slow

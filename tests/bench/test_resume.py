@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +19,11 @@ import pytest
 from PIL import Image
 
 from bench.paper.inputs import BadInput
+from bench.paper.parallel import workers
 from bench.paper.settings import keep
 from bench.paper.store import Store
-from bench.paper.work import units
-from tests.bench.tiny_run import AMOUNT, ITEMS, METHODS, main
+from bench.paper.work import ahead, run, units
+from tests.bench.tiny_run import AMOUNT, ITEMS, METHODS, main, prepare
 
 ROOT = Path(__file__).parents[2]
 
@@ -138,14 +142,84 @@ def test_scales_of_one_name_are_refused(scales: tuple[float, ...]) -> None:
         replace(AMOUNT, scales=scales)
 
 
-def test_a_unit_is_added_once(tmp_path: Path) -> None:
+def test_what_is_kept_is_not_added_again(tmp_path: Path) -> None:
     with Store(tmp_path) as store:
         store.add("u", [{"image": "a.png"}], [Image.new("RGB", (2, 2))])
-        with pytest.raises(AssertionError, match="unit 'u'"):
-            store.add("u", [{"image": "a.png"}], [Image.new("RGB", (2, 2), "red")])
+        store.add("v", [{"image": "a.png"}, {"image": "b.png"}], [Image.new("RGB", (2, 2), "red")] * 2)
         assert Image.open(tmp_path / "a.png").getpixel((0, 0)) == (0, 0, 0)
+    assert [(r["unit"], r["image"]) for r in results(tmp_path)] == [("u", "a.png"), ("v", "b.png")]
     with Store(tmp_path) as store:
-        assert store.done == {"u"}
+        assert store.lacking(["a.png", "b.png", "c.png"]) == ["c.png"]
+
+
+@pytest.mark.parametrize("sizes", [(5, 12, 4), (12, 3, 2)])
+def test_the_batch_size_may_differ_from_run_to_run(tmp_path: Path, sizes: tuple[int, ...]) -> None:
+    """Every image once, in files that the next run can read."""
+    for number, size in enumerate(sizes):
+        work = units(ITEMS, METHODS, replace(AMOUNT, batch=size))
+        assert max(len(unit.images) for unit in work) <= size
+        with Store(tmp_path) as store:
+            # All units of the last run, some of the others.
+            run(work[: len(work) * (number + 1) // len(sizes)], partial(map, prepare()), store)
+    names = [r["image"] for r in results(tmp_path)]
+    assert len(names) == len(set(names)) and set(names) == set(images(tmp_path))
+    assert set(names) == {name for unit in work for name in unit.images}
+
+
+def test_a_deleted_image_is_made_again(whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    for name in sorted(images(out))[::7]:
+        (out / name).unlink()
+    main(out)
+    assert images(out) == images(whole)
+    assert (out / "results.jsonl").read_bytes() == (whole / "results.jsonl").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("trouble", "message"),
+    [
+        ("killed", "RuntimeError: one of 2 processes was killed"),
+        ("cannot start", "ValueError: prompts: 1 problem"),
+    ],
+)
+def test_a_process_that_is_killed_or_cannot_start(whole: Path, tmp_path: Path, trouble: str, message: str) -> None:
+    """The run ends, says why, keeps what was finished and goes on when it is started again."""
+    command = [sys.executable, "-m", "tests.bench.tiny_run", str(tmp_path), "2"]
+    ended = subprocess.run([*command, trouble], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 1 and message in ended.stderr
+    kept = results(tmp_path) if (tmp_path / "results.jsonl").exists() else []
+    assert kept == results(whole)[: len(kept)] and bool(kept) is (trouble == "killed")
+    subprocess.run(command, cwd=ROOT, capture_output=True, check=True, timeout=120)
+    assert results(tmp_path) == results(whole) and images(tmp_path) == images(whole)
+
+
+@pytest.mark.slow
+def test_an_error_of_the_run_itself_ends_its_processes_at_once() -> None:
+    began = time.monotonic()
+    with pytest.raises(OSError, match="disk full"), workers(slow, 2) as make_all:
+        next(make_all(range(3)))  # the two others take a minute each
+        raise OSError("disk full")
+    assert time.monotonic() - began < 30 and not multiprocessing.active_children()
+
+
+def slow() -> Any:
+    return lambda unit: time.sleep(60 * min(unit, 1))
+
+
+def test_what_is_ahead_is_said(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "out")
+    work = units(ITEMS, METHODS, AMOUNT)
+    (tmp_path / "out" / work[0].images[0]).unlink()
+    for out, images, rows in (
+        (whole, 0, 0),
+        (tmp_path / "out", 1, 2),
+        (tmp_path / "empty", 157, 2 * 46 + 2 * 65 + 4 * 46),
+    ):
+        with Store(out) as store:
+            line = ahead(work, store, {"none": 2, "cfg": 2, "other": 4}.get)
+        assert line.startswith(f"{images} of 157 images still to make, about {rows} rows of the denoiser at most; ")
 
 
 def test_opening_leaves_the_files_of_a_foreign_folder_alone(tmp_path: Path) -> None:

@@ -1,10 +1,16 @@
-"""A run of the benchmark's loop with a method that needs no model: `python -m tests.bench.tiny_run OUT PROCESSES`, killed by its test."""
+"""A run of the benchmark's loop with a method that needs no model: `python -m tests.bench.tiny_run OUT PROCESSES [TROUBLE]`.
+
+TROUBLE  "killed": SIGKILL for the process that makes the method "other"; "cannot start": no process can load what it needs
+"""
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,8 +18,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from bench.paper.inputs import Item
-from bench.paper.parallel import made
+from bench.paper.inputs import BadInput, Item
+from bench.paper.parallel import workers
 from bench.paper.store import Store
 from bench.paper.work import Amount, Made, Unit, make, run, units
 
@@ -48,22 +54,31 @@ def decode(z: torch.Tensor) -> list[Image.Image]:
     return [Image.fromarray(x[0].mul(10).clamp(0, 255).byte().numpy()) for x in z]
 
 
-def prepare() -> Callable[[Unit], Made]:
+def prepare(trouble: str = "") -> Callable[[Unit], Made]:
+    if trouble == "cannot start":
+        raise BadInput("prompts", ["they were there before"])
     methods: dict[str, Any] = {name: Fake(name) for name in METHODS}
-    places = {(item.group, item.id): place for place, item in enumerate(ITEMS)}
-    return lambda unit: make(None, methods[unit.method], unit, places, [Mean()], decode, 3)
+
+    def make_one(unit: Unit) -> Made:
+        if trouble == "killed" and unit.method == "other":
+            time.sleep(1)  # the other process finishes what it is at
+            os.kill(os.getpid(), signal.SIGKILL)
+        return make(None, methods[unit.method], unit, [Mean()], decode, 3)
+
+    return make_one
 
 
-def main(out: Path, processes: int = 1) -> None:
+def main(out: Path, processes: int = 1, trouble: str = "") -> None:
     with Store(out) as store:
         store.clean()
         print("ready", flush=True)
         work = units(ITEMS, METHODS, AMOUNT)
         if processes > 1:
-            run(work, lambda todo: made(todo, prepare, processes), store)
+            with workers(partial(prepare, trouble), processes) as make_all:
+                run(work, make_all, store)
         else:
-            run(work, lambda todo: map(prepare(), todo), store)
+            run(work, partial(map, prepare(trouble)), store)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])
