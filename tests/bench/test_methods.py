@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 import fastguard
-from bench.methods import Compiled, Preset, methods
+from bench.methods import Compiled, Preset, methods, reference, somepalli
 from tests import pipelines
 
 PROMPTS = ["a red apple", "two dogs"]
@@ -52,6 +53,60 @@ def test_a_gate_of_the_users_own(generate):
     closed = generate(methods(gate=1e6)["dtp-gated"](), PROMPTS)
     assert torch.equal(closed.latents, generate(methods()["cfg"](), PROMPTS).latents)
     assert [one["gate"]["threshold"] for one in closed.details] == [1e6, 1e6]
+
+
+PUBLISHED = {  # what the papers and the released code have; the first two of Wen are the embedded model's
+    "wen-0.2": {"target": 0.2, "lr": 0.05, "iterations": 10},
+    "wen-0.5": {"target": 0.5, "lr": 0.05, "iterations": 10},
+    "wen-1": {"target": 1.0, "lr": 0.05, "iterations": 10},
+    "wen-3": {"target": 3.0, "lr": 0.05, "iterations": 10},
+    "ren": {"c1": 1.25},
+    "random-numbers": {"kind": "numbers", "count": 4},
+    "random-words": {"kind": "words", "count": 4},
+    "word-repeat": {"kind": "repeat", "count": 4},
+    "embedding-noise": {"strength": 0.1, "on": ("u", "c")},
+    "interval": {"low": 0.28, "high": 5.42},
+    "reference-dtp": {"before": 1.0},
+    "reference-stp": {"t_star": 500.0, "before": 0.0},
+    "reference-og+stp": {"t_star": 650.0, "before": -2.0},
+    "reference-og+dtp": {},
+    "compile": {"options": {}},
+}
+
+
+def test_the_peers_have_their_published_parameters():
+    peers = {name: factory() for name, factory in methods().items() if not isinstance(factory(), Preset)}
+    found = {
+        name: {key: value for key, value in vars(peer).items() if key != "name" and not key.startswith("_")}
+        for name, peer in peers.items()
+    }
+    assert found == {"none": {}, **PUBLISHED}
+    assert all(peer.name == name for name, peer in peers.items())
+    assert (somepalli.LARGEST_NUMBER, somepalli.TOKENS) == (99_999, 49_400)
+    assert (reference.FALLBACK, reference.FINER) == (5, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "transition", "t_star", "deadline"),
+    [
+        ("cfg", "none", "none", None, False),
+        ("stp", "zero", "static", 500.0, False),
+        ("og+stp", -2.0, "static", 650.0, False),
+        ("dtp", "zero", "dynamic", None, True),
+        ("og+dtp", "opposite", "dynamic", None, True),
+        ("paper-dtp", "zero", "dynamic", None, False),
+        ("paper-og+dtp", "opposite", "dynamic", None, False),
+        ("released-dtp", "conditional", "dynamic", None, False),
+    ],
+)
+def test_the_presets_are_the_papers(name, before, transition, t_star, deadline):
+    policy = methods()[name]().policy
+    assert policy.guarded is (name != "cfg") and policy.gate is None
+    if policy.guarded:
+        assert (policy.before, policy.transition, policy.t_star) == (before, transition, t_star)
+        assert (policy.deadline is not None) is deadline and policy.rule == "minimum"
+        gated = methods(gate=0.5)[f"{name}-gated"]().policy
+        assert gated == dataclasses.replace(policy, gate=0.5)
 
 
 @pytest.mark.parametrize("name", NAMES)
