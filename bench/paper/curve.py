@@ -7,8 +7,8 @@ scale, in the order of the scales. What a method offers at similarity x is
 
 an image that is less similar to the training image is no worse. Where the polyline has no point at or below x, E(x) is the floor, the
 lowest faithfulness that any method had: a curve that never gets there is not excused. A curve lies on or above another if
-E(x) >= y at every point (x, y) of the other's polyline (each segment in tenths); a point of its own at most 1e-4 to the right of x
-counts as at x, or the same arithmetic in another order would not be "on" its own curve. Intervals are pointwise, 95%, from a bootstrap over
+E(x) >= y at every point (x, y) of the other's polyline (each segment in tenths); what differs by at most 1e-4 counts as equal, in x
+and in y, or the same arithmetic in another order would not be "on" its own curve. Intervals are pointwise, 95%, from a bootstrap over
 prompts in which all methods see the same draw, since seeds and prompts are paired.
 """
 
@@ -24,8 +24,7 @@ import numpy as np
 from fastguard.testbed.stats import DRAWS
 
 TENTHS = 10
-EQUAL = 1e-9
-SAME = 1e-4  # of similarities; three digits are shown
+SAME = 1e-4  # of similarities and of faithfulness; three digits are shown
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ def compare(ours: Curve, theirs: Curve, floor: float) -> dict[str, Any]:
         "high": float(high),
         "at": float(x[0, worst]),
         "reached": float(np.mean(ours.x[0].min() <= x[0] + SAME)),
-        "on or above": bool(gaps[worst][0] >= -EQUAL),
+        "on or above": bool(gaps[worst][0] >= -SAME),
         "within the interval": bool(high >= 0),
     }
 
@@ -158,7 +157,8 @@ def verdict(
 
 
 def _gap(cell: Mapping[str, Any], axis: str) -> str:
-    return f"{cell['gap']:+.3f} [{cell['low']:+.3f}, {cell['high']:+.3f}] at {axis} {cell['at']:.2f}"
+    gap, low, high = (round(cell[key], 3) + 0.0 for key in ("gap", "low", "high"))  # + 0.0: no "-0.000"
+    return f"{gap:+.3f} [{low:+.3f}, {high:+.3f}] at {axis} {cell['at']:.2f}"
 
 
 def _below(cells: Mapping[str, Mapping[str, Any]], axis: str) -> str:

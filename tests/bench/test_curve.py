@@ -57,8 +57,17 @@ def test_rounding_leaves_a_curve_on_itself() -> None:
     points = {1.5: (0.2, 0.4), 3.0: (0.5, 0.7), 7.5: (0.9, 0.9)}
     moved = {scale: (x + 1e-6, y) for scale, (x, y) in points.items()}
     found = curves(rows("same", points) + rows("moved", moved), "x", "y")
-    assert compare(found["moved"], found["same"], 0.0)["gap"] == pytest.approx(0, abs=1e-5)
-    assert compare(found["moved"], found["same"], 0.0)["reached"] == 1
+    result = compare(found["moved"], found["same"], 0.0)
+    assert result["gap"] == pytest.approx(0, abs=1e-5) and result["on or above"] and result["reached"] == 1
+
+
+@pytest.mark.parametrize("by", [3e-4, -3e-4], ids=["more similar", "less similar"])
+def test_more_than_rounding_counts(by: float) -> None:
+    """The curve that is to the right, more similar at equal faithfulness, is not on the other; the other is on it."""
+    points = {1.5: (0.2, 0.4), 3.0: (0.5, 0.7), 7.5: (0.9, 0.9)}
+    moved = {scale: (x + by, y) for scale, (x, y) in points.items()}
+    found = curves(rows("same", points) + rows("moved", moved), "x", "y")
+    assert compare(found["moved"], found["same"], 0.0)["on or above"] == (by < 0)
 
 
 def test_interval_is_that_of_the_paired_difference() -> None:
