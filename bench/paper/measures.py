@@ -10,10 +10,12 @@ faithful         how well the image shows its prompt, higher is better
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import numpy as np
@@ -41,12 +43,12 @@ class Measure(Protocol):
 
 
 class Embedded:
-    """The embedded model's own measures (`fastguard/testbed/measures.py`): its autoencoder and its classifier."""
+    """The embedded model's own measures (`fastguard/testbed/measures.py`): its autoencoder and its classifier, in float32 on the CPU."""
 
     def __init__(self, pipe: Any) -> None:
         from fastguard.testbed.measures import COPY, Judge
 
-        self.judge = Judge(pipe)
+        self.judge = Judge(SimpleNamespace(vae=copy.deepcopy(pipe.vae).cpu()))  # type: ignore[arg-type]  # all it looks at
         latent = "cosine of latents, the embedded autoencoder"
         seen = "the embedded classifier"
         self.networks = {

@@ -43,9 +43,15 @@ def listed(lines: Sequence[str]) -> str:
     return "<ul class=note>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>"
 
 
-def fid_values(store: Store, methods: Sequence[str], amount: Amount, fid: Fid, training: TrainingSet) -> dict[str, Any]:
-    """FID of each method's images against the training images, by group of prompts."""
+def fid_values(
+    store: Store, methods: Sequence[str], amount: Amount, fid: Fid, training: TrainingSet, real: Images | None = None
+) -> dict[str, Any]:
+    """FID of each method's images at the tables' scale against `real` (the training images without it), by group of prompts."""
     found: dict[str, Any] = {"network": fid.network, "values": {}, "notes": {}}
+    compared = training if real is None else real
+    which = "training images, as no --real-images were given; copies of them make it better"
+    against = f"against the {len(compared)} {which if real is None else 'images of --real-images'}"
+    fid.against(compared)
     for group in ("memorized", "ordinary"):
         seeds = amount.seeds if group == "memorized" else amount.ordinary
         values, counts = {}, []
@@ -55,11 +61,12 @@ def fid_values(store: Store, methods: Sequence[str], amount: Amount, fid: Fid, t
                 for r in store.rows
                 if (r["method"], r["group"], r["scale"]) == (name, group, amount.scale) and r["seed"] < seeds
             ]
-            if len(files) >= 2 and len(training) >= 2:
-                values[name] = fid(Images(files, read_image), training)
+            if len(files) >= 2:
+                values[name] = fid(Images(files, read_image))
                 counts.append(len(files))
         if values:
-            found["values"][group], found["notes"][group] = values, note(min(counts))
+            found["values"][group] = values
+            found["notes"][group] = "; ".join(text for text in (against, note(min(counts))) if text)
     return found
 
 
@@ -94,12 +101,13 @@ def write(
     networks: Mapping[str, str],
     training: TrainingSet,
     fid: Fid | None = None,
+    real: Images | None = None,
     command: str = "",
 ) -> dict[str, Any]:
     """Write everything; returns the summary. `methods`: name -> source, ours, peer, and "skipped" with a reason if it was not run."""
     ran, skipped = _finished(store, items, methods, amount)
     result = summarise(store.rows, ran, amount, settings["steps"])
-    frechet = {} if fid is None else fid_values(store, list(ran), amount, fid, training)
+    frechet = {} if fid is None else fid_values(store, list(ran), amount, fid, training, real)
     result.update(
         {"settings": dict(settings), "networks": dict(networks), "fid": frechet, "skipped": skipped, "command": command}
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,21 @@ def weights_hash(pipe: Any) -> str:
             digest.update(f"{name}.{key} {data.dtype} {tuple(data.shape)}\n".encode())
             digest.update(data.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def configurations(pipe: Any) -> dict[str, str]:
+    """sha256 of the configuration of every component that has one: the scheduler's betas, the autoencoder's scaling, ...
+
+    Without what does not change an image: keys that begin with an underscore (paths, versions) and transformers' version.
+    """
+    found = {}
+    for name, component in sorted(pipe.components.items()):
+        if (config := getattr(component, "config", None)) is None:
+            continue
+        plain = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+        kept = {key: value for key, value in plain.items() if not key.startswith("_") and key != "transformers_version"}
+        found[name] = hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
+    return found
 
 
 def items_hash(items: Sequence[Item]) -> str:
@@ -77,9 +93,11 @@ def keep(out: Path, settings: Mapping[str, Any], methods: Mapping[str, Any]) -> 
         found = read_json(path)
         known = found.pop("methods", {})
         differ = [
-            f"{name}: {found.get(name)!r} there, {wanted.get(name)!r} now"
+            f"{name}: {found[name]!r} there, {wanted.get(name)!r} now"
+            if name in found
+            else f"{name}: missing there, so another version of the benchmark made it; {wanted[name]!r} now"
             for name in dict.fromkeys([*found, *wanted])
-            if found.get(name) != wanted.get(name)
+            if name not in found or found[name] != wanted.get(name)
         ]
         differ += [
             f"method {name}: {known[name]!r} there, {value!r} now"

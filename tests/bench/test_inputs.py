@@ -29,12 +29,12 @@ def folder(tmp_path: Path) -> Path:
 def read(folder: Path, text: str | bytes) -> list[inputs.Item]:
     path = folder.parent / "prompts.jsonl"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return inputs.memorized(path, folder, inputs.training_files(folder))
+    return inputs.memorized(path, folder, inputs.image_files(folder, "train-images"))
 
 
 def test_several_training_images_a_prompt(folder: Path) -> None:
     lines = [GOOD, '{"caption": "two", "index": "08"}', '{"caption": "a folder", "index": "b", "more": 1}']
-    found, files = read(folder, "\ufeff" + "\r\n".join(lines) + "\n"), inputs.training_files(folder)
+    found, files = read(folder, "\ufeff" + "\r\n".join(lines) + "\n"), inputs.image_files(folder, "train-images")
     named = [[files[place].relative_to(folder).as_posix() for place in item.training] for item in found]
     assert named == [["007_1.jpg", "7.png"], ["8_0.png", "8_1.png"], ["b/x.webp", "b/y.bmp"]]
     assert [(item.id, item.prompt) for item in found] == [("7", "a wolf"), ("8", "two"), ("b", "a folder")]
@@ -80,13 +80,13 @@ def test_every_bad_line_is_listed(folder: Path) -> None:
 
 def test_training_folders(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="no such directory"):
-        inputs.training_files(tmp_path / "missing")
+        inputs.image_files(tmp_path / "missing", "train-images")
     (tmp_path / "empty").mkdir()
     with pytest.raises(BadInput, match="no image in it"):
-        inputs.training_files(tmp_path / "empty")
+        inputs.image_files(tmp_path / "empty", "train-images")
     (folder / "broken.png").write_bytes((folder / "7.png").read_bytes()[:20])
     with pytest.raises(BadInput, match=r"broken\.png: cannot be read"):
-        inputs.training_files(folder)
+        inputs.image_files(folder, "train-images")
 
 
 def test_images_that_are_cut_off_are_all_listed(tmp_path: Path) -> None:
@@ -97,13 +97,13 @@ def test_images_that_are_cut_off_are_all_listed(tmp_path: Path) -> None:
         data = (tmp_path / f"whole-{name}").read_bytes()
         (tmp_path / name).write_bytes(data[: len(data) // 2])
     with pytest.raises(BadInput, match=rf"{len(names)} problems") as error:
-        inputs.training_files(tmp_path)
+        inputs.image_files(tmp_path, "train-images")
     assert all(f"\n  {name}: cannot be read" in str(error.value) for name in names)
 
 
 def test_missing_prompt_file(folder: Path) -> None:
     with pytest.raises(BadInput, match="No such file"):
-        inputs.memorized(folder / "no.jsonl", folder, inputs.training_files(folder))
+        inputs.memorized(folder / "no.jsonl", folder, inputs.image_files(folder, "train-images"))
 
 
 def test_ordinary_prompts(tmp_path: Path) -> None:

