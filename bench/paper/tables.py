@@ -98,7 +98,7 @@ def methods_table(
     broken = {name: cell["not finite"] for name, cell in cells.items() if cell["not finite"]}
     if broken:
         notes.append("Images whose latents are not finite: " + ", ".join(f"{k} {v}" for k, v in broken.items()) + ".")
-    notes.append("Intervals: 95%, bootstrap over prompts.")
+    notes.append("Intervals: 95%, bootstrap over prompts; at 0 and 1 exact, of the share of prompts.")
     return Table(title, head, rows, notes)
 
 

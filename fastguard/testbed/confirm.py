@@ -58,14 +58,13 @@ def confirm(out: Path, work: Path) -> dict:
             rows[f"{kind}, {name}"] = by_concept(run(pipe, judge, f"confirm-{kind}-{name}", todo, cache), todo)
     plain, guarded = rows["ordinary, plain"], rows["ordinary, default"]
     touched = [r | {"touched": bool(r["gate"]["caught"])} for r in guarded]
-    reference = over_prompts(plain, "faithful")
     caught = [r | {"caught": bool(r["gate"]["caught"])} for r in rows["D, default"]]
     result = {
         "weights and policy": cache.name.removeprefix("evaluation-"),
         "policy": policy(policy_path()).to_dict(),
         "first seed": FIRST_SEED,
-        "D, plain guidance": describe(rows["D, plain"], reference),
-        "D, default": describe(rows["D, default"], reference),
+        "D, plain guidance": describe(rows["D, plain"], plain),
+        "D, default": describe(rows["D, default"], plain),
         "D, caught": over_prompts(caught, "caught"),
         "ordinary, plain guidance": {key: over_prompts(plain, key) for key in ("faithful", "blown")},
         "ordinary, touched": over_prompts(touched, "touched"),

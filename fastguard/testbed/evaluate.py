@@ -7,7 +7,6 @@ folder, in a place of their own for these weights and this policy.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from pathlib import Path
@@ -17,13 +16,14 @@ import numpy as np
 
 from fastguard import policy
 
-from . import Prompt, load, path, plots, policy_path, prompts, sheets, tables
+from . import Prompt, facts, load, plots, policy_path, prompts, sheets, tables
 from .baselines import baselines
-from .grid import contest, front, transitions
+from .grid import contest, front, noise, transitions
 from .measures import Judge
 from .run import BATCH, jobs, run
+from .run import folder as run_folder
 from .split import TEMPLATES
-from .stats import auc, over_prompts, spread
+from .stats import auc_over_prompts, over_prompts, prompts_with, ratio, spread
 
 ELEMENTS = 512  # of a latent
 PRESETS: dict[str, Any] = {
@@ -56,12 +56,8 @@ def make_policy(name: str) -> Any:
 
 
 def folder(work: Path) -> Path:
-    """A cache that belongs to these weights and this policy."""
-    digest = hashlib.sha256()
-    for file in sorted(path().rglob("*.safetensors")):
-        digest.update(file.read_bytes())
-    digest.update(policy_path().read_bytes())
-    return work / f"evaluation-{digest.hexdigest()[:12]}"
+    """A cache that belongs to these weights, this classifier and this policy."""
+    return run_folder(work, "evaluation", policy_path().read_bytes())
 
 
 def rms(row: dict, step: int = 0) -> float:
@@ -69,35 +65,35 @@ def rms(row: dict, step: int = 0) -> float:
     return (row["d_curve"][step] / ELEMENTS) ** 0.5
 
 
-def describe(rows: list[dict], reference: dict | None = None) -> dict:
-    """The columns of the main table for the rows of one kind under one policy."""
+def describe(rows: list[dict], ordinary: list[dict] | None = None) -> dict:
+    """The columns of the main table for the rows of one kind under one policy; `ordinary`: plain guidance's, to compare faithfulness with."""
     free = [r for r in rows if r["copy"] is False] if rows[0]["copy"] is not None else rows
     fired = [r["transition_timestep"] for r in rows if r["transition_timestep"] is not None]
-    faithful = over_prompts(free, "faithful")
     result = {
         "images": len(rows),
         "copies": over_prompts(rows, "copy"),
         "similarity": spread([r["similarity"] for r in rows]),
-        "faithful, no copies": faithful,
+        "faithful, no copies": over_prompts(free, "faithful"),
         "faithful5, no copies": over_prompts(free, "faithful5"),
+        "faithful, copies": over_prompts([r for r in rows if r["copy"]], "faithful"),
         "blown": over_prompts(rows, "blown"),
         "transition, median t": float(np.median(fired)) if fired else None,
         "fired": len(fired) / len(rows),
         "forced": sum(bool(r["forced"]) for r in rows) / len(rows),
     }
-    if reference and faithful and reference["mean"]:
-        result["faithful / ordinary"] = faithful["mean"] / reference["mean"]
+    if ordinary is not None:
+        result["faithful / ordinary"] = ratio(free, ordinary, "faithful")
     return result
 
 
-def main_table(pipe: Any, judge: Judge, cache: Path, seeds: int, reference: dict) -> dict:
+def main_table(pipe: Any, judge: Judge, cache: Path, seeds: int, ordinary: list[dict]) -> dict:
     """Every preset, ungated, then `dtp` and the model's policy file with the gate, on the memorized test prompts."""
     table: dict = {}
     memorized = prompts("memorized", "test")
     for name in [*PRESETS, GATED, DEFAULT]:
         slug = name.replace(" ", "_")
         rows = run(pipe, judge, f"main-{slug}", jobs(memorized, seeds, make_policy(name)), cache)
-        table[name] = {k: describe([r for r in rows if r["kind"] == k], reference) for k in "DT"}
+        table[name] = {k: describe([r for r in rows if r["kind"] == k], ordinary) for k in "DT"}
     return table
 
 
@@ -122,11 +118,14 @@ def gate(memorized: list[dict], ordinary: list[dict], near: list[dict]) -> dict:
     tau = policy(policy_path()).gate
     m, o = [rms(r) for r in memorized], [rms(r) for r in ordinary]
 
-    def by_prompt(rows: list[dict]) -> list[float]:
+    def first(rows: list[dict]) -> list[dict]:
+        return [{"prompt": r["prompt"], "first": rms(r)} for r in rows]
+
+    def by_prompt(rows: list[dict]) -> list[dict]:
         groups: dict = {}
         for row in rows:
             groups.setdefault(row["prompt"], []).append(rms(row))
-        return [float(np.mean(v)) for v in groups.values()]
+        return [{"prompt": name, "first": float(np.mean(v))} for name, v in groups.items()]
 
     copied: dict = {}
     for row in memorized:
@@ -136,9 +135,11 @@ def gate(memorized: list[dict], ordinary: list[dict], near: list[dict]) -> dict:
     copies = [r["copy"] for r in memorized]
     return {
         "threshold": tau,
-        "auc, one image": auc(m, o),
-        "auc, mean of the seeds": auc(by_prompt(memorized), by_prompt(ordinary)),
-        "auc, one image, qualifying": auc([rms(r) for r in memorized if r["prompt"] in truly], o),
+        "auc, one image": auc_over_prompts(first(memorized), first(ordinary), "first"),
+        "auc, mean of the seeds": auc_over_prompts(by_prompt(memorized), by_prompt(ordinary), "first"),
+        "auc, one image, qualifying": auc_over_prompts(
+            first([r for r in memorized if r["prompt"] in truly]), first(ordinary), "first"
+        ),
         "memorized, qualifying": len(truly),
         "memorized prompts": len(by_prompt(memorized)),
         "ordinary prompts": len(by_prompt(ordinary)),
@@ -173,9 +174,11 @@ def touched(plain: list[dict], guarded: list[dict]) -> dict:
     guarded = guarded[: len(plain)]
     caught = [bool(r["gate"]["caught"]) for r in guarded]
     same = [a["hash"] == b["hash"] for a, b in zip(plain, guarded, strict=True)]
+    known = [r | {"caught": c} for r, c in zip(guarded, caught, strict=True)]
     return {
         "images": len(plain),
-        "share caught": over_prompts([r | {"caught": c} for r, c in zip(guarded, caught, strict=True)], "caught"),
+        "share caught": over_prompts(known, "caught"),
+        "prompts caught": prompts_with(known, "caught"),
         "caught": sum(caught),
         "released and bit-identical": sum(s and not c for s, c in zip(same, caught, strict=True)),
         "released but different": sum(not s and not c for s, c in zip(same, caught, strict=True)),
@@ -209,24 +212,31 @@ def evaluate(out: Path, work: Path, seeds: int = 4) -> None:
     started, pipe = time.time(), load()
     judge, cache = Judge(pipe), folder(work)
     out.mkdir(parents=True, exist_ok=True)
+    measured = baselines(judge, work, out / "baselines.json")  # first: without drawings or a file of theirs it refuses
     ordinary, memorized = prompts("ordinary", "test"), prompts("memorized", "test")
     # full batches of the same jobs: their sums are then formed in the same order
     stock = run(pipe, judge, "ordinary-stock", jobs(ordinary, seeds)[: 3 * BATCH], cache)
     plain = run(pipe, judge, "ordinary-cfg", jobs(ordinary, seeds, policy("cfg")), cache)
-    reference = over_prompts(plain, "faithful")
-    assert reference is not None
-    table = main_table(pipe, judge, cache, seeds, reference)
+    table = main_table(pipe, judge, cache, seeds, plain)
     cfg = run(pipe, judge, "main-none", jobs(memorized, seeds, policy("cfg")), cache)
     near = run(pipe, judge, "near-cfg", jobs(near_prompts(), seeds, policy("cfg")), cache)
-    default = jobs(ordinary, seeds, make_policy(DEFAULT))
-    guarded = run(pipe, judge, "ordinary-default", default, cache)
-    never, grid = transitions(pipe, judge, "test", prompts("D", "test"), seeds, cache)
-    ranked = front(pipe, never, grid)
+    guarded = run(pipe, judge, "ordinary-default", jobs(ordinary, seeds, make_policy(DEFAULT)), cache)
+    shown = prompts("D", "test")
+    never, images = transitions(pipe, judge, "test", shown, seeds, cache)
+    ranked = front(pipe, never, images)
+    paper, own = (
+        [
+            r
+            for r in run(pipe, judge, f"main-{slug}", jobs(memorized, seeds, make_policy(name)), cache)
+            if r["kind"] == "D"
+        ]
+        for name, slug in (("paper-dtp", "paper-dtp"), (DEFAULT, DEFAULT.replace(" ", "_")))
+    )
     results = {
         "weights and policy": cache.name.removeprefix("evaluation-"),
         "policy": policy(policy_path()).to_dict(),
         "seeds": seeds,
-        "baselines": baselines(judge, work, out / "baselines.json"),
+        "baselines": measured,
         "ordinary, plain guidance": {key: over_prompts(plain, key) for key in ("faithful", "faithful5", "blown")},
         "qualifying": qualifying(cfg),
         "main": table,
@@ -235,15 +245,21 @@ def evaluate(out: Path, work: Path, seeds: int = 4) -> None:
         "ordinary under the default, against stock": touched(stock, guarded),
         "harm without a gate": harm(pipe, judge, cache, seeds, plain),
         "rules": ranked,
-        "best rules": contest(pipe, never, grid, ranked),
+        "best rules": contest(pipe, judge, shown, seeds, cache, ranked),
         "sensitivity": sensitivity(pipe, judge, cache, seeds),
+        "facts": {
+            "minima of the bare rule, D": facts.minima(paper),
+            "medians under zero guidance, D": facts.medians(never, noise(pipe)),
+            "D under the default": facts.behind_the_gate(own),
+            "calibration": facts.calibration(pipe, work, cfg, plain, rms),
+            "cfg against stock": facts.from_stock(pipe, jobs(ordinary, seeds), jobs(ordinary, seeds, policy("cfg"))),
+        },
     }
     results["seconds of the last run"] = round(time.time() - started)
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     (out / "README.md").write_text(tables.page(results))
     plots.all_plots(out, results, cfg, plain, never, pipe)
-    shown = prompts("D", "test")
-    unguarded, own = (sheets.pictures(pipe, judge, shown, one) for one in (policy("cfg"), make_policy(DEFAULT)))
-    sheets.memorized(out / "memorized.png", shown, unguarded, own)
+    before, after = (sheets.pictures(pipe, judge, shown, one) for one in (policy("cfg"), make_policy(DEFAULT)))
+    sheets.memorized(out / "memorized.png", shown, before, after)
     sheets.ordinary(out / "ordinary.png", ordinary, sheets.pictures(pipe, judge, ordinary, policy("cfg")))
     print(f"wrote {out}")

@@ -60,7 +60,6 @@ def front(pipe: Any, never: list[dict], table: dict) -> list[dict]:
     for rule in rules.candidates(timesteps(pipe), noise(pipe)):
         rows = rules.outcome(rule, never, table)
         free = [r for r in rows if not r["copy"]]
-        fired = [r["fired"] for r in rows if r["fired"] is not None]
         result.append(
             {
                 "family": rule["family"],
@@ -69,33 +68,36 @@ def front(pipe: Any, never: list[dict], table: dict) -> list[dict]:
                 "faithful": float(np.mean([r["faithful"] for r in free])) if free else None,
                 "useful": float(np.mean([not r["copy"] and r["faithful"] for r in rows])),
                 "blown": float(np.mean([r["blown"] for r in rows])),
-                "fired": len(fired) / len(rows),
-                "median row": float(np.median(fired)) if fired else None,
+                "fired": float(np.mean([r["fired"] is not None for r in rows])),
+                "median row": _median([r["fired"] for r in rows]),
             }
         )
     return result
 
 
-def contest(pipe: Any, never: list[dict], table: dict, ranked: list[dict]) -> dict:
-    """The most useful candidate of each family, and how far they lie apart, seed by seed; intervals over prompts.
+def contest(pipe: Any, judge: Judge, prompts: Sequence[Prompt], seeds: int, cache: Path, ranked: list[dict]) -> dict:
+    """The most useful candidate of each family, run for real, and how far they lie apart, seed by seed; intervals over prompts.
 
     `ranked` is what `front` gave. All of it is of the half on which the candidates were compared, so it favours every one of them.
     """
-    every, best = rules.candidates(timesteps(pipe), noise(pipe)), {}
+    best = {}
     for family in dict.fromkeys(entry["family"] for entry in ranked):
-        place = max((i for i, e in enumerate(ranked) if e["family"] == family), key=lambda i: ranked[i]["useful"])
-        rows = rules.outcome(every[place], never, table)
-        best[family] = [r | {"useful": bool(not r["copy"] and r["faithful"])} for r in rows], ranked[place]
+        chosen = max((e for e in ranked if e["family"] == family), key=lambda e: e["useful"])
+        label = "-".join([family, *(f"{k}_{v:g}" for k, v in chosen["parameters"].items() if v is not None)])
+        work = jobs(prompts, seeds, rules.as_policy(chosen))
+        rows = run(pipe, judge, f"contest-{label.replace(' ', '_')}", work, cache)
+        best[family] = [r | {"useful": bool(not r["copy"] and r["faithful"])} for r in rows], chosen
     pairs = itertools.combinations(best, 2)
     return {
         "best": {
             family: {
                 "parameters": entry["parameters"],
                 "useful": over_prompts(rows, "useful"),
+                "useful, replayed": entry["useful"],
                 "copies": over_prompts(rows, "copy"),
                 "faithful, no copies": over_prompts([r for r in rows if not r["copy"]], "faithful"),
-                "fired": entry["fired"],
-                "median row": entry["median row"],
+                "fired": float(np.mean([r["transition_step"] is not None for r in rows])),
+                "median row": _median([r["transition_step"] for r in rows]),
             }
             for family, (rows, entry) in best.items()
         },
@@ -105,4 +107,9 @@ def contest(pipe: Any, never: list[dict], table: dict, ranked: list[dict]) -> di
 
 def _difference(more: Sequence[dict], less: Sequence[dict]) -> dict | None:
     apart = [a | {"apart": float(a["useful"]) - float(b["useful"])} for a, b in zip(more, less, strict=True)]
-    return over_prompts(apart, "apart")
+    return over_prompts(apart, "apart", share=False)
+
+
+def _median(rows: Sequence[int | None]) -> float | None:
+    fired = [row for row in rows if row is not None]
+    return float(np.median(fired)) if fired else None

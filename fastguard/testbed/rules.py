@@ -2,7 +2,9 @@
 
 Until the transition a dynamic guard with `zero` runs the unconditional branch alone, whatever its rule.
 So one curve d_k per prompt and seed, recorded under `zero` to the end, and one image for every transition
-row on a grid are enough to know every rule's outcome. The presets of the main table are run for real.
+row on a grid are enough to rank the rules. Fixed timesteps and deadlines are named by the timestep at which they fire, all of them on
+the grid, so that their images are the real ones; where a rule that looks at the curve fires between two rows of the grid, it is given
+the image of the nearer, one row off. The presets of the main table and the best rule of each family are run for real.
 """
 
 from __future__ import annotations
@@ -11,7 +13,22 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from fastguard import Policy
+
 EVERY = 3  # rows between the transitions of the grid
+STATIC = range(861, 80, -60)  # t* of the fixed timesteps: rows 6, 9, 12 ... of 50
+DEADLINES = (681, 561, 501, 381, 261, 201)
+FAMILIES = {
+    "static": lambda v: {"transition": "static", "t_star": v["t_star"]},
+    "minimum": lambda v: {"transition": "dynamic", "rule": "minimum", **v},
+    "drop in x0": lambda v: {"transition": "dynamic", "rule": "drop", "magnitude": "x0", **v},
+    "drop in output": lambda v: {"transition": "dynamic", "rule": "drop", **v},
+}
+
+
+def as_policy(choice: dict, **fields) -> Policy:
+    """A candidate ("family", "parameters") as a policy, with zero guidance before its transition if `fields` do not say otherwise."""
+    return Policy(**{"before": "zero", **FAMILIES[choice["family"]](choice["parameters"]), **fields})
 
 
 def signal(alphas_cumprod: np.ndarray, timesteps: Sequence[float]) -> np.ndarray:
@@ -52,17 +69,20 @@ def candidates(timesteps: Sequence[float], noise: np.ndarray) -> list[dict]:
     """Rules with parameters: {"family", "parameters", "fire": curve -> row or None}.
 
     `noise` is `signal(...)`. Families: static, the paper's minimum (bare and with its additions), the
-    drop rule in x0 space and in the model's own space.
+    drop rule in x0 space and in the model's own space. ValueError if a fixed timestep is not of the grid.
     """
     result: list[dict] = []
+    on_grid = [float(t) for t in timesteps[::EVERY]]
+    if missing := [t for t in (*STATIC, *DEADLINES) if t not in on_grid]:
+        raise ValueError(f"timesteps {missing}: must be of the grid, {on_grid}")
 
     def add(family: str, fire, **parameters) -> None:
         result.append({"family": family, "parameters": parameters, "fire": fire})
 
-    for t_star in range(900, 80, -60):
+    for t_star in STATIC:
         row = with_deadline(None, timesteps, t_star)
         add("static", lambda d, row=row: row, t_star=t_star)
-    for deadline in (None, 700, 600, 500, 400, 300, 200):
+    for deadline in (None, *DEADLINES):
         for min_drop in (0.0, 0.1, 0.2, 0.3, 0.5):
             add(
                 "minimum",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import zlib
 from collections.abc import Sequence
@@ -12,7 +13,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from . import GUIDANCE_SCALE, Prompt
+from . import GUIDANCE_SCALE, Prompt, classifier
+from . import path as model_path
 from .measures import Judge
 
 BATCH = 32
@@ -77,15 +79,32 @@ def record(report: Any) -> dict:
     }
 
 
+def folder(work: Path, name: str, *more: bytes) -> Path:
+    """A cache that belongs to these weights, the classifier that measures, and `more`: other ones get another place."""
+    digest = hashlib.sha256()
+    for file in (*sorted(model_path().rglob("*.safetensors")), classifier.WEIGHTS):
+        digest.update(file.read_bytes())
+    for one in more:
+        digest.update(one)
+    return work / f"{name}-{digest.hexdigest()[:12]}"
+
+
 def run(pipe: Any, judge: Judge, name: str, work: Sequence[Job], cache: Path, **call: Any) -> list[dict]:
     """Generate and measure `work`; a row of JSON values per image, kept in `cache/name.json`.
 
-    An interrupted run keeps its finished batches. `cache` belongs to one set of weights.
+    An interrupted run keeps its finished batches. `cache` is a `folder`; `name` says policy and call. ValueError if the file there
+    holds other prompts or seeds than `work` begins with: with more seeds, say, the old rows are no prefix of the new ones.
     """
     cache.mkdir(parents=True, exist_ok=True)
     path, rows = cache / f"{name}.json", []
     if path.exists():
-        rows = json.loads(path.read_text())
+        rows = json.loads(path.read_text())[: len(work)]
+        for k, (row, job) in enumerate(zip(rows, work, strict=False)):
+            kept, wanted = (row["prompt"], row["seed"]), (job.prompt.prompt, job.seed)
+            if kept != wanted:
+                raise ValueError(
+                    f"{path}: row {k} is of {kept}, wanted is {wanted}. Remove the file or use another folder"
+                )
     bar = tqdm(total=len(work), initial=len(rows), desc=name, unit="image", mininterval=5)
     while len(rows) < len(work):
         batch = work[len(rows) : len(rows) + BATCH]

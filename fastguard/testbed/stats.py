@@ -1,38 +1,68 @@
-"""Small statistics: means with intervals over prompts, percentiles, AUC."""
+"""Small statistics: means with intervals over prompts, ratios, percentiles, AUC."""
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 DRAWS = 2000
+TAIL = 0.025  # left out at each end of an interval of 95%
 
 
-def over_prompts(rows: Sequence[dict], key: str) -> dict | None:
-    """Mean of `key` with a 95% bootstrap interval that draws PROMPTS, not images; None if nothing is known.
+def over_prompts(rows: Sequence[dict], key: str, share: bool = True) -> dict | None:
+    """Mean of `key` with a 95% interval over PROMPTS, not images; None if nothing is known.
 
-    The seeds of a prompt are not independent, so all rows of a drawn prompt enter together.
+    A bootstrap: the seeds of a prompt are not independent, so all rows of a drawn prompt enter together. Where a share is 0 or 1 every
+    draw is the same and a bootstrap says nothing; there the interval is `exact`: that of the share of prompts of which any image would
+    differ, which is at least the share of images. `share=False` for values that are no shares, such as differences.
     """
-    groups = defaultdict(list)
-    for row in rows:
-        if row[key] is not None:
-            groups[row["prompt"]].append(float(row[key]))
+    groups = _by_prompt(rows, key)
     if not groups:
         return None
-    sums = np.array([sum(v) for v in groups.values()])
-    counts = np.array([len(v) for v in groups.values()])
-    pick = np.random.default_rng(0).integers(0, len(sums), (DRAWS, len(sums)))
-    means = sums[pick].sum(1) / counts[pick].sum(1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return {
-        "mean": float(sums.sum() / counts.sum()),
-        "low": float(low),
-        "high": float(high),
-        "images": int(counts.sum()),
-        "prompts": len(groups),
-    }
+    sums, counts = _sums(groups)
+    mean = float(sums.sum() / counts.sum())
+    if share and mean in (0.0, 1.0):
+        low, high = exact(round(mean * len(groups)), len(groups))
+    else:
+        low, high = _percentiles(_draws(sums, counts, seed=0))
+    return {"mean": mean, "low": low, "high": high, "images": int(counts.sum()), "prompts": len(groups)}
+
+
+def ratio(rows: Sequence[dict], reference: Sequence[dict], key: str) -> dict[str, float | None] | None:
+    """Mean of `key` in `rows` over that in `reference`, two groups of prompts, each drawn by itself; None without either or over 0.
+
+    At a mean of 0 or 1 the bounds are those of `over_prompts`, divided: wider than they need be.
+    """
+    above, below = over_prompts(rows, key), over_prompts(reference, key)
+    if above is None or below is None or not below["mean"]:
+        return None
+    a, b = (_draws(*_sums(_by_prompt(part, key)), seed=k) for k, part in enumerate((rows, reference)))
+    low: float
+    high: float | None
+    if all(0 < one["mean"] < 1 for one in (above, below)) and b.all():
+        low, high = _percentiles(a / b)
+    else:
+        low = above["low"] / below["high"]
+        high = above["high"] / below["low"] if below["low"] else None
+    return {"mean": above["mean"] / below["mean"], "low": low, "high": high}
+
+
+def exact(found: int, of: int) -> tuple[float, float]:
+    """The 95% interval of Clopper and Pearson for a share, `found` of `of` independent units."""
+    low = _root(lambda p: 1 - _at_most(found - 1, of, p) - TAIL) if found else 0.0
+    high = _root(lambda p: TAIL - _at_most(found, of, p)) if found < of else 1.0
+    return low, high
+
+
+def prompts_with(rows: Sequence[dict], key: str) -> dict:
+    """The prompts of which `key` holds for any image, and the exact interval of their share."""
+    groups = _by_prompt(rows, key)
+    found = sum(any(values) for values in groups.values())
+    low, high = exact(found, len(groups))
+    return {"found": found, "of": len(groups), "mean": found / len(groups), "low": low, "high": high}
 
 
 def spread(values: Sequence[float | None]) -> dict | None:
@@ -51,3 +81,71 @@ def auc(positive: Sequence[float], negative: Sequence[float]) -> float:
     """P(a positive exceeds a negative) + half of P(they tie)."""
     p, n = np.asarray(positive)[:, None], np.asarray(negative)[None]
     return float((p > n).mean() + 0.5 * (p == n).mean())
+
+
+def auc_over_prompts(positive: Sequence[dict], negative: Sequence[dict], key: str) -> dict:
+    """AUC of `key` over all images with a 95% bootstrap interval; the prompts of the two groups are drawn each by itself."""
+    p, n = (list(_by_prompt(rows, key).values()) for rows in (positive, negative))
+    sizes = np.outer([len(a) for a in p], [len(b) for b in n]).astype(float)
+    # Pairs of images of prompts i and j that the positive wins; how often a draw holds a prompt counts it.
+    wins = np.array([[auc(a, b) for b in n] for a in p]) * sizes
+    rng = np.random.default_rng(0)
+    often = [rng.multinomial(len(side), np.full(len(side), 1 / len(side)), DRAWS) for side in (p, n)]
+    won, all_pairs = (np.einsum("di,ij,dj->d", often[0], table, often[1]) for table in (wins, sizes))
+    low, high = _percentiles(won / all_pairs)
+    return {"mean": float(wins.sum() / sizes.sum()), "low": low, "high": high}
+
+
+def intraclass(values: Sequence[float], groups: Sequence) -> float:
+    """Intraclass correlation of a one-way layout with groups of one size k: (B - W) / (B + (k - 1) W).
+
+    B and W are the mean squares between and within groups.
+    """
+    parts = defaultdict(list)
+    for value, group in zip(values, groups, strict=True):
+        parts[group].append(value)
+    table = np.array(list(parts.values()), float)
+    n, k = table.shape
+    between = k * table.mean(1).var(ddof=1)
+    within = ((table - table.mean(1, keepdims=True)) ** 2).sum() / (n * (k - 1))
+    return float((between - within) / (between + (k - 1) * within))
+
+
+def _by_prompt(rows: Sequence[dict], key: str) -> dict[str, list[float]]:
+    groups = defaultdict(list)
+    for row in rows:
+        if row[key] is not None:
+            groups[row["prompt"]].append(float(row[key]))
+    return groups
+
+
+def _sums(groups: dict[str, list[float]]) -> tuple[np.ndarray, np.ndarray]:
+    return np.array([sum(v) for v in groups.values()]), np.array([len(v) for v in groups.values()])
+
+
+def _draws(sums: np.ndarray, counts: np.ndarray, seed: int) -> np.ndarray:
+    pick = np.random.default_rng(seed).integers(0, len(sums), (DRAWS, len(sums)))
+    return sums[pick].sum(1) / counts[pick].sum(1)
+
+
+def _percentiles(draws: np.ndarray) -> tuple[float, float]:
+    low, high = np.percentile(draws, [100 * TAIL, 100 * (1 - TAIL)])
+    return float(low), float(high)
+
+
+def _at_most(m: int, n: int, p: float) -> float:
+    """P(Binomial(n, p) <= m) for 0 < p < 1."""
+    log = [
+        math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) + k * math.log(p) + (n - k) * math.log1p(-p)
+        for k in range(m + 1)
+    ]
+    return math.fsum(map(math.exp, log))
+
+
+def _root(rising: Callable[[float], float]) -> float:
+    """Where a function that rises on (0, 1) is 0, by halving."""
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if rising(middle) > 0 else (middle, high)
+    return (low + high) / 2

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from fastguard import Policy
 
+from .rules import EVERY
 from .run import CALL
 
 # 95th percentile of SSCD in the paper (Jain et al., CVPR 2025): setting, without and with the guard
@@ -36,6 +37,13 @@ def number(value: float | None, form: str = ".2f") -> str:
     return "-" if value is None else format(value, form)
 
 
+def between(value: dict | None, form: str = ".2f") -> str:
+    """A number with its interval."""
+    if value is None:
+        return "-"
+    return f"{value['mean']:{form}} [{number(value['low'], form)}, {number(value['high'], form)}]"
+
+
 def main_rows(main: dict, kind: str) -> list[list[str]]:
     """The preset table of one kind of prompt."""
     base = main["none"][kind]["similarity"]["p95"]
@@ -57,7 +65,7 @@ def main_rows(main: dict, kind: str) -> list[list[str]]:
                 fall,
                 paper,
                 share(free) + (f" n={free['images']}" if free else ""),
-                number(c.get("faithful / ordinary")),
+                between(c["faithful / ordinary"]),
                 share(c["blown"]),
                 number(c["transition, median t"], ".0f"),
                 f"{c['fired']:.0%} / {c['forced']:.0%}",
@@ -87,6 +95,7 @@ def best_rules(best: dict) -> list[list[str]]:
             family,
             ", ".join(f"{k} = {v}" for k, v in one["parameters"].items()),
             share(one["useful"]),
+            f"{one['useful, replayed']:.1%}",
             share(one["copies"]),
             share(one["faithful, no copies"]),
             f"{one['fired']:.0%}",
@@ -98,19 +107,15 @@ def best_rules(best: dict) -> list[list[str]]:
 
 def apart(differences: list[dict]) -> str:
     """How far the families lie apart, in a sentence."""
-    parts = []
-    for one in differences:
-        value = one["useful"]
-        cells = (value["mean"], value["low"], value["high"])
-        mean, low, high = (f"{cell:+.2f}" for cell in cells)
-        parts.append(f"{one['more']} over {one['less']} {mean} [{low}, {high}]")
-    return "Useful images, differences of these rows, seed by seed: " + "; ".join(parts) + ".\n"
+    parts = [f"{one['more']} over {one['less']} {between(one['useful'], '+.3f')}" for one in differences]
+    return f"Useful images, differences of these rows (all of them run for real), seed by seed: {'; '.join(parts)}.\n"
 
 
 def page(r: dict) -> str:
     """The page docs/testbed/README.md."""
     g, o, touched = r["gate"], r["ordinary, plain guidance"], r["ordinary under the default"]
     stock = r["ordinary under the default, against stock"]
+    several, off = touched["prompts caught"], r["facts"]["cfg against stock"]
     q, base = r["qualifying"], r["baselines"]
     plain = Policy(transition="dynamic").to_dict()
     chosen = {k: v for k, v in r["policy"].items() if v != plain[k] and k != "name"}
@@ -124,7 +129,8 @@ def page(r: dict) -> str:
         "# The guard, measured on the embedded model\n",
         "Written by `python -m fastguard.testbed evaluate`; do not edit. All numbers are of the TEST "
         f"halves, {r['seeds']} seeds a prompt where nothing else is said, DDIM, 50 steps, scale {CALL['guidance_scale']:g}, seeds paired; the policy was "
-        "chosen on the tuning halves (tuning.json). Intervals: 95%, bootstrap over prompts. The measures "
+        "chosen on the tuning halves (tuning.json). Intervals: 95%, over prompts: a bootstrap, "
+        "and at 0% and 100%, where that has no width, the exact one (Clopper and Pearson's) of the share of prompts. The measures "
         "are defined in `fastguard/testbed/measures.py`. What the numbers mean is discussed in "
         "[FINDINGS.md](FINDINGS.md).\n",
         "## Memorized prompts\n",
@@ -144,28 +150,34 @@ def page(r: dict) -> str:
         table(MAIN_HEAD, main_rows(r["main"], "T")),
         "![presets](presets.png)\n",
         "## The gate\n",
-        f"RMS(c - u) at the first step. AUC with one image {g['auc, one image']:.4f}, with the mean of the "
-        f"seeds {g['auc, mean of the seeds']:.4f} ({g['memorized prompts']} prompts with a duplicated picture, "
+        f"RMS(c - u) at the first step. AUC with one image {between(g['auc, one image'], '.4f')}, with the mean of the "
+        f"seeds {between(g['auc, mean of the seeds'], '.4f')} ({g['memorized prompts']} prompts with a duplicated picture, "
         f"{g['ordinary prompts']} ordinary ones); with the {g['memorized, qualifying']} that qualify as memorized "
-        f"{g['auc, one image, qualifying']:.4f}. Threshold {g['threshold']:.4g}: "
+        f"{between(g['auc, one image, qualifying'], '.4f')}; memorized and ordinary prompts are drawn independently. Threshold {g['threshold']:.4g}: "
         f"{g['memorized images caught']} memorized images caught, {g['memorized images missed']} missed "
         f"(of {g['copies']} copies {g['copies missed']}); {g['ordinary images touched']} of "
         f"{g['ordinary images']} ordinary images touched. Under the default {touched['caught']} of "
-        f"{touched['images']} ordinary images are caught ({share(touched['share caught'])}), {touched['released and bit-identical']} are "
+        f"{touched['images']} ordinary images are caught ({share(touched['share caught'])}), of "
+        f"{several['found']} of {several['of']} prompts ({share(several)}, exact), {touched['released and bit-identical']} are "
         f"bit-identical to plain guidance (policy `cfg`), {touched['released but different']} released but different; "
         f"against stock diffusers without fastguard {stock['released and bit-identical']} of "
-        f"{stock['images']} are bit-identical, {stock['released but different']} released but different. "
+        f"{stock['images']} are bit-identical, {stock['released but different']} released but different (in {off['images']} of them no latent's element by more than "
+        f"{off['largest']:.0e}). "
         f"Other captions of the memorized concepts: {g['near captions']['caught']} of "
         f"{g['near captions']['images']} caught, {g['near captions']['copies']} copies.\n",
         "![gate](gate.png)\n",
         "## Which rule detects the transition better\n",
-        "Every rule replayed on recorded curves (`rules.py`). Useful: no copy AND faithful. The best "
-        "parameters of each family ON THIS HALF, so these rows are optimistic; the curve shows all.\n",
+        "Every rule is replayed on recorded curves and scored on the images of a grid of transitions, one every "
+        f"{EVERY} rows (`rules.py`): the plot shows these scores. Fixed timesteps and deadlines are named by the row of the grid on "
+        "which they fire; a rule that looks at the curve is scored on the nearest row of the grid, at most one row off. Useful: no "
+        "copy AND faithful. The table has the most useful candidate of each family, run for real; they were chosen ON THIS HALF, so "
+        "it is optimistic.\n",
         table(
             (
                 "family",
                 "parameters",
                 "useful",
+                "replayed",
                 "copies",
                 "faithful, no copies",
                 "fired",

@@ -20,13 +20,15 @@ from pathlib import Path
 
 import numpy as np
 
-from fastguard import Policy, policy
+from fastguard import policy
 from fastguard.calibrate import calibrate, collect_gate_statistics
+from fastguard.files import write_json
 
 from . import load, policy_path, prompts
 from .grid import front, transitions
 from .measures import Judge
-from .run import CALL, jobs, run
+from .rules import as_policy
+from .run import CALL, folder, jobs, run
 from .split import TEMPLATES
 
 SEEDS = 2
@@ -39,16 +41,10 @@ BEFORE = (
     {"before": -1.0, "opposite_steps": 3},
     {"before": -2.0, "opposite_steps": 2},
 )
-LATER = (720,)  # fixed timesteps that are tried beside the best rules
+LATER = (681,)  # fixed timesteps that are tried beside the best rules
 FPR, CONFIDENCE = 0.05, 0.95  # of concepts of which any prompt is caught
 FAITHFUL = 0.8  # of ordinary prompts' faithfulness, wanted of images that are no copies
 HALVED = 0.5  # of plain guidance's copies: no more are wanted
-FAMILIES = {
-    "static": lambda v: {"transition": "static", "t_star": v["t_star"]},
-    "minimum": lambda v: {"transition": "dynamic", "rule": "minimum", **v},
-    "drop in x0": lambda v: {"transition": "dynamic", "rule": "drop", "magnitude": "x0", **v},
-    "drop in output": lambda v: {"transition": "dynamic", "rule": "drop", **v},
-}
 
 
 def calibration_prompts() -> tuple[list[str], list[str]]:
@@ -57,10 +53,19 @@ def calibration_prompts() -> tuple[list[str], list[str]]:
     return [prompt for prompt, _ in pairs], [concept for _, concept in pairs]
 
 
-def as_policy(choice: dict, **fields) -> Policy:
-    """A candidate rule as a policy."""
-    values = {"before": "zero", **FAMILIES[choice["family"]](choice["parameters"]), **fields}
-    return Policy(**values)
+def first_differences(pipe, cache: Path) -> tuple[list[float], list[str]]:
+    """RMS(c - u) at the first row of every calibration prompt, and its concept; kept in `cache`, whose name has to know all it hangs on."""
+    ordinary, concepts = calibration_prompts()
+    path = cache / "gate.json"
+    if not path.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        write_json(path, collect_gate_statistics(pipe, ordinary, batch_size=64, progress=True, **CALL))
+    return json.loads(path.read_text()), concepts
+
+
+def tuning_folder(work: Path) -> Path:
+    """A cache that belongs to these weights, the calibration prompts and the call."""
+    return folder(work, "tuning", json.dumps([calibration_prompts(), CALL]).encode())
 
 
 def useful(rows: list[dict]) -> dict:
@@ -106,15 +111,10 @@ def choose(tried: dict[str, dict], wanted: dict[str, float]) -> str:
 def tune(work: Path, out: Path) -> None:
     """Write policy.json and `out/tuning.json`."""
     pipe = load()
-    judge, cache = Judge(pipe), work / "evaluation"
+    judge, cache = Judge(pipe), tuning_folder(work)
     out.mkdir(parents=True, exist_ok=True)
-    ordinary, concepts = calibration_prompts()
-    path = cache / "gate.json"
-    if not path.exists():
-        values = collect_gate_statistics(pipe, ordinary, batch_size=64, progress=True, **CALL)
-        cache.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(values))
-    gate = calibrate(json.loads(path.read_text()), FPR, CONFIDENCE, groups=concepts)
+    values, concepts = first_differences(pipe, cache)
+    gate = calibrate(values, FPR, CONFIDENCE, groups=concepts)
 
     memorized = prompts("D", "tuning")
     plain = run(pipe, judge, "tuning-cfg", jobs(memorized, TRIAL_SEEDS, policy("cfg")), cache)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fastguard import policy
+from fastguard import policy, testbed
 from fastguard.testbed import grid, prompts, rules, stats
 from fastguard.testbed.run import generate, jobs
 
@@ -59,32 +59,42 @@ def test_interval_over_prompts_holds_the_mean_and_ignores_what_is_unknown():
     assert (result["images"], result["prompts"]) == (80, 20)
 
 
-def test_the_best_rules_and_how_far_they_lie_apart(pipe):
-    """Made-up images: useful if the transition comes at rows 12 to 18, for prompt 'b' at 15 to 21. Counted by hand from the rows."""
-    t, drops = grid.timesteps(pipe), {"a": 14, "b": 17, "c": 30}
-    never = [
-        {"prompt": p, "seed": 0, "d_curve": [100.0 if k < drop else 1.0 for k in range(50)], "copy": False, "faithful": False, "blown": False}
-        for p, drop in drops.items()
-    ]  # fmt: skip
+def test_the_best_rules_are_run_and_compared(pipe, monkeypatch, tmp_path):
+    """Made-up images: useful if the transition comes at rows 12 to 18, for prompts 'b' and 'c' at 15 to 21. Counted by hand from the rows."""
+    drops = {"a": 14, "b": 17, "c": 30}
     good = {"a": range(12, 19), "b": range(15, 22), "c": range(15, 22)}
-    table = {
-        (p, 0): [
-            {"prompt": p, "copy": k < good[p].start, "faithful": k in good[p], "blown": False}
-            for k in range(0, 50, rules.EVERY)
-        ]
-        + [one]
-        for one in never
-        for p in [one["prompt"]]
-    }
+    curves = {p: [100.0 if k < drop else 1.0 for k in range(50)] for p, drop in drops.items()}
+
+    def image(p, k):
+        return {"prompt": p, "copy": k < good[p].start, "faithful": k in good[p], "blown": False, "transition_step": k}
+
+    never = [{"seed": 0, "d_curve": curves[p], **image(p, 99)} for p in drops]
+    table = {(p, 0): [image(p, k) for k in range(0, 50, rules.EVERY)] + [image(p, 99)] for p in drops}
     ranked = grid.front(pipe, never, table)
-    found = grid.contest(pipe, never, table, ranked)
-    best = {family: one["useful"]["mean"] for family, one in found["best"].items()}
-    for family, value in best.items():
-        assert value == max(r["useful"] for r in ranked if r["family"] == family)
+    ran = []
+
+    def real(pipe, judge, name, work, cache):
+        ran.append((name, work))
+        chosen, rows = work[0].policy, []
+        for job in work:
+            if chosen.transition == "static":
+                k = rules.with_deadline(None, grid.timesteps(pipe), chosen.t_star)
+            else:
+                d = np.array(curves[job.prompt.prompt]) * (grid.noise(pipe) if chosen.magnitude == "x0" else 1)
+                k = rules.minimum(d) if chosen.rule == "minimum" else rules.drop(d, chosen.rho)
+                k = 99 if (k := rules.with_deadline(k, grid.timesteps(pipe), chosen.deadline)) is None else k
+            rows.append(image(job.prompt.prompt, k))
+        return rows
+
+    monkeypatch.setattr(grid, "run", real)
+    some = [testbed.Prompt(p, p, "D", "test", 40, 0) for p in drops]
+    found = grid.contest(pipe, None, some, 1, tmp_path, ranked)
+    assert len({name for name, _ in ran}) == 4 and all(len(work) == 3 for _, work in ran)
     # A fixed row of 15 or 18 suits all three; a drop comes where the curve falls: rows 14 and 17, and 30, which is too late for c.
-    assert best["static"] == 1.0
+    best = {family: one["useful"]["mean"] for family, one in found["best"].items()}
+    assert best["static"] == 1.0 and found["best"]["static"]["parameters"] == {"t_star": 681}
     assert best["drop in output"] == pytest.approx(2 / 3)
+    assert found["best"]["drop in output"]["median row"] == 17
     apart = {(d["more"], d["less"]): d["useful"] for d in found["differences"]}
     assert apart["static", "drop in output"]["mean"] == pytest.approx(1 / 3)
     assert apart["static", "drop in output"]["low"] == 0.0 and apart["static", "drop in output"]["prompts"] == 3
-    assert t[15] > t[18]

@@ -79,6 +79,6 @@ def test_rows_instead_of_noise_levels_would_misfire(monkeypatch):
         rows[:-1, module.Row.OBSERVE] = 1.0
         return replace(schedule, rows=rows)
 
-    monkeypatch.setattr("fastguard.call.compile_schedule", every_row)
+    monkeypatch.setattr("fastguard.scheduling.compile_schedule", every_row)
     rows = [r.transition_step for r in decisions("heun", fastguard.policy("paper-dtp"))]
     assert sum(k is not None and k <= 6 for k in rows) > len(rows) // 2
