@@ -78,5 +78,15 @@ def demo(out: Path = Path("demo")) -> None:
     module.run_demo(out)
 
 
+def main() -> None:
+    """Run a command; what it lacks is one line, not a traceback."""
+    from .data import Unavailable
+
+    try:
+        app()
+    except Unavailable as error:
+        raise SystemExit(f"error: {error}") from None
+
+
 if __name__ == "__main__":
-    app()
+    main()
