@@ -204,9 +204,11 @@ def demo(
 ) -> None:
     """Memorized and ordinary prompts with and without the guard, on the embedded model: a page with pictures and curves."""
     with _refusing():
+        from fastguard.models import quiet
         from fastguard.testbed.demo import run_demo
 
         out.mkdir(parents=True, exist_ok=True)
+    quiet()
     for path in run_demo(out=out):
         typer.echo(path)
 
