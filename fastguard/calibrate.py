@@ -23,6 +23,7 @@ from typing import Any
 
 __all__ = ["Calibration", "calibrate", "check_sample", "collect_gate_statistics", "needed_prompts"]
 
+SMALLEST_FPR = 1e-12  # 3e12 prompts; far below it their number leaves the floats
 UNREACHED = 1e30  # a gate that observes every image and catches none: all get plain guidance
 
 
@@ -56,10 +57,7 @@ def _binomial_cdf(m: int, n: int, p: float) -> float:
 def needed_prompts(fpr: float, confidence: float) -> int:
     """The smallest n with (1 - fpr)^n <= 1 - confidence."""
     _check_wish(fpr, confidence)
-    n = max(1, math.ceil(math.log(1 - confidence) / math.log1p(-fpr)) - 1)
-    while (1 - fpr) ** n > 1 - confidence:
-        n += 1
-    return n
+    return math.ceil(math.log1p(-confidence) / math.log1p(-fpr))  # 1 - fpr may well be 1 in floats
 
 
 def calibrate(
@@ -72,7 +70,7 @@ def calibrate(
     """The lowest threshold of which this sample proves P(FPR <= fpr) >= confidence.
 
     rms_values   one value per ordinary prompt (`collect_gate_statistics`)
-    fpr          allowed share of ordinary prompts (with `groups`: of groups) that are caught, in (0, 1)
+    fpr          allowed share of ordinary prompts (with `groups`: of groups) that are caught, from SMALLEST_FPR and below 1
     confidence   in (0, 1)
     groups       one label per prompt; prompts with the same label are not independent of each other, and count as one
 
@@ -192,3 +190,5 @@ def _check_wish(fpr: float, confidence: float) -> None:
     for name, value in (("fpr", fpr), ("confidence", confidence)):
         if not 0 < value < 1:
             raise ValueError(f"{name}={value!r}: must lie strictly between 0 and 1")
+    if fpr < SMALLEST_FPR:
+        raise ValueError(f"fpr={fpr!r}: must be at least {SMALLEST_FPR:g}")

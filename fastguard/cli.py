@@ -204,9 +204,11 @@ def demo(
 ) -> None:
     """Memorized and ordinary prompts with and without the guard, on the embedded model: a page with pictures and curves."""
     with _refusing():
+        from fastguard.models import quiet
         from fastguard.testbed.demo import run_demo
 
         out.mkdir(parents=True, exist_ok=True)
+    quiet()
     for path in run_demo(out=out):
         typer.echo(path)
 
@@ -218,7 +220,7 @@ def calibrate(
         Path,
         typer.Option(
             help='Ordinary prompts, {"prompt": "..."} a line of a .jsonl file. A "group" in every line says which prompts are about'
-            " one thing and count as one."
+            " one thing and count as one. Other fields, and prompts of the same tokens, are refused."
         ),
     ],
     out: Annotated[Path, typer.Option(help="The policy file to write, .json.")],
@@ -240,7 +242,7 @@ def calibrate(
         from fastguard.calibrate import check_sample, collect_gate_statistics
         from fastguard.inspection import inspect_model
         from fastguard.models import load_pipeline, prepare, quiet
-        from fastguard.prompts import read_jsonl
+        from fastguard.prompts import check_tokens, read_jsonl
 
         chosen = _policy(policy, 1.0, model)  # of any height: refuses a policy that cannot have one
         found, groups = read_jsonl(prompts)
@@ -255,6 +257,8 @@ def calibrate(
         inspect_model(model, chosen, steps=steps, guidance_scale=guidance_scale, scheduler=scheduler).check()
     quiet()
     pipe = load_pipeline(model, dtype=dtype, device=device, scheduler=scheduler)
+    with _refusing():
+        check_tokens(pipe, found, prompts)
     scale: dict[str, Any] = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
     values = collect_gate_statistics(
         pipe,
@@ -286,7 +290,9 @@ def _policy(name: str | None, gate: float | None, model: str) -> Any:
     from fastguard.models import TESTBED
     from fastguard.policy import DEFAULT, policy
 
-    source: str | Path = name or DEFAULT
+    if name is not None and not name.strip():
+        raise ValueError(f"policy={name!r}: is empty (an unset shell variable?); leave --policy out for the default")
+    source: str | Path = DEFAULT if name is None else name
     if name is None and model == TESTBED:
         from fastguard.testbed import policy_path
 

@@ -22,6 +22,14 @@ def test_needed_prompts(fpr, confidence, n):
     assert needed_prompts(fpr, confidence) == n
 
 
+def test_rare_false_positives_need_many_prompts_and_the_number_comes_at_once():
+    assert needed_prompts(1e-12, 0.95) == pytest.approx(-np.log(0.05) / 1e-12, rel=1e-9)
+    assert needed_prompts(1e-9, 0.5) == pytest.approx(np.log(2) / 1e-9, rel=1e-8)
+    for fpr in (1e-17, 5e-324):
+        with pytest.raises(ValueError, match=f"fpr={fpr}: must be at least 1e-12"):
+            needed_prompts(fpr, 0.95)
+
+
 def test_too_small_a_sample_is_refused_with_the_number_needed():
     with pytest.raises(ValueError, match=r"298 ordinary prompts.*at least 299"):
         calibrate(np.linspace(0, 1, 298))

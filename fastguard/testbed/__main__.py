@@ -73,10 +73,23 @@ def tune(work: Work = WORK, out: Path = Path("docs/testbed")) -> None:
 @app.command()
 def demo(out: Path = Path("demo")) -> None:
     """The picture grid, the curves and the table as one page."""
+    from fastguard.models import quiet
+
     from . import demo as module
 
+    quiet()
     module.run_demo(out)
 
 
+def main() -> None:
+    """Run a command; what it lacks is one line, not a traceback."""
+    from .data import Unavailable
+
+    try:
+        app()
+    except Unavailable as error:
+        raise SystemExit(f"error: {error}") from None
+
+
 if __name__ == "__main__":
-    app()
+    main()

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import subprocess
 import tarfile
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -34,17 +36,28 @@ def concepts() -> dict[str, str]:
     return json.loads((HERE / "concepts.json").read_text())
 
 
+class Unavailable(RuntimeError):
+    """Something outside of Python, or an extra, that fetching and rendering need."""
+
+
 def fetch(source: dict, folder: Path) -> Path:
-    """Download one package with `npm pack` (once); returns the path of its archive."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Download one package with `npm pack` (once); returns the path of its archive. `Unavailable` without npm or if it fails."""
     stem = source["package"].lstrip("@").replace("/", "-")
     archive = folder / f"{stem}-{source['version']}.tgz"
-    if not archive.exists():
-        spec = f"{source['package']}@{source['version']}"
-        command = ["npm", "pack", spec, "--silent", "--pack-destination", str(folder)]
+    if archive.exists():
+        return archive
+    spec = f"{source['package']}@{source['version']}"
+    npm = shutil.which("npm")
+    if npm is None:
+        raise Unavailable(f"npm, the client of Node.js, is not on the PATH; it downloads {spec} and the other drawings")
+    folder.mkdir(parents=True, exist_ok=True)
+    # npm writes in place: interrupted there it would leave half an archive under the name that is trusted.
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as part:
+        command = [npm, "pack", spec, "--silent", "--pack-destination", part]
         done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode or not archive.exists():
-            raise RuntimeError(f"npm pack {spec} failed: {done.stderr.strip()[-500:]}")
+        if done.returncode or not (made := Path(part) / archive.name).exists():
+            raise Unavailable(f"npm pack {spec} failed: {done.stderr.strip()[-500:]}")
+        made.replace(archive)
     return archive
 
 
@@ -55,7 +68,10 @@ def _to_rgba(data: bytes) -> np.ndarray:
 
 def _iconify(archive: tarfile.TarFile, wanted: dict[str, str]) -> dict[str, np.ndarray]:
     """Drawings of an iconify package (one JSON file of SVG bodies) by icon name."""
-    import resvg_py  # an SVG renderer; needed by this command only
+    try:
+        import resvg_py  # an SVG renderer; needed by this command only
+    except ImportError:
+        raise Unavailable("resvg-py, which draws SVG, is not installed: pip install 'fastguard[train]'") from None
 
     icons = json.load(archive.extractfile("package/icons.json"))
     aliases, result = icons.get("aliases", {}), {}

@@ -59,6 +59,7 @@ def run_demo(out: Path = Path("demo"), *, seeds: int = 2) -> list[Path]:
     torch.manual_seed(0)
     pipe, shown, tau = load(), chosen(), gate()
     judge, work = Judge(pipe), make_jobs(shown, seeds, tau)
+    pipe.set_progress_bar_config(desc=f"{len(work)} images", unit="step")
     latents, reports = generate(pipe, work)
     measured = judge(latents, [job.prompt for job in work])
     rows = [

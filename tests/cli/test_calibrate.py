@@ -53,6 +53,8 @@ def test_calibrate(model, tmp_path):
 BAD_CALIBRATIONS = [
     ([], "ordinary.jsonl': fpr=0.01 at confidence=0.95 needs at least 299"),
     (["--fpr", "0"], "fpr=0.0"),
+    (["--fpr", "1e-17"], "fpr=1e-17: must be at least 1e-12"),
+    (["--policy", ""], "policy='': is empty"),
     (["--confidence", "1"], "confidence=1.0"),
     (["--policy", "cfg"], "gate=1.0 has no effect here"),
     (["--fpr", "0.5", "--seeds", "0"], "seeds=0"),
@@ -94,6 +96,52 @@ def test_calibration_by_groups(model, no_model, tmp_path):
     ):
         file.write_text('{"prompt": "a", "group": "a"}\n' + json.dumps(line) + "\n")
         assert "line 2" in refused(*options)
+
+
+def lines(path: Path, *values: dict) -> Path:
+    path.write_text("".join(json.dumps(value) + "\n" for value in values))
+    return path
+
+
+def test_spaces_make_neither_another_prompt_nor_another_group(model, no_model, tmp_path):
+    options = ("calibrate", "--model", model, "--out", tmp_path / "guard.json", "--fpr", 0.4, "--prompts")
+    spaced = ({"prompt": "a" + " " * (n + 1) + "dog"} for n in range(299))
+    assert "line 2 repeats line 1" in refused(*options, lines(tmp_path / "spaced.jsonl", *spaced))
+    assert "line 2 repeats line 1" in refused(
+        *options, lines(tmp_path / "tab.jsonl", {"prompt": "a b"}, {"prompt": " a\tb\n"})
+    )
+    groups = ("a dog", "a dog ", " a  dog", "a\tdog")
+    grouped = lines(
+        tmp_path / "groups.jsonl", *({"prompt": f"a {i}", "group": group} for i, group in enumerate(groups))
+    )
+    assert "1 ordinary groups of prompts in" in refused(*options, grouped)
+
+
+@pytest.mark.parametrize("field", ["groups", "Group", "caption", "negative_prompt"])
+def test_unknown_fields(model, no_model, tmp_path, field):
+    file = lines(tmp_path / "ordinary.jsonl", {"prompt": "a"}, {"prompt": "b", field: "c"})
+    message = refused("calibrate", "--model", model, "--prompts", file, "--out", tmp_path / "guard.json")
+    assert f"line 2 has the field '{field}': allowed are prompt, group" in message
+
+
+def test_prompts_of_the_same_tokens_are_one_draw(model, tmp_path, monkeypatch):
+    """CLIP's tokenizer sees no case, and nothing beyond its length (16 here)."""
+    monkeypatch.setattr("fastguard.calibrate.collect_gate_statistics", None)
+    options = (
+        "calibrate",
+        "--model",
+        model,
+        "--out",
+        tmp_path / "guard.json",
+        "--fpr",
+        0.5,
+        "--confidence",
+        0.7,
+        "--prompts",
+    )
+    for second, third in (("b", "A Cat"), ("a cat" + " b" * 20, "a cat" + " b" * 20 + " c")):
+        file = lines(tmp_path / "ordinary.jsonl", {"prompt": "a cat"}, {"prompt": second}, {"prompt": third})
+        assert f"line 3 has the tokens of line {1 if second == 'b' else 2}" in refused(*options, file)
 
 
 def test_demo(monkeypatch, tmp_path):

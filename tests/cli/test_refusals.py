@@ -33,6 +33,8 @@ def test_exit_codes(model, tmp_path, monkeypatch):
 
 
 BAD = [
+    (["--policy", ""], "policy='': is empty (an unset shell variable?)"),
+    (["--policy", " "], "policy=' ': is empty"),
     (["--policy", "dpt"], "policy='dpt': allowed are cfg"),
     (["--policy", "nowhere.json"], "No such file or directory: nowhere.json"),
     (["--gate", "-1"], "gate=-1.0: must be None or a finite number above 0"),

@@ -1,5 +1,6 @@
 """The measures against pictures whose relation is known."""
 
+import pytest
 import torch
 
 from fastguard.testbed import measures, prompts, training_images
@@ -31,6 +32,24 @@ def test_a_shifted_picture_is_no_copy(judge):
 
 def test_the_classifier_knows_training_images_that_it_never_saw(judge):
     assert sum(judge(judge.targets, prompts("memorized"))["faithful"]) >= 0.6 * len(judge.targets)
+
+
+@pytest.mark.parametrize(("far", "copy"), [(0.49, True), (0.51, False)])
+def test_a_copy_is_nearer_than_a_half(judge, far, copy):
+    found = judge(judge.targets + far, prompts("memorized"))
+    assert found["distance"] == pytest.approx([far] * len(judge.targets), rel=1e-4)
+    assert set(found["copy"]) == {copy}
+
+
+@pytest.mark.parametrize(
+    ("loud", "cycle", "blown"), [(1.59, 0.0, False), (1.61, 0.0, True), (1.0, 0.49, False), (1.0, 0.51, True)]
+)
+def test_a_blow_up_is_too_loud_or_does_not_survive_the_autoencoder(judge, monkeypatch, noise, loud, cycle, blown):
+    z = noise[:2] * loud / noise[:2].square().flatten(1).mean(1).sqrt()[:, None, None, None]
+    monkeypatch.setattr(judge, "encode", lambda pictures: z + cycle)
+    found = judge(z, prompts("ordinary")[:2])
+    assert found["rms"] == pytest.approx([loud] * 2) and found["cycle"] == pytest.approx([cycle] * 2, abs=1e-6)
+    assert found["blown"] == [blown] * 2
 
 
 def test_ordinary_prompts_have_no_distance(judge, noise):

@@ -1,0 +1,109 @@
+"""The columns of docs/testbed, counted from made-up images."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import stats as scipy_stats
+
+from fastguard import policy, testbed
+from fastguard.testbed import evaluate, prompts, stats, tables
+from fastguard.testbed.sensitivity import flips
+
+TAU = policy(testbed.policy_path()).gate
+
+
+def image(prompt: str, rms: float, copy: bool | None = None) -> dict:
+    return {"prompt": prompt, "d_curve": [512 * rms**2, 0.0], "copy": copy}
+
+
+def test_a_prompt_is_memorized_from_80_percent_of_its_seeds_on():
+    some = prompts("memorized", "test")
+    copies = {p.prompt: 5 - i % 3 for i, p in enumerate(some)}  # of five seeds: 100%, 80%, 60%
+    rows = [{"prompt": p.prompt, "copy": seed < copies[p.prompt]} for p in some for seed in range(5)]
+    found = evaluate.qualifying(rows)
+    for kind in "DT":
+        names = [p.prompt for p in some if p.kind == kind]
+        assert found[kind] == {"prompts": len(names), "memorized": sum(copies[n] >= 4 for n in names)}
+    assert sum(found[kind]["memorized"] for kind in "DT") == 20
+
+
+def test_the_gate_catches_what_reaches_it():
+    below, above = 0.9 * TAU, 1.1 * TAU
+    memorized = [image("a", r, c) for r, c in ((above, True), (above, True), (below, True), (below, False))]
+    memorized += [
+        image("b", r, c) for r, c in ((above, True), (above, True), (below, True), (above, True), (TAU * 3, False))
+    ]
+    ordinary = [image("c", below), image("c", below), image("d", above)]
+    near = [image("e", below, True), image("f", above, False), image("f", above, True)]
+    found = evaluate.gate(memorized, ordinary, near)
+    assert found["threshold"] == TAU
+    assert (found["memorized images caught"], found["memorized images missed"]) == (6, 3)
+    assert (found["copies"], found["copies missed"]) == (7, 2)
+    assert (found["ordinary images touched"], found["ordinary images"]) == (1, 3)
+    assert found["near captions"] == {"images": 3, "caught": 2, "copies": 2}
+    assert found["memorized, qualifying"] == 1  # b, with 4 of 5; a has 3 of 4
+    # Pairs of b's five with the three ordinary ones: of 0.9 against two equals one win; 1.1 three times against (2 wins, a tie).
+    assert found["auc, one image, qualifying"] == pytest.approx((1 + 3 * 2.5 + 3) / 15)
+
+
+def test_images_that_the_gate_leaves_alone_are_compared_bit_by_bit():
+    plain = [{"prompt": str(i // 2), "hash": i} for i in range(6)]
+    caught = [True, True, False, False, False, False]
+    guarded = [p | {"gate": {"caught": c}} for p, c in zip(plain, caught, strict=True)]
+    guarded[0]["hash"] = guarded[4]["hash"] = guarded[5]["hash"] = 99
+    found = evaluate.touched(plain, guarded)
+    assert found["share caught"]["mean"] == pytest.approx(2 / 6)
+    assert (found["images"], found["caught"]) == (6, 2)
+    assert (found["released and bit-identical"], found["released but different"]) == (2, 2)
+
+
+def test_flips_between_dtypes_are_counted():
+    def rows(*decisions):
+        return [
+            {"gate": {"caught": c}, "transition_step": step, "copy": i % 2 == 0}
+            for i, (c, step) in enumerate(decisions)
+        ]
+
+    exact = rows((True, 10), (True, 12), (False, None), (True, None), (True, 20))
+    low = rows((True, 10), (False, None), (True, 30), (True, 45), (True, 17))
+    found = flips(low, exact)
+    assert (found["images"], found["gate flips"]) == (5, 2)
+    assert (found["transition moved"], found["of"], found["largest move in rows"]) == (2, 3, 5)
+    assert found["copies"] == pytest.approx(3 / 5)
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_intervals_are_of_95_percent(seeds):
+    """160 of 400 prompts, the seeds of each alike: the bootstrap's law is Binomial(400, 0.4) / 400, however many the seeds."""
+    rows = [{"prompt": str(i), "x": i % 5 < 2} for i in range(400) for _ in range(seeds)]
+    found = stats.over_prompts(rows, "x")
+    low, high = scipy_stats.binom.ppf([0.025, 0.975], 400, 0.4) / 400  # 0.3525, 0.4475; at 80% 0.37 and 0.43
+    assert found["mean"] == pytest.approx(0.4)
+    assert found["low"] == pytest.approx(low, abs=0.006) and found["high"] == pytest.approx(high, abs=0.006)
+
+
+def test_the_paper_s_numbers():
+    """The 95th percentiles of SSCD that the paper prints: S1 none .6504, STP .2857, OG+STP .3811; S3 none .7977, DTP .5885, OG+DTP .6915."""
+    assert tables.PAPER == {
+        "stp": ("S1", 0.6504, 0.2857),
+        "og+stp": ("S1", 0.6504, 0.3811),
+        "dtp": ("S3", 0.7977, 0.5885),
+        "og+dtp": ("S3", 0.7977, 0.6915),
+    }
+    known = {"mean": 0.5, "low": 0.4, "high": 0.6, "images": 9}
+    cell: dict = dict.fromkeys(("copies", "faithful, no copies", "blown"), known)
+    cell |= {
+        "similarity": {"mean": 0.5, "median": 0.5, "p95": 0.8},
+        "transition, median t": None,
+        "fired": 1,
+        "forced": 0,
+    }
+    rows = tables.main_rows({name: {"D": cell} for name in ("none", "stp", "og+stp", "dtp", "og+dtp")}, "D")
+    shown = {row[0]: row[list(tables.MAIN_HEAD).index("the paper's")] for row in rows}
+    assert shown == {"none": "", "stp": "-56% (S1)", "og+stp": "-41% (S1)", "dtp": "-26% (S3)", "og+dtp": "-13% (S3)"}
+
+
+def test_percentiles():
+    assert stats.spread([None, *range(101)]) == {"mean": 50.0, "median": 50.0, "p95": 95.0}
+    assert np.isclose(evaluate.rms({"d_curve": [512 * 0.25]}), 0.5)
