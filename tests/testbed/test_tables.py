@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 from scipy import stats as scipy_stats
@@ -43,8 +46,6 @@ def test_the_gate_catches_what_reaches_it():
     assert (found["ordinary images touched"], found["ordinary images"]) == (1, 3)
     assert found["near captions"] == {"images": 3, "caught": 2, "copies": 2}
     assert found["memorized, qualifying"] == 1  # b, with 4 of 5; a has 3 of 4
-    # Pairs of b's five with the three ordinary ones: of 0.9 against two equals one win; 1.1 three times against (2 wins, a tie).
-    assert found["auc, one image, qualifying"] == pytest.approx((1 + 3 * 2.5 + 3) / 15)
 
 
 def test_images_that_the_gate_leaves_alone_are_compared_bit_by_bit():
@@ -91,17 +92,15 @@ def test_the_paper_s_numbers():
         "dtp": ("S3", 0.7977, 0.5885),
         "og+dtp": ("S3", 0.7977, 0.6915),
     }
-    known = {"mean": 0.5, "low": 0.4, "high": 0.6, "images": 9}
-    cell: dict = dict.fromkeys(("copies", "faithful, no copies", "blown"), known)
-    cell |= {
-        "similarity": {"mean": 0.5, "median": 0.5, "p95": 0.8},
-        "transition, median t": None,
-        "fired": 1,
-        "forced": 0,
-    }
-    rows = tables.main_rows({name: {"D": cell} for name in ("none", "stp", "og+stp", "dtp", "og+dtp")}, "D")
+    results = json.loads((Path(__file__).resolve().parents[2] / "docs" / "testbed" / "results.json").read_text())
+    rows = tables.main_rows(results["main"], "D")
     shown = {row[0]: row[list(tables.MAIN_HEAD).index("the paper's")] for row in rows}
-    assert shown == {"none": "", "stp": "-56% (S1)", "og+stp": "-41% (S1)", "dtp": "-26% (S3)", "og+dtp": "-13% (S3)"}
+    assert {name: text for name, text in shown.items() if text} == {
+        "stp": "-56% (S1)",
+        "og+stp": "-41% (S1)",
+        "dtp": "-26% (S3)",
+        "og+dtp": "-13% (S3)",
+    }
 
 
 def test_percentiles():
