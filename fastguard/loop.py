@@ -35,7 +35,9 @@ class Loop:
         ).zero_()
         self.scratch = scratch_for(self.x)
         self.model_input = torch.cat([latents] * halves)
-        self.trace = torch.full((len(schedule.timesteps), latents.shape[0]), float("nan"), device=device)
+        self.trace = torch.full(
+            (len(schedule.timesteps), latents.shape[0]), float("nan"), dtype=torch.float32, device=device
+        )
         # Tables come from the host once, before the first step; nothing is copied afterwards.
         self.rows = schedule.rows.to(device, non_blocking=True)
         self.state = plan.state.to(device, copy=True, non_blocking=True)

@@ -41,6 +41,7 @@ def ambient() -> tuple[Any, ...]:
     """All of them, now; compared by value, functions by identity."""
     cuda = torch.backends.cuda
     return (
+        torch.get_default_dtype(),
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         torch.are_deterministic_algorithms_enabled(),

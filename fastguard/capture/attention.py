@@ -16,7 +16,6 @@ from diffusers.models import attention_dispatch as dispatch
 from torch.overrides import TorchFunctionMode
 
 from fastguard.capture.compiled import is_compiled
-from fastguard.capture.graphs import Refused
 
 Backend = dispatch.AttentionBackendName
 _ALIASES = {"sdpa": Backend.NATIVE}
@@ -65,7 +64,7 @@ def check(name: str, device: torch.device, dtype: torch.dtype, sizes: Iterable[i
         ) from error
 
 
-class Ignored(Refused, ValueError):
+class Ignored(ValueError):
     """The denoiser never asked for what `attention_backend` names."""
 
 

@@ -58,7 +58,7 @@ class Recorder:
 
     def new_pool(self) -> None:
         """Start an empty pool; the old one goes back to the device if no graph is left in it."""
-        with self._lock, _alone:
+        with _alone:
             self._pool = cuda.graph_pool_handle()
             # Memory that cannot go back now is not lost: torch gives it back when it runs short.
             with suppress(RuntimeError):
@@ -73,7 +73,7 @@ class Recorder:
             caller = cuda.current_stream(self.device)
             self._warm_up(warm_up, keeps, caller)
             graph = cuda.CUDAGraph()
-            with _alone, _own_workspace():
+            with _alone, _own_workspace(), _own_draws(self.device, graph):
                 try:
                     # torch.cuda.graph waits for the device and empties the allocator's cache before it begins.
                     # "thread_local": other threads may go on allocating and launching; only what this one must not do is an error.
@@ -151,6 +151,42 @@ def _own_workspace() -> Iterator[None]:
         yield
     finally:
         clear()
+
+
+# Up to torch 2.12 a state of a generator is in a capture or not, for all threads; from 2.13 on each capture keeps one for itself.
+_ONE_STATE = torch.__version__ < "2.13"
+
+
+@contextmanager
+def _own_draws(device: torch.device, graph: Any) -> Iterator[None]:
+    """Inside, a capture of `graph` leaves the device's default generator to everybody else.
+
+    Beginning one marks the state that the generator has at that moment, and nothing but ending it well takes the mark off: while it
+    lasts, and for good where it fails, draws of all threads would raise, and replays of all graphs that were begun with that state.
+    So the state that gets the mark is a copy, which goes when the graph goes. A body that draws has none to draw from, and its
+    capture fails. Not done where it is not needed: what another thread draws from the copy, in the moment that beginning
+    takes, is drawn again later.
+    """
+    if not _ONE_STATE:
+        yield
+        return
+    begin, generator = graph.capture_begin, cuda.default_generators[device.index]
+
+    def capture_begin(*args: Any, **kwargs: Any) -> None:
+        own = generator.graphsafe_get_state()
+        generator.graphsafe_set_state(generator.clone_state())
+        try:
+            begin(*args, **kwargs)
+        finally:
+            generator.graphsafe_set_state(own)
+
+    graph.capture_begin = (
+        capture_begin  # not around torch.cuda.graph: that also waits for the device and empties its cache
+    )
+    try:
+        yield
+    finally:
+        del graph.capture_begin
 
 
 def _end_allocation(device: torch.device, pool: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,9 +53,10 @@ class Engine:
 
     def lend(self, denoiser: torch.nn.Module, graphs: Graphs) -> tuple[Callable[..., Any], Capturing]:
         """The denoiser as a call shall run it, and what a call needs to record it."""
+        graphs.go_with(self._last)
         made = self._last.of(denoiser, self)
         options = (self.attention_backend, repr(self.compile))
-        capturing = Capturing(self.capture, graphs, made.fingerprint, options, begun=graphs.clears)
+        capturing = Capturing(self.capture, graphs, made.fingerprint, options, begun=graphs.clears, moves=made.moves)
         return made.attending.in_a_call(), capturing
 
 
@@ -72,6 +73,10 @@ class _Last:
                 self._made = _Made(denoiser, engine)
             return self._made
 
+    def let_go(self) -> None:
+        with self._lock:
+            self._made = None
+
 
 class _Made:
     """One denoiser, how it runs, and its fingerprint. A call keeps its own, whatever another call lends meanwhile."""
@@ -79,6 +84,7 @@ class _Made:
     def __init__(self, denoiser: torch.nn.Module, engine: Engine) -> None:
         self.denoiser = denoiser
         self.attending = Attending(engine.attention_backend, denoiser, compile_denoiser(denoiser, engine.compile))
+        self.moves: dict[Hashable, int] = {}
         self._lock = threading.Lock()
         self._fingerprint: Fingerprint | None = None
 

@@ -66,6 +66,12 @@ class Fingerprint:
         """Why the module must not be recorded, as of the last call."""
         return self._obstacle
 
+    def written(self) -> list[tuple[torch.Tensor, int]]:
+        """All tensors as of the last call, and how often each was written to; those made in inference mode do not count that."""
+        with self._lock:
+            plain = self._plain()
+        return [(tensor, 0 if tensor.is_inference() else tensor._version) for tensor in plain]
+
     # Comparing -------------------------------------------------------------------------------------------------------------
 
     def _changed(self) -> bool:
@@ -84,9 +90,12 @@ class Fingerprint:
 
     def _where(self) -> list[Hashable]:
         """Addresses and layouts: both may change under the same tensor, as its `.data` does. Arrays are small: their contents."""
-        plain = [*self._tensors, *(part for tensor in self._wrappers for part in parts(tensor))]
+        plain = self._plain()
         kinds = (torch.Tensor.data_ptr, torch.Tensor.size, torch.Tensor.stride, operator.attrgetter("dtype"))
         return [*(found for of in kinds for found in map(of, plain)), *(array.tobytes() for array in self._arrays)]
+
+    def _plain(self) -> list[torch.Tensor]:
+        return [*self._tensors, *(part for tensor in self._wrappers for part in parts(tensor))]
 
     # Reading ---------------------------------------------------------------------------------------------------------------
 

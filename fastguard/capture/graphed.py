@@ -11,10 +11,12 @@ tensors.
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from fastguard.capture import graphs
@@ -32,6 +34,11 @@ from fastguard.schedule import Schedule
 # (64 x 64) up to batch 4 and SDXL (128 x 128) at batch 1; on an H200 graphs save 9 to 62% up to there, 0 to 4% beyond (docs/gpu).
 LAUNCH_BOUND = 2 * 4 * 64 * 64
 
+MOVES = (
+    "the forward changes the model, writes to its tensors, or draws from Python's or NumPy's random numbers, none of which a replay does "
+    "(guard.graphs.clear() looks again)"
+)
+
 Arguments = tuple[tuple, dict]
 
 
@@ -41,6 +48,7 @@ class Capturing:
 
     options  whatever else decides what the denoiser computes (attention, compilation)
     begun    `graphs.clears` when the call began
+    moves    how often in a row the model was found changed by its own forward, by what is recorded
     """
 
     mode: str
@@ -49,6 +57,7 @@ class Capturing:
     options: Hashable = None
     refusal: str | None = None
     begun: int | None = None
+    moves: dict[Hashable, int] = field(default_factory=dict)
 
     def available(self, device: torch.device) -> bool:
         return self.mode != "off" and graphs.records(device)
@@ -151,7 +160,7 @@ class Graphed:
 
         `observed`: somebody runs between the rows, so the model is not taken to be as it was.
         """
-        if observed and not self._may_record(self.loop.x.device):
+        if (observed or self._print is None) and not self._may_record(self.loop.x.device):
             return False
 
         def make(inputs: StaticInputs) -> Program:
@@ -215,17 +224,43 @@ class Graphed:
         backend = os.environ.get("FASTGUARD_BACKEND")
         layout = signature(arguments, loop.tensors)
         key = (what, layout, self._print, self._capturing.options, backend)
-        if (refusal := self._graphs.refusal(workspace, key)) is not None:
+        place = (workspace.key, what, layout)
+        if (refusal := self._graphs.refusal(workspace, key) or self._moving(place)) is not None:
             self.reason = refusal
             return False
-        program = self._graphs.program(
-            workspace, key, lambda: make(StaticInputs(arguments, loop.x.device, loop.tensors))
-        )
+
+        def made() -> Program:
+            return replace(make(StaticInputs(arguments, loop.x.device, loop.tensors)), watch=lambda: self._watch(place))
+
+        program = self._graphs.program(workspace, key, made)
         program.inputs.load(arguments)
         failed = self._graphs.run(workspace, key, program)
         self.reason = failed or self.reason
         self.replayed += failed is None
+        if failed is None:
+            self._capturing.moves.pop(place, None)
         return True
+
+    def _watch(self, place: Hashable) -> Callable[[], str | None]:
+        """Begin to look at the model; what this gives says whether it is still the one that the key names, written to by nobody."""
+        fingerprint, moves = self._capturing.fingerprint(), self._capturing.moves
+        written, drawn = fingerprint.written(), _drawn()
+
+        def moved() -> str | None:
+            same = fingerprint() == self._print and _drawn() == drawn
+            pairs = zip(written, fingerprint.written(), strict=True)
+            if same and all(tensor is other and count == again for (tensor, count), (other, again) in pairs):
+                return None
+            self._print = None  # taken again before the next row
+            moves[place] = moves.get(place, 0) + 1
+            return self._moving(place) or "the model's first forward changed it (it may have made itself ready)"
+
+        return moved
+
+    def _moving(self, place: Hashable) -> str | None:
+        """Once may be what a model does in its first forward to make itself ready."""
+        again = self._capturing.moves.get(place, 0) > 1
+        return MOVES if again else None
 
     def _program(
         self,
@@ -240,3 +275,9 @@ class Graphed:
             keeps=self.loop.changed,
             nbytes=inputs.nbytes,
         )
+
+
+def _drawn() -> tuple[Any, ...]:
+    """Where Python's and NumPy's global generators are."""
+    numpy: Any = np.random.get_state()
+    return random.getstate(), *(part.tobytes() if isinstance(part, np.ndarray) else part for part in numpy)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -25,10 +26,6 @@ LIMIT = 32  # graphs; the driver's own memory for nodes (980 a forward of SD 1.5
 CLEARED = "the graphs were given up while this call was running"
 
 Body = Callable[[], None]
-
-
-class Refused(Exception):
-    """A body's own word that it must not run at all, recorded or not: it goes to the caller and is no failure of a capture."""
 
 
 class Recorder(Protocol):
@@ -73,6 +70,7 @@ class Workspace:
     busy: bool = True
     graphs: int = 0
     cleared: bool = False  # since it was leased: nothing is recorded over it any more
+    crowded: dict[Hashable, str] = field(default_factory=dict)  # for which there is no room during this lease
 
 
 @dataclass(eq=False)
@@ -82,6 +80,7 @@ class Program:
     inputs   whatever the caller loads before a run
     keeps    tensors that the body changes and that a run of `warm_up` must leave as they were
     warm_up  shows the device everything that the body uses; the body itself unless given
+    watch    called before the body runs for the first time; what it gives says afterwards why a replay would not do the same
     nbytes   of the inputs
     """
 
@@ -89,6 +88,7 @@ class Program:
     inputs: Any = None
     keeps: Sequence[torch.Tensor] = ()
     warm_up: Body | None = None
+    watch: Callable[[], Callable[[], str | None]] = lambda: lambda: None
     nbytes: int = 0
 
 
@@ -129,8 +129,11 @@ class Graphs:
     _device: torch.device | None = None
     _graphs: OrderedDict[Hashable, _Graph] = field(default_factory=OrderedDict)
     _workspaces: dict[Hashable, Workspace] = field(default_factory=dict)
-    _too_large: dict[Hashable, str] = field(default_factory=dict)
+    _refused: dict[Hashable, str] = field(default_factory=dict)
     _lock: Any = field(default_factory=threading.RLock)
+    _models: Any = field(
+        default_factory=weakref.WeakSet
+    )  # whatever else holds on to models, and lets go when graphs do
 
     def __call__(self) -> list[GraphInfo]:
         """Least recently used first."""
@@ -150,13 +153,19 @@ class Graphs:
         with self._lock:
             self.clears += 1
             self._forget()
+        for holder in list(self._models):
+            holder.let_go()
+
+    def go_with(self, holder: Any) -> None:
+        """Call `holder.let_go()` whenever the graphs are cleared."""
+        self._models.add(holder)
 
     def _forget(self) -> None:
         self._evict_all()
         for workspace in self._workspaces.values():
             workspace.cleared = True
         self._workspaces = {}
-        self._too_large.clear()
+        self._refused.clear()
         self.failure = None
         if self._recorder is not None:
             self._recorder.new_pool()  # whatever a failed capture left in the old one
@@ -194,6 +203,7 @@ class Graphs:
             elif workspace.busy:
                 return None
             workspace.busy = True
+            workspace.crowded.clear()
             self._recorder.join()
             return workspace
 
@@ -220,7 +230,8 @@ class Graphs:
         """Why nothing would be recorded under this key."""
         if workspace.cleared:
             return CLEARED
-        return self.failure or self._too_large.get((workspace.key, key))
+        whole = (workspace.key, key)
+        return self.failure or self._refused.get(whole) or workspace.crowded.get(whole)
 
     def program(self, workspace: Workspace, key: Hashable, make: Callable[[], Program]) -> Program:
         """The program recorded under this key, else a new one."""
@@ -232,58 +243,99 @@ class Graphs:
                 return make()
 
     def run(self, workspace: Workspace, key: Hashable, program: Program) -> str | None:
-        """Run the body once, whose inputs are loaded: as a graph (None), or eagerly (the reason why)."""
+        """Run the body once, whose inputs are loaded: as a graph (None), or eagerly (the reason why). Its own errors are raised."""
         whole = (workspace.key, key)
         with self._lock:
-            graph = self._graphs.get(whole)
-            reason = None
-            if graph is None:
-                reason = self.refusal(workspace, key) or self._record(whole, workspace, program)
-                graph = self._graphs.get(whole)
-            if graph is not None:
-                assert graph.program is program
-                self._graphs.move_to_end(whole)
-                graph.replays += 1
-                workspace.recorder.replay(graph.recorded)
+            if whole in self._graphs:
+                assert self._graphs[whole].program is program
+                self._replay(whole)
                 return None
+            reason = self.refusal(workspace, key)
+            if reason is None:
+                return self._first_run(whole, workspace, program)
         program.body()
         return reason
+
+    def _replay(self, key: Hashable) -> None:
+        graph = self._graphs[key]
+        self._graphs.move_to_end(key)
+        graph.replays += 1
+        graph.workspace.recorder.replay(graph.recorded)
+
+    def _first_run(self, key: Hashable, workspace: Workspace, program: Program) -> str | None:
+        """Eagerly, and what comes of that counts unless a graph could be made: its errors, its result, whatever it changed elsewhere."""
+        before = [tensor.clone() for tensor in program.keeps]
+        changed = program.watch()
+        program.body()
+        reason = changed() or self._record(key, workspace, program)
+        if reason is None and (reason := changed()) is not None:
+            self._evict(key)
+        if reason is not None:
+            return reason
+        for tensor, copy in zip(program.keeps, before, strict=True):
+            tensor.copy_(copy)
+        self._replay(key)
+        return None
 
     def _record(self, key: Hashable, workspace: Workspace, program: Program) -> str | None:
         """Record and keep a graph within the budget; the reason if that cannot be. A capture that fails is the last one."""
         recorder = workspace.recorder
-        needed = (
-            workspace.content.nbytes + program.nbytes
-        )  # and what the graph will take: nobody knows before it is recorded
-        for attempt in range(2 if needed <= self.budget else 0):
-            while self._graphs and (len(self._graphs) >= self.limit or self.bytes + program.nbytes > self.budget):
-                self._evict(next(iter(self._graphs)))
+        # What this graph needs alone: nobody knows the whole of it before it is recorded.
+        own = workspace.content.nbytes + program.nbytes
+        for _ in range(2 if own <= self.budget else 0):
+            if not self._make_room(workspace, graphs=1, nbytes=program.nbytes):
+                break
             before, start = recorder.pool_bytes(), time.perf_counter()
             try:
                 recorded = recorder.record(program.body, program.warm_up or program.body, program.keeps)
-            except Refused:
-                raise
-            except Exception as error:  # whatever a model does that no capture allows
-                self.failure = f"capture failed, everything runs eagerly from here on: {_text(error)}"
-                self._evict_all()  # nobody would replay them
-                return self.failure
+            except Exception as error:
+                return self._failed(key, error)
             seconds = time.perf_counter() - start
             grown = recorder.pool_bytes() - before
             self._graphs[key] = _Graph(recorded, workspace, program, grown, seconds)
             workspace.graphs += 1
-            while self.bytes > self.budget and len(self._graphs) > 1:
-                self._evict(next(iter(self._graphs)))
-            needed = self.bytes
-            if needed <= self.budget:
+            if self._make_room(workspace, but=key):
                 return None
-            # Blocks of graphs that are gone stay in the pool while a graph is left in it: once more, in an empty pool.
+            own = workspace.content.nbytes + program.nbytes + grown
             self._evict(key)
-            if attempt or not before:
+            # Blocks of graphs that are gone stay in the pool while a graph is left in it: once more, in an empty pool.
+            if not before or self._graphs:
                 break
-        while len(self._too_large) >= 64:
-            del self._too_large[next(iter(self._too_large))]
-        self._too_large[key] = f"a graph would need {needed:,} bytes or more, guard.graphs.budget is {self.budget:,}"
-        return self._too_large[key]
+        if own > self.budget:
+            return self._refuse(
+                key, f"a graph would need {own:,} bytes or more, guard.graphs.budget is {self.budget:,}"
+            )
+        workspace.crowded[key] = (
+            "other calls that are running leave no room for a graph in guard.graphs.budget and .limit"
+        )
+        return workspace.crowded[key]
+
+    def _make_room(self, workspace: Workspace, *, graphs: int = 0, nbytes: int = 0, but: Hashable = None) -> bool:
+        """Whether so much more is within the bounds, when those went that no other call is using: the least recently used first."""
+        while len(self._graphs) + graphs > self.limit or self.bytes + nbytes > self.budget:
+            idle = (
+                k for k, g in self._graphs.items() if k != but and (g.workspace is workspace or not g.workspace.busy)
+            )
+            if (oldest := next(idle, None)) is None:
+                return False
+            self._evict(oldest)
+        return True
+
+    def _failed(self, key: Hashable, error: Exception) -> str:
+        """Whatever a model does that no capture allows is the last capture's end; a lack of memory is this graph's alone."""
+        if isinstance(_first(error), torch.OutOfMemoryError):
+            if not self._graphs and self._recorder is not None:
+                self._recorder.new_pool()  # whatever the failed capture left in the old one
+            return self._refuse(key, f"a graph could not be recorded: {_text(error)}")
+        self.failure = f"capture failed, everything runs eagerly from here on: {_text(error)}"
+        self._evict_all()  # nobody would replay them
+        return self.failure
+
+    def _refuse(self, key: Hashable, reason: str) -> str:
+        while len(self._refused) >= 64:
+            del self._refused[next(iter(self._refused))]
+        self._refused[key] = reason
+        return reason
 
     def _evict(self, key: Hashable) -> None:
         graph = self._graphs.pop(key)
@@ -300,10 +352,15 @@ def name(key: Hashable) -> str:
     return hashlib.sha256(repr(key).encode()).hexdigest()[:12]
 
 
+def _first(error: BaseException) -> BaseException:
+    """The error that began it: ending a capture that the body broke raises an error of its own over it."""
+    while error.__context__ is not None and not error.__suppress_context__:
+        error = error.__context__
+    return error
+
+
 def _text(error: BaseException) -> str:
-    """An error in a line, with the one that began it: ending a capture that the body broke raises an error of its own over it."""
-    first = error
-    while first.__context__ is not None and not first.__suppress_context__:
-        first = first.__context__
+    """An error in a line, with the one that began it."""
+    first = _first(error)
     said = [f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'no message'}" for e in (first, error)]
     return said[0] if first is error else f"{said[0]} (then {said[1]})"

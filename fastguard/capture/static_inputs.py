@@ -47,8 +47,11 @@ class StaticInputs:
 
 
 def signature(tree: Any, resident: Sequence[torch.Tensor]) -> Hashable:
-    """All of `tree` but the contents of its tensors; of resident ones also where they lie."""
-    fixed = {_storage(tensor) for tensor in resident}
+    """All of `tree` but the contents of its tensors; of resident ones also which they are and from where on.
+
+    Not their addresses: what is known of a signature holds for other tensors of the same kind.
+    """
+    fixed = {_storage(tensor): number for number, tensor in enumerate(resident)}
     return _describe(tree, fixed)
 
 
@@ -65,10 +68,11 @@ def unhashable(tree: Any, path: str = "arguments") -> str | None:
     return next((found for where, part in parts if (found := unhashable(part, where))), None)
 
 
-def _describe(tree: Any, fixed: set[int]) -> Hashable:
+def _describe(tree: Any, fixed: Mapping[int, int]) -> Hashable:
     if isinstance(tree, torch.Tensor):
-        place = (tree.data_ptr(), tree.stride()) if _storage(tree) in fixed else tree.stride()
-        return ("tensor", tuple(tree.shape), place, tree.dtype, str(tree.device))
+        which = fixed.get(_storage(tree))
+        place = None if which is None else (which, tree.storage_offset())
+        return ("tensor", tuple(tree.shape), tree.stride(), place, tree.dtype, str(tree.device))
     if isinstance(tree, Mapping):
         return ("mapping", tuple((key, _describe(value, fixed)) for key, value in tree.items()))
     if isinstance(tree, (tuple, list)):

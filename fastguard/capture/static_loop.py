@@ -84,11 +84,11 @@ class StaticLoop(Loop):
             device=device,
             memory_format=layout,
         )
-        self.trace = torch.empty(shape.rows, batch, device=device)
+        self.trace = torch.empty(shape.rows, batch, dtype=torch.float32, device=device)
         self.rows = torch.zeros(shape.rows + 1, len(Row), dtype=torch.float64, device=device)
         self.state = torch.empty(batch, len(State), dtype=torch.float64, device=device)
         self.rules = torch.empty(batch, len(Rule), dtype=torch.float64, device=device)
-        self.guidance = torch.zeros(batch, shape.rows, 2, device=device)
+        self.guidance = torch.zeros(batch, shape.rows, 2, dtype=torch.float32, device=device)
         self.noise = torch.empty((shape.noises, *shape.shape), dtype=shape.noise_dtype, device=device)
         self.timestep: torch.Tensor = torch.zeros(shape.halves * batch, dtype=shape.timestep_dtype, device=device)
 

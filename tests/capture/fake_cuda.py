@@ -4,10 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from types import SimpleNamespace
 
 import torch
 
 DEVICE = torch.device("cuda", 0)
+
+
+class Generator:
+    """Of a device, as far as captures have to do with it."""
+
+    def __init__(self, state=None):
+        self.state = state or SimpleNamespace(capturing=False)
+
+    def draw(self, *, in_a_capture=False):
+        assert self.state.capturing == in_a_capture, "Offset increment outside graph capture encountered unexpectedly"
+
+    def graphsafe_get_state(self):
+        return Generator(self.state)
+
+    def graphsafe_set_state(self, other):
+        self.state = other.state
+
+    def clone_state(self):
+        return Generator()
 
 
 class Cuda:
@@ -18,6 +38,7 @@ class Cuda:
         self.fail = None
         self.segments = []
         self.pools = 0
+        self.default_generators = [Generator(), Generator()]
         self.alive = {}  # graphs that are left in a pool
         self.capturing = []  # pools
         self.current = {}
@@ -44,7 +65,19 @@ class Cuda:
                 cuda.log.append("host waits for event")
 
         class CUDAGraph:
+            def capture_begin(self, pool, capture_error_mode):
+                """As torch does up to 2.12: the generator's state of now is in a capture, for everybody, until that is ended well."""
+                cuda.log.append(
+                    f"capture in pool {pool[1]} on {cuda.current_stream(DEVICE).name}, {capture_error_mode}"
+                )
+                self.state = cuda.default_generators[0].state
+                self.state.capturing = True
+
+            def capture_end(self):
+                self.state.capturing = False
+
             def replay(self):
+                assert not self.state.capturing, "Offset increment outside graph capture encountered unexpectedly"
                 cuda.log.append(f"replay on {cuda.current_stream(DEVICE).name}")
 
             def reset(self):
@@ -83,15 +116,16 @@ class Cuda:
         """Like torch's: a pool whose graphs are all gone is not taken again; where the capture cannot be ended, the stream stays."""
         assert self.alive.get(pool) != 0, "use_count > 0 INTERNAL ASSERT FAILED"
         assert not self.capturing, "captures_underway.empty() INTERNAL ASSERT FAILED"
-        self.log.append(f"capture in pool {pool[1]} on {stream.name}, {capture_error_mode}")
         self.current[threading.get_ident()] = stream
         self.capturing.append(pool)
+        graph.capture_begin(pool, capture_error_mode=capture_error_mode)
         yield
         if self.fail == "end":
             raise RuntimeError("operation failed due to a previous error during capture")
         self.capturing.remove(pool)
         self.alive[pool] = self.alive.get(pool, 0) + 1
         graph.pool = pool
+        graph.capture_end()
         self.log.append("captured")
 
     def graph_pool_handle(self):

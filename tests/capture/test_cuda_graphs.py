@@ -19,6 +19,7 @@ def cuda(monkeypatch):
     fake = Cuda()
     monkeypatch.setattr(cuda_graphs, "cuda", fake)
     monkeypatch.setattr(cuda_graphs, "_devices", {})
+    monkeypatch.setattr(cuda_graphs, "_ONE_STATE", True)
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", fake.end_allocation, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", fake.clear_workspaces, raising=False)
     return fake
@@ -98,6 +99,45 @@ def test_failures_leave_tensors_and_stream_as_they_were(cuda, where):
     cuda.fail = None
     recorder.new_pool()
     recorder.record(lambda: None, lambda: None, [])
+
+
+@pytest.mark.parametrize("planted", [False, True])
+@pytest.mark.parametrize("where", ["body", "end"])
+def test_draws_and_replays_go_on_during_and_after_a_failed_capture(cuda, where, planted, monkeypatch):
+    """Planted: the generator's own state is what a capture begins with, as torch.cuda.graph does by itself."""
+    monkeypatch.setattr(cuda_graphs, "_ONE_STATE", not planted)
+    recorder, generator = cuda_graphs.Recorder(DEVICE), cuda.default_generators[0]
+    own = generator.state
+
+    def body():
+        if not planted:
+            in_threads(generator.draw)
+            with pytest.raises(AssertionError):  # a body that draws does not get through its capture
+                generator.draw(in_a_capture=True)
+        if where == "body":
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    graph = recorder.record(lambda: None, lambda: None, [])
+    cuda.fail = where
+    with pytest.raises(RuntimeError):
+        recorder.record(body, lambda: None, [])
+    assert generator.state is own
+    if planted:
+        with pytest.raises(AssertionError, match="Offset increment"):
+            generator.draw()
+        with pytest.raises(AssertionError, match="Offset increment"):
+            recorder.replay(graph)
+    else:
+        generator.draw()
+        recorder.replay(graph)
+        assert "capture_begin" not in vars(graph)
+
+
+def test_where_each_capture_has_a_state_of_its_own_the_generator_is_left_alone(cuda, monkeypatch):
+    monkeypatch.setattr(cuda_graphs, "_ONE_STATE", False)
+    monkeypatch.delattr(cuda, "default_generators")
+    with cuda_graphs._own_draws(DEVICE, SimpleNamespace()):
+        pass
 
 
 def test_a_cache_that_cannot_be_emptied_is_no_failure(cuda):
@@ -256,6 +296,36 @@ def test_a_real_graph():
     assert torch.equal(x, weight * 6)
     graphs.give_back(workspace)
     assert graphs()[0].bytes > 0 and graphs()[0].replays == 3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_real_capture_that_fails_leaves_draws_and_other_graphs_alone():
+    device = torch.device("cuda", torch.cuda.current_device())
+    x = torch.zeros(1024, device=device)
+    other = cuda_graphs.Recorder(device)
+    graph = other.record(lambda: x.add_(1), lambda: x.add_(1), [x])
+    drawn = []
+
+    def draws():
+        drawn.append(torch.randn(4, device=device))
+
+    def body():
+        in_threads(draws)
+        x.sum().item()
+
+    recorder = cuda_graphs.Recorder(device)
+    torch.manual_seed(1)
+    with pytest.raises(RuntimeError):
+        recorder.record(body, lambda: None, [])
+    draws()
+    other.replay(graph)
+    recorder.new_pool()
+    recorder.replay(recorder.record(lambda: x.add_(1), lambda: None, [x]))
+    assert x.tolist() == [2] * 1024
+    torch.manual_seed(1)
+    expected = [torch.randn(4, device=device) for _ in drawn]
+    assert len(drawn) == 2 and all(map(torch.equal, drawn, expected)), "no number twice, none left out"
 
 
 @pytest.mark.gpu

@@ -124,18 +124,119 @@ def test_what_no_capture_allows_falls_back_for_good(forbidden):
     assert run(graphs, w, "other", lambda: w.content.x.add_(1), keeps=[w.content.x]) is None
 
 
-def test_a_failing_warm_up_restores_and_runs_eagerly():
-    graphs, attempts = Graphs(), []
+def test_an_error_of_the_body_is_the_callers_and_leaves_the_graphs_alone():
+    """Arguments of a wrong shape, say."""
+    graphs, weight = Graphs(), torch.ones(4)
     w = lease(graphs)
+    x = w.content.x
+    assert run(graphs, w, "good", lambda: x.add_(weight), keeps=[x]) is None
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        run(graphs, w, "bad", lambda: x.add_(torch.ones(3)), keeps=[x])
+    assert graphs.failure is None and len(graphs()) == 1
+    assert run(graphs, w, "good", lambda: None) is None and x.tolist() == [2] * 4
+
+
+@pytest.mark.parametrize("ended", [True, False], ids=["", "and the capture cannot be ended"])
+@pytest.mark.parametrize("where", ["warm-up", "capture"])
+def test_a_lack_of_memory_counts_for_one_graph_alone(where, ended, recorders, monkeypatch):
+    graphs, runs = Graphs(), []
+    w = lease(graphs)
+    x = w.content.x
+    assert run(graphs, w, "small", lambda: x.add_(1), keeps=[x]) is None
+
+    def body():  # run, warm-up, capture
+        runs.append(1)
+        x.add_(1)
+        if len(runs) == (2 if where == "warm-up" else 3):
+            try:
+                raise torch.OutOfMemoryError("no room")
+            finally:
+                if not ended:
+                    raise RuntimeError("failed due to a previous error during capture")
+
+    x.zero_()
+    reason = run(graphs, w, "large", body, keeps=[x])
+    assert "could not be recorded: OutOfMemoryError: no room" in reason
+    assert x.tolist() == [1] * 4, "what ran before it counts"
+    attempts = len(runs)
+    assert run(graphs, w, "large", body, keeps=[x]) == reason and len(runs) == attempts + 1, "not tried again"
+    assert graphs.failure is None and run(graphs, w, "small", lambda: None) is None
+    assert x.tolist() == [3] * 4
+    graphs.give_back(w)
+    graphs.clear()
+    w = lease(graphs)
+    assert run(graphs, w, "large", lambda: w.content.x.add_(1), keeps=[w.content.x]) is None
+
+
+def test_a_pool_in_which_a_first_capture_failed_is_not_taken_again(recorders):
+    graphs, runs = Graphs(), []
+    w = lease(graphs)
+    pools = []
+    recorders[0].new_pool = lambda: pools.append(1)
 
     def body():
-        w.content.x.add_(1)
-        attempts.append(1)
-        if len(attempts) == 1:
+        runs.append(1)
+        if len(runs) == 3:
             raise torch.OutOfMemoryError("no room")
 
-    assert "no room" in run(graphs, w, "k", body, keeps=[w.content.x])
-    assert w.content.x.tolist() == [1] * 4
+    assert "no room" in run(graphs, w, "k", body) and pools == [1]
+
+
+@pytest.mark.parametrize("when", ["by its first run", "by what came of it"])
+def test_what_changes_outside_its_tensors_runs_once_and_eagerly(when, recorders):
+    """Whoever watches is asked after the first run, before anything is recorded, and again when it was."""
+    graphs, looked, runs = Graphs(), [], []
+    w = lease(graphs)
+    x = w.content.x
+
+    def watch():
+        def changed():
+            looked.append(len(runs))
+            return "it changed" if len(looked) == (1 if when == "by its first run" else 2) else None
+
+        return changed
+
+    def body():
+        runs.append(1)
+        x.add_(1)
+
+    assert run(graphs, w, "k", body, keeps=[x], watch=watch) == "it changed"
+    assert x.tolist() == [1] * 4 and graphs() == [] and recorders[0].tapes == []
+    assert looked == ([1] if when == "by its first run" else [1, 3]) and len(runs) == looked[-1]
+    assert run(graphs, w, "k", body, keeps=[x], watch=watch) is None and x.tolist() == [2] * 4
+
+
+def test_room_that_other_calls_take_is_lacking_for_as_long_as_they_run():
+    graphs = Graphs(budget=1000)
+    large, small = lease(graphs, "large", 225), lease(graphs, "small", 25)
+
+    def ask(w):
+        return run(graphs, w, "k", lambda x=w.content.x: x.add_(x * 2), keeps=[w.content.x])
+
+    reason = ask(small)
+    assert "other calls that are running leave no room" in reason and "bytes or more" not in reason
+    assert ask(small) == reason
+    graphs.give_back(small)
+    graphs.give_back(large)
+    small = lease(graphs, "small", 25)
+    assert ask(small) is None and graphs.bytes == 200
+
+
+def test_calls_that_run_do_not_take_each_others_graphs(recorders):
+    """Two whose graphs do not fit together would otherwise record by turns, row after row."""
+    graphs = Graphs(budget=1000)
+    first, second = lease(graphs, "first", 70), lease(graphs, "second", 60)  # 8 bytes an element
+
+    def ask(w):
+        return run(graphs, w, "k", lambda x=w.content.x: x.add_(x * 2), keeps=[w.content.x])
+
+    reasons = {ask(w) for w in [second, first] * 3}
+    assert len(reasons) == 2 and None in reasons and recorders[0].recorded == 2, "tried once"
+    assert [info.replays for info in graphs()] == [3]
+    graphs.give_back(second)
+    graphs.give_back(first)
+    first = lease(graphs, "first", 70)
+    assert ask(first) is None and [info.replays for info in graphs()] == [1], "now it goes"
 
 
 def test_count_and_bytes_are_bounded(recorders):
@@ -193,8 +294,8 @@ def test_room_is_made_before_a_graph_is_recorded():
 
         assert run(graphs, w, "k", body, keeps=[w.content.x], nbytes=nbytes) is None
         graphs.give_back(w)
-    assert seen == [0] * 4 and graphs.bytes == 940, (
-        "warm-up and recording of each: the first was gone before the second began"
+    assert seen == [0, 0, 0, 1, 0, 0] and graphs.bytes == 940, (
+        "an eager run, warm-up and recording of each: the first was gone before the second's warm-up began"
     )
 
 
