@@ -45,7 +45,7 @@ class Calibration:
         return dict(vars(self))
 
 
-def _binomial_cdf(m: int, n: int, p: float) -> float:
+def binomial_cdf(m: int, n: int, p: float) -> float:
     """P(Binomial(n, p) <= m)."""
     logs = [
         math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) + k * math.log(p) + (n - k) * math.log1p(-p)
@@ -88,7 +88,7 @@ def calibrate(
     n, unit = len(values), "prompts" if groups is None else "groups of prompts"
     check_sample(n, fpr, confidence, unit)
     m = 0
-    while m + 1 < n and _binomial_cdf(m + 1, n, fpr) <= 1 - confidence:
+    while m + 1 < n and binomial_cdf(m + 1, n, fpr) <= 1 - confidence:
         m += 1
     threshold = math.nextafter(values[n - m - 1], math.inf)
     exceeding = sum(value >= threshold for value in values)

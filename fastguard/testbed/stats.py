@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 import numpy as np
+
+from fastguard.calibrate import binomial_cdf
 
 DRAWS = 2000
 TAIL = 0.025  # left out at each end of an interval of 95%
@@ -52,8 +53,8 @@ def ratio(rows: Sequence[dict], reference: Sequence[dict], key: str) -> dict[str
 
 def exact(found: int, of: int) -> tuple[float, float]:
     """The 95% interval of Clopper and Pearson for a share, `found` of `of` independent units."""
-    low = _root(lambda p: 1 - _at_most(found - 1, of, p) - TAIL) if found else 0.0
-    high = _root(lambda p: TAIL - _at_most(found, of, p)) if found < of else 1.0
+    low = _root(lambda p: 1 - binomial_cdf(found - 1, of, p) - TAIL) if found else 0.0
+    high = _root(lambda p: TAIL - binomial_cdf(found, of, p)) if found < of else 1.0
     return low, high
 
 
@@ -131,15 +132,6 @@ def _draws(sums: np.ndarray, counts: np.ndarray, seed: int) -> np.ndarray:
 def _percentiles(draws: np.ndarray) -> tuple[float, float]:
     low, high = np.percentile(draws, [100 * TAIL, 100 * (1 - TAIL)])
     return float(low), float(high)
-
-
-def _at_most(m: int, n: int, p: float) -> float:
-    """P(Binomial(n, p) <= m) for 0 < p < 1."""
-    log = [
-        math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) + k * math.log(p) + (n - k) * math.log1p(-p)
-        for k in range(m + 1)
-    ]
-    return math.fsum(map(math.exp, log))
 
 
 def _root(rising: Callable[[float], float]) -> float:
