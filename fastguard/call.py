@@ -17,7 +17,6 @@ Where the scheduler is not linear the op only decides and guides, and the schedu
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,11 +26,11 @@ from fastguard.capture import recorded
 from fastguard.capture.graphed import Capturing, Graphed
 from fastguard.denoiser import placeholder, select_branch
 from fastguard.families import Family
+from fastguard.guidance import Guidance
 from fastguard.kernels.layout import Row
 from fastguard.loop import Loop
 from fastguard.noise import Noise
 from fastguard.pending import Pending, values_of
-from fastguard.plan import Plan, idle_guards, lower, of_images
 from fastguard.policy import Policy
 from fastguard.report import Report
 from fastguard.schedule import Schedule
@@ -51,20 +50,19 @@ class Call:
         denoiser: Any,
         capturing: Capturing,
     ) -> None:
-        self.policy, self.family, self.arguments = policy, family, arguments
+        self.family, self.arguments = family, arguments
         callback = any(arguments.get(name) is not None for name in ("callback_on_step_end", "callback"))
         self.scheduling, self.denoiser = Scheduling(scheduler, arguments, callback=callback), denoiser
+        self.guidance = Guidance(policy, family, arguments, self.scheduling)
         self.graphed = Graphed(capturing, denoiser)
         self._recorded = False  # this row was run by `graphed`
         self.seen: torch.Tensor | None = None  # the latents of this row as the pipeline has them
-        self.pipe: Any = None  # set by the caller: the copy on which the stock loop runs
+        self.pipe: Any = None
         # Somebody may look at, keep or change the latents between two steps.
         self.observed = family.rewrites_latents or callback
         self.row = 0
         self.rows_run = 0  # denoiser rows per image so far
-        # Each None until the loop begins.
-        self.plan: Any = None  # Plan
-        self.loop: Any = None  # Loop
+        self.loop: Any = None  # Loop; None until the loop begins
         self._returned: torch.Tensor | None = None  # the latents that the buffers hold, as the pipeline knows them
         self._returned_version: float = 0
         self._stepped: torch.Tensor | None = None  # what the scheduler's own step() gave last, where it runs
@@ -72,8 +70,11 @@ class Call:
         self.noise = Noise()
         self._placeholder: torch.Tensor | None = None
         self._expected = False  # the loop is about to call the denoiser
-        self._guided = True  # the row before ran with guidance
         self._outputs: Any = None  # (uncond, cond or None) of a row between denoiser and step
+
+    def attach(self, pipe: Any) -> None:
+        """`pipe`: the copy of the pipeline on which the stock loop will run."""
+        self.pipe = self.guidance.pipe = pipe
 
     # What the shadows call -------------------------------------------------------------------------------------------------
 
@@ -108,7 +109,7 @@ class Call:
         late = hasattr(self.pipe, "get_timesteps") and begin is None
         if self._returned is None or late or not len(self.scheduler.timesteps):
             return
-        self.scheduling.compile(begin or 0, self._own_step())
+        self.scheduling.compile(begin or 0, self.guidance.own_step)
         self._start(self._returned)
         self._draw_ahead(self._returned)
 
@@ -143,13 +144,10 @@ class Call:
                 kwargs if args else {**kwargs, name: ready},
             )
         rows = sample.shape[0]
-        guided = self.family.guided(self.pipe, self.arguments)
-        self._check_guidance(guided)
+        guided = self.guidance.check(self.row)
         batch = rows // 2 if guided else rows
-        branches = self._planned(sample, batch).branches[self.row] if guided else "cond"
-        if self.rescale > 0.0 and self.schedule.linear:
-            raise RuntimeError("guidance_rescale was switched on during a guarded call, which had begun without it")
-        if guided and self.rescale > 0.0:
+        branches = self.guidance.planned(sample, batch).branches[self.row] if guided else "cond"
+        if guided and self.guidance.rescale > 0.0:
             branches = "both"  # rescaling needs the conditional output even where guidance does not
         if guided and branches != "both" and not self.graphed.whole:
             args, kwargs = (
@@ -170,26 +168,10 @@ class Call:
         stand_in = self._placeholder
         return (stand_in, *result[1:]) if isinstance(result, tuple) else type(result)(stand_in)
 
-    def _check_guidance(self, guided: bool) -> None:
-        """Refuse a guard over a call without guidance; warn if guidance ends before the guard does."""
-        if not guided and self.row == 0 and (self.policy.guarded or self.policy.sets_scale):
-            raise ValueError(
-                f"guidance_scale={self.arguments.get('guidance_scale')!r}: the pipeline runs no unconditional branch then, but policy "
-                f"{self.policy.name!r} needs it; pass a guidance_scale above 1 to a model with classifier-free guidance, or use 'cfg' "
-                f"without a scale of its own"
-            )
-        if not guided and self.row > 0 and self.policy.guarded and self._guided:
-            warnings.warn(
-                f"guidance was switched off at denoiser row {self.row} (by a callback): the guard ends with it, and an image that has "
-                f"not reached its transition gets the conditional branch alone, which copies",
-                stacklevel=2,
-            )
-        self._guided = guided
-
     def step(self, model_output: Any, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if self._outputs is None and not self._recorded:
             raise RuntimeError("scheduler.step was called without a denoiser call before it")
-        if self.row == 0 and self.scheduling.compile_again(kwargs, self._own_step(), recorded=self._recorded):
+        if self.row == 0 and self.scheduling.compile_again(kwargs, self.guidance.own_step, recorded=self._recorded):
             self.loop = None
         if self._recorded:
             return self._handed_back(self.loop.dtype, None, timestep, sample, args, kwargs)
@@ -220,7 +202,7 @@ class Call:
         self._outputs, self._recorded = None, False
         if not self.schedule.linear:
             # A copy: some schedulers keep what they are given, and the next step writes into x.
-            guided = self._rescaled(self.loop.x.to(dtype, copy=True), cond)
+            guided = self.guidance.rescaled(self.loop.x.to(dtype, copy=True), cond)
             result = self.scheduler.step(guided, timestep, sample, *args, **kwargs)
             self._stepped = result[0] if isinstance(result, tuple) else result.prev_sample
             return result
@@ -229,10 +211,6 @@ class Call:
         latents = self._latents()
         self._returned, self._returned_version = latents, _version(latents) if self.observed else 0
         return (latents,) if not kwargs.get("return_dict", True) else _Step(prev_sample=latents)
-
-    @property
-    def rescale(self) -> float:
-        return self.family.guidance_rescale(self.pipe, self.arguments)
 
     # Start of a generation -------------------------------------------------------------------------------------------------
 
@@ -249,42 +227,12 @@ class Call:
     def compiled(self, timestep: Any) -> Schedule:
         """The table of this call, compiled at the first thing the loop asks for."""
         if self.schedule is None:
-            self.scheduling.compile(self.scheduling.begin_at(timestep), self._own_step())
+            self.scheduling.compile(self.scheduling.begin_at(timestep), self.guidance.own_step)
         return self.schedule
 
-    def _own_step(self) -> str | None:
-        reason = self.family.own_step(self.arguments, len(self.scheduler.timesteps))
-        if reason is None and self.rescale > 0.0:
-            reason = f"guidance_rescale={self.rescale:g} needs the whole guided output before the update"
-        return reason
-
-    def _planned(self, sample: torch.Tensor, batch: int) -> Plan:
-        if self.plan is None:
-            per_prompt = self.arguments.get("num_images_per_prompt") or 1
-            autoencoder = getattr(self.pipe, "vae", None)  # a pipeline that returns latents may have none
-            channels = sample.shape[1] if autoencoder is None else autoencoder.config.latent_channels
-            self._samples = of_images(self.policy, batch, per_prompt)
-            self._elements = channels * sample[0, 0].numel()
-            self.plan = self._lower()
-            for sentence in idle_guards(self.plan):
-                warnings.warn(sentence, stacklevel=2)
-        return self.plan
-
-    def _lower(self) -> Plan:
-        self._scale = self.family.guidance_scale(self.pipe, self.arguments)
-        plan = lower(
-            self._samples,
-            timesteps=self.schedule.rows[:-1, Row.TIMESTEP],
-            observe=self.schedule.rows[:-1, Row.OBSERVE],
-            guidance_scale=self._scale,
-            elements=self._elements,
-            in_steps=self.schedule.in_steps,
-        )
-        return plan
-
     def _start(self, latents: torch.Tensor) -> None:
-        halves = 2 if self.family.guided(self.pipe, self.arguments) else 1
-        plan = self._planned(latents, latents.shape[0])
+        halves = 2 if self.guidance.on else 1
+        plan = self.guidance.planned(latents, latents.shape[0])
         noise_dtype = self.schedule.noise_dtype or latents.dtype
         self.loop = self.graphed.lease(latents, self.schedule, plan, halves=halves, noise_dtype=noise_dtype)
         if self.loop is None:
@@ -313,9 +261,8 @@ class Call:
 
     def follow_guidance_scale(self) -> None:
         """A callback may change the guidance scale: the rows still to come take the new one, counters and history stay."""
-        if self.family.guidance_scale(self.pipe, self.arguments) != self._scale:
-            self.plan = self._lower()
-            self.loop.load_plan(self.plan)
+        if self.guidance.changed():
+            self.loop.load_plan(self.guidance.plan)
 
     def _draw_ahead(self, latents: torch.Tensor) -> None:
         """Unless somebody may use the generator between two steps, or fewer rows than the table's will run."""
@@ -331,15 +278,6 @@ class Call:
         """What the pipeline will hand to scheduler.step to draw from."""
         return self.arguments.get("generator") if self.scheduling.passes_generator(self.pipe) else None
 
-    def _rescaled(self, guided: torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor:
-        """guidance_rescale of Lin et al. 2023 (arXiv 2305.08891, section 3.4): pull the standard deviation back to cond's."""
-        phi = self.rescale
-        if phi <= 0.0 or cond is None:
-            return guided
-        dims = tuple(range(1, guided.ndim))
-        rescaled = guided * (cond.std(dim=dims, keepdim=True) / guided.std(dim=dims, keepdim=True))
-        return phi * rescaled + (1 - phi) * guided
-
     # After it --------------------------------------------------------------------------------------------------------------
 
     def report(self) -> Report | None:
@@ -352,7 +290,7 @@ class Call:
         return Report.read(
             state=self.loop.state,
             trace=self.loop.trace,
-            plan=self.plan,
+            plan=self.guidance.plan,
             latents=self.loop.x if self._stepped is None else self._stepped,
             rows_run=self.rows_run,
             steps=self.row,

@@ -177,7 +177,7 @@ class Guard:
                 replacements["prepare_latents"] = lambda *a, **k: call.prepare_latents(
                     _prepare(state, call.pipe, *a, **k)
                 )
-            call.pipe = shadow(state, replacements, parts)
+            call.attach(shadow(state, replacements, parts))
             if alone and hasattr(pipe, "_interrupt"):
                 pipe._interrupt = False
             self._replaced = None

@@ -100,13 +100,25 @@ def limit_problem(policy: Any) -> str | None:
     )
 
 
-def idle_guards(plan: Plan) -> list[str]:
-    """One sentence for each policy that ends at the first row already: image-to-image and refiners begin late."""
-    idle = [p for p, rule in zip(plan.policies, plan.rules, strict=True) if p.transition and rule[Rule.SWITCH_ROW] == 0]
-    return [
-        f"policy {policy.name!r} has no effect in this call: {limit_of(policy)} is not below its first timestep, {plan.timesteps[0]:g}"
-        for policy in dict.fromkeys(idle)
-    ]
+def unfit_guards(plan: Plan, rows: int) -> list[str]:
+    """One sentence for each policy whose limit lies outside of the timesteps of a call of `rows` rows.
+
+    Image-to-image and refiners begin late, so that the guard is over at their first row; a base model that leaves the rest to a
+    refiner (denoising_end) may end before the guard does.
+    """
+    first, last = plan.timesteps[0], plan.timesteps[rows - 1]
+    found = {}
+    for policy, switch_row in zip(plan.policies, plan.rules[:, Rule.SWITCH_ROW].tolist(), strict=True):
+        if not policy.transition:
+            continue
+        if switch_row == 0:
+            found[policy] = f"has no effect in this call: {limit_of(policy)} is not below its first timestep, {first:g}"
+        elif rows <= switch_row < len(plan.timesteps):
+            found[policy] = (
+                f"does not end in this call: {limit_of(policy)} is not above its last timestep, {last:g} (denoising_end); an image "
+                f"without an earlier transition never gets the guidance after it"
+            )
+    return [f"policy {policy.name!r} {what}" for policy, what in found.items()]
 
 
 def of_images(policy: Policy, batch: int, per_prompt: int) -> list[Policy]:

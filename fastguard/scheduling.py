@@ -91,6 +91,14 @@ class Scheduling:
         host.set_timesteps(**bound)
         return host
 
+    def rows_of_the_loop(self) -> int:
+        """Rows of the table that the loop runs: with denoising_end, the share of the training steps to denoise, only the first ones."""
+        end = self.arguments.get("denoising_end")
+        if not isinstance(end, float) or not 0 < end < 1:
+            return len(self.schedule.timesteps)
+        steps = self.scheduler.config.num_train_timesteps
+        return sum(float(t) >= round(steps - end * steps) for t in self.schedule.timesteps)
+
     def passes_generator(self, pipe: Any) -> bool:
         """Whether the pipeline hands its generator to scheduler.step, where stock draws."""
         return "generator" in self._accepted and hasattr(pipe, "prepare_extra_step_kwargs")

@@ -257,6 +257,25 @@ def test_a_guard_that_ends_before_it_begins_is_told():
         assert sum("has no effect in this call: t_star=500" in str(w.message) for w in found) == said
 
 
+def test_a_guard_that_outlasts_its_call_is_told():
+    """The base model hands over to a refiner after timestep 601 (denoising_end=0.4) or 201 (0.8)."""
+    pipe = pipelines.sdxl()
+    for name, end, said in (
+        ("stp", 0.4, 1),
+        ("stp", 0.8, 0),
+        ("stp", None, 0),
+        ("dtp", 0.5, 0),
+        ("dtp", 0.3, 1),
+        ("cfg", 0.4, 0),
+    ):
+        with warnings.catch_warnings(record=True) as found, fastguard.enable(pipe, name) as guard:
+            warnings.simplefilter("always")
+            call(pipe, denoising_end=end, num_inference_steps=10)
+        assert sum("does not end in this call" in str(w.message) for w in found) == said, (name, end)
+        if name == "stp":
+            assert (guard.report[0].transition_step is None) == bool(said)
+
+
 def test_not_finite_is_told_where_one_branch_runs(sd):
     """Neither policy runs both branches in any row here, so no d could have shown it."""
     pipe = pipelines.sd()

@@ -53,7 +53,7 @@ def _run_row(call: Call, arguments: Arguments, sample: torch.Tensor, branches: s
 
 def _needs_its_output(call: Call, arguments: Arguments) -> str | None:
     """Why the denoiser's output, which a graph keeps to itself, is needed outside it."""
-    if call.rescale > 0.0:
+    if call.guidance.rescale > 0.0:
         return "guidance_rescale reads the conditional output, which stays inside a graph"
     if arguments[1].get("return_dict") is not False:
         return "the pipeline asks its denoiser for an output by name (return_dict), and a graph gives none"
@@ -64,7 +64,7 @@ def _run_whole(call: Call, arguments: Arguments) -> None:
     loop = call.graphed.loop
     rows = len(call.schedule.timesteps)
     guided = len(loop.model_input) == 2 * len(loop.x)
-    branches = call.plan.branches if guided else ("cond",) * rows
+    branches = call.guidance.plan.branches if guided else ("cond",) * rows
     slots = iter(loop.noise)
     for row in range(rows):
         if (noise := call.noise.of_row(call.schedule, row, loop.x, loop.dtype, call.generator)) is not None:

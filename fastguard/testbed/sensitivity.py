@@ -9,7 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from fastguard import policy
@@ -20,7 +19,6 @@ from .run import CALL, jobs, run
 from .stats import over_prompts
 
 ORDINARY = 40
-DTYPE_SEEDS = 1  # half precision takes a CPU ten times as long
 
 
 def variants() -> dict[str, tuple[str | None, dict]]:
@@ -49,21 +47,32 @@ def numbers(rows: list[dict], caught: bool) -> dict:
 
 
 def flips(rows: list[dict], reference: list[dict]) -> dict:
-    """Images whose decision differs from float32's."""
-    pairs = list(zip(rows, reference, strict=True))
-    both = [(a, b) for a, b in pairs if a["gate"]["caught"] and b["gate"]["caught"]]
-    moved = [a["transition_step"] != b["transition_step"] for a, b in both]
+    """Images whose decision differs from float32's: of all, and of those that both catch."""
+    compared = []
+    for a, b in zip(rows, reference, strict=True):
+        caught = a["gate"]["caught"] and b["gate"]["caught"]
+        rows_apart = abs(_transition(a) - _transition(b)) if caught else None
+        compared.append(
+            {
+                "prompt": a["prompt"],
+                "flip": a["gate"]["caught"] != b["gate"]["caught"],
+                "moved": rows_apart > 0 if caught else None,
+                "rows": rows_apart,
+            }
+        )
     return {
-        "images": len(pairs),
-        "gate flips": sum(a["gate"]["caught"] != b["gate"]["caught"] for a, b in pairs),
-        "transition moved": sum(moved),
-        "of": len(both),
-        "largest move in rows": max(
-            (abs((a["transition_step"] or 50) - (b["transition_step"] or 50)) for a, b in both),
-            default=0,
-        ),
-        "copies": float(np.mean([r["copy"] for r in rows if r["copy"] is not None])),
+        "images": len(compared),
+        "gate flips": over_prompts(compared, "flip"),
+        "transition moved": over_prompts(compared, "moved"),
+        "largest move in rows": max((c["rows"] for c in compared if c["rows"] is not None), default=0),
+        "copies": over_prompts(rows, "copy"),
     }
+
+
+def _transition(row: dict) -> int:
+    """The row of the transition; without one, the end."""
+    step = row["transition_step"]
+    return int(CALL["num_inference_steps"]) if step is None else step
 
 
 def sensitivity(pipe: Any, judge: Judge, cache: Path, seeds: int) -> dict:
@@ -84,7 +93,7 @@ def sensitivity(pipe: Any, judge: Judge, cache: Path, seeds: int) -> dict:
         row["ordinary"] = numbers(run(pipe, judge, f"vary-{slug}-ordinary", plain, cache, **call), False)
         result[name] = row
         pipe.scheduler = shipped
-    work = jobs(memorized, DTYPE_SEEDS, chosen) + jobs(prompts("ordinary", "test")[:28], DTYPE_SEEDS, chosen)
+    work = jobs(memorized, seeds, chosen) + jobs(prompts("ordinary", "test")[:28], seeds, chosen)
     reference = run(pipe, judge, "dtype-float32", work, cache)
     for dtype in (torch.float16, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -66,16 +67,19 @@ def prompts_with(rows: Sequence[dict], key: str) -> dict:
     return {"found": found, "of": len(groups), "mean": found / len(groups), "low": low, "high": high}
 
 
-def spread(values: Sequence[float | None]) -> dict | None:
-    """Mean, median and 95th percentile."""
-    known = np.array([v for v in values if v is not None], float)
-    if not len(known):
+def spread(rows: Sequence[dict], key: str) -> dict | None:
+    """Mean, median and 95th percentile of `key` over all images, each with its bootstrap interval over prompts; None if nothing is known."""
+    groups = [np.array(values) for values in _by_prompt(rows, key).values()]
+    if not groups:
         return None
-    return {
-        "mean": float(known.mean()),
-        "median": float(np.median(known)),
-        "p95": float(np.percentile(known, 95)),
-    }
+    pick = np.random.default_rng(0).integers(0, len(groups), (DRAWS, len(groups)))
+    drawn = [np.concatenate([groups[i] for i in one]) for one in pick]
+    known = np.concatenate(groups)
+    result = {}
+    for name, statistic in {"mean": np.mean, "median": np.median, "p95": partial(np.percentile, q=95)}.items():
+        low, high = _percentiles(np.array([statistic(one) for one in drawn]))
+        result[name] = {"mean": float(statistic(known)), "low": low, "high": high}
+    return result
 
 
 def auc(positive: Sequence[float], negative: Sequence[float]) -> float:

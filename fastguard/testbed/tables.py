@@ -46,12 +46,12 @@ def between(value: dict | None, form: str = ".2f") -> str:
 
 def main_rows(main: dict, kind: str) -> list[list[str]]:
     """The preset table of one kind of prompt."""
-    base = main["none"][kind]["similarity"]["p95"]
+    base = main["none"][kind]["similarity"]["p95"]["mean"]
     rows = []
     for name, cells in main.items():
         c = cells[kind]
         s = c["similarity"]
-        fall = f"{s['p95'] / base - 1:+.0%}" if name != "none" else ""
+        fall = f"{s['p95']['mean'] / base - 1:+.0%}" if name != "none" else ""
         paper = ""
         if name in PAPER:
             setting, before, after = PAPER[name]
@@ -61,7 +61,7 @@ def main_rows(main: dict, kind: str) -> list[list[str]]:
             [
                 name,
                 share(c["copies"]),
-                f"{s['mean']:.2f} / {s['median']:.2f} / {s['p95']:.2f}",
+                *(between(s[name]) for name in ("mean", "median", "p95")),
                 fall,
                 paper,
                 share(free) + (f" n={free['images']}" if free else ""),
@@ -77,7 +77,9 @@ def main_rows(main: dict, kind: str) -> list[list[str]]:
 MAIN_HEAD = (
     "preset",
     "copies",
-    "similarity mean / median / p95",
+    "similarity, mean",
+    "median",
+    "p95",
     "change of p95",
     "the paper's",
     "faithful, no copies",
@@ -225,7 +227,7 @@ def page(r: dict) -> str:
             ],
         ),
         "## Decisions in other dtypes, against float32\n",
-        "D test prompts and 28 ordinary ones, one seed.\n",
+        "D test prompts and 28 ordinary ones.\n",
         table(
             (
                 "dtype",
@@ -239,10 +241,10 @@ def page(r: dict) -> str:
                 [
                     k,
                     str((v := r["sensitivity"][k])["images"]),
-                    str(v["gate flips"]),
-                    f"{v['transition moved']} of {v['of']}",
+                    share(v["gate flips"]),
+                    share(moved) + f" n={moved['images']}" if (moved := v["transition moved"]) else "-",
                     str(v["largest move in rows"]),
-                    f"{v['copies']:.1%}",
+                    share(v["copies"]),
                 ]
                 for k in dtypes
             ],

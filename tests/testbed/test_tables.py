@@ -62,16 +62,18 @@ def test_images_that_the_gate_leaves_alone_are_compared_bit_by_bit():
 def test_flips_between_dtypes_are_counted():
     def rows(*decisions):
         return [
-            {"gate": {"caught": c}, "transition_step": step, "copy": i % 2 == 0}
+            {"prompt": str(i // 2), "gate": {"caught": c}, "transition_step": step, "copy": i % 2 == 0}
             for i, (c, step) in enumerate(decisions)
         ]
 
-    exact = rows((True, 10), (True, 12), (False, None), (True, None), (True, 20))
-    low = rows((True, 10), (False, None), (True, 30), (True, 45), (True, 17))
+    exact = rows((True, 10), (True, 12), (False, None), (True, None), (True, 20), (True, 0))
+    low = rows((True, 10), (False, None), (True, 30), (True, 45), (True, 17), (True, 3))
     found = flips(low, exact)
-    assert (found["images"], found["gate flips"]) == (5, 2)
-    assert (found["transition moved"], found["of"], found["largest move in rows"]) == (2, 3, 5)
-    assert found["copies"] == pytest.approx(3 / 5)
+    assert (found["images"], found["gate flips"]["mean"]) == (6, pytest.approx(2 / 6))
+    assert found["gate flips"]["low"] == 0 and found["gate flips"]["high"] == pytest.approx(1 / 2)
+    moved = found["transition moved"]  # of the four that both catch
+    assert (moved["images"], moved["mean"], found["largest move in rows"]) == (4, 3 / 4, 5)
+    assert found["copies"]["mean"] == pytest.approx(1 / 2)
 
 
 @pytest.mark.parametrize("seeds", [1, 3])
@@ -104,5 +106,22 @@ def test_the_paper_s_numbers():
 
 
 def test_percentiles():
-    assert stats.spread([None, *range(101)]) == {"mean": 50.0, "median": 50.0, "p95": 95.0}
+    rows = [{"prompt": str(i // 4), "x": None if i == 101 else i} for i in range(102)]
+    found = stats.spread(rows, "x")
+    assert {name: one["mean"] for name, one in found.items()} == {"mean": 50.0, "median": 50.0, "p95": 95.0}
+    assert stats.spread([{"prompt": "a", "x": None}], "x") is None
     assert np.isclose(evaluate.rms({"d_curve": [512 * 0.25]}), 0.5)
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_intervals_of_percentiles_are_of_95_percent(seeds):
+    """Of 401 different values, the seeds of a prompt alike, the bootstrap's median is an order statistic: rank ~ Binomial(401, 1/2)."""
+    rows = [{"prompt": str(i), "x": i / 401} for i in range(401) for _ in range(seeds)]
+    found = stats.spread(rows, "x")
+    for name, level in (("median", 0.5), ("p95", 0.95)):
+        low, high = scipy_stats.binom.ppf([0.025, 0.975], 401, level) / 401
+        assert found[name]["low"] == pytest.approx(low, abs=0.008) and found[name]["high"] == pytest.approx(
+            high, abs=0.008
+        )
+    half = 1.96 * np.std([row["x"] for row in rows]) / 401**0.5  # the mean's is the normal one
+    assert found["mean"]["high"] - found["mean"]["mean"] == pytest.approx(half, rel=0.08)
