@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-import warnings
-from collections import namedtuple
-
 import diffusers
 import pytest
 import torch
 
 import fastguard
-from fastguard.denoiser import select_branch
 from tests import pipelines
-from tests.guarded import SCHEDULERS, SD_KINDS, STEPS, call, mask, picture, same
+from tests.guarded import SCHEDULERS, SD_KINDS, call, mask, picture, same
 
 
 @pytest.fixture(scope="module")
@@ -197,108 +192,6 @@ def test_pixart(length):
     assert report.path == ("own step" if single else "fused")
 
 
-def test_what_is_not_listed_is_refused(sd):
-    parts = {k: v for k, v in sd.components.items() if k != "image_encoder"}
-    pipe = diffusers.StableDiffusionPanoramaPipeline(**parts, requires_safety_checker=False)
-    with pytest.raises(TypeError, match="StableDiffusionPanoramaPipeline is not supported"):
-        fastguard.enable(pipe, "cfg")
-
-    class Own(diffusers.StableDiffusionPipeline):
-        def __call__(self, *args, **kwargs):
-            return super().__call__(*args, **kwargs)
-
-    with pytest.raises(TypeError, match="Own is not supported"):
-        fastguard.enable(Own(**sd.components, requires_safety_checker=False), "cfg")
-
-
-def test_guard_without_guidance_is_refused(sd):
-    with (
-        fastguard.enable(sd, "dtp", gate=0.1),
-        pytest.raises(ValueError, match=r"guidance_scale=1\.0"),
-    ):
-        call(sd, guidance_scale=1.0)
-
-
-def test_a_scale_of_the_policy_is_not_dropped_silently(sd):
-    with (
-        fastguard.enable(sd, "cfg", guidance_scale=[None, 5.0]),
-        pytest.raises(ValueError, match="without a scale of its own"),
-    ):
-        call(sd, guidance_scale=1.0)
-
-
-@pytest.mark.parametrize(
-    "scheduler",
-    [
-        diffusers.IPNDMScheduler(),
-        diffusers.EDMEulerScheduler(),
-        diffusers.EulerDiscreteScheduler(**pipelines.BETAS, timestep_type="continuous", prediction_type="v_prediction"),
-    ],
-    ids=lambda s: type(s).__name__,
-)
-def test_a_limit_in_training_steps_is_refused_where_timesteps_count_something_else(scheduler):
-    pipe = pipelines.sd(scheduler=scheduler)
-    for name, limit in (("stp", "t_star=500"), ("dtp", "deadline=600")):
-        with fastguard.enable(pipe, name, gate=1e-9), pytest.raises(ValueError, match=f"{limit} counts training steps"):
-            call(pipe)
-    with fastguard.enable(pipe, "cfg"):
-        plain = call(pipe)
-    with fastguard.enable(pipe, "paper-dtp", gate=1e-9):
-        assert not torch.equal(call(pipe), plain)
-
-
-def test_a_guard_that_ends_before_it_begins_is_told():
-    pipe = pipelines.sd("StableDiffusionImg2ImgPipeline")
-    image = {"image": picture(), "strength": 0.4}
-    for name, said in (("stp", 1), ("cfg", 0)):
-        with warnings.catch_warnings(record=True) as found, fastguard.enable(pipe, name):
-            warnings.simplefilter("always")
-            call(pipe, **image)
-        assert sum("has no effect in this call: t_star=500" in str(w.message) for w in found) == said
-
-
-def test_a_guard_that_outlasts_its_call_is_told():
-    """The base model hands over to a refiner after timestep 601 (denoising_end=0.4) or 201 (0.8)."""
-    pipe = pipelines.sdxl()
-    for name, end, said in (
-        ("stp", 0.4, 1),
-        ("stp", 0.8, 0),
-        ("stp", None, 0),
-        ("dtp", 0.5, 0),
-        ("dtp", 0.3, 1),
-        ("cfg", 0.4, 0),
-    ):
-        with warnings.catch_warnings(record=True) as found, fastguard.enable(pipe, name) as guard:
-            warnings.simplefilter("always")
-            call(pipe, denoising_end=end, num_inference_steps=10)
-        assert sum("does not end in this call" in str(w.message) for w in found) == said, (name, end)
-        if name == "stp":
-            assert (guard.report[0].transition_step is None) == bool(said)
-
-
-def test_not_finite_is_told_where_one_branch_runs(sd):
-    """Neither policy runs both branches in any row here, so no d could have shown it."""
-    pipe = pipelines.sd()
-    with torch.no_grad():
-        pipe.unet.conv_out.bias.fill_(float("nan"))
-    with fastguard.enable(pipe, "stp", t_star=0) as guard:
-        call(pipe)
-        assert [image.non_finite for image in guard.report] == [STEPS - 1] * 2
-        assert "NOT FINITE" in str(guard.report[0])
-    with fastguard.enable(sd, "stp", t_star=0) as guard:
-        call(sd)
-        assert [image.non_finite for image in guard.report] == [None] * 2
-
-
-def test_not_finite_is_told_where_the_schedulers_own_step_made_it():
-    """The guided output is finite; stock's bh1 variant of UniPC makes NaN of it."""
-    pipe = pipelines.sd(scheduler=diffusers.UniPCMultistepScheduler(**pipelines.BETAS, solver_type="bh1"))
-    with fastguard.enable(pipe, "cfg") as guard:
-        assert not torch.isfinite(call(pipe)).any()
-        assert guard.report.path == "own step"
-        assert [image.non_finite for image in guard.report] == [STEPS - 1] * 2
-
-
 def test_guards_within_guards(sd):
     with fastguard.enable(sd, "dtp", gate=0.1) as outer:
         with fastguard.enable(sd, "cfg", capture="off") as inner:
@@ -325,97 +218,3 @@ def test_step_gets_other_arguments_than_the_calls(sd):
     pipe.prepare_extra_step_kwargs = lambda generator, eta: {"eta": 0.5, "generator": generator}
     same(pipe)
     assert not torch.equal(call(pipe), plain)
-
-
-# Adapters -------------------------------------------------------------------------------------------------------------
-
-
-def test_lora():
-    from peft import LoraConfig
-
-    pipe = pipelines.sd()
-    pipe.unet.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_v"], init_lora_weights=False))
-    same(pipe)
-    same(pipe, cross_attention_kwargs={"scale": 0.3})
-    stock = call(pipe)
-    with fastguard.enable(pipe, "cfg"):
-        pipe.unet.disable_adapters()
-        without = call(pipe)
-        pipe.unet.enable_adapters()
-        with_adapter = call(pipe)
-    assert (without - stock).abs().max() > 1e-3 * stock.abs().max()
-    torch.testing.assert_close(with_adapter, stock, rtol=0, atol=1e-4 * stock.abs().max().item())
-
-
-def test_textual_inversion():
-    pipe = pipelines.sd(tokenizer=copy.deepcopy(pipelines.tokenizer()))
-    embedding = torch.randn(32, generator=torch.Generator().manual_seed(0))
-    with fastguard.enable(pipe, "cfg"):
-        plain = call(pipe, prompt="a <mine> cat")
-        pipe.load_textual_inversion({"<mine>": embedding})
-        assert not torch.equal(call(pipe, prompt="a <mine> cat"), plain)
-    same(pipe, prompt="a <mine> cat")
-
-
-def test_ip_adapter():
-    encoder, processor = pipelines.image_encoder()
-    pipe = pipelines.sd(image_encoder=encoder, feature_extractor=processor)
-    pipe.unet._load_ip_adapter_weights([_ip_adapter_state(pipe.unet)])
-    embeds = [torch.randn(4, 1, 32, generator=torch.Generator().manual_seed(2))]
-    same(pipe, ip_adapter_image_embeds=embeds)
-    pipe.set_ip_adapter_scale(0.4)
-    same(pipe, ip_adapter_image=[[picture(), picture(seed=1)]])
-    with fastguard.enable(pipe, "stp", t_star=0) as guard:  # one branch only: its half of the image embeddings
-        call(pipe, ip_adapter_image_embeds=embeds)
-        assert guard.report[0].denoiser_rows == STEPS
-
-
-def test_branches_of_named_tuples():
-    pair = namedtuple("Pair", "u c")
-    half = select_branch({"p": pair(torch.arange(4), [torch.arange(4), 3])}, "cond", 2)["p"]
-    assert (
-        type(half).__name__ == "Pair" and half.u.tolist() == [2, 3] and half.c[0].tolist() == [2, 3] and half.c[1] == 3
-    )
-
-
-def test_masks_of_ip_adapters_belong_to_no_branch():
-    """Two adapters for one image: as many masks as rows of a batch, and yet no halves of one."""
-    encoder, processor = pipelines.image_encoder()
-    pipe = pipelines.sd(image_encoder=encoder, feature_extractor=processor)
-    pipe.unet._load_ip_adapter_weights([_ip_adapter_state(pipe.unet)] * 2)
-    pipe.set_ip_adapter_scale([0.7, 0.7])
-    masks = torch.zeros(2, 1, 32, 32)
-    masks[0, :, :, :16] = masks[1, :, :, 16:] = 1
-    arguments = {
-        "prompt": "a cat",
-        "ip_adapter_image_embeds": [torch.randn(2, 1, 32, generator=torch.Generator().manual_seed(2))] * 2,
-        "cross_attention_kwargs": {"ip_adapter_masks": masks},
-    }
-    same(pipe, **arguments)
-    with fastguard.enable(pipe, "stp", gate=None) as guard:
-        call(pipe, **arguments)
-        assert guard.report[0].denoiser_rows < 2 * STEPS
-
-
-def _ip_adapter_state(unet):
-    generator = torch.Generator().manual_seed(9)
-    dim = unet.config.cross_attention_dim
-
-    def random(*shape):
-        return torch.randn(*shape, generator=generator) * 0.1
-
-    projection = {
-        "proj.weight": random(dim * 4, 32),
-        "proj.bias": random(dim * 4),
-        "norm.weight": torch.ones(dim),
-        "norm.bias": torch.zeros(dim),
-    }
-    weights, index = {}, 1
-    for name in unet.attn_processors:
-        if name.endswith("attn1.processor"):
-            continue
-        module = unet.get_submodule(name.removesuffix(".processor"))
-        for which in ("k", "v"):
-            weights[f"{index}.to_{which}_ip.weight"] = random(module.to_k.out_features, dim)
-        index += 2
-    return {"image_proj": projection, "ip_adapter": weights}

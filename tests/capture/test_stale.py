@@ -197,11 +197,11 @@ def test_what_a_processor_holds(change, blind, monkeypatch):
 
 @pytest.mark.parametrize("blind", [False, True], ids=["", "planted"])
 def test_ip_adapter_scale(blind, monkeypatch):
-    from tests.test_enable import _ip_adapter_state
+    from tests.test_adapters import ip_adapter_state
 
     encoder, processor = pipelines.image_encoder()
     pipe = pipelines.sd(image_encoder=encoder, feature_extractor=processor)
-    pipe.unet._load_ip_adapter_weights([_ip_adapter_state(pipe.unet)])
+    pipe.unet._load_ip_adapter_weights([ip_adapter_state(pipe.unet)])
     embeds = [torch.randn(4, 1, 32, generator=torch.Generator().manual_seed(2))]
 
     def change(pipe, value):
