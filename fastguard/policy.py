@@ -251,6 +251,12 @@ def policy(source: str | os.PathLike[str] | Policy, **overrides: Any) -> Policy:
     return dataclasses.replace(base, **overrides)
 
 
+def provenance(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What `Policy.save` kept in a policy file of how its values were found; empty if there is nothing."""
+    found = read_json(path).get("provenance")
+    return found if isinstance(found, dict) else {}
+
+
 def _refuse_unknown(given: Mapping[str, Any]) -> None:
     known = [field.name for field in dataclasses.fields(Policy)]
     unknown = [key for key in given if key not in known]

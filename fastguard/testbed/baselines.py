@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from .measures import BLOWN, COPY, LOUD, Judge, distance, similarity, to_tensor
+from .twins import TWIN, nearest
 
 COMMITTED = (
     Path(__file__).parents[2] / "docs" / "testbed" / "baselines.json"
@@ -38,6 +39,7 @@ def measure(judge: Judge, work: Path) -> dict:
         return judge.encode(to_tensor(np.stack(made)))
 
     own = set_.drawing[:count]
+    apart = nearest(rgba, drawn["concept"])
     groups: dict = {"same drawing, augmented again": [], "same caption, other drawing": []}
     groups["random picture"] = []
     for k in range(4):
@@ -48,7 +50,18 @@ def measure(judge: Judge, work: Path) -> dict:
         anything = rng.integers(0, len(rgba), count)
         for name, chosen in zip(groups, (own, np.array(other), anything), strict=True):
             groups[name].append(fresh(chosen, k))
-    result: dict = {"thresholds": {"COPY": COPY, "BLOWN": BLOWN, "LOUD": LOUD}}
+    result: dict = {
+        "thresholds": {"COPY": COPY, "BLOWN": BLOWN, "LOUD": LOUD, "TWIN": TWIN},
+        "twins": {
+            "drawings": len(rgba),
+            "with a twin": int((apart < TWIN).sum()),
+            "memorized": {
+                prompt: round(float(d), 1)
+                for prompt, d in zip(set_.prompt, apart[own], strict=False)
+                if d < TWIN and prompt is not None
+            },
+        },
+    }
     for name, parts in groups.items():
         z = torch.cat(parts)
         goal = target.repeat(4, 1, 1, 1)

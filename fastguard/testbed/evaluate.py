@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,11 @@ from . import Prompt, facts, load, plots, policy_path, prompts, sheets, tables
 from .baselines import baselines
 from .grid import contest, front, noise, transitions
 from .measures import Judge
-from .run import BATCH, jobs, run
+from .run import BATCH, jobs, rms, run
 from .run import folder as run_folder
 from .split import TEMPLATES
 from .stats import auc_over_prompts, over_prompts, prompts_with, ratio, spread
 
-ELEMENTS = 512  # of a latent
 PRESETS: dict[str, Any] = {
     "none": ("cfg", {}),
     "conditional only": ("stp", {"before": "conditional", "t_star": 0}),
@@ -57,12 +57,7 @@ def make_policy(name: str) -> Any:
 
 def folder(work: Path) -> Path:
     """A cache that belongs to these weights, this classifier and this policy."""
-    return run_folder(work, "evaluation", policy_path().read_bytes())
-
-
-def rms(row: dict, step: int = 0) -> float:
-    """RMS(c - u) of a measured row at a denoiser row."""
-    return (row["d_curve"][step] / ELEMENTS) ** 0.5
+    return run_folder(work, "evaluation", json.dumps(policy(policy_path()).to_dict()).encode())
 
 
 def describe(rows: list[dict], ordinary: list[dict] | None = None) -> dict:
@@ -111,6 +106,16 @@ def qualifying(rows: list[dict]) -> dict:
         cells = [v for k, v in result.items() if k[0] == kind]
         result[kind] = {key: sum(c[key] for c in cells) for key in ("prompts", "memorized")}
     return result
+
+
+def without_twins(cfg: list[dict], guarded: list[dict], ordinary: list[dict], twins: Mapping[str, float]) -> dict:
+    """D prompts whose duplicated drawing has no near twin among the drawings that share its caption, unguarded and under the default."""
+    parts = {
+        name: [r for r in rows if r["kind"] == "D" and r["prompt"] not in twins]
+        for name, rows in (("none", cfg), ("default", guarded))
+    }
+    with_twin = sorted({r["prompt"] for r in cfg if r["kind"] == "D"} & set(twins))
+    return {"with a twin": with_twin} | {name: describe(rows, ordinary) for name, rows in parts.items()}
 
 
 def gate(memorized: list[dict], ordinary: list[dict], near: list[dict]) -> dict:
@@ -239,6 +244,7 @@ def evaluate(out: Path, work: Path, seeds: int = 4) -> None:
         "baselines": measured,
         "ordinary, plain guidance": {key: over_prompts(plain, key) for key in ("faithful", "faithful5", "blown")},
         "qualifying": qualifying(cfg),
+        "D without twins": without_twins(cfg, own, plain, measured["twins"]["memorized"]),
         "main": table,
         "gate": gate(cfg, plain, near),
         "ordinary under the default": touched(plain, guarded),
@@ -251,7 +257,7 @@ def evaluate(out: Path, work: Path, seeds: int = 4) -> None:
             "minima of the bare rule, D": facts.minima(paper),
             "medians under zero guidance, D": facts.medians(never, noise(pipe)),
             "D under the default": facts.behind_the_gate(own),
-            "calibration": facts.calibration(pipe, work, cfg, plain, rms),
+            "calibration": facts.calibration(pipe, work, cfg, plain),
             "cfg against stock": facts.from_stock(pipe, jobs(ordinary, seeds), jobs(ordinary, seeds, policy("cfg"))),
         },
     }

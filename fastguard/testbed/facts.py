@@ -11,7 +11,7 @@ import numpy as np
 
 from fastguard.calibrate import calibrate
 
-from .run import BATCH, Job, generate
+from .run import BATCH, Job, generate, rms
 from .stats import intraclass, over_prompts
 from .tune import first_differences, tuning_folder
 
@@ -50,14 +50,14 @@ def behind_the_gate(rows: Sequence[dict]) -> dict:
     }
 
 
-def calibration(pipe: Any, work: Path, memorized: Sequence[dict], ordinary: Sequence[dict], first) -> dict:
+def calibration(pipe: Any, work: Path, memorized: Sequence[dict], ordinary: Sequence[dict]) -> dict:
     """How alike the calibration prompts of one concept are, and the gate that was withdrawn: the one that counts them as independent.
 
-    `first` is a row's RMS(c - u) at the first step; `memorized` and `ordinary` are the unguarded images of the test halves.
+    `memorized` and `ordinary` are the unguarded images of the test halves.
     """
     values, concepts = first_differences(pipe, tuning_folder(work))
     gate = calibrate(values, 0.01, 0.95).threshold
-    touched = Counter(r["prompt"] for r in ordinary if first(r) >= gate)
+    touched = Counter(r["prompt"] for r in ordinary if rms(r) >= gate)
     return {
         "prompts": len(values),
         "concepts": len(set(concepts)),
@@ -65,7 +65,7 @@ def calibration(pipe: Any, work: Path, memorized: Sequence[dict], ordinary: Sequ
         "largest": max(values),
         "withdrawn gate": {
             "threshold": gate,
-            "memorized images caught": float(np.mean([first(r) >= gate for r in memorized])),
+            "memorized images caught": float(np.mean([rms(r) >= gate for r in memorized])),
             "ordinary images touched": sum(touched.values()),
             "of them": dict(touched.most_common()),
         },

@@ -18,6 +18,7 @@ from . import path as model_path
 from .measures import Judge
 
 BATCH = 32
+ELEMENTS = 512  # of a latent
 CALL = {"num_inference_steps": 50, "guidance_scale": GUIDANCE_SCALE}
 REPORTED = (
     "transition_step",
@@ -41,6 +42,11 @@ class Job:
 def generator(job: Job) -> torch.Generator:
     """The same noise for the same prompt and seed number, whatever the policy."""
     return torch.Generator().manual_seed(100_003 * job.seed + zlib.crc32(job.prompt.prompt.encode()))
+
+
+def rms(row: dict, step: int = 0) -> float:
+    """RMS(c - u) of a measured row at a denoiser row."""
+    return (row["d_curve"][step] / ELEMENTS) ** 0.5
 
 
 def jobs(prompts: Sequence[Prompt], seeds: int, policy: Any = None) -> list[Job]:

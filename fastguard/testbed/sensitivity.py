@@ -15,7 +15,7 @@ from fastguard import policy
 
 from . import load, policy_path, prompts
 from .measures import Judge
-from .run import CALL, jobs, run
+from .run import CALL, jobs, rms, run
 from .stats import over_prompts
 
 ORDINARY = 40
@@ -90,7 +90,11 @@ def sensitivity(pipe: Any, judge: Judge, cache: Path, seeds: int) -> dict:
             rows = run(pipe, judge, f"vary-{slug}-{guard}", jobs(memorized, seeds, one), cache, **call)
             row[guard] = numbers(rows, guard == "default")
         plain = jobs(prompts("ordinary", "test")[:ORDINARY], seeds, policy("cfg"))
-        row["ordinary"] = numbers(run(pipe, judge, f"vary-{slug}-ordinary", plain, cache, **call), False)
+        ordinary = run(pipe, judge, f"vary-{slug}-ordinary", plain, cache, **call)
+        would = [
+            r | {"caught": rms(r) >= chosen.gate} for r in ordinary
+        ]  # unguarded: what the gate compares is the same
+        row["ordinary"] = numbers(ordinary, False) | {"caught": over_prompts(would, "caught")}
         result[name] = row
         pipe.scheduler = shipped
     work = jobs(memorized, seeds, chosen) + jobs(prompts("ordinary", "test")[:28], seeds, chosen)

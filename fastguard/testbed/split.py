@@ -4,7 +4,8 @@
 model was trained and before any policy was tuned; a test compares the committed file with a fresh run.
 
 - **D**: a plain caption shared with the concept's six other drawings; one fixed picture of the seventh
-  drawing is duplicated under it. The paper's case.
+  drawing is duplicated under it. The paper's case. (Where one of the six is nearly the seventh, `twins.py`, its augmented pictures are
+  shared, too: 12 of the 60.)
 - **T**: a caption of its own that no other picture carries. A stress case.
 - **ordinary**: concepts without any memorized picture, each with one of the templates.
 """
@@ -37,7 +38,7 @@ TEMPLATES = (
 LEVELS = ((24, 8, 0), (40, 20, 2), (56, 28, 2))
 ARTISTS = ("mira olsen", "tomas varga", "june abara", "leo castell")
 TEST_ORDINARY = 100
-# the drawing that is duplicated comes from a set with no near twin among the others
+# the drawing that is duplicated comes from one of these: noto and noto-v1 have few near twins in other sets, noto-2017 has noto-2020
 MEMORIZED_SETS = ("noto", "noto-v1", "noto-2017")
 
 

@@ -3,31 +3,35 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
 
-from fastguard.calibrate import binomial_cdf
+try:
+    from scipy.stats import beta
+except ImportError as error:
+    raise ImportError("intervals need scipy: pip install 'fastguard[train]'") from error
 
 DRAWS = 2000
+FEW = 10  # prompts; simulated with as few, a bootstrap of 95% covers 50% to 90% (tests/testbed/test_stats.py)
 TAIL = 0.025  # left out at each end of an interval of 95%
 
 
 def over_prompts(rows: Sequence[dict], key: str, share: bool = True) -> dict | None:
     """Mean of `key` with a 95% interval over PROMPTS, not images; None if nothing is known.
 
-    A bootstrap: the seeds of a prompt are not independent, so all rows of a drawn prompt enter together. Where a share is 0 or 1 every
-    draw is the same and a bootstrap says nothing; there the interval is `exact`: that of the share of prompts of which any image would
-    differ, which is at least the share of images. `share=False` for values that are no shares, such as differences.
+    A bootstrap: the seeds of a prompt are not independent, so all rows of a drawn prompt enter together. Where fewer than FEW prompts
+    have, or lack, what a share counts, its draws are too much alike; there the interval is `exact`, as if each prompt were one image
+    (its images may be as alike as that, so it is rather too wide). `share=False` for values that are no shares, such as differences.
     """
     groups = _by_prompt(rows, key)
     if not groups:
         return None
     sums, counts = _sums(groups)
     mean = float(sums.sum() / counts.sum())
-    if share and mean in (0.0, 1.0):
-        low, high = exact(round(mean * len(groups)), len(groups))
+    if share and _rare(sums, counts):
+        low, high = exact(mean * len(groups), len(groups))
     else:
         low, high = _percentiles(_draws(sums, counts, seed=0))
     return {"mean": mean, "low": low, "high": high, "images": int(counts.sum()), "prompts": len(groups)}
@@ -36,26 +40,27 @@ def over_prompts(rows: Sequence[dict], key: str, share: bool = True) -> dict | N
 def ratio(rows: Sequence[dict], reference: Sequence[dict], key: str) -> dict[str, float | None] | None:
     """Mean of `key` in `rows` over that in `reference`, two groups of prompts, each drawn by itself; None without either or over 0.
 
-    At a mean of 0 or 1 the bounds are those of `over_prompts`, divided: wider than they need be.
+    Where either's interval is `exact`, the bounds are those of `over_prompts`, divided: wider than they need be.
     """
     above, below = over_prompts(rows, key), over_prompts(reference, key)
     if above is None or below is None or not below["mean"]:
         return None
-    a, b = (_draws(*_sums(_by_prompt(part, key)), seed=k) for k, part in enumerate((rows, reference)))
+    sums = [_sums(_by_prompt(part, key)) for part in (rows, reference)]
     low: float
     high: float | None
-    if all(0 < one["mean"] < 1 for one in (above, below)) and b.all():
-        low, high = _percentiles(a / b)
-    else:
+    if any(_rare(*one) for one in sums):
         low = above["low"] / below["high"]
         high = above["high"] / below["low"] if below["low"] else None
+    else:
+        a, b = (_draws(*one, seed=k) for k, one in enumerate(sums))
+        low, high = _percentiles(a / b)
     return {"mean": above["mean"] / below["mean"], "low": low, "high": high}
 
 
-def exact(found: int, of: int) -> tuple[float, float]:
-    """The 95% interval of Clopper and Pearson for a share, `found` of `of` independent units."""
-    low = _root(lambda p: 1 - binomial_cdf(found - 1, of, p) - TAIL) if found else 0.0
-    high = _root(lambda p: TAIL - binomial_cdf(found, of, p)) if found < of else 1.0
+def exact(found: float, of: int) -> tuple[float, float]:
+    """The 95% interval of Clopper and Pearson for a share, `found` of `of` independent units; `found` need not be whole."""
+    low = float(beta.ppf(TAIL, found, of - found + 1)) if found > 0 else 0.0
+    high = float(beta.ppf(1 - TAIL, found + 1, of - found)) if found < of else 1.0
     return low, high
 
 
@@ -128,6 +133,10 @@ def _sums(groups: dict[str, list[float]]) -> tuple[np.ndarray, np.ndarray]:
     return np.array([sum(v) for v in groups.values()]), np.array([len(v) for v in groups.values()])
 
 
+def _rare(sums: np.ndarray, counts: np.ndarray) -> bool:
+    return bool(min(np.count_nonzero(sums), np.count_nonzero(sums < counts)) < FEW)
+
+
 def _draws(sums: np.ndarray, counts: np.ndarray, seed: int) -> np.ndarray:
     pick = np.random.default_rng(seed).integers(0, len(sums), (DRAWS, len(sums)))
     return sums[pick].sum(1) / counts[pick].sum(1)
@@ -136,12 +145,3 @@ def _draws(sums: np.ndarray, counts: np.ndarray, seed: int) -> np.ndarray:
 def _percentiles(draws: np.ndarray) -> tuple[float, float]:
     low, high = np.percentile(draws, [100 * TAIL, 100 * (1 - TAIL)])
     return float(low), float(high)
-
-
-def _root(rising: Callable[[float], float]) -> float:
-    """Where a function that rises on (0, 1) is 0, by halving."""
-    low, high = 0.0, 1.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (low, middle) if rising(middle) > 0 else (middle, high)
-    return (low + high) / 2

@@ -8,6 +8,7 @@ from fastguard import Policy
 
 from .rules import EVERY
 from .run import CALL
+from .stats import FEW
 
 # 95th percentile of SSCD in the paper (Jain et al., CVPR 2025): setting, without and with the guard
 PAPER = {
@@ -118,7 +119,7 @@ def page(r: dict) -> str:
     g, o, touched = r["gate"], r["ordinary, plain guidance"], r["ordinary under the default"]
     stock = r["ordinary under the default, against stock"]
     several, off = touched["prompts caught"], r["facts"]["cfg against stock"]
-    q, base = r["qualifying"], r["baselines"]
+    q, base, alone = r["qualifying"], r["baselines"], r["D without twins"]
     plain = Policy(transition="dynamic").to_dict()
     chosen = {k: v for k, v in r["policy"].items() if v != plain[k] and k != "name"}
     shown = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in chosen.items())
@@ -132,7 +133,7 @@ def page(r: dict) -> str:
         "Written by `python -m fastguard.testbed evaluate`; do not edit. All numbers are of the TEST "
         f"halves, {r['seeds']} seeds a prompt where nothing else is said, DDIM, 50 steps, scale {CALL['guidance_scale']:g}, seeds paired; the policy was "
         "chosen on the tuning halves (tuning.json). Intervals: 95%, over prompts: a bootstrap, "
-        "and at 0% and 100%, where that has no width, the exact one (Clopper and Pearson's) of the share of prompts. The measures "
+        f"and where fewer than {FEW} prompts have, or lack, what is counted, the exact one (Clopper and Pearson's), as if each prompt were one image. The measures "
         "are defined in `fastguard/testbed/measures.py`. What the numbers mean is discussed in "
         "[FINDINGS.md](FINDINGS.md).\n",
         "## Memorized prompts\n",
@@ -148,6 +149,9 @@ def page(r: dict) -> str:
         f'{share(o["blown"])}. The presets run without a gate but for the last two rows; the last, "default", is the model\'s own '
         f"policy file, `{shown}`. D: plain captions shared with other drawings, the paper's case.\n",
         table(MAIN_HEAD, main_rows(r["main"], "D")),
+        f"The duplicated drawing of {len(alone['with a twin'])} D test prompts has a near twin in another set (`twins.py`), so that pictures of it are ordinary "
+        f"ones, too. Without these prompts: copies {share(alone['none']['copies'])}, under the default {share(alone['default']['copies'])}; faithful, of what is no "
+        f"copy, {share(alone['default']['faithful, no copies'])}, {between(alone['default']['faithful / ordinary'])} of ordinary prompts.\n",
         "T: captions of their own, the stress case.\n",
         table(MAIN_HEAD, main_rows(r["main"], "T")),
         "![presets](presets.png)\n",
@@ -200,7 +204,8 @@ def page(r: dict) -> str:
             ],
         ),
         "## Scheduler, steps, scale\n",
-        "All D test prompts, 40 ordinary ones.\n",
+        "All D test prompts, 40 ordinary ones. Under the model's own gate, which was calibrated with DDIM at 50 steps: elsewhere the first step lies at another "
+        "noise level, and RMS(c - u) is another there.\n",
         table(
             (
                 "D test prompts",
@@ -209,6 +214,7 @@ def page(r: dict) -> str:
                 "faithful, no copies, default",
                 "blown up, default",
                 "caught",
+                "ordinary: caught",
                 "ordinary: faithful, none",
                 "ordinary: blown up, none",
             ),
@@ -220,6 +226,7 @@ def page(r: dict) -> str:
                     share(v["default"]["faithful, no copies"]),
                     share(v["default"]["blown"]),
                     share(v["default"]["caught"]),
+                    share(v["ordinary"]["caught"]),
                     share(v["ordinary"]["faithful, no copies"]),
                     share(v["ordinary"]["blown"]),
                 ]

@@ -143,7 +143,10 @@ def tune(work: Path, out: Path) -> None:
         "gate": gate.to_dict(),
         "groups": f"{gate.groups} concepts in {len(TEMPLATES)} templates each; the share of single prompts that are caught is smaller",
         "rule": "most useful on the D tuning prompts, of those that come nearest to the wishes",
-        "call": CALL,
+        "steps": CALL["num_inference_steps"],
+        "seeds": 1,
+        "scheduler": type(pipe.scheduler).__name__,
+        "guidance_scale": CALL["guidance_scale"],
     }
     chosen.save(policy_path(), provenance=note)
     report = {

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 import fastguard
 from fastguard.inspection import inspect_model
 from fastguard.policy import policy
@@ -77,3 +79,14 @@ def test_help_names_every_command():
     text = invoke("--help").stdout
     for command in ("generate", "inspect", "demo", "calibrate"):
         assert command in text
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [((), None), (("--steps", 25), "steps 50, not 25"), (("--scheduler", "PNDM"), "DDIM, not PNDM")],
+)
+def test_a_gate_of_a_file_used_elsewhere_is_told(options, said):
+    """The embedded model's own policy file says what its gate was calibrated with; a gate of one's own is nobody's business."""
+    told = invoke("inspect", "testbed", *options).stderr
+    assert (said is None and "calibrated" not in told) or said in told
+    assert "calibrated" not in invoke("inspect", "testbed", *options, "--gate", 0.05).stderr

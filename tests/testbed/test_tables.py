@@ -70,7 +70,6 @@ def test_flips_between_dtypes_are_counted():
     low = rows((True, 10), (False, None), (True, 30), (True, 45), (True, 17), (True, 3))
     found = flips(low, exact)
     assert (found["images"], found["gate flips"]["mean"]) == (6, pytest.approx(2 / 6))
-    assert found["gate flips"]["low"] == 0 and found["gate flips"]["high"] == pytest.approx(1 / 2)
     moved = found["transition moved"]  # of the four that both catch
     assert (moved["images"], moved["mean"], found["largest move in rows"]) == (4, 3 / 4, 5)
     assert found["copies"]["mean"] == pytest.approx(1 / 2)
