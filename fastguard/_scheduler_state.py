@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
+_WRAPPED = (staticmethod, classmethod, property)
+
 # What a scheduler remembers of a run, as it stands after set_timesteps (lists keep their length).
 RUN_STATE: dict[str, Any] = {
     "_step_index": None,
@@ -25,6 +27,35 @@ RUN_STATE: dict[str, Any] = {
     "timestep_list": [None],
     "is_scale_input_called": False,
 }
+
+
+# Methods that the pipeline calls on the scheduler itself, outside of step().
+OUTSIDE = ("set_timesteps", "set_begin_index", "add_noise", "scale_noise", "get_velocity")
+
+
+def functions(kind: type) -> tuple[Any, ...]:
+    """Everything that a class and its bases define, as it stands: what somebody patches there changes what step() does."""
+    return tuple(
+        value
+        for base in kind.__mro__
+        for value in vars(base).values()
+        if callable(value) or isinstance(value, _WRAPPED)
+    )
+
+
+def signature(scheduler: Any) -> dict[str, Any]:
+    """What a row's numbers hang on, to be compared with `==` between two rows; reads nothing from the device."""
+    return {name: _mark(value) for name, value in vars(scheduler).items() if name not in RUN_STATE}
+
+
+def _mark(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return id(value), None if value.is_inference() else value._version
+    if isinstance(value, np.ndarray):
+        return id(value), value.tobytes()
+    if isinstance(value, (list, dict)):
+        return id(value), repr(value)
+    return value if isinstance(value, (bool, int, float, str)) else id(value)
 
 
 def own_state(scheduler: Any) -> dict[str, Any]:
@@ -66,9 +97,9 @@ def hooked(scheduler: Any) -> list[str]:
 
 
 def replaced_step(scheduler: Any) -> str | None:
-    """Why step() is not the class's own: somebody hooks it, and must see every call of it."""
-    if "step" in vars(scheduler):
-        return "step() is replaced on the instance"
+    """Why step() is not the class's own, or what it calls is not: somebody hooks it, and must see every call of it."""
+    if names := [name for name in hooked(scheduler) if name not in OUTSIDE]:
+        return f"{names[0]}() is replaced on the instance"
     owner = next(kind for kind in type(scheduler).__mro__ if "step" in vars(kind))
     step = vars(owner)["step"]
     if getattr(step, "__qualname__", None) != f"{owner.__qualname__}.step" or hasattr(step, "__wrapped__"):

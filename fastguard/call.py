@@ -24,7 +24,7 @@ import torch
 
 from fastguard.capture import recorded
 from fastguard.capture.graphed import Capturing, Graphed
-from fastguard.denoiser import placeholder, select_branch
+from fastguard.denoiser import has_hooks, placeholder, select_branch
 from fastguard.families import Family
 from fastguard.guidance import Guidance
 from fastguard.kernels.layout import Row
@@ -52,7 +52,8 @@ class Call:
     ) -> None:
         self.family, self.arguments = family, arguments
         callback = any(arguments.get(name) is not None for name in ("callback_on_step_end", "callback"))
-        self.scheduling, self.denoiser = Scheduling(scheduler, arguments, callback=callback), denoiser
+        self.scheduling = Scheduling(scheduler, arguments, callback=callback, scales_input=family.scales_input)
+        self.denoiser = denoiser
         self.guidance = Guidance(policy, family, arguments, self.scheduling)
         self.graphed = Graphed(capturing, denoiser)
         self._recorded = False  # this row was run by `graphed`
@@ -75,6 +76,8 @@ class Call:
     def attach(self, pipe: Any) -> None:
         """`pipe`: the copy of the pipeline on which the stock loop will run."""
         self.pipe = self.guidance.pipe = pipe
+        # Hooks may keep the model inputs that they see, of which the loop has one buffer.
+        self.watched = has_hooks(getattr(pipe, self.family.denoiser)) or has_hooks(getattr(pipe, "controlnet", None))
 
     # What the shadows call -------------------------------------------------------------------------------------------------
 
@@ -135,6 +138,9 @@ class Call:
         sample = args[0] if args else kwargs[name]
         timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
         self.compiled(timestep)
+        if self.loop is not None:
+            self.scheduling.check_unchanged()
+            self.follow_guidance_scale()
         ready = self._ready_input(sample)
         if ready is None:
             ready = self.graphed.resident(sample)
@@ -245,7 +251,9 @@ class Call:
         if self.row == 0 or self.observed or not self.schedule.linear:
             return None
         ready = self.loop.model_input
-        return ready if ready.shape == sample.shape else None
+        if ready.shape != sample.shape:
+            return None
+        return ready.clone() if self.watched else ready
 
     def _unchanged(self, sample: torch.Tensor) -> bool:
         return sample is self._returned and (not self.observed or _version(sample) == self._returned_version)

@@ -33,6 +33,32 @@ def select_branch(tree: Any, branch: Branches, batch: int) -> Any:
     return tree
 
 
+def undivided(denoiser: Any, arguments: Mapping[str, Any]) -> bool:
+    """Whether a call's inputs hold what cannot be cut into branches, so that both must run.
+
+    FaceID's image embeddings lie on the module, [2B, ...]; what a tensor in cross_attention_kwargs is, its processor alone knows.
+    """
+    layers = getattr(getattr(denoiser, "encoder_hid_proj", None), "image_projection_layers", None) or ()
+    if any(getattr(layer, "clip_embeds", None) is not None for layer in layers):
+        return True
+    given = (arguments.get(name) or {} for name in ("cross_attention_kwargs", "joint_attention_kwargs"))
+    return any(_holds_tensor(value) for one in given for name, value in one.items() if name not in UNBRANCHED)
+
+
+def _holds_tensor(tree: Any) -> bool:
+    if isinstance(tree, Mapping):
+        return any(map(_holds_tensor, tree.values()))
+    if isinstance(tree, (tuple, list)):
+        return any(map(_holds_tensor, tree))
+    return isinstance(tree, torch.Tensor)
+
+
+def has_hooks(module: Any) -> bool:
+    """Whether forward hooks see what goes into the module or one of its parts."""
+    modules = module.modules() if isinstance(module, torch.nn.Module) else ()
+    return any(part._forward_pre_hooks or part._forward_hooks for part in modules)
+
+
 def placeholder(output: torch.Tensor, rows: int) -> torch.Tensor:
     """[rows, C, 1, ...] zeros for the pipeline's own guidance arithmetic, whose result is ignored; in host memory, where it launches nothing."""
     return torch.zeros((rows, output.shape[1], *(1 for _ in output.shape[2:])), dtype=output.dtype)

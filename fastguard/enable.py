@@ -115,9 +115,10 @@ class Guard:
 
     def disable(self) -> None:
         """Give the pipeline its stock class back and the graphs' memory. Nothing else was ever changed."""
-        self._pipe.__dict__.pop(_ATTRIBUTE, None)
-        self._pipe.__class__ = _stock_class(type(self._pipe))
         self.graphs.clear()
+        if self._pipe.__dict__.get(_ATTRIBUTE) is self:  # and not a later one
+            del self._pipe.__dict__[_ATTRIBUTE]
+            self._pipe.__class__ = _stock_class(type(self._pipe))
 
     def __enter__(self) -> Guard:
         self._outer.append(self._replaced)
@@ -139,7 +140,7 @@ class Guard:
         arguments = inspect.signature(stock_call).bind(pipe, *args, **kwargs)
         arguments.apply_defaults()
         values = {**arguments.arguments, **arguments.arguments.get("kwargs", {})}
-        if reason := family.refusal(values):
+        if reason := family.refusal(values) or _unseen(values):
             self.forget()
             raise ValueError(reason)
         denoiser = getattr(pipe, family.denoiser)
@@ -188,6 +189,21 @@ class Guard:
                     self._last = self._thread.last = call.report()
                 finally:
                     call.close()
+
+
+def _unseen(arguments: Mapping[str, Any]) -> str | None:
+    """What a callback asks for and no guarded call has: the pipeline's own guidance arithmetic runs on placeholders."""
+    wanted = set(arguments.get("callback_on_step_end_tensor_inputs") or ()) & {
+        "noise_pred",
+        "noise_pred_text",
+        "noise_pred_uncond",
+    }
+    if not wanted:
+        return None
+    return (
+        f"callback_on_step_end_tensor_inputs holds {min(wanted)!r}, which is formed inside the fused step and not seen outside; leave it "
+        f"out, or call the pipeline without the guard"
+    )
 
 
 def _another(scheduler: Any) -> Any:

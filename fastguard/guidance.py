@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from fastguard.denoiser import undivided
 from fastguard.families import Family
 from fastguard.kernels.layout import Row
 from fastguard.plan import Plan, lower, of_images, unfit_guards
@@ -96,7 +98,7 @@ class Guidance:
     def _lower(self) -> Plan:
         schedule = self.scheduling.schedule
         self._scale = self.family.guidance_scale(self.pipe, self.arguments)
-        return lower(
+        plan = lower(
             self._samples,
             timesteps=schedule.rows[:-1, Row.TIMESTEP],
             observe=schedule.rows[:-1, Row.OBSERVE],
@@ -104,3 +106,6 @@ class Guidance:
             elements=self._elements,
             in_steps=schedule.in_steps,
         )
+        if undivided(getattr(self.pipe, self.family.denoiser), self.arguments):
+            plan = replace(plan, branches=("both",) * len(plan.branches))
+        return plan

@@ -23,7 +23,7 @@ import torch
 
 from fastguard._fold import Folded, fold, free_form
 from fastguard._noise_level import weights
-from fastguard._scheduler_state import own_state, replaced_step
+from fastguard._scheduler_state import functions, own_state, replaced_step
 from fastguard._trace_scheduler import Trace, first_row, stock_in_float32, trace
 from fastguard.kernels.layout import HISTORY, Row
 
@@ -39,7 +39,7 @@ SMALLEST_START = 0.01  # of the training's timesteps
 CACHED = 64  # schedules kept; one of 50 rows is 7 kB
 
 _IGNORED_ARGUMENTS = {"generator", "return_dict"}
-_cache: OrderedDict[tuple[type, bytes], Schedule] = OrderedDict()
+_cache: OrderedDict[tuple[tuple, bytes], Schedule] = OrderedDict()
 _cache_lock = threading.Lock()
 
 
@@ -250,8 +250,8 @@ def _deviation(rows: torch.Tensor, recorded: Trace, stock: np.ndarray, dtype: ty
     return worst
 
 
-def _key(scheduler: Any, arguments: Mapping[str, Any], begin: int) -> tuple[type, bytes]:
-    """The class itself is part of it: kept alive, so that no later class can be taken for it."""
+def _key(scheduler: Any, arguments: Mapping[str, Any], begin: int) -> tuple[tuple, bytes]:
+    """The class and its functions are themselves part of it: kept alive, so that no later ones can be taken for them."""
     digest = hashlib.sha1(usedforsecurity=False)
     given = sorted(arguments.items(), key=lambda pair: pair[0])
     digest.update(repr((replaced_step(scheduler), begin, given)).encode())
@@ -265,4 +265,4 @@ def _key(scheduler: Any, arguments: Mapping[str, Any], begin: int) -> tuple[type
             digest.update(repr((value.dtype, value.shape)).encode() + value.tobytes())
         else:
             digest.update(repr(value).encode())
-    return type(scheduler), digest.digest()
+    return (type(scheduler), *functions(type(scheduler))), digest.digest()

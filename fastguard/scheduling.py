@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from fastguard._scheduler_state import signature
+from fastguard.kernels.layout import Row
 from fastguard.schedule import Schedule, compile_schedule
 
 
@@ -16,10 +19,11 @@ class Scheduling:
     """`scheduler` is the original behind the pipeline's shadow; `schedule` is None until `compile`.
 
     callback: somebody may change the latents between two steps.
+    scales_input: whether the pipeline's loop scales the model input (`Family`).
     """
 
-    def __init__(self, scheduler: Any, arguments: Mapping[str, Any], *, callback: bool) -> None:
-        self.scheduler, self.arguments, self.callback = scheduler, arguments, callback
+    def __init__(self, scheduler: Any, arguments: Mapping[str, Any], *, callback: bool, scales_input: bool) -> None:
+        self.scheduler, self.arguments, self.callback, self.scales_input = scheduler, arguments, callback, scales_input
         self.schedule: Any = None  # Schedule
         self._accepted = inspect.signature(scheduler.step).parameters
         self._begin = 0
@@ -74,11 +78,27 @@ class Scheduling:
     def _compile(self, step_kwargs: dict[str, Any], own_step: str | None) -> Schedule:
         self._step_kwargs = step_kwargs
         schedule = compile_schedule(self._on_host(), step_kwargs=step_kwargs, begin_index=self._begin)
+        if not self.scales_input:
+            rows = schedule.rows.clone()
+            rows[:, Row.S] = 1.0
+            schedule = replace(schedule, rows=rows)
         if own_step is None and self.callback and schedule.looks_back:
             name = type(self.scheduler).__name__
             own_step = f"{name} goes back to latents of an earlier row, which the callback may have changed since"
         self.schedule = schedule if own_step is None else schedule.with_own_step(own_step)
+        self._signature = signature(self.scheduler) if self.callback else {}
         return self.schedule
+
+    def check_unchanged(self) -> None:
+        """RuntimeError if a callback has changed the scheduler, whose table was made before the first row."""
+        if not self.callback or not self.schedule.linear:
+            return
+        now, then = signature(self.scheduler), self._signature
+        if changed := sorted(name for name in {*now, *then} if now.get(name) != then.get(name)):
+            raise RuntimeError(
+                f"pipe.scheduler.{changed[0]} was changed during a guarded call (by a callback), whose schedule was read before its first "
+                f"step; change it before the call, or call the pipeline without the guard"
+            )
 
     def _on_host(self) -> Any:
         """The scheduler with its timesteps in host memory: itself, or a copy on which set_timesteps is repeated."""

@@ -10,6 +10,7 @@ import torch
 import fastguard
 from fastguard.denoiser import select_branch
 from tests import pipelines
+from tests.adapters import ip_adapter_state
 from tests.guarded import STEPS, call, picture, same
 
 
@@ -78,27 +79,3 @@ def test_masks_of_ip_adapters_belong_to_no_branch():
     with fastguard.enable(pipe, "stp", gate=None) as guard:
         call(pipe, **arguments)
         assert guard.report[0].denoiser_rows < 2 * STEPS
-
-
-def ip_adapter_state(unet):
-    generator = torch.Generator().manual_seed(9)
-    dim = unet.config.cross_attention_dim
-
-    def random(*shape):
-        return torch.randn(*shape, generator=generator) * 0.1
-
-    projection = {
-        "proj.weight": random(dim * 4, 32),
-        "proj.bias": random(dim * 4),
-        "norm.weight": torch.ones(dim),
-        "norm.bias": torch.zeros(dim),
-    }
-    weights, index = {}, 1
-    for name in unet.attn_processors:
-        if name.endswith("attn1.processor"):
-            continue
-        module = unet.get_submodule(name.removesuffix(".processor"))
-        for which in ("k", "v"):
-            weights[f"{index}.to_{which}_ip.weight"] = random(module.to_k.out_features, dim)
-        index += 2
-    return {"image_proj": projection, "ip_adapter": weights}

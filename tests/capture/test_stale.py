@@ -197,7 +197,7 @@ def test_what_a_processor_holds(change, blind, monkeypatch):
 
 @pytest.mark.parametrize("blind", [False, True], ids=["", "planted"])
 def test_ip_adapter_scale(blind, monkeypatch):
-    from tests.test_adapters import ip_adapter_state
+    from tests.adapters import ip_adapter_state
 
     encoder, processor = pipelines.image_encoder()
     pipe = pipelines.sd(image_encoder=encoder, feature_extractor=processor)
