@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bench.paper.published import DIFFERS, ROWS, SETTINGS
+from fastguard.testbed.stats import FEW
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,9 @@ def methods_table(
     broken = {name: cell["not finite"] for name, cell in cells.items() if cell["not finite"]}
     if broken:
         notes.append("Images whose latents are not finite: " + ", ".join(f"{k} {v}" for k, v in broken.items()) + ".")
-    notes.append("Intervals: 95%, bootstrap over prompts; at 0 and 1 exact, of the share of prompts.")
+    notes.append(
+        f"Intervals: 95%, bootstrap over prompts; where fewer than {FEW} prompts have or lack what is counted, exact, as if each prompt were one image."
+    )
     return Table(title, head, rows, notes)
 
 
