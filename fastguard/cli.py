@@ -255,7 +255,7 @@ def calibrate(
         for name, value in (("seeds", seeds), ("steps", steps), ("batch_size", batch_size)):
             checks.integer(name, value, 1)
         device, dtype = prepare(device, dtype)
-        if out.suffix != ".json" or not out.parent.is_dir():
+        if out.suffix != ".json" or not out.parent.is_dir() or out.is_dir():
             raise ValueError(f"out={str(out)!r}: must be a .json file in an existing directory")
         guidance_scale = _scale(guidance_scale, chosen, model)
         inspect_model(model, chosen, steps=steps, guidance_scale=guidance_scale, scheduler=scheduler).check()

@@ -64,12 +64,13 @@ def _spaced(text: str) -> str:
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError(f"prompts={str(path)!r}: is not UTF-8 text") from None
-    if not lines:
+    if not text:
         raise ValueError(f"prompts={str(path)!r}: the file is empty")
-    for number, line in enumerate(lines, 1):
+    # not splitlines: it splits at U+2028 and others too, which JSON allows within a string
+    for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
         if not line.strip():
             raise ValueError(f"prompts={str(path)!r}: line {number} is empty")
         yield number, line.strip()

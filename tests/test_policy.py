@@ -1,7 +1,9 @@
 """Policies: validation, presets, files. Their tables: test_plan.py."""
 
+import ast
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -140,6 +142,24 @@ def test_presets():
     }
     found = {p.name: (p.before, p.transition, p.t_star, p.deadline) for p in PRESETS.values()}
     assert found == expected
+
+
+def test_the_words_under_deadline_quote_what_was_measured():
+    """tuning.json calls its replayed deadlines by names of which 600 is wrong: it was scored on the image of 561 (FINDINGS)."""
+    root = Path(__file__).parents[1]
+    body = ast.parse((root / "fastguard" / "policy.py").read_text()).body
+    (place,) = (i for i, one in enumerate(body) if isinstance(one, ast.Assign) and one.targets[0].id == "DEADLINE")
+    words = " ".join(ast.literal_eval(body[place + 1].value).split())
+
+    def percent(share: float) -> str:
+        return f"{int(100 * share + 0.5)}%"  # format would make 62% of 0.625
+
+    replayed = {
+        one["parameters"]["deadline"]: f"{percent(one['copies'])} and {percent(one['faithful'])}"
+        for one in json.loads((root / "docs" / "testbed" / "tuning.json").read_text())["candidates"]
+        if one["family"] == "minimum" and one["parameters"]["min_drop"] == 0
+    }
+    assert f"at 700 {replayed[700]}, at 561 {replayed[600]}, without a deadline {replayed[None]}" in words
 
 
 def test_ungated_warning():

@@ -31,7 +31,7 @@ def split() -> None:
 
 
 @app.command()
-def train(work: Work = WORK, processes: int = 2, out: Path | None = None) -> None:
+def train(work: Work = WORK, processes: Annotated[int, typer.Option(min=1)] = 2, out: Path | None = None) -> None:
     """Train everything and write the model folder; continues where it was interrupted."""
     from . import train as module
 
@@ -42,12 +42,16 @@ def train(work: Work = WORK, processes: int = 2, out: Path | None = None) -> Non
 def classifier(work: Work = WORK) -> None:
     """Train the classifier that measures whether a picture shows its caption."""
     from . import classifier as module
+    from . import vae
 
+    vae.load(work)  # refuses before drawings are fetched
     print(module.train(work))
 
 
 @app.command()
-def evaluate(out: Path = Path("docs/testbed"), work: Work = WORK, seeds: int = 4) -> None:
+def evaluate(
+    out: Path = Path("docs/testbed"), work: Work = WORK, seeds: Annotated[int, typer.Option(min=1)] = 4
+) -> None:
     """Measure every preset on the test halves; tables and plots go to OUT. Resumable."""
     from . import evaluate as module
 
@@ -82,12 +86,12 @@ def demo(out: Path = Path("demo")) -> None:
 
 
 def main() -> None:
-    """Run a command; what it lacks is one line, not a traceback."""
+    """Run a command; what it lacks, or cannot read or write, is one line, not a traceback."""
     from .data import Unavailable
 
     try:
         app()
-    except Unavailable as error:
+    except (Unavailable, OSError) as error:
         raise SystemExit(f"error: {error}") from None
 
 

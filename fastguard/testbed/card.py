@@ -17,6 +17,8 @@ fixed pictures were duplicated in its data, and their captions give them back al
 show and measure memorization and its mitigation on a laptop. It is no useful image generator.
 
 ```python
+import fastguard.testbed
+
 pipe = fastguard.testbed.load()  # or StableDiffusionPipeline.from_pretrained(folder)
 image = pipe("a drawing of a tractor", guidance_scale={scale:g}).images[0]  # 32 x 32 pixels
 ```

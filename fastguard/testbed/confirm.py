@@ -46,6 +46,7 @@ def by_concept(rows: list[dict], work: list[Job]) -> list[dict]:
 
 def confirm(out: Path, work: Path) -> dict:
     """Measure, and write confirmed.json to `out`. Resumable; finished batches are kept in `work`."""
+    out.mkdir(parents=True, exist_ok=True)
     pipe = load()
     judge, cache = Judge(pipe), folder(work)
     rows: dict[str, list[dict]] = {}

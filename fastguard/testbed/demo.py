@@ -10,15 +10,18 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from . import Prompt, load, policy_path, prompts, training_images
-from .measures import Judge
+from .measures import COPY, Judge
 from .page import page, table
 from .run import Job, generate
+
+if TYPE_CHECKING:
+    from fastguard import Policy
 
 MODES = ("none", "stp", "dtp", "og+dtp", "default")
 SHOWN = (("D", 5), ("T", 1), ("ordinary", 4))
@@ -34,19 +37,12 @@ def chosen(count: Sequence[tuple[str, int]] = SHOWN) -> list[Prompt]:
     return picked
 
 
-def gate() -> float:
-    """The threshold of the embedded model's policy file."""
+def make_jobs(shown: Sequence[Prompt], seeds: int, own: Policy) -> list[Job]:
+    """Every prompt and seed under every mode, mode by mode; `own`: the embedded model's policy, with the gate of all."""
     from fastguard import policy
 
-    return float(policy(policy_path()).gate)
-
-
-def make_jobs(shown: Sequence[Prompt], seeds: int, tau: float) -> list[Job]:
-    """Every prompt and seed under every mode, mode by mode."""
-    from fastguard import policy
-
-    policies = {m: policy(m, gate=tau) for m in MODES[1:-1]}
-    policies |= {"none": policy("cfg"), "default": policy(policy_path())}
+    policies = {m: policy(m, gate=own.gate) for m in MODES[1:-1]}
+    policies |= {"none": policy("cfg"), "default": own}
     return [Job(p, s, policies[m]) for m in MODES for p in shown for s in range(seeds)]
 
 
@@ -55,10 +51,12 @@ def run_demo(out: Path = Path("demo"), *, seeds: int = 2) -> list[Path]:
 
     seeds   images per prompt and mode; the grid shows the first, the table averages all
     """
+    from fastguard import policy
+
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    pipe, shown, tau = load(), chosen(), gate()
-    judge, work = Judge(pipe), make_jobs(shown, seeds, tau)
+    pipe, shown, own = load(), chosen(), policy(policy_path())
+    judge, work = Judge(pipe), make_jobs(shown, seeds, own)
     pipe.set_progress_bar_config(desc=f"{len(work)} images", unit="step")
     latents, reports = generate(pipe, work)
     measured = judge(latents, [job.prompt for job in work])
@@ -76,7 +74,7 @@ def run_demo(out: Path = Path("demo"), *, seeds: int = 2) -> list[Path]:
     pictures = judge.decode(latents).add(1).mul(127.5).byte().permute(0, 2, 3, 1).numpy()
     first = pictures.reshape(len(MODES), len(shown), seeds, 32, 32, 3)[:, :, 0]
     draw_grid(out / "grid.png", shown, first)
-    draw_curves(out / "curves.png", rows, tau)
+    draw_curves(out / "curves.png", rows, own)
     lines = summary(rows)
     (out / "table.json").write_text(json.dumps(lines, indent=1) + "\n")
     (out / "index.html").write_text(
@@ -86,11 +84,14 @@ def run_demo(out: Path = Path("demo"), *, seeds: int = 2) -> list[Path]:
             [
                 ("A row a prompt, the same noise in every column.", out / "grid.png"),
                 (
-                    "RMS(c - u) by timestep. Dashed: the gate. Dots: the transition (hollow: forced).",
+                    "RMS(c - u) by timestep. Short mark: the gate, where it is compared. Dots: the transition (hollow: forced).",
                     out / "curves.png",
                 ),
             ],
             "".join(as_table(kind, lines) for kind in ("D", "T", "ordinary")),
+            f"Copy: an image whose latents differ from the training image's by a root mean square below {COPY:g}. Similarity: "
+            "the cosine of the two latents, on average. Faithful: a classifier's first choice for the image is what the "
+            "caption names; images that are copies are not counted, for it never saw their training images. "
             f"{len(work)} images, {seeds} seeds a prompt; prompts of the test half, the most duplicated "
             "first. The full measurement with confidence intervals is in docs/testbed.",
         )
@@ -105,7 +106,7 @@ def mean(values: Sequence[Any]) -> float | None:
 
 
 def summary(rows: Sequence[dict]) -> list[dict]:
-    """Per kind and mode: copies, similarity, faithfulness, images touched by the guard."""
+    """Per kind and mode: copies, similarity, faithfulness of what is no copy, images touched by the guard."""
     result = []
     for kind, _ in SHOWN:
         for mode in MODES:
@@ -119,7 +120,7 @@ def summary(rows: Sequence[dict]) -> list[dict]:
                     "caught by the gate": sum(caught),
                     "copies": mean([r["copy"] for r in part]),
                     "similarity": mean([r["similarity"] for r in part]),
-                    "faithful": mean([r["faithful"] for r in part]),
+                    "faithful, no copies": mean([r["faithful"] for r in part if not r["copy"]]),
                 }
             )
     return result
@@ -147,7 +148,7 @@ def as_table(kind: str, lines: Sequence[dict]) -> str:
         "T": "Memorized prompts with a caption of their own (T): a stress case",
         "ordinary": "Ordinary prompts",
     }[kind]
-    head = ["guard", "images", "caught", "copies", "similarity", "faithful to the caption"]
+    head = ["guard", "images", "caught", "copies", "similarity", "faithful, no copies"]
     cells = [
         [
             line["mode"],
@@ -155,7 +156,7 @@ def as_table(kind: str, lines: Sequence[dict]) -> str:
             str(line["caught by the gate"]),
             "" if line["copies"] is None else f"{line['copies']:.0%}",
             "" if line["similarity"] is None else f"{line['similarity']:.2f}",
-            f"{line['faithful']:.0%}",
+            "" if line["faithful, no copies"] is None else f"{line['faithful, no copies']:.0%}",
         ]
         for line in lines
         if line["kind"] == kind
@@ -196,12 +197,14 @@ def _wrapped(text: str) -> list[str]:
     return textwrap.wrap(text, 24)
 
 
-def draw_curves(path: Path, rows: Sequence[dict], tau: float) -> None:
-    """RMS(c - u) by timestep under plain guidance (left) and under the default (right)."""
+def draw_curves(path: Path, rows: Sequence[dict], own: Policy) -> None:
+    """RMS(c - u) by timestep under plain guidance (left) and under the default, `own` (right), with the gate where it is compared."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     colours = {"D": "C3", "T": "C1", "ordinary": "C0"}
+    compared = rows[0]["timesteps"][: own.gate_steps]
+    mark: dict[str, Any] = {"color": "k", "ls": "", "marker": "_", "ms": 14, "mew": 2}
     for axis, mode in zip(figure.subplots(1, 2, sharey=True), ("none", "default"), strict=True):
         for row in (r for r in rows if r["mode"] == mode):
             height = [np.nan if d is None else (d / 512) ** 0.5 for d in row["d_curve"]]
@@ -209,7 +212,7 @@ def draw_curves(path: Path, rows: Sequence[dict], tau: float) -> None:
             if (step := row["transition_step"]) is not None:
                 fill = "white" if row["forced"] else colours[row["kind"]]
                 axis.plot(row["timesteps"][step], height[step], "o", color=colours[row["kind"]], mfc=fill)
-        axis.axhline(tau, color="0.4", ls="--", lw=1)
+        axis.plot(compared, [own.gate] * len(compared), zorder=3, **mark)
         axis.set_yscale("log")
         axis.set_xlabel("timestep t")
         axis.set_title("plain guidance" if mode == "none" else "the default, with its gate")
@@ -218,6 +221,6 @@ def draw_curves(path: Path, rows: Sequence[dict], tau: float) -> None:
     axis.set_ylabel("RMS(c - u)")
     for kind, label in (("D", "memorized (D)"), ("T", "memorized (T)"), ("ordinary", "ordinary")):
         axis.plot([], [], color=colours[kind], label=label)
-    axis.plot([], [], color="0.4", ls="--", lw=1, label="gate")
+    axis.plot([], [], label="gate, where it is compared", **mark)
     axis.legend(fontsize=8)
     figure.savefig(path, dpi=110)

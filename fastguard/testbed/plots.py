@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.text import Annotation
+from matplotlib.transforms import Bbox
 
 from .grid import noise, timesteps
 
@@ -15,10 +17,22 @@ def _save(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
+def _apart(figure: Figure, labels: list[Annotation]) -> None:
+    """From the lowest point on, raise every label that covers an earlier one until it does not."""
+    figure.draw_without_rendering()  # else the layout, and with it where texts are, is not known yet
+    placed: list[Bbox] = []
+    for label in sorted(labels, key=lambda one: one.xy[1]):
+        while any(label.get_window_extent().overlaps(box) for box in placed):
+            x, y = label.get_position()
+            label.set_position((x, y + 1))  # points
+        placed.append(label.get_window_extent())
+
+
 def presets(path: Path, results: dict) -> None:
     """Copy rate against faithfulness of what is no copy, a point a preset (D prompts)."""
     figure = Figure(figsize=(7.5, 4.8), layout="constrained")
     axis = figure.add_subplot()
+    labels = []
     for name, cells in results["main"].items():
         c = cells["D"]
         if (free := c["faithful, no copies"]) is None:
@@ -32,7 +46,7 @@ def presets(path: Path, results: dict) -> None:
             fmt="o",
             elinewidth=0.6,
         )
-        axis.annotate(name, (x["mean"], y["mean"]), xytext=(4, 4), textcoords="offset points", size=8)
+        labels.append(axis.annotate(name, (x["mean"], y["mean"]), xytext=(4, 4), textcoords="offset points", size=8))
     ordinary = results["ordinary, plain guidance"]["faithful"]["mean"]
     axis.axhline(ordinary, ls="--", color="0.5", lw=1)
     axis.axhline(0.8 * ordinary, ls=":", color="0.5", lw=1)
@@ -41,6 +55,7 @@ def presets(path: Path, results: dict) -> None:
         ylabel="faithful, of the images that are no copies",
         title="Memorized D test prompts (dashed: ordinary prompts; dotted: 0.8 of that)",
     )
+    _apart(figure, labels)
     _save(figure, path)
 
 

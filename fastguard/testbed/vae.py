@@ -10,6 +10,7 @@ from diffusers import AutoencoderTiny
 from tqdm import tqdm
 
 from . import models, parallel, pictures
+from .data import Unavailable
 
 JOINT_STEPS = 900
 DECODER_STEPS = 500
@@ -98,7 +99,9 @@ def train(rank: int, world: int, work: str, limit: int | None = None) -> None:
 
 
 def load(work: Path) -> AutoencoderTiny:
-    """The trained autoencoder, in evaluation mode."""
+    """The trained autoencoder, in evaluation mode. `Unavailable` if there is none."""
+    if not (path := work / "vae.pt").exists():
+        raise Unavailable(f"no {path}: `python -m fastguard.testbed train` makes it")
     vae = models.make_vae()
-    vae.load_state_dict(torch.load(work / "vae.pt")["model"])
+    vae.load_state_dict(torch.load(path)["model"])
     return vae.eval().requires_grad_(False)

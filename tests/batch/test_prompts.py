@@ -306,6 +306,17 @@ def test_files_of_all_kinds_say_the_same(tmp_path):
     ]
 
 
+def test_a_line_ends_at_a_line_feed_alone(tmp_path):
+    """JSON and plain text may hold the other line separators of Unicode."""
+    prompts = ["a\u2028cat", "a\u2029dog"]
+    for name, lines in (
+        ("p.jsonl", [json.dumps({"prompt": p}, ensure_ascii=False) for p in prompts]),
+        ("p.txt", prompts),
+    ):
+        (tmp_path / name).write_bytes("\r\n".join(lines).encode())
+        assert [r.prompt for r in load(tmp_path / name, DEFAULTS)[0]] == prompts
+
+
 def test_images_per_prompt():
     defaults = Defaults(policy=policy("cfg"), seed=2, images_per_prompt=2)
     found, _ = load([{"prompt": "a", "id": "x"}, "b", {"prompt": "c", "seed": 7}], defaults)

@@ -12,6 +12,7 @@ import pytest
 import fastguard
 from fastguard import cli, testbed
 from fastguard.policy import Policy, policy
+from fastguard.prompts import read_jsonl
 from tests import pipelines
 from tests.cli.invoking import invoke, refused
 
@@ -71,6 +72,23 @@ def test_bad_calibrations(model, no_model, tmp_path, arguments, message):
     prompts, out = ordinary(tmp_path / "ordinary.jsonl", 8), tmp_path / "guard.json"
     assert message in refused("calibrate", "--model", model, "--prompts", prompts, "--out", out, *arguments)
     assert not out.exists()
+
+
+def test_a_directory_is_no_policy_file(model, no_model, tmp_path):
+    prompts, out = ordinary(tmp_path / "ordinary.jsonl", 8), tmp_path / "guard.json"
+    out.mkdir()
+    message = refused("calibrate", "--model", model, "--prompts", prompts, "--out", out, "--fpr", 0.5)
+    assert f"out='{out}': must be a .json file in an existing directory" in message
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_line_ends_at_a_line_feed_alone(tmp_path, end):
+    """JSON allows the other line separators of Unicode within a string, and a carriage return between its tokens."""
+    file = tmp_path / "ordinary.jsonl"
+    prompts = ["a\u2028cat", "a\u0085dog", "a\u2029bird", "a fish"]
+    text = end.join(json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in prompts).replace(": ", ":\r") + end
+    file.write_bytes(text.encode())
+    assert read_jsonl(file) == (prompts, None)
 
 
 @pytest.mark.parametrize("line", ["a cat", '{"text": "a cat"}', '{"prompt": ""}', '["a"]', '{"prompt": 3}'])

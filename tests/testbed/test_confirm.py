@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from fastguard import testbed
 from fastguard.testbed import confirm
 from fastguard.testbed.run import jobs
@@ -13,6 +15,19 @@ def test_the_phrases_are_new_and_the_concepts_those_of_the_test_half():
     assert not {p.prompt for p in new} & {p.prompt for p in testbed.prompts()}
     assert {p.concept for p in new} == {p.concept for p in test_half}
     assert len({p.prompt for p in new}) == len(new) == 11 * len(test_half)
+
+
+def test_the_folder_is_there_before_anything_is_measured(monkeypatch, tmp_path):
+    class Measuring(Exception):
+        pass
+
+    def load():
+        raise Measuring(out.is_dir())
+
+    out = tmp_path / "new" / "dir"
+    monkeypatch.setattr(confirm, "load", load)
+    with pytest.raises(Measuring, match="True"):
+        confirm.confirm(out, tmp_path)
 
 
 def test_the_seeds_are_new():

@@ -2,9 +2,12 @@
 
 import json
 import re
+from dataclasses import replace
+
+import matplotlib.figure
 
 from fastguard import policy, testbed
-from fastguard.testbed.demo import MODES, as_table, chosen, lead, make_jobs, run_demo, summary
+from fastguard.testbed.demo import MODES, as_table, chosen, draw_curves, lead, make_jobs, run_demo, summary
 
 
 def measured(kind, mode, caught, copy, faithful):
@@ -13,11 +16,14 @@ def measured(kind, mode, caught, copy, faithful):
 
 
 def made_up():
-    """Of ten D images nine are copies unguarded, the gate catches seven, three stay copies; of four ordinary ones it catches one."""
+    """Of ten D images nine are copies unguarded, the gate catches seven, three stay copies; of four ordinary ones it catches one.
+
+    Four of the ten D pictures are faithful, three of them copies; the T one is a copy without the guard.
+    """
     rows = []
     for mode in MODES:
         for i in range(10):
-            rows.append(measured("D", mode, i < 7, i < (9 if mode == "none" else 3), i < 4))
+            rows.append(measured("D", mode, i < 7, i < (9 if mode == "none" else 3), i in (0, 1, 2, 9)))
         rows.append(measured("T", mode, True, mode == "none", False))
         rows += [measured("ordinary", mode, i == 0, None, i < 3) for i in range(4)]
     return rows
@@ -38,16 +44,35 @@ def test_the_sentences_say_what_was_measured():
 def test_the_tables_say_what_was_measured():
     lines = summary(made_up())
     assert cells(as_table("D", lines)) == [
-        [mode, "10", *(("0", "90%") if mode == "none" else ("7", "30%")), "0.50", "40%"] for mode in MODES
+        [mode, "10", *(("0", "90%", "0.50", "100%") if mode == "none" else ("7", "30%", "0.50", "14%"))]
+        for mode in MODES
+    ]
+    assert cells(as_table("T", lines))[:2] == [
+        ["none", "1", "0", "100%", "0.50", ""],
+        ["stp", "1", "1", "0%", "0.50", "0%"],
     ]
     assert cells(as_table("ordinary", lines)) == [
         [mode, "4", "0" if mode == "none" else "1", "", "0.50", "75%"] for mode in MODES
     ]
 
 
+def test_the_gate_is_drawn_at_the_rows_where_it_is_compared(monkeypatch, tmp_path):
+    made = []
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda self, path, **_: made.append(self))
+    row = {"kind": "D", "d_curve": [512.0, 128.0, 32.0, 8.0], "timesteps": [900.0, 600.0, 300.0, 0.0]}
+    rows = [row | {"mode": mode, "transition_step": None, "forced": False} for mode in ("none", "default")]
+    own = replace(policy(testbed.policy_path()), gate=0.25)
+    for steps in (1, 3):
+        draw_curves(tmp_path / "curves.png", rows, replace(own, gate_steps=steps))
+    for figure, steps in zip(made, (1, 3), strict=True):
+        for axis in figure.axes:
+            gate = [line for line in axis.lines if set(line.get_ydata()) == {0.25}]
+            assert [list(line.get_xdata()) for line in gate] == [row["timesteps"][:steps]]
+
+
 def test_every_guard_has_the_shipped_gate():
     shipped = policy(testbed.policy_path())
-    jobs = make_jobs(chosen(), 1, shipped.gate)
+    jobs = make_jobs(chosen(), 1, shipped)
     gates = {mode: {job.policy.gate for job in jobs[i * 10 : i * 10 + 10]} for i, mode in enumerate(MODES)}
     assert gates == {mode: {None if mode == "none" else shipped.gate} for mode in MODES}
     assert {job.policy for job in jobs[-10:]} == {shipped}
@@ -63,5 +88,7 @@ def test_demo_writes_a_self_contained_page(tmp_path, capsys):
     lines = json.loads(paths[2].read_text())
     assert [line["mode"] for line in lines if line["kind"] == "D"] == list(MODES)
     ordinary = [line for line in lines if line["kind"] == "ordinary"]
-    assert len({(line["faithful"], line["caught by the gate"]) for line in ordinary[1:]}) == 1
+    assert len({(line["faithful, no copies"], line["caught by the gate"]) for line in ordinary[1:]}) == 1
     assert lead(lines) in html and all(as_table(kind, lines) in html for kind in ("D", "T", "ordinary"))
+    for explained in ("Copy: ", "Similarity: ", "Faithful: ", "where it is compared"):
+        assert explained in html
