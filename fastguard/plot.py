@@ -36,10 +36,11 @@ def plot_curves(images: Sequence[ImageReport], path: str | os.PathLike[str] | No
             axes.plot([image.timesteps[k] for k in alone], [heights[k] for k in alone], ".", color=line.get_color())
         _mark(axes, image, image.transition_step, line.get_color(), "o", hollow=image.forced)
         _mark(axes, image, image.minimum_step, line.get_color(), "v")
-    for tau in sorted({image.gate["threshold"] for image in images if image.gate is not None}):
+    gates = {(image.gate["threshold"], image.policy.gate_steps) for image in images if image.gate is not None}
+    for tau, steps in sorted(gates):
         axes.axhline(tau, ls="--", lw=1, color="0.4")
         axes.annotate(
-            f"gate {tau:.3g}",
+            f"gate {tau:.3g}, compared at the first {'step' if steps == 1 else f'{steps} steps'} alone",
             (0.99, tau),
             xycoords=("axes fraction", "data"),
             ha="right",
