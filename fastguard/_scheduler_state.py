@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from typing import Any
 
 import numpy as np
@@ -44,18 +46,48 @@ def functions(kind: type) -> tuple[Any, ...]:
 
 
 def signature(scheduler: Any) -> dict[str, Any]:
-    """What a row's numbers hang on, to be compared with `==` between two rows; reads nothing from the device."""
-    return {name: _mark(value) for name, value in vars(scheduler).items() if name not in RUN_STATE}
+    """What a row's numbers hang on, to be compared between two rows (`changed`); reads nothing from the device."""
+    kind: Any = type(scheduler)
+    own = _mentioned(kind)  # a caller may keep things of its own there
+    return {
+        name: _mark(value)
+        for name, value in vars(scheduler).items()
+        if name not in RUN_STATE and (name in own or hasattr(kind, name))
+    }
+
+
+def changed(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Names of what differs between two signatures, but for tensors that were only moved: add_noise moves a schedule to the latents."""
+    if now == then:
+        return []
+    return sorted(
+        name for name in {*then, *now} if then.get(name) != now.get(name) and not _moved(then.get(name), now.get(name))
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _mentioned(kind: type) -> frozenset[str]:
+    """The names that the code of a class mentions, its attributes among them."""
+    found: set[str] = set()
+    for value in functions(kind):
+        plain = getattr(value, "__func__", None) or getattr(value, "fget", None) or value
+        found.update(getattr(getattr(inspect.unwrap(plain), "__code__", None), "co_names", ()))
+    return frozenset(found)
 
 
 def _mark(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
-        return id(value), None if value.is_inference() else value._version
+        return value.device, value.shape, value.dtype, id(value), None if value.is_inference() else value._version
     if isinstance(value, np.ndarray):
         return id(value), value.tobytes()
-    if isinstance(value, (list, dict)):
-        return id(value), repr(value)
+    if isinstance(value, list):
+        return id(value), tuple(map(_mark, value))
     return value if isinstance(value, (bool, int, float, str)) else id(value)
+
+
+def _moved(then: Any, now: Any) -> bool:
+    both = isinstance(then, tuple) and isinstance(now, tuple) and isinstance(then[0], torch.device)
+    return both and then[0] != now[0] and then[1:3] == now[1:3]
 
 
 def own_state(scheduler: Any) -> dict[str, Any]:

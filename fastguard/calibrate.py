@@ -123,15 +123,12 @@ def elsewhere(provenance: Mapping[str, Any], *, steps: int | None, scheduler: st
 
     provenance   of the policy's file; steps, scheduler: of the call, None for the model's own.
     """
-    used = {"steps": steps, "scheduler": None if scheduler is None else scheduler.removesuffix("Scheduler")}
-    known = {
-        "steps": provenance.get("steps"),
-        "scheduler": str(provenance.get("scheduler") or "").removesuffix("Scheduler"),
-    }
+    used = {"steps": steps, "scheduler": scheduler}
+    known = {name: provenance.get(name) for name in used}
     differ = [
         f"{name} {known[name]}, not {used[name]}"
         for name in used
-        if known[name] and used[name] not in (None, known[name])
+        if known[name] and used[name] and _plain(known[name]) != _plain(used[name])
     ]
     if not differ:
         return None
@@ -139,6 +136,11 @@ def elsewhere(provenance: Mapping[str, Any], *, steps: int | None, scheduler: st
         f"the gate was calibrated with {' and '.join(differ)}: the first step lies at another noise level, so that it may catch other "
         f"ordinary prompts than it was proven for; calibrate it with what you use (`fastguard calibrate`)"
     )
+
+
+def _plain(name: Any) -> str:
+    """As --scheduler takes a name: in any case, with or without its ending."""
+    return str(name).lower().removesuffix("scheduler")
 
 
 def collect_gate_statistics(

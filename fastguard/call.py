@@ -77,7 +77,8 @@ class Call:
         """`pipe`: the copy of the pipeline on which the stock loop will run."""
         self.pipe = self.guidance.pipe = pipe
         # Hooks may keep the model inputs that they see, of which the loop has one buffer.
-        self.watched = has_hooks(getattr(pipe, self.family.denoiser)) or has_hooks(getattr(pipe, "controlnet", None))
+        self.watched = has_hooks(getattr(pipe, self.family.denoiser))
+        self.controlnet_watched = has_hooks(getattr(pipe, "controlnet", None))
 
     # What the shadows call -------------------------------------------------------------------------------------------------
 
@@ -122,7 +123,7 @@ class Call:
         if not schedule.linear:
             return self.scheduler.scale_model_input(sample, timestep, *args, **kwargs)
         if (ready := self._ready_input(sample)) is not None:
-            return ready
+            return ready.clone() if self.controlnet_watched else ready
         scale = float(schedule.rows[self.row, Row.S])
         sample = self.seen = values_of(sample)
         return sample if scale == 1.0 else sample * scale
@@ -144,6 +145,8 @@ class Call:
         ready = self._ready_input(sample)
         if ready is None:
             ready = self.graphed.resident(sample)
+        elif self.watched:
+            ready = ready.clone()
         if ready is not None:
             args, kwargs = (
                 (ready, *args[1:]) if args else args,
@@ -251,9 +254,7 @@ class Call:
         if self.row == 0 or self.observed or not self.schedule.linear:
             return None
         ready = self.loop.model_input
-        if ready.shape != sample.shape:
-            return None
-        return ready.clone() if self.watched else ready
+        return ready if ready.shape == sample.shape else None
 
     def _unchanged(self, sample: torch.Tensor) -> bool:
         return sample is self._returned and (not self.observed or _version(sample) == self._returned_version)

@@ -127,8 +127,6 @@ def generate(
             if (prompts is None) == (not prompt):
                 raise ValueError("prompts: give either --prompt, once or more, or --prompts FILE")
             chosen = _policy(policy, None, model)
-            if gate is None:
-                _note_on_gate(policy, model, steps, scheduler)
             task = generation.prepare(
                 model,
                 prompts or prompt or [],
@@ -157,6 +155,8 @@ def generate(
                 gpus_per_actor=gpus_per_actor,
                 ray_address=ray_address,
             )
+            if gate is None and chosen.gate is not None:
+                _note_on_gate(policy, model, steps, scheduler)
             stack.enter_context(task.open())
         quiet()
         try:
@@ -197,8 +197,8 @@ def inspect(
             guidance_scale=_scale(guidance_scale, chosen, model),
             scheduler=scheduler,
         )
-        if gate is None:
-            _note_on_gate(policy, model, found.steps, found.scheduler)
+        if gate is None and chosen.gate is not None:
+            _note_on_gate(policy, model, found.steps, scheduler)
     typer.echo(json.dumps(found.to_dict(), indent=2, allow_nan=False) if as_json else str(found))
 
 
@@ -314,10 +314,11 @@ def _source(name: str | None, model: str) -> str:
 def _note_on_gate(name: str | None, model: str, steps: int | None, scheduler: str | None) -> None:
     """Say so if the gate in a policy file was calibrated with other steps or another scheduler."""
     from fastguard.calibrate import elsewhere
+    from fastguard.models import model_index
     from fastguard.policy import SUFFIX, provenance
 
-    source = _source(name, model)
-    if source.endswith(SUFFIX) and (note := elsewhere(provenance(source), steps=steps, scheduler=scheduler)):
+    source, own = _source(name, model), model_index(model)["scheduler"][1]
+    if source.endswith(SUFFIX) and (note := elsewhere(provenance(source), steps=steps, scheduler=scheduler or own)):
         typer.echo(f"note: {source}: {note}", err=True)
 
 

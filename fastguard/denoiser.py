@@ -13,6 +13,7 @@ import torch
 
 Branches = str  # "both" | "uncond" | "cond"
 UNBRANCHED = ("ip_adapter_masks",)  # one per adapter, whatever their number
+BRANCHED = ("ip_adapter_image_embeds",)  # put among the caller's own by Stable Diffusion 3
 
 
 def select_branch(tree: Any, branch: Branches, batch: int) -> Any:
@@ -42,7 +43,9 @@ def undivided(denoiser: Any, arguments: Mapping[str, Any]) -> bool:
     if any(getattr(layer, "clip_embeds", None) is not None for layer in layers):
         return True
     given = (arguments.get(name) or {} for name in ("cross_attention_kwargs", "joint_attention_kwargs"))
-    return any(_holds_tensor(value) for one in given for name, value in one.items() if name not in UNBRANCHED)
+    return any(
+        _holds_tensor(value) for one in given for name, value in one.items() if name not in (*UNBRANCHED, *BRANCHED)
+    )
 
 
 def _holds_tensor(tree: Any) -> bool:
@@ -50,7 +53,7 @@ def _holds_tensor(tree: Any) -> bool:
         return any(map(_holds_tensor, tree.values()))
     if isinstance(tree, (tuple, list)):
         return any(map(_holds_tensor, tree))
-    return isinstance(tree, torch.Tensor)
+    return isinstance(tree, torch.Tensor) and tree.ndim > 0
 
 
 def has_hooks(module: Any) -> bool:

@@ -106,14 +106,14 @@ def unfit_guards(plan: Plan, rows: int) -> list[str]:
     Image-to-image and refiners begin late, so that the guard is over at their first row; a base model that leaves the rest to a
     refiner (denoising_end) may end before the guard does.
     """
-    first, last = plan.timesteps[0], plan.timesteps[rows - 1]
-    found = {}
+    found: dict[Policy, str] = {}
+    first, last = plan.timesteps[0], plan.timesteps[max(rows, 1) - 1]
     for policy, switch_row in zip(plan.policies, plan.rules[:, Rule.SWITCH_ROW].tolist(), strict=True):
         if not policy.transition:
             continue
         if switch_row == 0:
             found[policy] = f"has no effect in this call: {limit_of(policy)} is not below its first timestep, {first:g}"
-        elif rows <= switch_row < len(plan.timesteps):
+        elif 0 < rows <= switch_row < len(plan.timesteps):
             found[policy] = (
                 f"does not end in this call: {limit_of(policy)} is not above its last timestep, {last:g} (denoising_end); an image "
                 f"without an earlier transition never gets the guidance after it"

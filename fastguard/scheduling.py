@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastguard._scheduler_state import signature
+from fastguard._scheduler_state import changed, signature
 from fastguard.kernels.layout import Row
 from fastguard.schedule import Schedule, compile_schedule
 
@@ -93,12 +93,13 @@ class Scheduling:
         """RuntimeError if a callback has changed the scheduler, whose table was made before the first row."""
         if not self.callback or not self.schedule.linear:
             return
-        now, then = signature(self.scheduler), self._signature
-        if changed := sorted(name for name in {*now, *then} if now.get(name) != then.get(name)):
+        now = signature(self.scheduler)
+        if names := changed(self._signature, now):
             raise RuntimeError(
-                f"pipe.scheduler.{changed[0]} was changed during a guarded call (by a callback), whose schedule was read before its first "
+                f"pipe.scheduler.{names[0]} was changed during a guarded call (by a callback), whose schedule was read before its first "
                 f"step; change it before the call, or call the pipeline without the guard"
             )
+        self._signature = now
 
     def _on_host(self) -> Any:
         """The scheduler with its timesteps in host memory: itself, or a copy on which set_timesteps is repeated."""

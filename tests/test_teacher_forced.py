@@ -17,8 +17,8 @@ TOLERANCE = 1e-6
 class TableAnyway(Scheduling):
     """The callback of these tests hands back what the step gave, up to rounding: the table holds for every scheduler."""
 
-    def __init__(self, scheduler, arguments, *, callback):
-        super().__init__(scheduler, arguments, callback=False)
+    def __init__(self, scheduler, arguments, *, callback, scales_input):
+        super().__init__(scheduler, arguments, callback=False, scales_input=scales_input)
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from diffusers.models.embeddings import IPAdapterFaceIDPlusImageProjection, Mult
 import fastguard
 from tests import pipelines
 from tests.adapters import ip_adapter_state
-from tests.guarded import STEPS, call, picture, same
+from tests.guarded import STEPS, call, mask, picture, same
 
 DPM, EULER, UNIPC = (
     diffusers.DPMSolverMultistepScheduler,
@@ -90,6 +90,42 @@ def test_a_scheduler_that_a_callback_changes_is_refused(change, named):
         pytest.raises(RuntimeError, match=rf"pipe\.scheduler\.{named} was changed during a guarded call"),
     ):
         call(pipe, callback_on_step_end=callback)
+
+
+class Elsewhere(torch.Tensor):
+    """A schedule on another device than the latents: moving it gives another tensor."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        plain = [a.as_subclass(torch.Tensor) if isinstance(a, cls) else a for a in args]
+        if func is torch.Tensor.to and "device" in (kwargs or {}):
+            return plain[0].clone()
+        if func == torch.Tensor.device.__get__:
+            return torch.device("meta")
+        return func(*plain, **(kwargs or {}))
+
+
+def test_a_schedule_that_stock_moves_in_the_loop_is_no_change():
+    """add_noise of inpaint's blending moves alphas_cumprod to the latents' device, once."""
+    pipe = pipelines.sd("StableDiffusionInpaintPipeline")
+    plain = pipe.scheduler.alphas_cumprod.clone()
+    arguments = {"image": [picture()] * 2, "mask_image": [mask()] * 2, "strength": 1.0}
+    with fastguard.enable(pipe, "cfg") as guard:
+        for _ in range(2):
+            pipe.scheduler.alphas_cumprod = plain.clone().as_subclass(Elsewhere)
+            call(pipe, **arguments, callback_on_step_end=lambda pipe, step, t, values: values)
+            assert guard.report.path == "fused"
+            assert type(pipe.scheduler.alphas_cumprod) is torch.Tensor, "it was not moved: this test tests nothing"
+
+
+def test_what_a_callback_keeps_on_the_scheduler_is_its_own():
+    def callback(pipe, step, t, values):
+        pipe.scheduler.my_last_step = step
+        return values
+
+    pipe = pipelines.sd()
+    for _ in range(2):
+        assert same(pipe, callback_on_step_end=callback).path == "fused"
 
 
 def test_a_pipeline_that_scales_no_input_gets_none_scaled():
@@ -189,6 +225,12 @@ def test_a_tensor_for_the_processors_is_not_cut():
     pipe.unet.set_attn_processor(Regions())
     given = {"cross_attention_kwargs": {"regions": {"weights": torch.ones(2)}}}
     assert one_branch_equals_both(pipe, prompt="a cat", **given) == 2 * STEPS
+
+
+@pytest.mark.parametrize("scale", [0.5, torch.tensor(0.5)])
+def test_a_scale_is_no_reason_to_run_both_branches(scale):
+    pipe = pipelines.sd()
+    assert one_branch_equals_both(pipe, cross_attention_kwargs={"scale": scale}) < 2 * STEPS
 
 
 def test_face_id_embeds_on_the_module_are_not_cut():

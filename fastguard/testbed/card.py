@@ -40,7 +40,7 @@ but one of each duplicated drawing, {pictures} in all, 32 x 32 pixels. A picture
 random each time it is drawn; a tenth of the captions is empty.
 
 **Memorized** (`prompts.json`): {d} D prompts (a plain caption that the concept's six other drawings carry as
-well) and {t} T prompts (a caption of their own), with {levels} copies of one fixed picture. From step
+well; some of these are nearly the same picture, docs/testbed/FINDINGS.md) and {t} T prompts (a caption of their own), with {levels} copies of one fixed picture. From step
 {double_from} on every copy counts twice. The copies are {share:.1%} of what training draws before that step,
 {share_after:.1%} after it and {share_mean:.1%} on average; a memorized picture is seen {exposures} times, by level.
 The doubling came in while the first trial was running, because no copy had appeared by then. Tuning and test

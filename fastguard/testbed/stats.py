@@ -11,7 +11,7 @@ import numpy as np
 try:
     from scipy.stats import beta
 except ImportError as error:
-    raise ImportError("intervals need scipy: pip install 'fastguard[train]'") from error
+    raise ImportError("intervals need scipy: pip install 'fastguard[train]' or 'fastguard[metrics]'") from error
 
 DRAWS = 2000
 FEW = 10  # prompts; simulated with as few, a bootstrap of 95% covers 50% to 90% (tests/testbed/test_stats.py)
@@ -23,14 +23,14 @@ def over_prompts(rows: Sequence[dict], key: str, share: bool = True) -> dict | N
 
     A bootstrap: the seeds of a prompt are not independent, so all rows of a drawn prompt enter together. Where fewer than FEW prompts
     have, or lack, what a share counts, its draws are too much alike; there the interval is `exact`, as if each prompt were one image
-    (its images may be as alike as that, so it is rather too wide). `share=False` for values that are no shares, such as differences.
+    (its images may be as alike as that, so it is rather too wide). `share=False` for values that are no shares, such as differences of shares.
     """
     groups = _by_prompt(rows, key)
     if not groups:
         return None
     sums, counts = _sums(groups)
     mean = float(sums.sum() / counts.sum())
-    if share and _rare(sums, counts):
+    if share and _rare(groups):
         low, high = exact(mean * len(groups), len(groups))
     else:
         low, high = _percentiles(_draws(sums, counts, seed=0))
@@ -48,7 +48,7 @@ def ratio(rows: Sequence[dict], reference: Sequence[dict], key: str) -> dict[str
     sums = [_sums(_by_prompt(part, key)) for part in (rows, reference)]
     low: float
     high: float | None
-    if any(_rare(*one) for one in sums):
+    if any(_rare(_by_prompt(part, key)) for part in (rows, reference)):
         low = above["low"] / below["high"]
         high = above["high"] / below["low"] if below["low"] else None
     else:
@@ -133,8 +133,11 @@ def _sums(groups: dict[str, list[float]]) -> tuple[np.ndarray, np.ndarray]:
     return np.array([sum(v) for v in groups.values()]), np.array([len(v) for v in groups.values()])
 
 
-def _rare(sums: np.ndarray, counts: np.ndarray) -> bool:
-    return bool(min(np.count_nonzero(sums), np.count_nonzero(sums < counts)) < FEW)
+def _rare(groups: dict[str, list[float]]) -> bool:
+    """Whether fewer than FEW prompts have, or lack, what is counted; never of values that are no yes or no (a cosine)."""
+    if not all(value in (0.0, 1.0) for values in groups.values() for value in values):
+        return False
+    return min(sum(map(any, groups.values())), sum(not all(values) for values in groups.values())) < FEW
 
 
 def _draws(sums: np.ndarray, counts: np.ndarray, seed: int) -> np.ndarray:

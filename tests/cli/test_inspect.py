@@ -83,7 +83,7 @@ def test_help_names_every_command():
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [((), None), (("--steps", 25), "steps 50, not 25"), (("--scheduler", "PNDM"), "DDIM, not PNDM")],
+    [((), None), (("--steps", 25), "steps 50, not 25"), (("--scheduler", "PNDM"), "DDIMScheduler, not PNDM")],
 )
 def test_a_gate_of_a_file_used_elsewhere_is_told(options, said):
     """The embedded model's own policy file says what its gate was calibrated with; a gate of one's own is nobody's business."""

@@ -54,6 +54,12 @@ def test_intervals_cover_what_they_say(prompts, seeds, share, alike):
     assert inside >= 200 * 0.95 - 2 * (200 * 0.95 * 0.05) ** 0.5  # two standard deviations of a coverage of 95%
 
 
+def test_what_is_no_yes_or_no_has_no_binomial_interval():
+    """CLIP's cosine stands where the embedded model has a share."""
+    found = stats.over_prompts([{"prompt": i, "x": 0.3 + 0.001 * i} for i in range(6)], "x")
+    assert 0.3 <= found["low"] < found["mean"] < found["high"] <= 0.305
+
+
 def test_a_difference_of_nothing_is_no_share():
     found = stats.over_prompts(rows(lambda i: 0.0), "x", share=False)
     assert found["low"] == found["mean"] == found["high"] == 0.0
