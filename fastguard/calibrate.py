@@ -46,7 +46,7 @@ class Calibration:
         return dict(vars(self))
 
 
-def binomial_cdf(m: int, n: int, p: float) -> float:
+def _binomial_cdf(m: int, n: int, p: float) -> float:
     """P(Binomial(n, p) <= m)."""
     logs = [
         math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) + k * math.log(p) + (n - k) * math.log1p(-p)
@@ -89,7 +89,7 @@ def calibrate(
     n, unit = len(values), "prompts" if groups is None else "groups of prompts"
     check_sample(n, fpr, confidence, unit)
     m = 0
-    while m + 1 < n and binomial_cdf(m + 1, n, fpr) <= 1 - confidence:
+    while m + 1 < n and _binomial_cdf(m + 1, n, fpr) <= 1 - confidence:
         m += 1
     threshold = math.nextafter(values[n - m - 1], math.inf)
     exceeding = sum(value >= threshold for value in values)
@@ -121,7 +121,7 @@ def check_sample(n: int, fpr: float, confidence: float, unit: str = "prompts") -
 def elsewhere(provenance: Mapping[str, Any], *, steps: int | None, scheduler: str | None) -> str | None:
     """A warning if a gate is used with other steps or another scheduler than it was calibrated with; None where nothing is known of that.
 
-    provenance   of the policy's file; steps, scheduler: of the call, None for the model's own.
+    provenance   of the policy's file; steps, scheduler: of the call, None where they are not known.
     """
     used = {"steps": steps, "scheduler": scheduler}
     known = {name: provenance.get(name) for name in used}

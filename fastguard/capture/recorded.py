@@ -37,7 +37,6 @@ def _run_row(call: Call, arguments: Arguments, sample: torch.Tensor, branches: s
     if (problem := _needs_its_output(call, arguments)) is not None:
         call.graphed.reason = problem
         return False
-    call.follow_guidance_scale()
     if call.observed and call.schedule.linear:
         seen = sample if call.seen is None else call.seen
         loop.load_latents(seen[:batch, : loop.x.shape[1]])
