@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ from fastguard.report import Report
 from fastguard.schedule import Schedule
 from fastguard.scheduling import Scheduling
 from fastguard.shadow import one_row
+from fastguard.stock import may_infer
 
 
 class Call:
@@ -51,8 +53,8 @@ class Call:
         capturing: Capturing,
     ) -> None:
         self.family, self.arguments = family, arguments
-        callback = any(arguments.get(name) is not None for name in ("callback_on_step_end", "callback"))
-        self.scheduling = Scheduling(scheduler, arguments, callback=callback, scales_input=family.scales_input)
+        self.callback = any(arguments.get(name) is not None for name in ("callback_on_step_end", "callback"))
+        self.scheduling = Scheduling(scheduler, arguments, callback=self.callback, scales_input=family.scales_input)
         self.denoiser = denoiser
         self.guidance = Guidance(policy, family, arguments, self.scheduling)
         self.graphed = Graphed(capturing, denoiser)
@@ -60,7 +62,7 @@ class Call:
         self.seen: torch.Tensor | None = None  # the latents of this row as the pipeline has them
         self.pipe: Any = None
         # Somebody may look at, keep or change the latents between two steps.
-        self.observed = family.rewrites_latents or callback
+        self.observed = family.rewrites_latents or self.callback
         self.row = 0
         self.rows_run = 0  # denoiser rows per image so far
         self.loop: Any = None  # Loop; None until the loop begins
@@ -70,6 +72,7 @@ class Call:
         self._pending: Pending | None = None
         self.noise = Noise()
         self._placeholder: torch.Tensor | None = None
+        self._stock: bool | None = None  # the denoiser is, and no callback can change that
         self._expected = False  # the loop is about to call the denoiser
         self._outputs: Any = None  # (uncond, cond or None) of a row between denoiser and step
 
@@ -168,7 +171,8 @@ class Call:
         if self._recorded:
             return (placeholder(self.graphed.loop.model_input, rows),)
 
-        result = self.denoiser(*args, **kwargs)
+        with torch.inference_mode() if self._unseen(sample.device) else nullcontext():
+            result = self.denoiser(*args, **kwargs)
         output = result[0]
         self._outputs = tuple(output.chunk(2)) if guided and branches == "both" else (output, None)
         self.rows_run += output.shape[0] // batch
@@ -255,6 +259,12 @@ class Call:
             return None
         ready = self.loop.model_input
         return ready if ready.shape == sample.shape else None
+
+    def _unseen(self, device: torch.device) -> bool:
+        """Whether nobody but the fused op sees what the denoiser computes; looked up once, as only a callback could change that."""
+        if self._stock is None:
+            self._stock = not self.callback and may_infer(self.denoiser, device)
+        return self._stock and self.graphed.loop is None
 
     def _unchanged(self, sample: torch.Tensor) -> bool:
         return sample is self._returned and (not self.observed or _version(sample) == self._returned_version)
