@@ -68,6 +68,16 @@ def test_same_bits_and_nothing_left(family, policy, modes, monkeypatch):
     torch.testing.assert_close(ours, again, rtol=0, atol=0)
 
 
+@pytest.mark.gpu
+def test_same_bits_on_a_gpu(modes, monkeypatch):
+    pipe = pipelines.sd().to("cuda")
+    with fastguard.enable(pipe, "dtp", capture="off"):
+        ours = call(pipe)
+        assert any(modes)
+        monkeypatch.setattr("fastguard.call.may_infer", lambda *_: False)
+        torch.testing.assert_close(ours, call(pipe), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("kind", ["StableDiffusionControlNetPipeline", "StableDiffusionInpaintPipeline"])
 def test_what_others_compute_does_not_run_in_it(kind, modes):
     """ControlNet and autoencoder are the pipeline's: only what the guard itself calls is its to decide on."""
