@@ -1,4 +1,8 @@
-"""PNDM and Heun decide as DDIM does, within one observation: the rule runs once per noise level, not once per row."""
+"""PNDM and Heun decide as DDIM does, within one observation: the rule runs once per noise level, not once per row.
+
+But for a few prompts, where DDIM's samples, which are of first order, have gone another way: PNDM and Heun, which are not, agree there, and
+DDIM's decision was nearer to the other one than its curve is to theirs.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,8 @@ import torch
 import fastguard
 from fastguard.testbed import load, policy_path, prompts
 
-PROMPTS = [p.prompt for p in prompts("D", "tuning")[:12]]
+PROMPTS = [p.prompt for p in prompts("D", "test")]
+FEW = len(PROMPTS) // 10
 # All on DDIM's timesteps, so that an observation of one is an observation of the others.
 SAME = {"timestep_spacing": "leading", "steps_offset": 1}
 SCHEDULERS = {
@@ -33,38 +38,47 @@ def decisions(name: str, policy: fastguard.Policy) -> list:
 
 POLICIES = {
     "paper-dtp": fastguard.policy("paper-dtp"),
-    "dtp": fastguard.policy("dtp"),
     "own": fastguard.policy(policy_path(), gate=None),
     "drop": fastguard.policy("dtp", rule="drop", magnitude="x0", deadline=None),
 }
 
 
 @pytest.fixture(scope="module", params=POLICIES)
-def rule(request):
-    return POLICIES[request.param]
+def reports(request):
+    return {name: decisions(name, POLICIES[request.param]) for name in SCHEDULERS}
 
 
-@pytest.fixture(scope="module")
-def ddim(rule):
-    return decisions("ddim", rule)
+def late(report) -> float:
+    """When an image passed over, in observations from the end of the timesteps; one that never did is later than all."""
+    return -math.inf if report.transition_timestep is None else report.transition_timestep / 20
 
 
 def apart(a, b) -> float:
-    """Observations between two transitions; one that never fired is infinitely late."""
-    late = [-math.inf if r.transition_timestep is None else r.transition_timestep for r in (a, b)]
-    return 0.0 if late[0] == late[1] else abs(late[0] - late[1]) / 20
+    return 0.0 if late(a) == late(b) else abs(late(a) - late(b))
+
+
+def curves_differ(a, b) -> float:
+    """The largest relative difference of d up to the earlier of two transitions, at the first row of each noise level."""
+    curves = [{t: d for t, d in reversed(list(zip(r.timesteps, r.d_curve, strict=True))) if d} for r in (a, b)]
+    common = [t for t in set.intersection(*map(set, curves)) if t / 20 >= max(late(a), late(b))]
+    return max(abs(math.log(curves[0][t] / curves[1][t])) for t in common)
 
 
 @pytest.mark.parametrize("name", ["pndm", "heun"])
-def test_decides_as_ddim(name, rule, ddim):
-    """Each prompt within one observation; under the drop rule one in six may be two observations apart.
+def test_decides_as_ddim(name, reports):
+    ddim, other = reports["ddim"], reports[name]
+    assert sum(r.transition_timestep is not None for r in ddim) >= len(PROMPTS) // 2, "the rule hardly fired"
+    differ = [(a, b) for a, b in zip(ddim, other, strict=True) if apart(a, b) > 1]
+    assert len(differ) <= FEW
+    for pair in differ:
+        first = max(pair, key=late)
+        assert first.margin < curves_differ(*pair)
 
-    Its statistic falls by a few percent a row here, and three samplers draw three slightly different curves.
-    """
-    differ = [apart(a, b) for a, b in zip(ddim, decisions(name, rule), strict=True) if apart(a, b) > 1]
-    assert len(differ) <= (len(PROMPTS) // 6 if rule.rule == "drop" else 0), differ
-    assert max(differ, default=0) <= 2
-    assert sum(a.transition_timestep is not None for a in ddim) >= len(PROMPTS) // 2, "the rule hardly fired"
+
+def test_pndm_decides_as_heun(reports):
+    """Both follow the samples' path more closely than DDIM does: what they disagree on is not the path but the count."""
+    differ = [apart(a, b) for a, b in zip(reports["pndm"], reports["heun"], strict=True) if apart(a, b) > 1]
+    assert len(differ) <= 1, differ
 
 
 def test_rows_instead_of_noise_levels_would_misfire(monkeypatch):
@@ -80,5 +94,5 @@ def test_rows_instead_of_noise_levels_would_misfire(monkeypatch):
         return replace(schedule, rows=rows)
 
     monkeypatch.setattr("fastguard.scheduling.compile_schedule", every_row)
-    rows = [r.transition_step for r in decisions("heun", fastguard.policy("paper-dtp"))]
+    rows = [r.transition_step for r in decisions("heun", POLICIES["paper-dtp"])]
     assert sum(k is not None and k <= 6 for k in rows) > len(rows) // 2
