@@ -37,7 +37,7 @@ from fastguard.report import Report
 from fastguard.schedule import Schedule
 from fastguard.scheduling import Scheduling
 from fastguard.shadow import one_row
-from fastguard.stock import may_infer
+from fastguard.stock import FROM_ROWS, Unseen
 
 
 class Call:
@@ -72,7 +72,7 @@ class Call:
         self._pending: Pending | None = None
         self.noise = Noise()
         self._placeholder: torch.Tensor | None = None
-        self._stock: bool | None = None  # the denoiser is, and no callback can change that
+        self._unseen: Unseen | None = None
         self._expected = False  # the loop is about to call the denoiser
         self._outputs: Any = None  # (uncond, cond or None) of a row between denoiser and step
 
@@ -171,7 +171,7 @@ class Call:
         if self._recorded:
             return (placeholder(self.graphed.loop.model_input, rows),)
 
-        with torch.inference_mode() if self._unseen(sample.device) else nullcontext():
+        with torch.inference_mode() if self._may_infer(sample.device, args, kwargs) else nullcontext():
             result = self.denoiser(*args, **kwargs)
         output = result[0]
         self._outputs = tuple(output.chunk(2)) if guided and branches == "both" else (output, None)
@@ -260,11 +260,13 @@ class Call:
         ready = self.loop.model_input
         return ready if ready.shape == sample.shape else None
 
-    def _unseen(self, device: torch.device) -> bool:
-        """Whether nobody but the fused op sees what the denoiser computes; looked up once, as only a callback could change that."""
-        if self._stock is None:
-            self._stock = not self.callback and may_infer(self.denoiser, device)
-        return self._stock and self.graphed.loop is None
+    def _may_infer(self, device: torch.device, *arguments: Any) -> bool:
+        """Whether nobody but the fused op sees what the denoiser computes."""
+        if self.callback or self.graphed.loop is not None or len(self.schedule.timesteps) < FROM_ROWS:
+            return False
+        if self._unseen is None:
+            self._unseen = Unseen(self.denoiser, device)
+        return self._unseen(*arguments)
 
     def _unchanged(self, sample: torch.Tensor) -> bool:
         return sample is self._returned and (not self.observed or _version(sample) == self._returned_version)

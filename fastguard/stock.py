@@ -2,62 +2,103 @@
 
 Such a forward may run in torch's inference mode: the same kernels and bits, without the accounting of views and versions that
 makes up a few percent of a small model's forward. Whoever kept a tensor made there could not use it with autograd later. The
-models of `fastguard.families` keep none; hooks, foreign layers and processors, patches and compilers might, and run as they do
+models of `fastguard.families` keep none; hooks, foreign layers and processors, patches, compilers and modes might, and run as they do
 without a guard, under no_grad.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from types import FunctionType, MethodType
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch.autograd import forward_ad
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from fastguard.capture.ambient import surroundings
 from fastguard.capture.obstacles import hooks
 
-# Where the code of these models, their base classes and their decorators lives. No compiler, and no peft: some of its layers cache.
-_OWN = ("diffusers.", "torch.nn.", "torch.utils._contextlib", "transformers.", "huggingface_hub.")
-_NOT_IN_A_FORWARD = ("__init__", "__setstate__")  # torch.compile puts its own around these, on every module
-_FUNCTIONS = (FunctionType, MethodType)
+FROM_ROWS = 8  # finding it all out takes as long as two rows gain, whatever the model's size
+_LAYERS = ("diffusers.models.", "torch.nn.modules.")
+_PROCESSORS = (
+    "diffusers.models.attention_processor"  # none of them keeps a tensor; some elsewhere in diffusers are there to
+)
+_LIBRARIES = {"diffusers", "torch", "transformers", "huggingface_hub", "accelerate", *sys.stdlib_module_names} - {
+    "unittest"
+}
+_COMPILED = "torch._dynamo.eval_frame"
+_INNER = ("__wrapped__", "__func__", "fget", "func")  # what functions, methods, properties and partials wrap
+# Kernels that somebody put in the place of torch's own; those of autograd would not run in inference mode. (torch has some for CUDA.)
+_REPLACED = re.compile(r"aten/.*/(CPU|Autograd\w*)$")
 
 
-def may_infer(denoiser: Callable[..., Any], device: torch.device) -> bool:
-    """Whether the denoiser's next forwards may run in inference mode: it is stock, and nothing around the call looks into it."""
-    around = surroundings(device) or _get_current_dispatch_mode_stack() or torch.is_grad_enabled()
-    return not around and isinstance(denoiser, torch.nn.Module) and is_stock(denoiser)
+class Unseen:
+    """Whether the rows of one call may run in inference mode, asked before each of them.
+
+    Hooks and arguments are looked at every time; the rest of the model once, as nobody replaces it between two rows but a callback.
+    """
+
+    def __init__(self, denoiser: Callable[..., Any], device: torch.device) -> None:
+        self._stock = isinstance(denoiser, torch.nn.Module) and not _watched(device) and is_stock(denoiser)
+        self._hooks = hooks(denoiser.modules()) if self._stock else []
+
+    def __call__(self, *arguments: Any) -> bool:
+        return self._stock and not any(self._hooks) and all(map(_plain, _tensors(arguments)))
+
+
+def _watched(device: torch.device) -> bool:
+    """Whether something around the call sees each operation, or keeps what it makes."""
+    modes = [*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()]
+    return (
+        torch.is_grad_enabled()
+        or torch.is_autocast_enabled(device.type)
+        or getattr(forward_ad, "_current_level", -1) >= 0
+        or not all(isinstance(mode, DeviceContext) for mode in modes)
+        or any(map(_REPLACED.match, getattr(torch.library, "_impls", ())))
+    )
 
 
 def is_stock(module: torch.nn.Module) -> bool:
     parts = list(module.modules())
-    held = [value for part in parts for value in vars(part).values() if callable(value)]
-    functions = [value for value in held if isinstance(value, _FUNCTIONS)]
-    objects = [value for value in (*parts, *held) if not isinstance(value, _FUNCTIONS)]
-    classes = {kind for value in objects for kind in type(value).__mro__} - {object}
-    methods = [method for kind in classes for method in vars(kind).items() if isinstance(method[1], FunctionType)]
-    functions += [value for name, value in methods if name not in _NOT_IN_A_FORWARD]
-    own = all(kind.__module__.startswith(_OWN) for kind in classes) and all(map(_own, functions))
-    return own and not any(hooks(parts)) and all(map(_plain, _tensors(parts)))
+    attributes = [value for part in parts for value in vars(part).values()]
+    held = [value for value in attributes if callable(value)]
+    tensors = [value for value in attributes if isinstance(value, torch.Tensor)]
+    for part in parts:
+        tensors += [*part._parameters.values(), *part._buffers.values()]
+    kinds = {type(value) for value in (*parts, *held)}
+    if not all(str(kind.__module__).startswith(_LAYERS) for kind in kinds) or not all(map(_plain, tensors)):
+        return False
+    if any(type(value).__module__ != _PROCESSORS for value in held):
+        return False
+    classes = {base for kind in kinds for base in kind.__mro__}
+    namespaces = [*classes, *{sys.modules[kind.__module__] for kind in kinds}, F]
+    return all(_own(value) for namespace in namespaces for value in list(vars(namespace).values()))
 
 
-def _own(function: Any) -> bool:
-    """Whether its code, and that of all it wraps, is the libraries' own. Its `__module__` would be that of what it wraps."""
-    while function is not None:
-        plain = getattr(function, "__func__", function)
-        if not getattr(plain, "__globals__", {}).get("__name__", "").startswith(_OWN):
+def _own(value: Any) -> bool:
+    """Whether what a class or a module holds is no code, or the libraries' own, with all that it wraps."""
+    while value is not None and not isinstance(value, type) and (callable(value) or hasattr(value, "__get__")):
+        names = getattr(value, "__globals__", None)  # `__module__` would be that of what it wraps
+        home = str(type(value).__module__ if names is None else names.get("__name__"))
+        if home.partition(".")[0] not in _LIBRARIES or home == _COMPILED:
             return False
-        function = getattr(plain, "__wrapped__", None)
+        value = next((getattr(value, name) for name in _INNER if getattr(value, name, None) is not None), None)
     return True
 
 
-def _tensors(parts: Iterable[torch.nn.Module]) -> Iterator[Any]:
-    for part in parts:
-        yield from part._parameters.values()
-        yield from part._buffers.values()
+def _tensors(tree: Any) -> Iterator[torch.Tensor]:
+    if isinstance(tree, torch.Tensor):
+        yield tree
+    elif isinstance(tree, (Mapping, tuple, list)):
+        values: Iterable[Any] = tree.values() if isinstance(tree, Mapping) else tree
+        for value in values:
+            yield from _tensors(value)
 
 
 def _plain(tensor: Any) -> bool:
-    """Subclasses (quantised and sharded weights) run code of their own."""
+    """Subclasses (quantised and sharded weights, a caller's own) run code of their own."""
     return type(tensor) in (torch.nn.Parameter, torch.Tensor, type(None))

@@ -4,32 +4,42 @@ from __future__ import annotations
 
 import functools
 import gc
+import sys
 from types import MethodType
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from diffusers.pipelines.deprecated.stable_diffusion_sag.pipeline_stable_diffusion_sag import CrossAttnStoreProcessor
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastguard
-from fastguard.stock import may_infer
+from fastguard.loop import Loop
+from fastguard.stock import FROM_ROWS, Unseen
 from tests import pipelines
 from tests.adapters import ip_adapter_state
-from tests.guarded import SD_KINDS, call
+from tests.guarded import SD_KINDS
+from tests.guarded import call as short_call
+
+
+def call(pipe, **kwargs):
+    return short_call(pipe, **{"num_inference_steps": FROM_ROWS, **kwargs})
 
 
 @pytest.fixture
 def modes(monkeypatch):
-    """Whether it ran in inference mode, per convolution of the process; functional code is the one place where nobody is seen."""
-    seen = []
-    conv2d = F.conv2d
+    """Per row: whether the denoiser ran in inference mode."""
+    seen, advance = [], Loop.advance
 
-    def watched(*args, **kwargs):
-        seen.append(torch.is_inference_mode_enabled())
-        return conv2d(*args, **kwargs)
+    def noted(self, uncond, *args):
+        seen.append(uncond.is_inference())
+        return advance(self, uncond, *args)
 
-    monkeypatch.setattr(F, "conv2d", watched)
+    monkeypatch.setattr(Loop, "advance", noted)
     return seen
 
 
@@ -57,12 +67,12 @@ def test_same_bits_and_nothing_left(family, policy, modes, monkeypatch):
     pipe = make()
     with fastguard.enable(pipe, policy):
         ours = call(pipe, **arguments)
-        assert sum(modes) and not ours.is_inference()
+        assert modes and all(modes) and not ours.is_inference()
         ours.add_(0)
         left = [tensor for tensor in gc.get_objects() if isinstance(tensor, torch.Tensor) and tensor.is_inference()]
         assert not left
         modes.clear()
-        monkeypatch.setattr("fastguard.call.may_infer", lambda *_: False)
+        monkeypatch.setattr(Unseen, "__call__", lambda *_: False)
         again = call(pipe, **arguments)
     assert modes and not any(modes)
     torch.testing.assert_close(ours, again, rtol=0, atol=0)
@@ -73,19 +83,33 @@ def test_same_bits_on_a_gpu(modes, monkeypatch):
     pipe = pipelines.sd().to("cuda")
     with fastguard.enable(pipe, "dtp", capture="off"):
         ours = call(pipe)
-        assert any(modes)
-        monkeypatch.setattr("fastguard.call.may_infer", lambda *_: False)
+        assert all(modes)
+        monkeypatch.setattr(Unseen, "__call__", lambda *_: False)
         torch.testing.assert_close(ours, call(pipe), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("kind", ["StableDiffusionControlNetPipeline", "StableDiffusionInpaintPipeline"])
-def test_what_others_compute_does_not_run_in_it(kind, modes):
-    """ControlNet and autoencoder are the pipeline's: only what the guard itself calls is its to decide on."""
-    pipe = pipelines.sd(kind)
-    unet = sum(isinstance(part, torch.nn.Conv2d) for part in pipe.unet.modules())
+def test_what_others_compute_does_not_run_in_it(modes):
+    """The ControlNet is called by the pipeline: only what the guard itself calls is its to decide on."""
+    pipe, others = pipelines.sd("StableDiffusionControlNetPipeline"), []
+    pipe.controlnet.register_forward_hook(lambda *_: others.append(torch.is_inference_mode_enabled()))
     with fastguard.enable(pipe, "cfg"):
-        call(pipe, **SD_KINDS[kind]())
-    assert sum(modes) % unet == 0 and 0 < sum(modes) < len(modes)
+        call(pipe, **SD_KINDS["StableDiffusionControlNetPipeline"]())
+    assert all(modes) and others and not any(others)
+
+
+def test_an_inpainting_pipeline_sees_nothing_of_it(modes):
+    """It blends the latents itself between two rows."""
+    pipe = pipelines.sd("StableDiffusionInpaintPipeline")
+    with fastguard.enable(pipe, "cfg"):
+        call(pipe, strength=1.0, **SD_KINDS["StableDiffusionInpaintPipeline"]())
+    assert modes and all(modes)
+
+
+def test_a_short_call_does_not_pay_for_the_look(modes):
+    pipe = pipelines.sd()
+    with fastguard.enable(pipe, "cfg"):
+        call(pipe, num_inference_steps=FROM_ROWS - 1)
+    assert not any(modes)
 
 
 # Who might keep or watch what is computed -------------------------------------------------------------------------------
@@ -143,9 +167,9 @@ def instance_forward(pipe, patch):
     return lambda: kept[-1]
 
 
-def keep(kept, original, x):
+def keep(kept, original, x, *args, **kwargs):
     kept.append(x)
-    return original(x)
+    return original(x, *args, **kwargs)
 
 
 def partial_forward(pipe, patch):
@@ -154,25 +178,87 @@ def partial_forward(pipe, patch):
     return lambda: kept[-1]
 
 
-def decorated_class(pipe, patch):
-    """By a decorator of torch's own, whose code is what the class holds then."""
-    kept, original = [], torch.nn.Conv2d.forward
-    patch.setattr(
-        torch.nn.Conv2d, "forward", torch.no_grad()(lambda self, x: keep(kept, functools.partial(original, self), x))
-    )
+def another_modules_forward(pipe, patch):
+    """Torch's code, but of a module that is not among the model's."""
+    kept, old = [], pipe.unet.conv_in
+    other = torch.nn.Conv2d(old.in_channels, old.out_channels, 3, padding=1)
+    other.register_forward_hook(lambda module, args, output: kept.append(output))
+    old.forward = other.__call__
     return lambda: kept[-1]
 
 
+def decorated_class(pipe, patch):
+    """By a decorator of torch's own, whose code is what the class holds then."""
+    kept, original = [], torch.nn.Conv2d.forward
+    forward = torch.no_grad()(lambda self, x: keep(kept, functools.partial(original, self), x))
+    patch.setattr(torch.nn.Conv2d, "forward", forward)
+    return lambda: kept[-1]
+
+
+def partial_method(pipe, patch):
+    kept, original = [], Attention.forward
+    method = functools.partialmethod(
+        lambda self, kept, x, *a, **k: keep(kept, functools.partial(original, self), x, *a, **k), kept
+    )
+    patch.setattr(Attention, "forward", method)
+    return lambda: kept[-1]
+
+
+def mocked(pipe, patch):
+    kept, original = [], functools.partial(AttnProcessor2_0.__call__, AttnProcessor2_0())
+    mock = MagicMock(side_effect=lambda attn, x, *a, **k: keep(kept, functools.partial(original, attn), x, *a, **k))
+    patch.setattr(AttnProcessor2_0, "__call__", mock)
+    return lambda: kept[-1]
+
+
+def functional(pipe, patch):
+    kept = []
+    patch.setattr(F, "scaled_dot_product_attention", functools.partial(keep, kept, F.scaled_dot_product_attention))
+    return lambda: kept[-1]
+
+
+def module_function(pipe, patch):
+    kept, embeddings = [], sys.modules["diffusers.models.embeddings"]
+    patch.setattr(
+        embeddings,
+        "get_timestep_embedding",
+        lambda x, *a, original=embeddings.get_timestep_embedding, **k: keep(kept, original, x, *a, **k),
+    )
+    return lambda: kept[-1].float()
+
+
+def processor_of_another_pipeline(pipe, patch):
+    """diffusers' own, made to keep maps."""
+    place = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1
+    place.processor = CrossAttnStoreProcessor()
+    return lambda: place.processor.attention_probs
+
+
+def cached_parametrization(pipe, patch):
+    torch.nn.utils.parametrizations.weight_norm(pipe.unet.conv_in)
+
+
+def subclass_elsewhere(pipe, patch):
+    pipe.unet.conv_in.note = torch.zeros(1).as_subclass(Subclass)
+
+
+def subclass_buffer(pipe, patch):
+    pipe.unet.conv_in.register_buffer("note", torch.zeros(1).as_subclass(Subclass))
+
+
+def without_a_module(pipe, patch):
+    pipe.unet.conv_in.__class__ = type("Nameless", (torch.nn.Conv2d,), {"__module__": None})
+
+
 def class_method(pipe, patch):
-    kept, original = [], Attention.norm_encoder_hidden_states
+    kept, original = [], Attention.head_to_batch_dim
+    pipe.unet.set_attn_processor(AttnProcessor())  # which calls it
 
     @functools.wraps(original)
-    def method(self, states):
-        kept.append(states)
-        return original(self, states)
+    def method(self, x, *args, **kwargs):
+        return keep(kept, functools.partial(original, self), x, *args, **kwargs)
 
-    patch.setattr(Attention, "norm_encoder_hidden_states", method)
-    kept.append(torch.zeros(1))
+    patch.setattr(Attention, "head_to_batch_dim", method)
     return lambda: kept[-1]
 
 
@@ -186,17 +272,10 @@ def quantised(pipe, patch):
 
 
 FOREIGN = (
-    processor,
-    layer,
-    hook,
-    global_hook,
-    instance_forward,
-    partial_forward,
-    class_method,
-    decorated_class,
-    compiled,
-    quantised,
-)
+    processor, layer, hook, global_hook, instance_forward, partial_forward, another_modules_forward, class_method, decorated_class,
+    partial_method, mocked, functional, module_function, processor_of_another_pipeline, cached_parametrization, compiled, quantised,
+    subclass_elsewhere, subclass_buffer, without_a_module,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("add", FOREIGN, ids=lambda add: add.__name__)
@@ -226,12 +305,43 @@ class WatchesOnly(Watching):
     watches_only = True
 
 
-@pytest.mark.parametrize("around", [Watching, WatchesOnly, lambda: torch.autocast("cpu", torch.bfloat16)])
+class WatchesFunctions(TorchFunctionMode):
+    watches_only = True
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+AROUND = (Watching, WatchesOnly, WatchesFunctions, lambda: torch.autocast("cpu", torch.bfloat16), forward_ad.dual_level)
+
+
+@pytest.mark.parametrize("around", AROUND, ids=["dispatch", "watches", "functions", "autocast", "forward AD"])
 def test_what_watches_around_the_call_keeps_it_as_in_stock(around, modes):
     pipe = pipelines.sd()
     with fastguard.enable(pipe, "cfg"), around():
         call(pipe)
     assert modes and not any(modes)
+
+
+@pytest.mark.parametrize("key", ["AutogradCPU", "CPU"])
+def test_a_kernel_in_the_place_of_torchs_own_runs(key, modes):
+    pipe, library = pipelines.sd(), torch.library.Library("aten", "IMPL")
+    library.impl("silu", lambda x: x * torch.sigmoid(x) * 1.5, key, allow_override=True)
+    try:
+        with fastguard.enable(pipe, "cfg"):
+            call(pipe)
+    finally:
+        library._destroy()
+    assert modes and not any(modes)
+
+
+def test_callers_own_tensors_see_what_they_see_in_stock(modes):
+    pipe, embeds = pipelines.sd(), torch.randn(2, 77, 32, generator=torch.Generator().manual_seed(1))
+    with fastguard.enable(pipe, "cfg"):
+        call(pipe, prompt=None, prompt_embeds=embeds.as_subclass(Subclass), negative_prompt_embeds=embeds)
+        assert modes and not any(modes)
+        call(pipe, prompt=None, prompt_embeds=embeds, negative_prompt_embeds=embeds)
+        assert any(modes)
 
 
 def test_a_callback_keeps_it_as_in_stock(modes):
@@ -241,10 +351,28 @@ def test_a_callback_keeps_it_as_in_stock(modes):
     assert modes and not any(modes)
 
 
+def test_a_hook_that_somebody_adds_between_two_rows_sees_what_it_would(modes):
+    """A scheduler whose step() is wrapped on the instance is user code between two rows, too."""
+    pipe, kept = pipelines.sd(), []
+    step = pipe.scheduler.step
+
+    def hooking(*args, **kwargs):
+        if not kept:
+            pipe.unet.mid_block.register_forward_hook(lambda module, args, output: kept.append(output))
+        return step(*args, **kwargs)
+
+    pipe.scheduler.step = hooking
+    with fastguard.enable(pipe, "cfg"):
+        call(pipe)
+    assert modes[0] and not any(modes[1:])
+    assert kept and not any(one.is_inference() for one in kept)
+
+
 def test_gradients_keep_it_as_in_stock():
     """The pipelines switch gradients off; who calls the undecorated function wants them."""
     denoiser = pipelines.unet()
     with torch.enable_grad():
-        assert not may_infer(denoiser, torch.device("cpu"))
+        assert not Unseen(denoiser, torch.device("cpu"))()
     with torch.no_grad():
-        assert may_infer(denoiser, torch.device("cpu"))
+        assert Unseen(denoiser, torch.device("cpu"))()
+        assert not Unseen(denoiser.forward, torch.device("cpu"))()
