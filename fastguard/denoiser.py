@@ -13,23 +13,30 @@ import torch
 
 Branches = str  # "both" | "uncond" | "cond"
 UNBRANCHED = ("ip_adapter_masks",)  # one per adapter, whatever their number
+IMAGES = ("image_embeds",)  # added_cond_kwargs of an IP-Adapter
 BRANCHED = ("ip_adapter_image_embeds",)  # put among the caller's own by Stable Diffusion 3
 
 
-def select_branch(tree: Any, branch: Branches, batch: int) -> Any:
+def select_branch(tree: Any, branch: Branches, batch: int, *, several: bool = False) -> Any:
     """Keep one half of every tensor in `tree` whose leading size is 2 * batch; everything else passes through unchanged.
 
     `tree` may nest tuples, lists and mappings: ControlNet residuals, `added_cond_kwargs`, IP-Adapter embeddings. Tensors of
     another leading size (timestep) belong to no branch, nor does what is called by a name in UNBRANCHED.
+
+    several: tensors may hold several rows an image, as embeddings in IMAGES do, which attention folds into the images' own.
     """
     if isinstance(tree, torch.Tensor):
-        if tree.ndim == 0 or tree.shape[0] != 2 * batch:
+        rows = tree.shape[0] if tree.ndim else 0
+        if rows == 0 or (rows % (2 * batch) if several else rows != 2 * batch):
             return tree
-        return tree[:batch] if branch == "uncond" else tree[batch:]
+        return tree[: rows // 2] if branch == "uncond" else tree[rows // 2 :]
     if isinstance(tree, Mapping):
-        return {k: v if k in UNBRANCHED else select_branch(v, branch, batch) for k, v in tree.items()}
+        return {
+            k: v if k in UNBRANCHED else select_branch(v, branch, batch, several=several or k in IMAGES)
+            for k, v in tree.items()
+        }
     if isinstance(tree, (tuple, list)):
-        items = [select_branch(value, branch, batch) for value in tree]
+        items = [select_branch(value, branch, batch, several=several) for value in tree]
         return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
     return tree
 

@@ -255,7 +255,7 @@ def _one_policy(policy: Any, overrides: dict[str, Any]) -> Policy:
 
 
 @functools.lru_cache(maxsize=256)
-def _enabled_class(base: type) -> type:
+def _enabled_class(base: Any) -> type:
     """A subclass of `base` with its very name and module: model_index.json, isinstance and AutoPipeline see no difference."""
     stock_call = base.__call__
 
@@ -272,7 +272,18 @@ def _enabled_class(base: type) -> type:
 
     def interrupt(self):
         # During a call the loop runs on a copy; who interrupts may hold the original.
-        return self._interrupt or getattr(self.__dict__.get("_fastguard_origin"), "_interrupt", False)
+        elsewhere = getattr(self.__dict__.get("_fastguard_origin"), "_interrupt", False)
+        return self._interrupt or (elsewhere and not isinstance(elsewhere, _Own))
+
+    def __setattr__(self, name, value):
+        # A callback is given a stand-in of the pipeline: what it interrupts there is its own call, and no other.
+        if name == "_interrupt" and value and type(self) is not enabled:
+            value = _Own(value)
+        super(enabled, self).__setattr__(name, value)
+
+    def components(self):
+        # A loop's own pipeline shows stand-ins of its parts: who builds another pipeline of them wants the originals.
+        return {name: vars(self).get(name, part) for name, part in base.components.fget(self).items()}
 
     def __reduce_ex__(self, protocol):
         # Copies and pickles are stock pipelines: a guard is never inherited silently.
@@ -286,10 +297,16 @@ def _enabled_class(base: type) -> type:
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
         "_fastguard_stock": base,
+        "components": property(components),
     }
     if hasattr(base, "interrupt"):
-        namespace["interrupt"] = property(interrupt)
-    return type(base)(base.__name__, (base,), namespace)
+        namespace.update(interrupt=property(interrupt), __setattr__=__setattr__)
+    enabled = type(base)(base.__name__, (base,), namespace)
+    return enabled
+
+
+class _Own(int):
+    """An interrupt of one call, true as any other. The state in which it lies is the pipeline's, whose other calls go on."""
 
 
 def _stock_class(cls: type) -> type:

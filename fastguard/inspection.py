@@ -12,6 +12,7 @@ from fastguard.kernels.layout import NEVER, Row, Rule
 from fastguard.models import denoiser_refusal, model_index, pipeline_class, resolve, scheduler_class, with_scheduler
 from fastguard.policy import Policy, lower
 from fastguard.schedule import compile_schedule
+from fastguard.scheduling import expected_arguments
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def inspect_model(
     shift = made.config.get("use_dynamic_shifting")
     try:
         made.set_timesteps(count, **({"mu": made.config.max_shift} if shift else {}))
-        schedule = compile_schedule(made)
+        schedule = compile_schedule(made, step_kwargs=expected_arguments(made, defaults))
     except (ValueError, IndexError, ZeroDivisionError) as error:
         raise ValueError(f"steps={count}: {type(made).__name__} refuses: {error}") from None
     body = schedule.rows[:-1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from fastguard.kernels.arguments import memory_format
 from fastguard.kernels.guided_step import guided_step, scratch_for
 from fastguard.policy import Plan
 from fastguard.schedule import Schedule
@@ -12,7 +13,7 @@ from fastguard.schedule import Schedule
 class Loop:
     """The latents of B samples on their way through one schedule.
 
-    x            float32 [B, C, *S]: the latents, in the memory format of the first ones
+    x            float32 [B, C, *S]: the latents, in the memory format of the first ones (contiguous if they have none)
     history      float32 [L, B, C, *S]: earlier folded model outputs, L as the scheduler needs (0 to 3)
     model_input  model dtype [halves * B, C, *S]: the next denoiser input, scaled
     trace        float32 [K, B]: d = ||cond - uncond||^2 of every row, NaN where one branch did not run
@@ -26,6 +27,7 @@ class Loop:
     def __init__(self, schedule: Schedule, plan: Plan, latents: torch.Tensor, *, halves: int) -> None:
         device = latents.device
         self.dtype = latents.dtype
+        latents = latents.contiguous(memory_format=memory_format(latents))
         self.x = latents.to(torch.float32, copy=True)
         self.history = torch.empty_strided(
             (schedule.history, *self.x.shape),

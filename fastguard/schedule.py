@@ -16,6 +16,8 @@ import threading
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from enum import Enum
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -93,10 +95,13 @@ def compile_schedule(scheduler: Any, *, step_kwargs: Mapping[str, Any] | None = 
     """Table of `scheduler`, whose timesteps are set; rows from `begin_index` (or the scheduler's own begin_index) on.
 
     step_kwargs are the extra arguments that the caller would pass to step() (eta, s_churn, ...); a generator among them is ignored
-    and not consumed. The scheduler is neither run nor changed. Results are cached by value, any number of threads may call.
+    and not consumed. The scheduler is neither run nor changed. Results are cached by value, any number of threads may call; not those of a
+    scheduler that holds an object whose value nobody can name (a `tau_func` that reads something from outside it).
     """
     arguments = {name: value for name, value in (step_kwargs or {}).items() if name not in _IGNORED_ARGUMENTS}
     begin = first_row(scheduler, begin_index)
+    if not _by_value((own_state(scheduler), arguments)):
+        return _compile(scheduler, arguments, begin)
     key = _key(scheduler, arguments, begin)
     with _cache_lock:
         if key in _cache:
@@ -250,6 +255,39 @@ def _deviation(rows: torch.Tensor, recorded: Trace, stock: np.ndarray, dtype: ty
     return worst
 
 
+_VALUES = (
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    type(None),
+    Enum,
+    np.generic,
+    np.ndarray,
+    torch.Tensor,
+    torch.dtype,
+    torch.device,
+)
+
+
+def _by_value(held: Any) -> bool:
+    """Whether it is made of values alone, whose bytes or `repr` say all of them."""
+    if isinstance(held, Mapping):
+        return all(map(_by_value, held.values()))
+    if isinstance(held, (list, tuple, set, frozenset)):
+        return all(map(_by_value, held))
+    if isinstance(held, FunctionType):  # that reads nothing from outside
+        return not held.__closure__ and not held.__code__.co_names and _by_value(_written(held))
+    return isinstance(held, _VALUES)
+
+
+def _written(function: FunctionType) -> tuple[Any, ...]:
+    code = function.__code__
+    return code.co_code, code.co_consts, function.__defaults__, function.__kwdefaults__
+
+
 def _key(scheduler: Any, arguments: Mapping[str, Any], begin: int) -> tuple[tuple, bytes]:
     """The class and its functions are themselves part of it: kept alive, so that no later ones can be taken for them."""
     digest = hashlib.sha1(usedforsecurity=False)
@@ -264,5 +302,5 @@ def _key(scheduler: Any, arguments: Mapping[str, Any], begin: int) -> tuple[tupl
         elif isinstance(value, np.ndarray):
             digest.update(repr((value.dtype, value.shape)).encode() + value.tobytes())
         else:
-            digest.update(repr(value).encode())
+            digest.update(repr(_written(value) if isinstance(value, FunctionType) else value).encode())
     return (type(scheduler), *functions(type(scheduler))), digest.digest()

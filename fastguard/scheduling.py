@@ -44,8 +44,7 @@ class Scheduling:
     def compile(self, begin: int, own_step: str | None) -> Schedule:
         """The table of rows from `begin` on. `own_step`: why the scheduler's own step() must run, whatever the table can do."""
         self._begin = begin
-        expected = {"eta": self.arguments["eta"]} if "eta" in self._accepted and "eta" in self.arguments else {}
-        return self._compile(expected, own_step)
+        return self._compile(expected_arguments(self.scheduler, self.arguments), own_step)
 
     def begin_at(self, timestep: Any) -> int:
         """Row of the schedule at which this loop begins (image-to-image and denoising_start begin late).
@@ -128,3 +127,9 @@ class Scheduling:
         """Inpaint pipelines call scheduler.add_noise, which looks at the step index that the scheduler's own step() would have kept."""
         if hasattr(self.scheduler, "_step_index"):
             self.scheduler._step_index = self._begin + row
+
+
+def expected_arguments(scheduler: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What a pipeline that is called with `arguments` hands to step(), as far as a table depends on it."""
+    accepted = inspect.signature(scheduler.step).parameters
+    return {"eta": arguments["eta"]} if "eta" in accepted and "eta" in arguments else {}

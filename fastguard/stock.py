@@ -43,8 +43,10 @@ class Unseen:
     """
 
     def __init__(self, denoiser: Callable[..., Any], device: torch.device) -> None:
-        self._stock = isinstance(denoiser, torch.nn.Module) and not _watched(device) and is_stock(denoiser)
-        self._hooks = hooks(denoiser.modules()) if self._stock else []
+        self._stock = False
+        self._hooks: list[dict[int, Any]] = []
+        if isinstance(denoiser, torch.nn.Module) and not _watched(device):
+            self._stock, self._hooks = is_stock(denoiser), hooks(denoiser.modules())
 
     def __call__(self, *arguments: Any) -> bool:
         return self._stock and not any(self._hooks) and all(map(_plain, _tensors(arguments)))
@@ -66,7 +68,7 @@ def is_stock(module: torch.nn.Module) -> bool:
     parts = list(module.modules())
     attributes = [value for part in parts for value in vars(part).values()]
     held = [value for value in attributes if callable(value)]
-    tensors = [value for value in attributes if isinstance(value, torch.Tensor)]
+    tensors: list[Any] = [value for value in attributes if isinstance(value, torch.Tensor)]
     for part in parts:
         tensors += [*part._parameters.values(), *part._buffers.values()]
     kinds = {type(value) for value in (*parts, *held)}

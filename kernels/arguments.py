@@ -49,6 +49,12 @@ def dense_like(tensor: Tensor, x: Tensor) -> bool:
     return _strides(tensor) == _strides(x) and (tensor.shape[0] == 1 or tensor.stride(0) == x.numel() // x.shape[0])
 
 
+def memory_format(latents: Tensor) -> torch.memory_format:
+    """The one of the two formats that latents are in, contiguous where they are in neither."""
+    last = _LAST.get(latents.dim(), torch.contiguous_format)
+    return last if latents.is_contiguous(memory_format=last) else torch.contiguous_format
+
+
 def check(operands: Operands) -> None:
     """ValueError for what `guided_step` does not take."""
     uncond, cond, x, history, model_input, trace, state, rows, rules, guidance, noise, timestep_out, _ = operands
@@ -57,7 +63,7 @@ def check(operands: Operands) -> None:
     if (
         x.dtype != torch.float32
         or not x.numel()
-        or not (x.is_contiguous() or x.is_contiguous(memory_format=_LAST.get(x.dim(), torch.contiguous_format)))
+        or not x.is_contiguous(memory_format=memory_format(x))
     ):
         _refuse("x", x, "float32 [B, C, *S], not empty, contiguous or channels_last")
     for name, tensor in (("uncond", uncond), ("cond", cond), ("noise", noise)):

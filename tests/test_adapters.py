@@ -54,6 +54,20 @@ def test_ip_adapter():
         assert guard.report[0].denoiser_rows == STEPS
 
 
+def test_one_branch_of_several_images_has_its_own_embeddings():
+    """As documented for one prompt, [2, images, D] of two become two rows an image, which attention folds together."""
+    pipe = pipelines.sd()
+    pipe.unet._load_ip_adapter_weights([ip_adapter_state(pipe.unet)])
+    pipe.set_ip_adapter_scale(0.7)
+    embeds = {"ip_adapter_image_embeds": [torch.randn(4, 1, 32, generator=torch.Generator().manual_seed(2))]}
+    with fastguard.enable(pipe, "stp", t_star=0):
+        one = call(pipe, **embeds)
+    with fastguard.enable(pipe, "stp", t_star=0, monitor=True) as guard:
+        both = call(pipe, **embeds)
+        assert guard.report[0].denoiser_rows == 2 * STEPS
+    torch.testing.assert_close(one, both, rtol=0, atol=1e-5 * both.abs().max().item())
+
+
 def test_branches_of_named_tuples():
     pair = namedtuple("Pair", "u c")
     half = select_branch({"p": pair(torch.arange(4), [torch.arange(4), 3])}, "cond", 2)["p"]

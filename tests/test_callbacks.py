@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import threading
 import warnings
 
+import diffusers
 import pytest
 import torch
 
@@ -257,3 +259,53 @@ def test_interrupt(sd, through):
         after = call(sd)
     torch.testing.assert_close(ours, stock, rtol=0, atol=1e-4 * stock.abs().max().item())
     torch.testing.assert_close(after, call(sd), rtol=0, atol=1e-4 * stock.abs().max().item())
+
+
+@pytest.mark.parametrize("first", ["interrupted", "other"])
+def test_an_interrupt_is_its_own_calls(sd, first):
+    """Two calls at a time, of which one interrupts itself, whichever of them began first."""
+    begun = {name: threading.Event() for name in ("interrupted", "other")}
+    over, rows = threading.Event(), {}
+
+    def run(name, guard):
+        def callback(pipe, step, timestep, kwargs):
+            begun[name].set()
+            if step == 1 and name == "interrupted":
+                assert begun["other"].wait(30)
+                pipe._interrupt = True
+                over.set()
+            elif step == 1:
+                assert over.wait(30)
+            return kwargs
+
+        call(sd, callback_on_step_end=callback)
+        rows[name] = guard.report[0].denoiser_rows
+
+    with fastguard.enable(sd, "cfg") as guard:
+        threads = {name: threading.Thread(target=run, args=(name, guard)) for name in begun}
+        second = next(name for name in begun if name != first)
+        threads[first].start()
+        assert begun[first].wait(30)
+        threads[second].start()
+        for thread in threads.values():
+            thread.join()
+    assert rows == {"interrupted": 2 * 2, "other": 2 * STEPS}
+
+
+def test_what_is_built_of_a_callbacks_pipeline_has_the_originals(sd):
+    built = []
+
+    def callback(pipe, step, timestep, kwargs):
+        if step == 1:
+            built.append(diffusers.StableDiffusionImg2ImgPipeline.from_pipe(pipe))
+            built.append(diffusers.StableDiffusionPipeline(**pipe.components))
+        return kwargs
+
+    stock = call(sd)
+    with fastguard.enable(sd, "cfg"):
+        call(sd, callback_on_step_end=callback)
+        assert sd.components["unet"] is sd.unet
+    for pipe in built:
+        assert all(getattr(pipe, name) is getattr(sd, name) for name in ("unet", "scheduler", "tokenizer", "vae"))
+    built[1].set_progress_bar_config(disable=True)
+    torch.testing.assert_close(call(built[1]), stock, rtol=0, atol=0)

@@ -218,3 +218,12 @@ def test_step_gets_other_arguments_than_the_calls(sd):
     pipe.prepare_extra_step_kwargs = lambda generator, eta: {"eta": 0.5, "generator": generator}
     same(pipe)
     assert not torch.equal(call(pipe), plain)
+
+
+@pytest.mark.parametrize("dims", [(2, 3), (0, 1), (1, 2)])
+def test_latents_in_any_layout(dims):
+    shape = [2, 4, 8, 8]
+    shape[dims[0]], shape[dims[1]] = shape[dims[1]], shape[dims[0]]
+    latents = torch.randn(shape, generator=torch.Generator().manual_seed(4)).transpose(*dims)
+    assert latents.shape == (2, 4, 8, 8) and not latents.is_contiguous()
+    same(pipelines.sd(), latents=latents)

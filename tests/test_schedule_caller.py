@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import threading
 import time
@@ -117,6 +118,26 @@ def test_cached_by_value():
     changed = DDIM.make(10)
     changed.alphas_cumprod = changed.alphas_cumprod * 0.99
     assert compile_schedule(changed, step_kwargs={"eta": 0.5}) is not a
+
+
+def test_functions_count_by_what_they_do():
+    """SA-Solver's tau_func: another function may lie at the address of one that is gone, and the same one may come to say something else."""
+
+    def table(tau):
+        scheduler = diffusers.SASolverScheduler(tau_func=tau)
+        scheduler.set_timesteps(10)
+        return compile_schedule(scheduler)
+
+    says = {"tau": 0.0}
+    outside = lambda t: says["tau"]  # noqa: E731
+    zero, one = table(lambda t, tau=0.0: tau), table(lambda t, tau=1.0: tau)
+    assert not torch.equal(zero.rows, one.rows)
+    assert torch.equal(table(outside).rows, zero.rows)
+    says["tau"] = 1.0
+    assert torch.equal(table(outside).rows, one.rows)
+    assert torch.equal(table(functools.partial(lambda tau, t: tau, 1.0)).rows, one.rows)
+    assert table(lambda t, tau=1.0: tau) is one
+    assert table(None) is table(None)
 
 
 def test_begin_index_of_the_scheduler_counts():

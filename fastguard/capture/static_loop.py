@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fastguard.kernels.arguments import memory_format
 from fastguard.kernels.guided_step import history_for, scratch_for
 from fastguard.kernels.layout import Row, Rule, State
 from fastguard.loop import Loop
@@ -73,8 +74,7 @@ class StaticLoop(Loop):
         device, batch = shape.device, shape.shape[0]
         self.dtype = shape.dtype
         latents = torch.empty_strided(shape.shape, shape.stride, device="meta")
-        last = latents.dim() == 4 and latents.is_contiguous(memory_format=torch.channels_last)
-        layout = torch.channels_last if last else torch.contiguous_format
+        layout = memory_format(latents)
         self.x = torch.empty(shape.shape, dtype=torch.float32, device=device, memory_format=layout)
         self.history = history_for(self.x, shape.history)
         self.scratch = scratch_for(self.x)

@@ -90,3 +90,9 @@ def test_a_gate_of_a_file_used_elsewhere_is_told(options, said):
     told = invoke("inspect", "testbed", *options).stderr
     assert (said is None and "calibrated" not in told) or said in told
     assert "calibrated" not in invoke("inspect", "testbed", *options, "--gate", 0.05).stderr
+
+
+def test_what_is_drawn_is_what_the_pipeline_would_draw(model):
+    """Its eta is 0; the scheduler's own default is 0.3."""
+    found = json.loads(invoke("inspect", model, "--scheduler", "TCD", "--steps", 8, "--json").stdout)
+    assert found["noise_draws"] == 0
