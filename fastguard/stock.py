@@ -24,14 +24,13 @@ from fastguard.capture.obstacles import hooks
 
 FROM_ROWS = 8  # finding it all out takes as long as two rows gain, whatever the model's size
 _LAYERS = ("diffusers.models.", "torch.nn.modules.")
-_PROCESSORS = (
-    "diffusers.models.attention_processor"  # none of them keeps a tensor; some elsewhere in diffusers are there to
-)
-_LIBRARIES = {"diffusers", "torch", "transformers", "huggingface_hub", "accelerate", *sys.stdlib_module_names} - {
-    "unittest"
-}
+# None of these keeps a tensor; some elsewhere in diffusers are there to.
+_PROCESSORS = "diffusers.models.attention_processor"
+_LIBRARIES = {"diffusers", "torch", "transformers", "huggingface_hub", "accelerate", *sys.stdlib_module_names}
+_LIBRARIES.remove("unittest")
 _COMPILED = "torch._dynamo.eval_frame"
 _INNER = ("__wrapped__", "__func__", "fget", "func")  # what functions, methods, properties and partials wrap
+_DEEPEST = 16
 # Kernels that somebody put in the place of torch's own; those of autograd would not run in inference mode. (torch has some for CUDA.)
 _REPLACED = re.compile(r"aten/.*/(CPU|Autograd\w*)$")
 
@@ -77,19 +76,24 @@ def is_stock(module: torch.nn.Module) -> bool:
     if any(type(value).__module__ != _PROCESSORS for value in held):
         return False
     classes = {base for kind in kinds for base in kind.__mro__}
-    namespaces = [*classes, *{sys.modules[kind.__module__] for kind in kinds}, F]
-    return all(_own(value) for namespace in namespaces for value in list(vars(namespace).values()))
+    homes = {sys.modules.get(kind.__module__) for kind in kinds}
+    namespaces = [*classes, *homes, F]
+    return None not in homes and all(
+        _own(value) for namespace in namespaces for value in list(vars(namespace).values())
+    )
 
 
 def _own(value: Any) -> bool:
     """Whether what a class or a module holds is no code, or the libraries' own, with all that it wraps."""
-    while value is not None and not isinstance(value, type) and (callable(value) or hasattr(value, "__get__")):
+    for _ in range(_DEEPEST):
+        if value is None or isinstance(value, type) or not (callable(value) or hasattr(value, "__get__")):
+            return True
         names = getattr(value, "__globals__", None)  # `__module__` would be that of what it wraps
         home = str(type(value).__module__ if names is None else names.get("__name__"))
         if home.partition(".")[0] not in _LIBRARIES or home == _COMPILED:
             return False
         value = next((getattr(value, name) for name in _INNER if getattr(value, name, None) is not None), None)
-    return True
+    return False
 
 
 def _tensors(tree: Any) -> Iterator[torch.Tensor]:
