@@ -262,7 +262,7 @@ class Call:
 
     def _may_infer(self, device: torch.device, *arguments: Any) -> bool:
         """Whether nobody but the fused op sees what the denoiser computes."""
-        if self.callback or self.graphed.loop is not None or len(self.schedule.timesteps) < FROM_ROWS:
+        if self.callback or len(self.schedule.timesteps) < FROM_ROWS:
             return False
         if self._unseen is None:
             self._unseen = Unseen(self.denoiser, device)

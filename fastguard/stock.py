@@ -29,7 +29,7 @@ _PROCESSORS = "diffusers.models.attention_processor"
 _LIBRARIES = {"diffusers", "torch", "transformers", "huggingface_hub", "accelerate", *sys.stdlib_module_names}
 _LIBRARIES.remove("unittest")
 _COMPILED = "torch._dynamo.eval_frame"
-_INNER = ("__wrapped__", "__func__", "fget", "func")  # what functions, methods, properties and partials wrap
+_INNER = ("__wrapped__", "fget", "func")  # what functions, methods, properties and partials wrap
 _DEEPEST = 16
 # Kernels that somebody put in the place of torch's own; those of autograd would not run in inference mode. (torch has some for CUDA.)
 _REPLACED = re.compile(r"aten/.*/(CPU|Autograd\w*)$")

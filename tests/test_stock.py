@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from diffusers.models.transformers.transformer_z_image import RopeEmbedder
 from diffusers.pipelines.deprecated.stable_diffusion_sag.pipeline_stable_diffusion_sag import CrossAttnStoreProcessor
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
@@ -206,9 +207,34 @@ def partial_method(pipe, patch):
 
 def mocked(pipe, patch):
     kept, original = [], functools.partial(AttnProcessor2_0.__call__, AttnProcessor2_0())
-    mock = MagicMock(side_effect=lambda attn, x, *a, **k: keep(kept, functools.partial(original, attn), x, *a, **k))
+    mock = MagicMock(
+        spec=[], side_effect=lambda attn, x, *a, **k: keep(kept, functools.partial(original, attn), x, *a, **k)
+    )
     patch.setattr(AttnProcessor2_0, "__call__", mock)
     return lambda: kept[-1]
+
+
+def property_forward(pipe, patch):
+    kept, original = [], torch.nn.Conv2d.forward
+    forward = property(lambda self: functools.partial(keep, kept, functools.partial(original, self)))
+    patch.setattr(torch.nn.Conv2d, "forward", forward)
+    return lambda: kept[-1]
+
+
+def base_class(pipe, patch):
+    kept, original = [], torch.nn.Module.__call__
+
+    def called(self, *args, **kwargs):
+        if isinstance(self, torch.nn.Conv2d):
+            kept.append(args[0])
+        return original(self, *args, **kwargs)
+
+    patch.setattr(torch.nn.Module, "__call__", called)
+    return lambda: kept[-1]
+
+
+def compiled_class(pipe, patch):
+    patch.setattr(torch.nn.SiLU, "forward", torch.compile(torch.nn.SiLU.forward, backend="eager"))
 
 
 def functional(pipe, patch):
@@ -246,6 +272,15 @@ def subclass_buffer(pipe, patch):
     pipe.unet.conv_in.register_buffer("note", torch.zeros(1).as_subclass(Subclass))
 
 
+def another_callable(pipe, patch):
+    """Whoever else holds code may keep what it sees."""
+    pipe.unet.conv_in.note = RopeEmbedder()
+
+
+def of_no_module(pipe, patch):
+    pipe.unet.conv_in.__class__ = type("Lost", (torch.nn.Conv2d,), {"__module__": "diffusers.models.nowhere"})
+
+
 def without_a_module(pipe, patch):
     pipe.unet.conv_in.__class__ = type("Nameless", (torch.nn.Conv2d,), {"__module__": None})
 
@@ -274,7 +309,7 @@ def quantised(pipe, patch):
 FOREIGN = (
     processor, layer, hook, global_hook, instance_forward, partial_forward, another_modules_forward, class_method, decorated_class,
     partial_method, mocked, functional, module_function, processor_of_another_pipeline, cached_parametrization, compiled, quantised,
-    subclass_elsewhere, subclass_buffer, without_a_module,
+    subclass_elsewhere, subclass_buffer, without_a_module, of_no_module, another_callable, property_forward, base_class, compiled_class,
 )  # fmt: skip
 
 
