@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from fastguard._scheduler_state import replaced_step
 from fastguard.capture import recorded
 from fastguard.capture.graphed import Capturing, Graphed
 from fastguard.denoiser import has_hooks, placeholder, select_branch
@@ -262,7 +263,7 @@ class Call:
 
     def _may_infer(self, device: torch.device, *arguments: Any) -> bool:
         """Whether nobody but the fused op sees what the denoiser computes."""
-        if self.callback or len(self.schedule.timesteps) < FROM_ROWS:
+        if self.callback or len(self.schedule.timesteps) < FROM_ROWS or replaced_step(self.scheduler):
             return False
         if self._unseen is None:
             self._unseen = Unseen(self.denoiser, device)

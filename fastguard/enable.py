@@ -119,6 +119,7 @@ class Guard:
         if self._pipe.__dict__.get(_ATTRIBUTE) is self:  # and not a later one
             del self._pipe.__dict__[_ATTRIBUTE]
             self._pipe.__class__ = _stock_class(type(self._pipe))
+            self._pipe.__dict__.update(_plain_interrupt(self._pipe.__dict__))
 
     def __enter__(self) -> Guard:
         self._outer.append(self._replaced)
@@ -220,7 +221,8 @@ def _copy(pipe: Any) -> Any:
     twin = object.__new__(type(pipe))
     twin.__dict__.update(pipe.__dict__)
     # An interrupt that is still standing was meant for the call that runs already.
-    twin.__dict__["_fastguard_origin"] = None if pipe.__dict__.get("_interrupt") else pipe
+    standing = pipe.__dict__.get("_interrupt")
+    twin.__dict__["_fastguard_origin"] = None if standing and not isinstance(standing, _Own) else pipe
     return twin
 
 
@@ -273,12 +275,12 @@ def _enabled_class(base: Any) -> type:
     def interrupt(self):
         # During a call the loop runs on a copy; who interrupts may hold the original.
         elsewhere = getattr(self.__dict__.get("_fastguard_origin"), "_interrupt", False)
-        return self._interrupt or (elsewhere and not isinstance(elsewhere, _Own))
+        return bool(self._interrupt or (elsewhere and not isinstance(elsewhere, _Own)))
 
     def __setattr__(self, name, value):
         # A callback is given a stand-in of the pipeline: what it interrupts there is its own call, and no other.
         if name == "_interrupt" and value and type(self) is not enabled:
-            value = _Own(value)
+            value = vars(self).get("_interrupt") or _Own(value)
         super(enabled, self).__setattr__(name, value)
 
     def components(self):
@@ -288,6 +290,7 @@ def _enabled_class(base: Any) -> type:
     def __reduce_ex__(self, protocol):
         # Copies and pickles are stock pipelines: a guard is never inherited silently.
         state = {key: value for key, value in self.__dict__.items() if key != _ATTRIBUTE}
+        state.update(_plain_interrupt(state))
         return object.__new__, (base,), state
 
     namespace = {
@@ -307,6 +310,11 @@ def _enabled_class(base: Any) -> type:
 
 class _Own(int):
     """An interrupt of one call, true as any other. The state in which it lies is the pipeline's, whose other calls go on."""
+
+
+def _plain_interrupt(state: Mapping[str, Any]) -> dict[str, Any]:
+    """As stock would have it."""
+    return {"_interrupt": bool(state["_interrupt"])} if "_interrupt" in state else {}
 
 
 def _stock_class(cls: type) -> type:

@@ -27,8 +27,8 @@ class Loop:
     def __init__(self, schedule: Schedule, plan: Plan, latents: torch.Tensor, *, halves: int) -> None:
         device = latents.device
         self.dtype = latents.dtype
-        latents = latents.contiguous(memory_format=memory_format(latents))
-        self.x = latents.to(torch.float32, copy=True)
+        latents = latents.clone(memory_format=memory_format(latents))
+        self.x = latents.to(torch.float32)
         self.history = torch.empty_strided(
             (schedule.history, *self.x.shape),
             (self.x.numel(), *self.x.stride()),

@@ -100,9 +100,9 @@ def compile_schedule(scheduler: Any, *, step_kwargs: Mapping[str, Any] | None = 
     """
     arguments = {name: value for name, value in (step_kwargs or {}).items() if name not in _IGNORED_ARGUMENTS}
     begin = first_row(scheduler, begin_index)
-    if not _by_value((own_state(scheduler), arguments)):
-        return _compile(scheduler, arguments, begin)
     key = _key(scheduler, arguments, begin)
+    if key is None:
+        return _compile(scheduler, arguments, begin)
     with _cache_lock:
         if key in _cache:
             _cache.move_to_end(key)
@@ -255,52 +255,49 @@ def _deviation(rows: torch.Tensor, recorded: Trace, stock: np.ndarray, dtype: ty
     return worst
 
 
-_VALUES = (
-    bool,
-    int,
-    float,
-    complex,
-    str,
-    bytes,
-    type(None),
-    Enum,
-    np.generic,
-    np.ndarray,
-    torch.Tensor,
-    torch.dtype,
-    torch.device,
-)
+# What `repr` says all of. No subclasses: theirs may say anything.
+_SCALARS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+_DEEPEST = 8
 
 
-def _by_value(held: Any) -> bool:
-    """Whether it is made of values alone, whose bytes or `repr` say all of them."""
-    if isinstance(held, Mapping):
-        return all(map(_by_value, held.values()))
-    if isinstance(held, (list, tuple, set, frozenset)):
-        return all(map(_by_value, held))
-    if isinstance(held, FunctionType):  # that reads nothing from outside
-        return not held.__closure__ and not held.__code__.co_names and _by_value(_written(held))
-    return isinstance(held, _VALUES)
+def _feed(digest: Any, value: Any, depth: int = 0) -> bool:
+    """Add a value to the digest; False if it is none: an object whose state nobody can name, or a function that reads from outside itself."""
+    kind = type(value)
+    digest.update(kind.__name__.encode())
+    if kind in _SCALARS or isinstance(value, (Enum, np.generic)):
+        digest.update(repr(value).encode() + b";")
+        return True
+    if depth > _DEEPEST:  # or it holds itself
+        return False
+    if isinstance(value, Mapping):
+        return _feed(digest, list(value), depth + 1) and _feed(digest, list(value.values()), depth + 1)
+    if kind in (list, tuple):
+        digest.update(f"{len(value)}:".encode())
+        return all(_feed(digest, item, depth + 1) for item in value)
+    if kind is torch.Tensor:
+        value = value.detach().cpu().contiguous()
+        digest.update(repr((value.dtype, value.shape)).encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+        return True
+    if kind is np.ndarray and not value.dtype.hasobject:
+        digest.update(repr((value.dtype, value.shape)).encode() + value.tobytes())
+        return True
+    if kind is FunctionType and not value.__closure__ and not value.__code__.co_names:
+        code = value.__code__
+        return _feed(digest, [code.co_code, code.co_consts, value.__defaults__, value.__kwdefaults__], depth + 1)
+    return False
 
 
-def _written(function: FunctionType) -> tuple[Any, ...]:
-    code = function.__code__
-    return code.co_code, code.co_consts, function.__defaults__, function.__kwdefaults__
+def _key(scheduler: Any, arguments: Mapping[str, Any], begin: int) -> tuple[tuple, bytes] | None:
+    """None if no key says all that the table depends on.
 
-
-def _key(scheduler: Any, arguments: Mapping[str, Any], begin: int) -> tuple[tuple, bytes]:
-    """The class and its functions are themselves part of it: kept alive, so that no later ones can be taken for them."""
+    The class and its functions are themselves part of it: kept alive, so that no later ones can be taken for them.
+    """
     digest = hashlib.sha1(usedforsecurity=False)
-    given = sorted(arguments.items(), key=lambda pair: pair[0])
-    digest.update(repr((replaced_step(scheduler), begin, given)).encode())
-    for name, value in sorted(own_state(scheduler).items()):
-        digest.update(name.encode())
-        if isinstance(value, torch.Tensor):
-            value = value.detach().cpu().contiguous()
-            digest.update(repr((value.dtype, value.shape)).encode())
-            digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
-        elif isinstance(value, np.ndarray):
-            digest.update(repr((value.dtype, value.shape)).encode() + value.tobytes())
-        else:
-            digest.update(repr(_written(value) if isinstance(value, FunctionType) else value).encode())
-    return (type(scheduler), *functions(type(scheduler))), digest.digest()
+    state = [
+        replaced_step(scheduler),
+        begin,
+        dict(sorted(arguments.items())),
+        dict(sorted(own_state(scheduler).items())),
+    ]
+    return ((type(scheduler), *functions(type(scheduler))), digest.digest()) if _feed(digest, state) else None

@@ -11,6 +11,8 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -26,7 +28,15 @@ FROM_ROWS = 8  # finding it all out takes as long as two rows gain, whatever the
 _LAYERS = ("diffusers.models.", "torch.nn.modules.")
 # None of these keeps a tensor; some elsewhere in diffusers are there to.
 _PROCESSORS = "diffusers.models.attention_processor"
-_LIBRARIES = {"diffusers", "torch", "transformers", "huggingface_hub", "accelerate", *sys.stdlib_module_names}
+_LIBRARIES = {
+    "diffusers",
+    "torch",
+    "transformers",
+    "huggingface_hub",
+    "accelerate",
+    "typing_extensions",
+    *sys.stdlib_module_names,
+}
 _LIBRARIES.remove("unittest")
 _COMPILED = "torch._dynamo.eval_frame"
 _INNER = ("__wrapped__", "fget", "func")  # what functions, methods, properties and partials wrap
@@ -38,14 +48,17 @@ _REPLACED = re.compile(r"aten/.*/(CPU|Autograd\w*)$")
 class Unseen:
     """Whether the rows of one call may run in inference mode, asked before each of them.
 
-    Hooks and arguments are looked at every time; the rest of the model once, as nobody replaces it between two rows but a callback.
+    Hooks and arguments are looked at every time; the rest of the model once: a call whose caller has code of its own between two rows that may replace a
+    part (a callback, a replaced step()) does not ask.
     """
 
     def __init__(self, denoiser: Callable[..., Any], device: torch.device) -> None:
         self._stock = False
         self._hooks: list[dict[int, Any]] = []
         if isinstance(denoiser, torch.nn.Module) and not _watched(device):
-            self._stock, self._hooks = is_stock(denoiser), hooks(denoiser.modules())
+            # Looking at what is foreign may raise anything.
+            with suppress(Exception):
+                self._stock, self._hooks = is_stock(denoiser), hooks(denoiser.modules())
 
     def __call__(self, *arguments: Any) -> bool:
         return self._stock and not any(self._hooks) and all(map(_plain, _tensors(arguments)))
@@ -77,7 +90,7 @@ def is_stock(module: torch.nn.Module) -> bool:
         return False
     classes = {base for kind in kinds for base in kind.__mro__}
     homes = {sys.modules.get(kind.__module__) for kind in kinds}
-    namespaces = [*classes, *homes, F]
+    namespaces = [*classes, *homes, F, torch, torch.Tensor]
     return None not in homes and all(
         _own(value) for namespace in namespaces for value in list(vars(namespace).values())
     )
@@ -86,7 +99,7 @@ def is_stock(module: torch.nn.Module) -> bool:
 def _own(value: Any) -> bool:
     """Whether what a class or a module holds is no code, or the libraries' own, with all that it wraps."""
     for _ in range(_DEEPEST):
-        if value is None or isinstance(value, type) or not (callable(value) or hasattr(value, "__get__")):
+        if value is None or isinstance(value, (type, ModuleType)) or not (callable(value) or hasattr(value, "__get__")):
             return True
         names = getattr(value, "__globals__", None)  # `__module__` would be that of what it wraps
         home = str(type(value).__module__ if names is None else names.get("__name__"))

@@ -52,7 +52,8 @@ def dense_like(tensor: Tensor, x: Tensor) -> bool:
 def memory_format(latents: Tensor) -> torch.memory_format:
     """The one of the two formats that latents are in, contiguous where they are in neither."""
     last = _LAST.get(latents.dim(), torch.contiguous_format)
-    return last if latents.is_contiguous(memory_format=last) else torch.contiguous_format
+    only_last = not latents.is_contiguous() and latents.is_contiguous(memory_format=last)
+    return last if only_last else torch.contiguous_format
 
 
 def check(operands: Operands) -> None:

@@ -289,7 +289,34 @@ def test_an_interrupt_is_its_own_calls(sd, first):
         threads[second].start()
         for thread in threads.values():
             thread.join()
+        # As in stock, until the next call, where the call's state is the pipeline's.
+        assert sd.interrupt is (first == "interrupted")
+        assert type(sd.__reduce_ex__(4)[2]["_interrupt"]) is bool
     assert rows == {"interrupted": 2 * 2, "other": 2 * STEPS}
+    assert sd._interrupt is (first == "interrupted")
+
+
+@pytest.mark.parametrize("order", [("all", "own"), ("own", "all"), ("all",)])
+def test_an_interrupt_of_the_original_ends_every_call(sd, order):
+    """A callback's call of the same pipeline is another call. Whatever else is interrupted, the original's stays."""
+    rows = []
+
+    def inner(pipe, step, timestep, kwargs):
+        rows.append(step)
+        if step == 1:
+            for whose in order:
+                (sd if whose == "all" else pipe)._interrupt = True
+        return kwargs
+
+    def outer(pipe, step, timestep, kwargs):
+        rows.append("outer")
+        if step == 1:
+            call(sd, callback_on_step_end=inner)
+        return kwargs
+
+    with fastguard.enable(sd, "cfg"):
+        call(sd, callback_on_step_end=outer)
+    assert rows == ["outer", "outer", 0, 1]
 
 
 def test_what_is_built_of_a_callbacks_pipeline_has_the_originals(sd):

@@ -140,6 +140,38 @@ def test_functions_count_by_what_they_do():
     assert table(None) is table(None)
 
 
+def test_what_repr_leaves_out_counts():
+    """Long tensors are shortened there, and objects have their address."""
+
+    def table(tau):
+        scheduler = diffusers.SASolverScheduler(tau_func=tau)
+        scheduler.set_timesteps(10)
+        return compile_schedule(scheduler).rows
+
+    def held(value):
+        return lambda t, tau=value: tau[1000]
+
+    def nested(value):
+        inner = lambda t, v=value: v  # noqa: E731
+        return lambda t, f=inner: f(t)
+
+    long = torch.zeros(2000), torch.zeros(2000)
+    long[1][1000] = 1.0
+    for kind in (torch.Tensor.clone, torch.Tensor.numpy, torch.Tensor.tolist):
+        assert not torch.equal(*(table(held(kind(one))) for one in long))
+    assert len({table(nested(v / 20)).numpy().tobytes() for v in range(20)}) == 20
+    inner = lambda t, v=0.0: v  # noqa: E731
+    outer = lambda t, f=inner: f(t)  # noqa: E731
+    zero = table(outer)
+    inner.__defaults__ = (1.0,)
+    assert not torch.equal(table(outer), zero)
+    round_about: dict = {}
+    round_about["self"] = round_about
+    scheduler = DDIM.make(10)
+    scheduler.notes = round_about
+    assert torch.equal(compile_schedule(scheduler).rows, compile_schedule(DDIM.make(10)).rows)
+
+
 def test_begin_index_of_the_scheduler_counts():
     scheduler = Case("EulerDiscrete").make(10)
     scheduler.set_begin_index(4)

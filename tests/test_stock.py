@@ -243,6 +243,27 @@ def functional(pipe, patch):
     return lambda: kept[-1]
 
 
+def torchs_own(pipe, patch):
+    kept = []
+    patch.setattr(torch, "cat", functools.partial(keep, kept, torch.cat))
+    return lambda: kept[-1][0]
+
+
+def tensors_method(pipe, patch):
+    kept, original = [], torch.Tensor.view
+    patch.setattr(torch.Tensor, "view", lambda self, *args: keep(kept, original, self, *args))
+    return lambda: kept[-1].float()
+
+
+class Raising:
+    def __getattr__(self, name):
+        raise RuntimeError(name)
+
+
+def raising(pipe, patch):
+    patch.setattr(sys.modules["diffusers.models.attention_processor"], "note", Raising(), raising=False)
+
+
 def module_function(pipe, patch):
     kept, embeddings = [], sys.modules["diffusers.models.embeddings"]
     patch.setattr(
@@ -308,7 +329,7 @@ def quantised(pipe, patch):
 
 FOREIGN = (
     processor, layer, hook, global_hook, instance_forward, partial_forward, another_modules_forward, class_method, decorated_class,
-    partial_method, mocked, functional, module_function, processor_of_another_pipeline, cached_parametrization, compiled, quantised,
+    partial_method, mocked, torchs_own, tensors_method, raising, functional, module_function, processor_of_another_pipeline, cached_parametrization, compiled, quantised,
     subclass_elsewhere, subclass_buffer, without_a_module, of_no_module, another_callable, property_forward, base_class, compiled_class,
 )  # fmt: skip
 
@@ -387,20 +408,29 @@ def test_a_callback_keeps_it_as_in_stock(modes):
 
 
 def test_a_hook_that_somebody_adds_between_two_rows_sees_what_it_would(modes):
-    """A scheduler whose step() is wrapped on the instance is user code between two rows, too."""
-    pipe, kept = pipelines.sd(), []
-    step = pipe.scheduler.step
+    """A hook on the ControlNet is user code between two rows."""
+    pipe, kept, rows = pipelines.sd("StableDiffusionControlNetPipeline"), [], []
 
-    def hooking(*args, **kwargs):
-        if not kept:
+    def hooking(*_):
+        rows.append(None)
+        if len(rows) == 3:
             pipe.unet.mid_block.register_forward_hook(lambda module, args, output: kept.append(output))
-        return step(*args, **kwargs)
 
-    pipe.scheduler.step = hooking
+    pipe.controlnet.register_forward_hook(hooking)
+    with fastguard.enable(pipe, "cfg"):
+        call(pipe, **SD_KINDS["StableDiffusionControlNetPipeline"]())
+    assert all(modes[:2]) and not any(modes[2:])
+    assert kept and not any(one.is_inference() for one in kept)
+
+
+def test_a_replaced_step_keeps_it_as_in_stock(modes):
+    """It may replace anything between two rows."""
+    pipe = pipelines.sd()
+    step = pipe.scheduler.step
+    pipe.scheduler.step = lambda *args, **kwargs: step(*args, **kwargs)
     with fastguard.enable(pipe, "cfg"):
         call(pipe)
-    assert modes[0] and not any(modes[1:])
-    assert kept and not any(one.is_inference() for one in kept)
+    assert modes and not any(modes)
 
 
 def test_gradients_keep_it_as_in_stock():
