@@ -61,11 +61,7 @@ def check(operands: Operands) -> None:
     uncond, cond, x, history, model_input, trace, state, rows, rules, guidance, noise, timestep_out, _ = operands
     shape, batch = x.shape, x.shape[0]
     batches = (batch, 2 * batch)
-    if (
-        x.dtype != torch.float32
-        or not x.numel()
-        or not x.is_contiguous(memory_format=memory_format(x))
-    ):
+    if x.dtype != torch.float32 or not x.numel() or not x.is_contiguous(memory_format=memory_format(x)):
         _refuse("x", x, "float32 [B, C, *S], not empty, contiguous or channels_last")
     for name, tensor in (("uncond", uncond), ("cond", cond), ("noise", noise)):
         if tensor is not None and (tensor.shape != shape or tensor.dtype not in _FLOATS):
