@@ -26,7 +26,8 @@ import torch
 from fastguard._scheduler_state import replaced_step
 from fastguard.capture import recorded
 from fastguard.capture.graphed import Capturing, Graphed
-from fastguard.denoiser import has_hooks, placeholder, select_branch
+from fastguard.capture.obstacles import watched
+from fastguard.denoiser import placeholder, select_branch
 from fastguard.families import Family
 from fastguard.guidance import Guidance
 from fastguard.kernels.layout import Row
@@ -54,8 +55,8 @@ class Call:
         capturing: Capturing,
     ) -> None:
         self.family, self.arguments = family, arguments
-        self.callback = any(arguments.get(name) is not None for name in ("callback_on_step_end", "callback"))
-        self.scheduling = Scheduling(scheduler, arguments, callback=self.callback, scales_input=family.scales_input)
+        callback = any(arguments.get(name) is not None for name in ("callback_on_step_end", "callback"))
+        self.scheduling = Scheduling(scheduler, arguments, callback=callback, scales_input=family.scales_input)
         self.denoiser = denoiser
         self.guidance = Guidance(policy, family, arguments, self.scheduling)
         self.graphed = Graphed(capturing, denoiser)
@@ -63,7 +64,7 @@ class Call:
         self.seen: torch.Tensor | None = None  # the latents of this row as the pipeline has them
         self.pipe: Any = None
         # Somebody may look at, keep or change the latents between two steps.
-        self.observed = family.rewrites_latents or self.callback
+        self.observed = family.rewrites_latents or callback
         self.row = 0
         self.rows_run = 0  # denoiser rows per image so far
         self.loop: Any = None  # Loop; None until the loop begins
@@ -74,6 +75,8 @@ class Call:
         self.noise = Noise()
         self._placeholder: torch.Tensor | None = None
         self._unseen: Unseen | None = None
+        # The caller's code runs between two rows, and may replace parts of the model.
+        self._replaces = callback or replaced_step(scheduler) is not None
         self._expected = False  # the loop is about to call the denoiser
         self._outputs: Any = None  # (uncond, cond or None) of a row between denoiser and step
 
@@ -81,8 +84,8 @@ class Call:
         """`pipe`: the copy of the pipeline on which the stock loop will run."""
         self.pipe = self.guidance.pipe = pipe
         # Hooks may keep the model inputs that they see, of which the loop has one buffer.
-        self.watched = has_hooks(getattr(pipe, self.family.denoiser))
-        self.controlnet_watched = has_hooks(getattr(pipe, "controlnet", None))
+        self.watched = watched(getattr(pipe, self.family.denoiser))
+        self.controlnet_watched = watched(getattr(pipe, "controlnet", None))
 
     # What the shadows call -------------------------------------------------------------------------------------------------
 
@@ -263,7 +266,7 @@ class Call:
 
     def _may_infer(self, device: torch.device, *arguments: Any) -> bool:
         """Whether nobody but the fused op sees what the denoiser computes."""
-        if self.callback or len(self.schedule.timesteps) < FROM_ROWS or replaced_step(self.scheduler):
+        if self._replaces or len(self.schedule.timesteps) < FROM_ROWS:
             return False
         if self._unseen is None:
             self._unseen = Unseen(self.denoiser, device)

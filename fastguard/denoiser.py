@@ -6,7 +6,7 @@ Where the policy knows in advance that one branch will not be used, only its B r
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -51,22 +51,21 @@ def undivided(denoiser: Any, arguments: Mapping[str, Any]) -> bool:
         return True
     given = (arguments.get(name) or {} for name in ("cross_attention_kwargs", "joint_attention_kwargs"))
     return any(
-        _holds_tensor(value) for one in given for name, value in one.items() if name not in (*UNBRANCHED, *BRANCHED)
+        tensor.ndim > 0
+        for one in given
+        for name, value in one.items()
+        if name not in (*UNBRANCHED, *BRANCHED)
+        for tensor in tensors_of(value)
     )
 
 
-def _holds_tensor(tree: Any) -> bool:
-    if isinstance(tree, Mapping):
-        return any(map(_holds_tensor, tree.values()))
-    if isinstance(tree, (tuple, list)):
-        return any(map(_holds_tensor, tree))
-    return isinstance(tree, torch.Tensor) and tree.ndim > 0
-
-
-def has_hooks(module: Any) -> bool:
-    """Whether forward hooks see what goes into the module or one of its parts."""
-    modules = module.modules() if isinstance(module, torch.nn.Module) else ()
-    return any(part._forward_pre_hooks or part._forward_hooks for part in modules)
+def tensors_of(tree: Any) -> Iterator[torch.Tensor]:
+    """All tensors in nested mappings, tuples and lists."""
+    if isinstance(tree, torch.Tensor):
+        yield tree
+    elif isinstance(tree, (Mapping, tuple, list)):
+        for value in tree.values() if isinstance(tree, Mapping) else tree:
+            yield from tensors_of(value)
 
 
 def placeholder(output: torch.Tensor, rows: int) -> torch.Tensor:

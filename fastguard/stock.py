@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from types import ModuleType
 from typing import Any
@@ -23,8 +23,9 @@ from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from fastguard.capture.obstacles import hooks
+from fastguard.denoiser import tensors_of
 
-FROM_ROWS = 8  # finding it all out takes as long as two rows gain, whatever the model's size
+FROM_ROWS = 8  # finding it all out takes as long as two to four rows gain, whatever the model's size
 _LAYERS = ("diffusers.models.", "torch.nn.modules.")
 # None of these keeps a tensor; some elsewhere in diffusers are there to.
 _PROCESSORS = "diffusers.models.attention_processor"
@@ -61,7 +62,7 @@ class Unseen:
                 self._stock, self._hooks = is_stock(denoiser), hooks(denoiser.modules())
 
     def __call__(self, *arguments: Any) -> bool:
-        return self._stock and not any(self._hooks) and all(map(_plain, _tensors(arguments)))
+        return self._stock and not any(self._hooks) and all(map(_plain, tensors_of(arguments)))
 
 
 def _watched(device: torch.device) -> bool:
@@ -107,15 +108,6 @@ def _own(value: Any) -> bool:
             return False
         value = next((getattr(value, name) for name in _INNER if getattr(value, name, None) is not None), None)
     return False
-
-
-def _tensors(tree: Any) -> Iterator[torch.Tensor]:
-    if isinstance(tree, torch.Tensor):
-        yield tree
-    elif isinstance(tree, (Mapping, tuple, list)):
-        values: Iterable[Any] = tree.values() if isinstance(tree, Mapping) else tree
-        for value in values:
-            yield from _tensors(value)
 
 
 def _plain(tensor: Any) -> bool:

@@ -203,6 +203,25 @@ def test_hooks_may_keep_the_inputs_that_they_see(kind):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4 * theirs.abs().max().item())
 
 
+def test_a_hook_of_all_modules_may_keep_them_too():
+    pipe, seen = pipelines.sd(), []
+
+    def keep(module, inputs):
+        if module is pipe.unet.conv_in:
+            seen.append(inputs[0])
+
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(keep)
+    try:
+        call(pipe)
+        stock, seen[:] = list(seen), []
+        same(pipe)
+        ours = seen[-STEPS:]  # after another stock call
+    finally:
+        handle.remove()
+    for one, other in zip(ours, stock, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-4 * other.abs().max().item())
+
+
 def one_branch_equals_both(pipe, **arguments):
     with fastguard.enable(pipe, "stp", monitor=True):
         both = call(pipe, **arguments)
