@@ -33,7 +33,21 @@ setup(
     python_requires=">=3.10",
     packages=[
         "fastguard",
-        *(f"fastguard.{name}" for name in ("batch", "capture", "families", "syncs", "testbed")),
+        *(
+            f"fastguard.{name}"
+            for name in (
+                "batch",
+                "capture",
+                "commands",
+                "loop",
+                "pipelines",
+                "pipelines.families",
+                "policies",
+                "schedules",
+                "syncs",
+                "testbed",
+            )
+        ),
         "fastguard.kernels",
     ],
     package_dir={"fastguard.kernels": "kernels"},
@@ -67,5 +81,5 @@ setup(
         "test": TEST + PLOT + METRICS + BATCHES + ["tilelens>=3.1; python_version >= '3.10'"],
         "dev": TEST + PLOT + METRICS + BATCHES + ["tilelens>=3.1", "ruff>=0.9", "mypy>=1.14"],
     },
-    entry_points={"console_scripts": ["fastguard = fastguard.cli:app"]},
+    entry_points={"console_scripts": ["fastguard = fastguard.commands.cli:app"]},
 )

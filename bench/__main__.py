@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from fastguard.cli import Scheduler
+from fastguard.commands.cli import Scheduler
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 

@@ -31,9 +31,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from bench.pairs import alternating
+from fastguard.batch.generate import generate
 from fastguard.files import write_json
-from fastguard.generate import generate
-from fastguard.models import load_pipeline, quiet, resolve
+from fastguard.pipelines.loading import load_pipeline, quiet, resolve
 
 ROOT = Path(__file__).parents[1]
 SUBJECTS = ("apple", "cat", "dog", "house", "tree", "boat", "fish", "bird", "car", "star")

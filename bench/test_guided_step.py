@@ -17,8 +17,8 @@ from diffusers import DPMSolverMultistepScheduler
 
 from bench.pairs import alternating
 from fastguard.kernels.guided_step import guided_step, history_for, scratch_for
-from fastguard.policy import lower, policy
-from fastguard.schedule import compile_schedule
+from fastguard.policies.policy import lower, policy
+from fastguard.schedules.compiler import compile_schedule
 
 SHAPES = [(8, 4, 32, 32), (16, 4, 64, 64)]
 STEPS = 20

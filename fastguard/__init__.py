@@ -8,14 +8,13 @@ batched call for both branches), `loop` (buffers and the body of a step, around 
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastguard.enable import Guard, enable
-    from fastguard.policy import PRESETS, Policy, policy
-    from fastguard.report import ImageReport, Report
+    from fastguard.batch.generate import generate
+    from fastguard.loop.report import ImageReport, Report
+    from fastguard.pipelines.guard import Guard, enable
+    from fastguard.policies.policy import PRESETS, Policy, policy
     from fastguard.syncs.find import SyncReport, assert_sync_free, find_syncs
 
 __version__ = "0.1.0"
@@ -30,14 +29,16 @@ __all__ = [
     "assert_sync_free",
     "enable",
     "find_syncs",
+    "generate",
     "policy",
 ]
 
 # Where each public name lives. Imported when it is asked for: torch and diffusers take seconds, `fastguard --version` needs neither.
 _HOMES = {
-    **dict.fromkeys(("Guard", "enable"), "enable"),
-    **dict.fromkeys(("PRESETS", "Policy", "policy"), "policy"),
-    **dict.fromkeys(("ImageReport", "Report"), "report"),
+    **dict.fromkeys(("Guard", "enable"), "pipelines.guard"),
+    **dict.fromkeys(("PRESETS", "Policy", "policy"), "policies.policy"),
+    **dict.fromkeys(("ImageReport", "Report"), "loop.report"),
+    **dict.fromkeys(("generate",), "batch.generate"),
     **dict.fromkeys(("SyncReport", "assert_sync_free", "find_syncs"), "syncs.find"),
 }
 
@@ -50,16 +51,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-def _function(name: str) -> property:
-    """A function that has its module's name: importing the module would put the module in its place."""
-    return property(lambda package: __getattr__(name), lambda package, module: None)
-
-
-class _Package(ModuleType):
-    enable = _function("enable")
-    policy = _function("policy")
-
-
-sys.modules[__name__].__class__ = _Package

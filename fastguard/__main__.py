@@ -1,5 +1,5 @@
 """`python -m fastguard` is the command line."""
 
-from fastguard.cli import app
+from fastguard.commands.cli import app
 
 app(prog_name="fastguard")

@@ -45,7 +45,7 @@ def common_length(values: Mapping[str, Any]) -> int | None:
 
 
 def scalar_policy(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The fields of one image's policy, each checked and converted (see `fastguard.policy.Policy`); errors begin with `prefix`."""
+    """The fields of one image's policy, each checked and converted (see `fastguard.policies.policy.Policy`); errors begin with `prefix`."""
     try:
         checked = {key: _FIELDS[key](key, value) for key, value in values.items()}
         _combination(checked)

@@ -9,7 +9,7 @@ For every sample b of the batch, with k = state[b, STEP], row r = rows[state[b, 
     x = A x + B m + sum_j H_j history[j] + N noise             history[STORE] = m
     model_input = S_next x                                     timestep_out = TIMESTEP_next,  state[b, STEP] = k + 1
 
-Rows are filled by `fastguard.schedule`, rules, guidance and the first state by `fastguard.policy`; `layout` names the columns.
+Rows are filled by `fastguard.schedules.compiler`, rules, guidance and the first state by `fastguard.policies.policy`; `layout` names the columns.
 
 Numbers: d, e, m and x are float32 whatever the model's dtype; decisions are float64 scalars of the float32 d. d is summed in an
 order that depends on the latent's size (and memory format) alone, and every elementwise result is rounded the same way wherever
@@ -24,11 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import triton_step, twin
+from . import torch_step, triton_step
 from .arguments import Operands, check, dense_like, like
 from .layout import State
 
-BACKENDS = ("torch", "triton", "compiled")
+BACKENDS = ("torch", "triton")
 
 
 def guided_step(
@@ -62,8 +62,8 @@ def guided_step(
         noise: [B, C, *S] of any of the three dtypes, read where N != 0.
         timestep_out: [B or 2B], any number dtype, the next row's timestep.
         scratch: workspace from `scratch_for(x)`, reused between calls; None: allocated by this call.
-        backend: "triton", "torch" or "compiled" (see `compiled.py`: CPU, needs a C compiler); None: triton on CUDA and ROCm, torch
-            elsewhere, unless the environment variable FASTGUARD_BACKEND names one.
+        backend: "triton" or "torch"; None: triton on CUDA and ROCm, torch elsewhere, unless the environment variable FASTGUARD_BACKEND
+            names one.
 
     Raises:
         ValueError: a shape, dtype or memory format other than the above.
@@ -94,7 +94,7 @@ def choose_backend(x: Tensor, backend: str | None = None) -> str:
 def scratch_for(x: Tensor) -> Tensor:
     """Workspace that `guided_step` can reuse for every step on latents like x: float32, one dimension, contents irrelevant."""
     size = x.numel() // x.shape[0]
-    return x.new_empty(x.shape[0] * max(2 * twin.width(size), 2 * len(State) + -(-2 * size // triton_step.BLOCK)))
+    return x.new_empty(x.shape[0] * max(2 * torch_step.width(size), 2 * len(State) + -(-2 * size // triton_step.BLOCK)))
 
 
 def history_for(x: Tensor, slots: int) -> Tensor:
@@ -116,12 +116,8 @@ def _run(operands: Operands, backend: str) -> None:
     )
     if backend == "triton":
         triton_step.guided_step_triton(operands)
-    elif backend == "torch":
-        twin.guided_step_torch(operands)
     else:
-        from .compiled import guided_step_compiled
-
-        guided_step_compiled(operands)
+        torch_step.guided_step_torch(operands)
 
 
 def _implementation(*arguments: Any) -> None:

@@ -8,7 +8,7 @@ from collections import namedtuple
 import torch
 
 import fastguard
-from fastguard.denoiser import select_branch
+from fastguard.pipelines.outputs import select_branch
 from tests import pipelines
 from tests.adapters import ip_adapter_state
 from tests.guarded import STEPS, call, picture, same

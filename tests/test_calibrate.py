@@ -7,8 +7,8 @@ import torch
 from scipy import stats
 
 import fastguard
-from fastguard import calibrate as module
-from fastguard.calibrate import calibrate, collect_gate_statistics, elsewhere, needed_prompts
+from fastguard.policies import gate as module
+from fastguard.policies.gate import calibrate, collect_gate_statistics, elsewhere, needed_prompts
 from tests import pipelines
 
 

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from fastguard.kernels.guided_step import guided_step
 from fastguard.kernels.layout import Row
-from fastguard.plan import Plan
-from fastguard.policy import Policy, lower, policy
-from fastguard.report import Report
+from fastguard.loop.report import Report
+from fastguard.policies.plan import Plan
+from fastguard.policies.policy import Policy, lower, policy
 
 NAN, INF = math.nan, math.inf
 SCALE = 3.0

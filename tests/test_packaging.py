@@ -57,11 +57,11 @@ def test_kernels_is_not_importable_by_that_name(wheel, tmp_path):
 
 
 def test_the_version_needs_neither_torch_nor_diffusers():
-    check = "import sys, fastguard.cli; assert not {'torch', 'diffusers'} & set(sys.modules)"
+    check = "import sys, fastguard.commands.cli; assert not {'torch', 'diffusers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", check], cwd=ROOT, check=True)
 
 
-@pytest.mark.parametrize("first", ["fastguard.enable", "fastguard.policy", "fastguard.cli"])
+@pytest.mark.parametrize("first", ["fastguard.pipelines.guard", "fastguard.policies.policy", "fastguard.commands.cli"])
 def test_functions_that_have_their_modules_name_stay_functions(first):
     check = f"import {first}, fastguard; from fastguard import enable, policy; assert callable(fastguard.enable) and callable(policy) and fastguard.policy('cfg').name == 'cfg'"
     subprocess.run([sys.executable, "-c", check], cwd=ROOT, check=True)

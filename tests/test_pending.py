@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import fastguard
-from fastguard.call import Call
-from fastguard.pending import Pending, settled
+from fastguard.pipelines.call import Call
+from fastguard.pipelines.pending import Pending, settled
 from tests import pipelines
 
 

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastguard.kernels.layout import NEVER, Magnitude, Phase, Rule, RuleKind, State
-from fastguard.plan import gate_threshold, lower
-from fastguard.policy import Policy, policy
+from fastguard.policies.plan import gate_threshold, lower
+from fastguard.policies.policy import Policy, policy
 
 NAN, INF = math.nan, math.inf
 TIMES = list(range(981, 0, -20))  # the 50 timesteps of DDIM on the default grid

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastguard.policy import DEADLINE, PRESETS, Policy, policy
+from fastguard.policies.policy import DEADLINE, PRESETS, Policy, policy
 
 NAN, INF = math.nan, math.inf
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from fastguard.kernels.layout import State
-from fastguard.policy import Policy, lower, policy
-from fastguard.report import Report
+from fastguard.loop.report import Report
+from fastguard.policies.policy import Policy, lower, policy
 
 NAN, INF = math.nan, math.inf
 TIMES = [900.0, 700.0, 500.0, 300.0, 100.0]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fastguard
-from fastguard.families import FAMILIES
+from fastguard.pipelines.families import FAMILIES
 from tests import pipelines
 from tests.guarded import STEPS, call, mask, picture, same
 

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from fastguard import schedule as module
 from fastguard.kernels.layout import Row
-from fastguard.schedule import compile_schedule
+from fastguard.schedules import compiler as module
+from fastguard.schedules.compiler import compile_schedule
 from tests.schedule_cases import DDIM, Case
 
 

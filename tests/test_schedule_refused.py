@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastguard.kernels.layout import Row
-from fastguard.schedule import compile_schedule
+from fastguard.schedules.compiler import compile_schedule
 from tests.schedule_cases import DDIM, SD_BETAS, Case, column
 
 

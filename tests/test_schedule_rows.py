@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastguard.kernels.layout import HISTORY, Row
-from fastguard.schedule import compile_schedule
+from fastguard.schedules.compiler import compile_schedule
 from tests.schedule_cases import DDIM, Case, column
 
 

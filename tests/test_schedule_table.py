@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from fastguard import schedule_table
+from fastguard.schedules import table as schedule_table
 
 PAGE = Path(__file__).parents[1] / "docs" / "schedulers.md"
 
@@ -18,7 +18,7 @@ def without_measurements(text: str) -> str:
 def test_page_is_current():
     text = schedule_table.markdown()
     assert without_measurements(PAGE.read_text()) == without_measurements(text), (
-        "run: python -m fastguard.schedule_table > docs/schedulers.md"
+        "run: python -m fastguard.schedules.table > docs/schedulers.md"
     )
 
 

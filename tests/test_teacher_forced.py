@@ -7,7 +7,7 @@ import torch
 
 import fastguard
 from fastguard.kernels.layout import Row
-from fastguard.scheduling import Scheduling
+from fastguard.pipelines.scheduler import Scheduling
 from tests import pipelines, schedulers
 
 # float32 has 6e-8; the table folds a step into one sum of at most six products, in another order than stock's.
@@ -23,7 +23,7 @@ class TableAnyway(Scheduling):
 
 @pytest.fixture(autouse=True)
 def table(monkeypatch):
-    monkeypatch.setattr("fastguard.call.Scheduling", TableAnyway)
+    monkeypatch.setattr("fastguard.pipelines.call.Scheduling", TableAnyway)
 
 
 def run(pipe, steps, on_step, denoise):
@@ -95,7 +95,7 @@ def test_a_wrong_coefficient_is_seen(monkeypatch):
     """One coefficient of one row, wrong by 1e-5 of its value."""
     from dataclasses import replace
 
-    import fastguard.scheduling as module
+    import fastguard.pipelines.scheduler as module
 
     original = module.compile_schedule
 

@@ -9,8 +9,8 @@ import torch
 
 import fastguard
 from bench.methods.base import Method, Request
-from fastguard.families import find
-from fastguard.policy import Policy
+from fastguard.pipelines.families import find
+from fastguard.policies.policy import Policy
 
 
 class Preset(Method):

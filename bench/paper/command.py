@@ -22,8 +22,8 @@ from bench.paper.measures import ClipMeasure, Embedded, Measure, SscdMeasure, de
 from bench.paper.parallel import workers
 from bench.paper.store import Store
 from bench.paper.work import PLAIN, WATCHED, Amount, Made, Unit, ahead, make, run, units
-from fastguard import models
 from fastguard.batch.memory import out_of_memory
+from fastguard.pipelines import loading as models
 
 NOT_BY_DEFAULT = "compile"  # a method of speed: its images are those of plain guidance
 

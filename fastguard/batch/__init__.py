@@ -13,5 +13,5 @@ manifest      the append-only list of what is done
 claim         an output directory belongs to one job
 job           all of it: refuse, resume, run, commit, summarize
 
-`fastguard.generate` is the front.
+`fastguard.batch.generate` is the front.
 """

@@ -12,11 +12,11 @@ from typing import Any
 
 from fastguard.batch.prompt_files import Problem
 from fastguard.batch.request import Request
-from fastguard.families import find
 from fastguard.files import short
-from fastguard.models import distilled
-from fastguard.plan import limit_problem
-from fastguard.schedule import in_training_steps
+from fastguard.pipelines.families import find
+from fastguard.pipelines.loading import distilled
+from fastguard.policies.plan import limit_problem
+from fastguard.schedules.compiler import in_training_steps
 
 UNSUPPORTED = "generate needs a text-to-image pipeline"
 
@@ -41,7 +41,7 @@ class Limits:
     @classmethod
     def of_model(cls, model: str, scheduler: str | None = None) -> Limits:
         """Of a model by name; no weights are loaded. ValueError if there is none, or it makes no images from text alone."""
-        from fastguard.models import (
+        from fastguard.pipelines.loading import (
             denoiser_refusal,
             model_index,
             pipeline_class,

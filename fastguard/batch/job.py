@@ -12,9 +12,9 @@ from typing import Any, Protocol
 
 from fastguard import checks
 from fastguard.batch.claim import check, check_free, claim, differences, ignores_case
-from fastguard.batch.engine import Failed
 from fastguard.batch.fitting import Limits
 from fastguard.batch.manifest import Manifest
+from fastguard.batch.overlap import Failed
 from fastguard.batch.pictures import Picture, read_record
 from fastguard.batch.planning import Batch, plan
 from fastguard.batch.prompt_files import BadRows, Problem, Source

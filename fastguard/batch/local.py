@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from fastguard.batch.engine import Engine, Failed
+from fastguard.batch.overlap import Engine, Failed
 from fastguard.batch.pictures import Picture
 from fastguard.batch.planning import Batch
 from fastguard.batch.request import Request

@@ -15,8 +15,8 @@ from typing import Any
 
 from fastguard import checks
 from fastguard.files import is_unicode, short
-from fastguard.policy import MOST_STEPS, RANGES, Policy
-from fastguard.policy import policy as make_policy
+from fastguard.policies.policy import MOST_STEPS, RANGES, Policy
+from fastguard.policies.policy import policy as make_policy
 
 FIELDS = (
     "id", "prompt", "negative_prompt", "seed", "steps", "guidance_scale", "policy", "width", "height",

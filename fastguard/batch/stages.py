@@ -19,9 +19,9 @@ from fastguard.batch.fitting import guard_disabled
 from fastguard.batch.memory import halving
 from fastguard.batch.request import Request
 from fastguard.batch.text import TextStage
-from fastguard.enable import enable
-from fastguard.policy import Policy
-from fastguard.report import ImageReport, Report
+from fastguard.loop.report import ImageReport, Report
+from fastguard.pipelines.guard import enable
+from fastguard.policies.policy import Policy
 
 VERSIONS = {"fastguard": fastguard.__version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from diffusers.models import attention_dispatch as dispatch
 from torch.overrides import TorchFunctionMode
 
-from fastguard.capture.compiled import is_compiled
+from fastguard.capture.torch_compile import is_compiled
 
 Backend = dispatch.AttentionBackendName
 _ALIASES = {"sdpa": Backend.NATIVE}

@@ -27,8 +27,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastguard.capture.ambient import ambient
 from fastguard.capture.obstacles import hooks, obstacle
+from fastguard.capture.switches import ambient
 
 # Of torch's own entries on every module only these say what it computes; the other ten are dictionaries of hooks for training.
 _TORCH = frozenset(vars(torch.nn.Module())) - {"_parameters", "_buffers", "_modules", "training"}

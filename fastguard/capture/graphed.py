@@ -20,14 +20,14 @@ import numpy as np
 import torch
 
 from fastguard.capture import graphs
-from fastguard.capture.ambient import surroundings
 from fastguard.capture.fingerprint import Fingerprint
 from fastguard.capture.graphs import Graphs, Program, Workspace
 from fastguard.capture.static_inputs import StaticInputs, signature, unhashable
 from fastguard.capture.static_loop import LoopShape, StaticLoop
-from fastguard.denoiser import select_branch
-from fastguard.policy import Plan
-from fastguard.schedule import Schedule
+from fastguard.capture.switches import surroundings
+from fastguard.pipelines.outputs import select_branch
+from fastguard.policies.policy import Plan
+from fastguard.schedules.compiler import Schedule
 
 # "auto" records where launches take longer than the work: the denoiser's rows (2 B guided, else B) times the latents' positions h w. A forward of
 # SD 1.5 / SDXL is about 980 / 2,980 kernels, 5 / 15 ms of launches at 5 us each, whatever the batch. This is SD 1.5

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn.modules import module as torch_module
 
-from fastguard.capture.compiled import records_graphs
+from fastguard.capture.torch_compile import records_graphs
 
 
 def hooks(modules: Iterable[torch.nn.Module]) -> list[dict[int, Any]]:

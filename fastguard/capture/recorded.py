@@ -1,4 +1,4 @@
-"""What a guarded call runs as a graph: one row of its loop, or the whole generation. The other half of `fastguard.call`."""
+"""What a guarded call runs as a graph: one row of its loop, or the whole generation. The other half of `fastguard.pipelines.call`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from fastguard.capture.graphed import Arguments
 
 if TYPE_CHECKING:
-    from fastguard.call import Call
+    from fastguard.pipelines.call import Call
 
 
 def needs_steps(call: Call) -> str | None:

@@ -20,7 +20,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
-from fastguard.enable import enable
+from fastguard.pipelines.guard import enable
 from fastguard.syncs.pretend import DEVICE, Labelled, Pretend
 from fastguard.syncs.stream import Op, Stream
 

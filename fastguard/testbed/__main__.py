@@ -77,7 +77,7 @@ def tune(work: Work = WORK, out: Path = Path("docs/testbed")) -> None:
 @app.command()
 def demo(out: Path = Path("demo")) -> None:
     """The picture grid, the curves and the table as one page."""
-    from fastguard.models import quiet
+    from fastguard.pipelines.loading import quiet
 
     from . import demo as module
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fastguard.calibrate import calibrate
+from fastguard.policies.gate import calibrate
 
 from .run import BATCH, Job, generate, rms
 from .stats import intraclass, over_prompts

@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 
 from fastguard import policy
-from fastguard.calibrate import calibrate, collect_gate_statistics
 from fastguard.files import write_json
+from fastguard.policies.gate import calibrate, collect_gate_statistics
 
 from . import load, policy_path, prompts
 from .grid import front, transitions

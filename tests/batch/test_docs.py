@@ -10,7 +10,7 @@ from pathlib import Path
 from typer.testing import CliRunner
 
 from fastguard.batch.request import FIELDS
-from fastguard.cli import app
+from fastguard.commands.cli import app
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -21,7 +21,7 @@ def examples(page: str, language: str) -> list[str]:
 
 def test_generate(model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("fastguard.models.resolve", lambda name: model if name == "testbed" else name)
+    monkeypatch.setattr("fastguard.pipelines.loading.resolve", lambda name: model if name == "testbed" else name)
     (table,) = examples("generate.md", "csv")
     Path("prompts.csv").write_text(table)
     (command,) = examples("generate.md", "console")

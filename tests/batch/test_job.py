@@ -13,9 +13,9 @@ import torch
 import webdataset
 from PIL import Image
 
+from fastguard.batch.generate import generate
 from fastguard.batch.pictures import Picture, read_record
-from fastguard.generate import generate
-from fastguard.policy import Policy, policy
+from fastguard.policies.policy import Policy, policy
 from tests.batch.jobs import OPTIONS, ROWS, lines, pixels
 
 ROOT = Path(__file__).parents[2]

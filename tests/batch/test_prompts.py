@@ -9,10 +9,10 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from fastguard.batch.generate import BadRows, prepare
 from fastguard.batch.prompt_files import load
 from fastguard.batch.request import FIELDS, Defaults
-from fastguard.generate import BadRows, prepare
-from fastguard.policy import Policy, policy
+from fastguard.policies.policy import Policy, policy
 from tests import pipelines
 
 DEFAULTS = Defaults(policy=policy("cfg"), steps=9, seed=3, guidance_scale=4.0)
@@ -236,7 +236,7 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input(name, model, tmp_path, monkeypatch):
     """Refused with the line, before a model is loaded; nothing is written."""
-    monkeypatch.setattr("fastguard.models.load_pipeline", None)
+    monkeypatch.setattr("fastguard.pipelines.loading.load_pipeline", None)
     file, content, message = BAD[name]
     path = tmp_path / file
     path.write_bytes(content)
@@ -382,7 +382,7 @@ def test_keep_going_returns_the_problems(tmp_path):
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
 def test_bad_arguments(options, message, model, tmp_path, monkeypatch):
-    monkeypatch.setattr("fastguard.models.load_pipeline", None)
+    monkeypatch.setattr("fastguard.pipelines.loading.load_pipeline", None)
     with pytest.raises(ValueError) as error:
         prepare(model, ["a cat"], tmp_path / "out", **options)
     assert message in str(error.value)

@@ -20,15 +20,15 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from fastguard.batch.engine import Failed
+from fastguard.batch.generate import Interrupted, generate, prepare
+from fastguard.batch.overlap import Failed
 from fastguard.batch.pictures import Picture, read_record
 from fastguard.batch.prompt_files import load
-from fastguard.batch.ray_engine import TRIES, Ledger, RayRunner, Worker
+from fastguard.batch.ray_runner import TRIES, Ledger, RayRunner, Worker
 from fastguard.batch.request import Defaults
 from fastguard.batch.store import Made
-from fastguard.cli import app
-from fastguard.generate import Interrupted, generate, prepare
-from fastguard.policy import policy
+from fastguard.commands.cli import app
+from fastguard.policies.policy import policy
 from tests import pipelines
 from tests.batch.test_docs import examples
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import webdataset
 
-from fastguard.generate import BadRows, generate, prepare
+from fastguard.batch.generate import BadRows, generate, prepare
 from tests.batch.jobs import OPTIONS, ROWS, check_complete, lines, pixels, stamps
 
 ROOT = Path(__file__).parents[2]
@@ -20,7 +20,7 @@ def test_finished_job_loads_no_model(model, tmp_path, monkeypatch):
     options = {**OPTIONS, "device": "cpu"}
     assert generate(model, ROWS[:4], tmp_path / "out", **options).made == 4
     (tmp_path / "out" / "report.json").unlink()
-    monkeypatch.setattr("fastguard.models.load_pipeline", None)
+    monkeypatch.setattr("fastguard.pipelines.loading.load_pipeline", None)
     summary = generate(model, ROWS[:4], tmp_path / "out", **options)
     assert (summary.total, summary.made) == (4, 0)
     assert summary.report.exists()

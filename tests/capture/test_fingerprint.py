@@ -16,8 +16,8 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.testing._internal.two_tensor import TwoTensor
 
 from fastguard.capture import attention
-from fastguard.capture.ambient import ambient
 from fastguard.capture.fingerprint import Fingerprint, kind
+from fastguard.capture.switches import ambient
 
 
 def renamed(entries):

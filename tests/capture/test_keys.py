@@ -11,11 +11,12 @@ import pytest
 import torch
 
 import fastguard
-from fastguard.capture import attention, engine, fingerprint, graphed
+from fastguard.capture import attention, fingerprint, graphed
+from fastguard.capture import options as engine
 from fastguard.capture.fingerprint import Fingerprint
 from fastguard.capture.graphs import Graphs
 from fastguard.capture.static_inputs import StaticInputs
-from fastguard.loop import Loop
+from fastguard.loop.loop import Loop
 from tests import pipelines, schedulers
 from tests.capture.calls import POLICIES, call, eager
 from tests.capture.test_stale import with_lora

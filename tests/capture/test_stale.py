@@ -13,7 +13,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 import fastguard
 from fastguard.capture.fingerprint import Fingerprint
 from fastguard.capture.static_loop import StaticLoop
-from fastguard.loop import Loop
+from fastguard.loop.loop import Loop
 from tests import pipelines, schedulers
 from tests.capture.calls import POLICIES, call, eager
 

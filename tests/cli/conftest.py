@@ -21,4 +21,4 @@ def no_model(monkeypatch):
     def load(*args, **kwargs):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("fastguard.models.load_pipeline", load)
+    monkeypatch.setattr("fastguard.pipelines.loading.load_pipeline", load)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typer.testing import CliRunner
 
-from fastguard.cli import app
+from fastguard.commands.cli import app
 
 
 def invoke(*args: object):

@@ -10,9 +10,10 @@ import diffusers
 import pytest
 
 import fastguard
-from fastguard import cli, testbed
-from fastguard.policy import Policy, policy
-from fastguard.prompts import read_jsonl
+from fastguard import testbed
+from fastguard.commands import cli
+from fastguard.commands.prompts import read_jsonl
+from fastguard.policies.policy import Policy, policy
 from tests import pipelines
 from tests.cli.invoking import invoke, refused
 
@@ -144,7 +145,7 @@ def test_unknown_fields(model, no_model, tmp_path, field):
 
 def test_prompts_of_the_same_tokens_are_one_draw(model, tmp_path, monkeypatch):
     """CLIP's tokenizer sees no case, and nothing beyond its length (16 here)."""
-    monkeypatch.setattr("fastguard.calibrate.collect_gate_statistics", None)
+    monkeypatch.setattr("fastguard.policies.gate.collect_gate_statistics", None)
     options = (
         "calibrate",
         "--model",

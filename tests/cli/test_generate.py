@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 import fastguard
-from fastguard.policy import Policy, policy
+from fastguard.policies.policy import Policy, policy
 from tests import pipelines
 from tests.cli.invoking import generating, invoke, refused
 
@@ -124,7 +124,7 @@ def test_finished_images_are_kept_and_damaged_ones_made_again(model, tmp_path, m
     assert not list(tmp_path.glob(".*.tmp"))
 
     (tmp_path / "report.json").unlink()
-    monkeypatch.setattr("fastguard.models.load_pipeline", None)  # nothing is missing: no model is loaded
+    monkeypatch.setattr("fastguard.pipelines.loading.load_pipeline", None)  # nothing is missing: no model is loaded
     assert "4 images, 0 of them made now" in invoke(*command).stdout
     assert (tmp_path / "report.json").exists()
 

@@ -7,8 +7,8 @@ import json
 import pytest
 
 import fastguard
-from fastguard.inspection import inspect_model
-from fastguard.policy import policy
+from fastguard.commands.inspection import inspect_model
+from fastguard.policies.policy import policy
 from tests.cli.invoking import invoke, refused
 
 

@@ -9,8 +9,8 @@ import signal
 
 import pytest
 
-from fastguard.generate import Interrupted
-from fastguard.policy import Policy, policy
+from fastguard.batch.generate import Interrupted
+from fastguard.policies.policy import Policy, policy
 from tests.cli.invoking import invoke, refused
 
 
@@ -26,7 +26,7 @@ def test_exit_codes(model, tmp_path, monkeypatch):
         def run(self, error=error):
             raise error
 
-        monkeypatch.setattr("fastguard.generate.Task.run", run)
+        monkeypatch.setattr("fastguard.batch.generate.Task.run", run)
         result = invoke(*command)
         assert result.exit_code == code
         assert "resumes" in result.stderr

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench import accounts, gpu, gpu_benchmarks, real_size, roofline
-from fastguard.loop import Loop
+from fastguard.loop.loop import Loop
 from fastguard.syncs import probe
 from tests import pipelines, schedulers
 from tests.capture import simulator

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastguard.kernels.twin import PART
+from fastguard.kernels.torch_step import PART
 
 from . import cases
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from fastguard.cli import app
-from fastguard.syncs.doctor import examine
+from fastguard.commands.cli import app
+from fastguard.commands.doctor import examine
 from tests import pipelines
 
 

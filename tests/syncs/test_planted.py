@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fastguard
-from fastguard.loop import Loop
+from fastguard.loop.loop import Loop
 from fastguard.syncs import probe
 from fastguard.syncs.find import _sync_debug
 from fastguard.syncs.stream import TO_DEVICE, TO_HOST, WAIT, Real, Stream

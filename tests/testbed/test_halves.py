@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastguard import policy, testbed
-from fastguard.calibrate import calibrate, collect_gate_statistics
+from fastguard.policies.gate import calibrate, collect_gate_statistics
 from fastguard.testbed import data, run, split, tables, tune
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "testbed"

@@ -83,7 +83,7 @@ def test_pndm_decides_as_heun(reports):
 
 def test_rows_instead_of_noise_levels_would_misfire(monkeypatch):
     """What the agreement rests on: with every row as an observation Heun fires within its first rows, at a mid-stage."""
-    import fastguard.schedule as module
+    import fastguard.schedules.compiler as module
 
     original = module.compile_schedule
 
@@ -93,6 +93,6 @@ def test_rows_instead_of_noise_levels_would_misfire(monkeypatch):
         rows[:-1, module.Row.OBSERVE] = 1.0
         return replace(schedule, rows=rows)
 
-    monkeypatch.setattr("fastguard.scheduling.compile_schedule", every_row)
+    monkeypatch.setattr("fastguard.pipelines.scheduler.compile_schedule", every_row)
     rows = [r.transition_step for r in decisions("heun", POLICIES["paper-dtp"])]
     assert sum(k is not None and k <= 6 for k in rows) > len(rows) // 2

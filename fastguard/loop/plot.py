@@ -1,0 +1,83 @@
+"""The curves of d as a picture. Needs matplotlib: the optional extra `plot`."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastguard.files import write_atomic
+
+if TYPE_CHECKING:
+    from fastguard.loop.report import ImageReport
+
+
+def plot_curves(images: Sequence[ImageReport], path: str | os.PathLike[str] | None = None) -> Any:
+    """RMS(c - u) = sqrt(d / elements) over the timestep, one line per image, on a logarithmic axis.
+
+    A dot marks the transition (hollow: forced by the deadline), a triangle the minimum that fired it, a dashed line the gate's threshold.
+    Returns the matplotlib Figure; saves it to `path` if one is given. ImportError without matplotlib.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install 'fastguard[plot]'") from error
+
+    figure = Figure(figsize=(7.5, 4.5), layout="constrained")  # no pyplot: no global state, no display
+    axes = figure.add_subplot()
+    for b, image in enumerate(images):
+        heights = [float("nan") if r is None else r for r in image.rms_curve]  # NaN: a gap
+        (line,) = axes.plot(image.timesteps, heights, lw=1.2, label=f"{b}: {image.policy.name}")
+        gaps = [True, *(h != h for h in heights), True]
+        alone = [k for k, h in enumerate(heights) if h == h and gaps[k] and gaps[k + 2]]  # no line goes through them
+        if alone:
+            axes.plot([image.timesteps[k] for k in alone], [heights[k] for k in alone], ".", color=line.get_color())
+        _mark(axes, image, image.transition_step, line.get_color(), "o", hollow=image.forced)
+        _mark(axes, image, image.minimum_step, line.get_color(), "v")
+    gates = {(image.gate["threshold"], image.policy.gate_steps) for image in images if image.gate is not None}
+    for tau, steps in sorted(gates):
+        axes.axhline(tau, ls="--", lw=1, color="0.4")
+        axes.annotate(
+            f"gate {tau:.3g}, compared at the first {'step' if steps == 1 else f'{steps} steps'} alone",
+            (0.99, tau),
+            xycoords=("axes fraction", "data"),
+            ha="right",
+            va="bottom",
+            color="0.3",
+        )
+    if any(r for image in images for r in image.rms_curve):
+        axes.set_yscale("log")
+    axes.invert_xaxis()
+    axes.set(
+        xlabel="timestep t",
+        ylabel="RMS(c - u)",
+        title="Guidance difference; dots: transition, triangles: minimum",
+    )
+    if 0 < len(images) <= 12:
+        axes.legend(fontsize="small")
+    if path is not None:
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=Path(path).suffix[1:] or "png", dpi=150)
+        write_atomic(path, buffer.getvalue())
+    return figure
+
+
+def _mark(
+    axes: Any,
+    image: ImageReport,
+    row: int | None,
+    colour: Any,
+    marker: str,
+    *,
+    hollow: bool = False,
+) -> None:
+    if row is None:
+        return
+    height = image.rms_curve[row]
+    t = image.timesteps[row]
+    if height is None:  # the branch was not run there: a vertical line instead of a point
+        axes.axvline(t, color=colour, lw=0.8, ls=":")
+    else:
+        axes.plot([t], [height], marker, color=colour, ms=6, mfc="white" if hollow else colour)

@@ -1,0 +1,233 @@
+"""What happened, image by image: the curve of d, the gate's verdict, the transition, and what it cost."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict, overload
+
+import torch
+
+from fastguard.files import finite, write_atomic
+from fastguard.kernels.layout import State
+from fastguard.policies.plan import Plan
+from fastguard.policies.policy import Policy
+
+FORMAT = 1  # version of the JSON
+
+
+class Gate(TypedDict):
+    """The gate's verdict. rms = sqrt(d / elements), the largest among its observations (None before the first)."""
+
+    caught: bool
+    rms: float | None
+    threshold: float  # tau
+    step: int | None  # row at which it caught the image
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageReport:
+    """One image. Rows count denoiser evaluations from 0; a value is None if the thing did not happen.
+
+    d_curve              per row d = ||c - u||_2^2; None where one of the branches, or the whole row, was not run
+    timesteps            per row
+    transition_step      first row with the guidance scale that follows the transition, and its timestep
+    minimum_step         row of the local minimum that fired the rule, and its timestep
+    margin               how far the minimum lies below its smaller neighbour (drop rule: the statistic below its threshold), relative:
+                         a decision with a small margin may turn out otherwise with another dtype or device
+    gate                 see `Gate`; None if the policy has none
+    forced               the deadline ended the guard, not the rule
+    non_finite           first row whose d was NaN or infinite; the last row if only the finished latents show it (no d is formed
+                         where one branch runs alone)
+    denoiser_rows        rows of the denoiser's batch that this image cost; plain guidance: two per evaluation
+    path, reason         which code ran, and why it was not the fused op alone ("own step": the scheduler is not linear)
+    """
+
+    policy: Policy
+    timesteps: tuple[float, ...]
+    d_curve: tuple[float | None, ...]
+    elements: int
+    transition_step: int | None
+    transition_timestep: float | None
+    minimum_step: int | None
+    minimum_timestep: float | None
+    margin: float | None
+    gate: Gate | None
+    forced: bool
+    non_finite: int | None
+    denoiser_rows: int
+    path: str
+    reason: str | None = None
+
+    @property
+    def rms_curve(self) -> tuple[float | None, ...]:
+        """RMS(c - u) = sqrt(d / elements) per row: the gate's unit, independent of the latent's size."""
+        return tuple(None if d is None else math.sqrt(d / self.elements) for d in self.d_curve)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values; what is not finite becomes None."""
+        values = {name: value for name, value in vars(self).items() if name != "policy"}
+        return finite({"policy": self.policy.to_dict(), **values})
+
+    def __str__(self) -> str:
+        gate = f"gate: {self.gate_text()}" if self.gate else ""
+        parts = [str(self.policy.name), gate, self.transition_text()]
+        if self.non_finite is not None:
+            parts.append(f"NOT FINITE from row {self.non_finite}")
+        return "  ".join(part for part in [*parts, f"{self.denoiser_rows} denoiser rows"] if part)
+
+    def gate_text(self) -> str:
+        """The gate's verdict in words; empty without a gate."""
+        if self.gate is None:
+            return ""
+        if self.gate["rms"] is None:
+            return f"not caught (no finite observation; threshold {self.gate['threshold']:.4g})"
+        rms = f"RMS {self.gate['rms']:.4g}"
+        if self.gate["caught"]:
+            return f"caught at row {self.gate['step']} ({rms} >= {self.gate['threshold']:.4g})"
+        return f"not caught ({rms} < {self.gate['threshold']:.4g})"
+
+    def transition_text(self) -> str:
+        """When the guard ended, in words; empty for images that the gate released."""
+        if self.policy.transition is None:
+            return "plain guidance"
+        if self.transition_step is None:
+            return "no transition" if self.gate is None or self.gate["caught"] else ""
+        details = []
+        if self.minimum_timestep is not None:
+            details.append(f"minimum at t = {self.minimum_timestep:g}")
+        if self.margin is not None:
+            details.append(f"margin {self.margin:.2%}")
+        how = "forced" if self.forced else "transition"
+        text = f"{how} at row {self.transition_step}, t = {self.transition_timestep:g}"
+        return f"{text} ({', '.join(details)})" if details else text
+
+
+class Report(Sequence[ImageReport]):
+    """A sequence of `ImageReport`, one per image of a call. The device is read once, when the report is first looked at."""
+
+    def __init__(self, plan: Plan, numbers: torch.Tensor, denoiser_rows: int, path: str, reason: str | None) -> None:
+        """Use `Report.read`. numbers: float64 [len(State) + 1 + K, B] on any device."""
+        self.path, self.reason = path, reason
+        self._plan, self._numbers, self._denoiser_rows = plan, numbers, denoiser_rows
+        self._ready = (
+            torch.cuda.current_stream(numbers.device).record_event()
+            if numbers.is_cuda and torch.cuda.is_initialized()
+            else None
+        )
+        self._images: tuple[ImageReport, ...] | None = None
+
+    @classmethod
+    def read(
+        cls,
+        state: torch.Tensor,
+        trace: torch.Tensor,
+        plan: Plan,
+        *,
+        path: str,
+        latents: torch.Tensor | None = None,
+        reason: str | None = None,
+        steps: int | None = None,
+        rows_run: int | None = None,
+    ) -> Report:
+        """Report on a finished (or interrupted) call, without waiting for the device: the buffers are copied on it.
+
+        state     float64 [>= B, len(State)] and trace float32 [>= K, >= B], as `guided_step` left them
+        plan      as `lower` made it
+        latents   [>= B, ...] at the end: whether they are finite
+        steps     rows that ran; all K unless given
+        rows_run  denoiser rows per image; what the plan asked for in those steps unless given
+        """
+        rows, batch = len(plan.timesteps), len(plan.policies)
+        finite = state.new_ones(batch) if latents is None else latents[:batch].flatten(1).isfinite().all(1)
+        numbers = torch.cat([state[:batch].double().T, finite.double()[None], trace[:rows, :batch].double()])
+        if rows_run is None:
+            rows_run = sum(2 if branch == "both" else 1 for branch in plan.branches[:steps])
+        return cls(plan, numbers, rows_run, path, reason)
+
+    @property
+    def images(self) -> tuple[ImageReport, ...]:
+        if self._images is None:
+            if self._ready is not None:
+                self._ready.synchronize()
+            table = self._numbers.cpu().T.tolist()
+            n = len(State)
+            self._images = tuple(self._image(b, line[:n], bool(line[n]), line[n + 1 :]) for b, line in enumerate(table))
+        return self._images
+
+    def _image(self, b: int, state: list[float], finite: bool, trace: list[float]) -> ImageReport:
+        policy: Any = self._plan.policies[b]
+        times, elements = self._plan.timesteps, self._plan.elements
+
+        def row(column: State) -> int | None:
+            return int(state[column]) if state[column] >= 0 else None
+
+        def timestep(column: State) -> float | None:
+            return times[int(state[column])] if state[column] >= 0 else None
+
+        non_finite = row(State.NON_FINITE)
+        gate: Gate | None = None
+        if policy.gate is not None:
+            largest, caught = state[State.GATE_D], row(State.GATE_STEP)
+            rms = math.sqrt(largest / elements) if largest >= 0 else None
+            gate = Gate(caught=caught is not None, rms=rms, threshold=policy.gate, step=caught)
+        return ImageReport(
+            policy=policy,
+            timesteps=times,
+            # NaN is what a row leaves that did not run both branches, unless the op says that d itself was not finite.
+            d_curve=tuple(
+                None if math.isnan(d) and not 0 <= state[State.NON_FINITE] <= k < state[State.STEP] else d
+                for k, d in enumerate(trace)
+            ),
+            elements=elements,
+            transition_step=row(State.TRANSITION_STEP),
+            transition_timestep=timestep(State.TRANSITION_STEP),
+            minimum_step=row(State.MINIMUM_STEP),
+            minimum_timestep=timestep(State.MINIMUM_STEP),
+            margin=None if math.isnan(state[State.MARGIN]) else state[State.MARGIN],
+            gate=gate,
+            forced=bool(state[State.FORCED]),
+            non_finite=int(state[State.STEP]) - 1 if non_finite is None and not finite else non_finite,
+            denoiser_rows=self._denoiser_rows,
+            path=self.path,
+            reason=self.reason,
+        )
+
+    @overload
+    def __getitem__(self, index: int) -> ImageReport: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[ImageReport, ...]: ...
+    def __getitem__(self, index: int | slice) -> ImageReport | tuple[ImageReport, ...]:
+        return self.images[index]
+
+    def __len__(self) -> int:
+        return len(self._plan.policies)
+
+    def __repr__(self) -> str:
+        why = f": {self.reason}" if self.reason else ""
+        lines = [f"{len(self)} image{'s' * (len(self) != 1)}, {self.path} path{why}"]
+        return "\n".join(lines + [f"{b:3d}: {image}" for b, image in enumerate(self.images)])
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "fastguard_report": FORMAT,
+            "path": self.path,
+            "reason": self.reason,
+            "images": [image.to_dict() for image in self.images],
+        }
+
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
+        """Strict JSON (NaN and infinities are null); also written to `path`, atomically, if one is given."""
+        text = json.dumps(self.to_dict(), indent=2, allow_nan=False, ensure_ascii=False)
+        if path is not None:
+            write_atomic(path, text + "\n")
+        return text
+
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
+        """The curves as a matplotlib Figure; also saved to `path` (its suffix is the format) if one is given."""
+        from fastguard.loop.plot import plot_curves
+
+        return plot_curves(self.images, path)

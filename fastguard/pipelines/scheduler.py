@@ -1,0 +1,135 @@
+"""The scheduler of one call: the table of the rows that its loop will run, and what the stock loop expects of a scheduler besides."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from fastguard.kernels.layout import Row
+from fastguard.schedules.compiler import Schedule, compile_schedule
+from fastguard.schedules.scheduler_state import changed, signature
+
+
+class Scheduling:
+    """`scheduler` is the original behind the pipeline's shadow; `schedule` is None until `compile`.
+
+    callback: somebody may change the latents between two steps.
+    scales_input: whether the pipeline's loop scales the model input (`Family`).
+    """
+
+    def __init__(self, scheduler: Any, arguments: Mapping[str, Any], *, callback: bool, scales_input: bool) -> None:
+        self.scheduler, self.arguments, self.callback, self.scales_input = scheduler, arguments, callback, scales_input
+        self.schedule: Any = None  # Schedule
+        self._accepted = inspect.signature(scheduler.step).parameters
+        self._begin = 0
+        self._step_kwargs: dict[str, Any] = {}
+        self._timesteps_arguments: tuple[tuple, dict] = ((), {})
+
+    def set_timesteps(self, *args: Any, **kwargs: Any) -> Any:
+        """Remember the arguments: the table is compiled from the same call made on the host, without reading the device back."""
+        self._timesteps_arguments = (args, kwargs)
+        return self.scheduler.set_timesteps(*args, **kwargs)
+
+    @property
+    def begin_index(self) -> int | None:
+        """Row at which the loop begins, where somebody has said so already (`set_begin_index`)."""
+        begin = getattr(self.scheduler, "_begin_index", None)
+        return None if begin is None else int(begin)
+
+    def compile(self, begin: int, own_step: str | None) -> Schedule:
+        """The table of rows from `begin` on. `own_step`: why the scheduler's own step() must run, whatever the table can do."""
+        self._begin = begin
+        return self._compile(expected_arguments(self.scheduler, self.arguments), own_step)
+
+    def begin_at(self, timestep: Any) -> int:
+        """Row of the schedule at which this loop begins (image-to-image and denoising_start begin late).
+
+        The loop's timesteps are views of `scheduler.timesteps`, so their offset tells without reading the device.
+        """
+        if self.begin_index is not None:
+            return self.begin_index
+        timesteps = self.scheduler.timesteps
+        tensors = isinstance(timestep, torch.Tensor) and isinstance(timesteps, torch.Tensor)
+        if tensors and torch._C._is_alias_of(timestep, timesteps):  # type: ignore[attr-defined]
+            return (timestep.storage_offset() - timesteps.storage_offset()) // max(timesteps.stride(0), 1)
+        matches = [i for i, t in enumerate(timesteps) if float(t) == float(torch.as_tensor(timestep).flatten()[0])]
+        if not matches:
+            raise ValueError(f"timestep={timestep!r}: must be one of scheduler.timesteps")
+        return matches[0]
+
+    def compile_again(self, step_kwargs: Mapping[str, Any], own_step: str | None, *, recorded: bool) -> bool:
+        """True if the pipeline calls step() with other arguments than expected, and the table was compiled anew for them."""
+        relevant = {k: v for k, v in step_kwargs.items() if k not in ("generator", "return_dict")}
+        if relevant == self._step_kwargs:
+            return False
+        if recorded:
+            raise RuntimeError(
+                f"scheduler.step was expected to get {self._step_kwargs} and got {relevant}; use capture='off'"
+            )
+        self._compile(relevant, own_step)
+        return True
+
+    def _compile(self, step_kwargs: dict[str, Any], own_step: str | None) -> Schedule:
+        self._step_kwargs = step_kwargs
+        schedule = compile_schedule(self._on_host(), step_kwargs=step_kwargs, begin_index=self._begin)
+        if not self.scales_input:
+            rows = schedule.rows.clone()
+            rows[:, Row.S] = 1.0
+            schedule = replace(schedule, rows=rows)
+        if own_step is None and self.callback and schedule.looks_back:
+            name = type(self.scheduler).__name__
+            own_step = f"{name} goes back to latents of an earlier row, which the callback may have changed since"
+        self.schedule = schedule if own_step is None else schedule.with_own_step(own_step)
+        self._signature = signature(self.scheduler) if self.callback else {}
+        return self.schedule
+
+    def check_unchanged(self) -> None:
+        """RuntimeError if a callback has changed the scheduler, whose table was made before the first row."""
+        if not self.callback or not self.schedule.linear:
+            return
+        now = signature(self.scheduler)
+        if names := changed(self._signature, now):
+            raise RuntimeError(
+                f"pipe.scheduler.{names[0]} was changed during a guarded call (by a callback), whose schedule was read before its first "
+                f"step; change it before the call, or call the pipeline without the guard"
+            )
+        self._signature = now
+
+    def _on_host(self) -> Any:
+        """The scheduler with its timesteps in host memory: itself, or a copy on which set_timesteps is repeated."""
+        if not isinstance(self.scheduler.timesteps, torch.Tensor) or self.scheduler.timesteps.device.type == "cpu":
+            return self.scheduler
+        host = copy.copy(self.scheduler)
+        args, kwargs = self._timesteps_arguments
+        names = list(inspect.signature(host.set_timesteps).parameters)
+        bound = {**dict(zip(names, args, strict=False)), **kwargs, "device": "cpu"}
+        host.set_timesteps(**bound)
+        return host
+
+    def rows_of_the_loop(self) -> int:
+        """Rows of the table that the loop runs: with denoising_end, the share of the training steps to denoise, only the first ones."""
+        end = self.arguments.get("denoising_end")
+        if not isinstance(end, float) or not 0 < end < 1:
+            return len(self.schedule.timesteps)
+        steps = self.scheduler.config.num_train_timesteps
+        return sum(float(t) >= round(steps - end * steps) for t in self.schedule.timesteps)
+
+    def passes_generator(self, pipe: Any) -> bool:
+        """Whether the pipeline hands its generator to scheduler.step, where stock draws."""
+        return "generator" in self._accepted and hasattr(pipe, "prepare_extra_step_kwargs")
+
+    def keep_step_index(self, row: int) -> None:
+        """Inpaint pipelines call scheduler.add_noise, which looks at the step index that the scheduler's own step() would have kept."""
+        if hasattr(self.scheduler, "_step_index"):
+            self.scheduler._step_index = self._begin + row
+
+
+def expected_arguments(scheduler: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What a pipeline that is called with `arguments` hands to step(), as far as a table depends on it."""
+    accepted = inspect.signature(scheduler.step).parameters
+    return {"eta": arguments["eta"]} if "eta" in accepted and "eta" in arguments else {}

@@ -1,0 +1,214 @@
+"""Policies as numbers: the rule table, the guidance of every row, the initial state, and which branches have to run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from fastguard import checks
+from fastguard.files import short
+from fastguard.kernels.layout import NEVER, Magnitude, Phase, Rule, RuleKind, State
+
+if TYPE_CHECKING:
+    from fastguard.policies.policy import Policy
+
+
+@dataclass(frozen=True)
+class Plan:
+    """B policies over K denoiser rows. Tensors are on the CPU; B images, columns as in `fastguard.kernels.layout`.
+
+    rules      float64 [B, len(Rule)]
+    guidance   float32 [B, K, 2]: g before the transition, g otherwise; e = u + g (c - u)
+    state      float64 [B, len(State)], the state before the first row
+    branches   K times "both" | "uncond" | "cond": what must run so that no image lacks a branch that it may need
+    policies   the B scalar policies, timesteps the K timesteps, elements those of one latent: for the report
+    """
+
+    rules: torch.Tensor
+    guidance: torch.Tensor
+    state: torch.Tensor
+    branches: tuple[str, ...]
+    policies: tuple[Policy, ...]
+    timesteps: tuple[float, ...]
+    elements: int
+
+
+def lower(
+    policies: Sequence[Policy],
+    *,
+    timesteps: Iterable[float] | torch.Tensor,
+    observe: Iterable[bool] | torch.Tensor,
+    guidance_scale: float,
+    elements: int,
+    in_steps: bool = True,
+) -> Plan:
+    """Turn scalar policies (`Policy.samples`) into the tables that `guided_step` reads.
+
+    timesteps, observe   one value per denoiser row; observe marks the first evaluation of each noise level
+    guidance_scale       the pipeline's own, used where a policy has none
+    elements             of one image's latent (channels x height x width)
+    in_steps             whether the timesteps count training steps, as t_star and deadline do (`Schedule.in_steps`)
+
+    ValueError if lengths disagree, a policy still holds per-image lists, a per-step schedule is not as long as the rows, or a policy
+    has a t_star or deadline where timesteps count something else.
+    """
+    times = tuple(float(t) for t in timesteps)
+    observed = tuple(bool(o) for o in observe)
+    if len(times) != len(observed):
+        raise ValueError(f"observe has {len(observed)} values: must be one per timestep, {len(times)}")
+    scale = checks.number("guidance_scale", guidance_scale, "a finite number")
+    elements = checks.integer("elements", elements, 1)
+
+    rules = torch.zeros(len(policies), len(Rule), dtype=torch.float64)
+    guidance = torch.zeros(len(policies), len(times), 2, dtype=torch.float32)
+    needed: list[set[str]] = [set() for _ in times]
+    for b, policy in enumerate(policies):
+        if any(isinstance(value, list) for value in vars(policy).values()):
+            raise ValueError(f"policies[{b}] holds per-image lists: pass policy.samples(batch)")
+        if not in_steps and (problem := limit_problem(policy)) is not None:
+            raise ValueError(problem)
+        switch_row = _switch_row(policy, times, observed)
+        rules[b] = torch.tensor(_rule(policy, switch_row, elements), dtype=torch.float64)
+        after = _after(policy, len(times), scale)
+        guidance[b, :, 0] = torch.tensor(_before(policy, after), dtype=torch.float32)
+        guidance[b, :, 1] = torch.tensor(after, dtype=torch.float32)
+        for row, branch in zip(needed, _branches(policy, switch_row, guidance[b].tolist()), strict=True):
+            row.add(branch)
+    branches = tuple(row.pop() if len(row) == 1 else "both" for row in needed)
+    return Plan(rules, guidance, _initial_state(policies), branches, tuple(policies), times, elements)
+
+
+def limit_of(policy: Any) -> str | None:
+    """The fixed timestep at which a guard ends at the latest, as "t_star=500"; None if it has none."""
+    if policy.transition == "static":
+        return f"t_star={policy.t_star:g}"
+    return None if policy.deadline is None else f"deadline={policy.deadline:g}"
+
+
+def limit_problem(policy: Any) -> str | None:
+    """Why a policy cannot be used where timesteps count no training steps; None if it can."""
+    if (limit := limit_of(policy)) is None:
+        return None
+    return (
+        f"policy {short(policy.name)}: {limit} counts training steps, which this scheduler's timesteps do not; use a policy without "
+        "such a limit ('paper-dtp'), or another scheduler"
+    )
+
+
+def unfit_guards(plan: Plan, rows: int) -> list[str]:
+    """One sentence for each policy whose limit lies outside of the timesteps of a call of `rows` rows.
+
+    Image-to-image and refiners begin late, so that the guard is over at their first row; a base model that leaves the rest to a
+    refiner (denoising_end) may end before the guard does.
+    """
+    found: dict[Policy, str] = {}
+    first, last = plan.timesteps[0], plan.timesteps[max(rows, 1) - 1]
+    for policy, switch_row in zip(plan.policies, plan.rules[:, Rule.SWITCH_ROW].tolist(), strict=True):
+        if not policy.transition:
+            continue
+        if switch_row == 0:
+            found[policy] = f"has no effect in this call: {limit_of(policy)} is not below its first timestep, {first:g}"
+        elif 0 < rows <= switch_row < len(plan.timesteps):
+            found[policy] = (
+                f"does not end in this call: {limit_of(policy)} is not above its last timestep, {last:g} (denoising_end); an image "
+                f"without an earlier transition never gets the guidance after it"
+            )
+    return [f"policy {policy.name!r} {what}" for policy, what in found.items()]
+
+
+def of_images(policy: Policy, batch: int, per_prompt: int) -> list[Policy]:
+    """Policies per image: lists may be as long as the batch of images or as the list of prompts."""
+    lengths = {len(value) for value in vars(policy).values() if isinstance(value, list)}
+    if per_prompt > 1 and lengths == {batch // per_prompt}:
+        return [p for p in policy.samples(batch // per_prompt) for _ in range(per_prompt)]
+    return policy.samples(batch)
+
+
+def gate_threshold(tau: float, elements: int) -> float:
+    """The smallest float32 d with sqrt(d / elements) >= tau, evaluated in float64: so that comparing d decides as comparing RMS does."""
+
+    def caught(d: np.float32) -> bool:
+        return math.sqrt(float(d) / elements) >= tau
+
+    with np.errstate(over="ignore", under="ignore"):
+        # The float32 nearest to the exact threshold, whose lower neighbour is thus below it: either this one or the next.
+        d = np.float32(tau * tau * elements)
+        while not caught(d):
+            d = np.nextafter(d, np.float32(np.inf))
+    return float(d)
+
+
+def _switch_row(policy: Any, times: Sequence[float], observed: Sequence[bool]) -> int:
+    """First observing row at or below t_star (static) or the deadline (dynamic)."""
+    limit = policy.t_star if policy.transition == "static" else policy.deadline
+    if limit is None:
+        return NEVER
+    return next((k for k, t in enumerate(times) if observed[k] and t <= limit), NEVER)
+
+
+def _rule(policy: Any, switch_row: int, elements: int) -> list[float]:
+    row = [0.0] * len(Rule)
+    row[Rule.KIND] = RuleKind[policy.rule.upper()] if policy.transition == "dynamic" else RuleKind.NONE
+    row[Rule.SWITCH_ROW] = switch_row
+    row[Rule.GATE] = math.inf if policy.gate is None else gate_threshold(policy.gate, elements)
+    row[Rule.GATE_STEPS] = 0 if policy.gate is None else policy.gate_steps
+    row[Rule.MIN_STEP] = policy.min_step
+    row[Rule.FLOOR] = 1.0 - policy.min_drop
+    row[Rule.RHO] = policy.rho
+    row[Rule.MAGNITUDE] = Magnitude[policy.magnitude.upper()]
+    return row
+
+
+def _after(policy: Any, rows: int, scale: float) -> list[float]:
+    """g of every row once the transition is over, and of unguarded images throughout."""
+    own = scale if policy.guidance_scale is None else policy.guidance_scale
+    if not isinstance(own, tuple):
+        return [own] * rows
+    if len(own) != rows:
+        raise ValueError(
+            f"guidance_scale of policy {policy.name!r} has {len(own)} values: must be one per denoiser row, {rows}"
+        )
+    return list(own)
+
+
+def _before(policy: Any, after: Sequence[float]) -> list[float]:
+    """g of every row before the transition."""
+    fixed = {"zero": 0.0, "conditional": 1.0}.get(policy.before, policy.before)
+    before = [-s for s in after] if fixed == "opposite" else [fixed] * len(after)
+    if policy.opposite_steps is None:
+        return before
+    return [g if k < policy.opposite_steps else 0.0 for k, g in enumerate(before)]
+
+
+def _branches(policy: Any, switch_row: int, guidance: Sequence[Sequence[float]]) -> list[str]:
+    """Per row: "uncond" where g is surely 0, "cond" where it is surely 1, else "both". A dynamic rule, a gate and monitor need d."""
+    if policy.monitor or policy.transition == "dynamic" or policy.gate is not None:
+        return ["both"] * len(guidance)
+    before_until = switch_row if policy.transition == "static" else 0
+    sure = [pair[0 if k < before_until else 1] for k, pair in enumerate(guidance)]
+    return [{0.0: "uncond", 1.0: "cond"}.get(g, "both") for g in sure]
+
+
+def _initial_state(policies: Sequence[Any]) -> torch.Tensor:
+    state = torch.zeros(len(policies), len(State), dtype=torch.float64)
+    for b, policy in enumerate(policies):
+        gated = Phase.BEFORE if policy.gate is None else Phase.UNDECIDED
+        state[b, State.PHASE] = Phase.PLAIN if policy.transition is None else gated
+    for column in (State.LAST, State.BEFORE_LAST, State.MARGIN):
+        state[:, column] = math.nan
+    for column in (State.MAXIMUM, State.GATE_D):
+        state[:, column] = -math.inf
+    for column in (
+        State.LAST_ROW,
+        State.TRANSITION_STEP,
+        State.MINIMUM_STEP,
+        State.GATE_STEP,
+        State.NON_FINITE,
+    ):
+        state[:, column] = -1
+    return state

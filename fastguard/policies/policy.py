@@ -1,0 +1,290 @@
+"""What guidance when: the policy of each image, its presets and its file format.
+
+Per image and denoiser row k, with u, c the outputs of the unconditional and the conditional branch, the guided output is
+
+    e = u + g (c - u),    g = `before` until the transition, `guidance_scale` from it on
+
+(Jain et al., "Classifier-Free Guidance inside the Attraction Basin May Cause Memorization", CVPR 2025, arXiv 2411.16738). The
+transition is static (a timestep) or dynamic (decided per image from the curve d_k = ||c - u||^2). `lower` turns policies into the
+numbers that the kernel reads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias, TypeVar
+
+from fastguard import checks
+from fastguard.files import is_unicode, read_json, short, write_json
+from fastguard.policies.plan import Plan, lower
+
+__all__ = ["DEADLINE", "DEFAULT", "PRESETS", "Plan", "Policy", "lower", "policy"]
+
+T = TypeVar("T")
+PerSample: TypeAlias = "T | list[T]"  # a list holds one value per image of the batch
+Number = float | int
+
+DEFAULT = "dtp"
+"""The preset of whoever names none. Opposite guidance until the transition (`og+dtp`) copies still less, and ruins pictures: on the
+embedded model without a gate, 2% of the ordinary pictures still show their caption, 64% under `dtp` (docs/testbed)."""
+
+DEADLINE = 600.0
+"""Timestep at which `dtp` and `og+dtp` begin to guide even if no local minimum was seen: the middle of the fixed timesteps that work
+in the paper (500 to 700). On the embedded model's tuning prompts, copies and faithfulness of the others: at 700 43% and 63%, at 561
+32% and 53%, without a deadline 23% and 28% (docs/testbed/tuning.json, which calls 561 600)."""
+
+FORMAT = 1  # version of the policy file
+SUFFIX = ".json"  # by which a policy file is told from a preset's name
+
+MOST_STEPS = 10_000
+LONGEST_NAME = 200  # characters
+LARGEST_SCALE = 1000.0
+"""Of guidance: float16 holds numbers to 65,504, and what is guided by thousands is no picture."""
+
+RANGES: dict[str, tuple[float, float]] = {
+    "guidance_scale": (0.0, LARGEST_SCALE),
+    "before": (-LARGEST_SCALE, LARGEST_SCALE),
+    "gate_steps": (1, MOST_STEPS),
+    "min_step": (0, MOST_STEPS),
+    "opposite_steps": (0, MOST_STEPS),
+}
+"""Smallest and largest number that a field may hold, in every row of a prompt file too. Each of a tuple is in the range."""
+
+
+def _checked(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """One image's fields, each of its type and in its range; errors begin with `prefix`."""
+    try:
+        valid = checks.scalar_policy(values, prefix)
+    except (ValueError, RecursionError) as error:
+        message = str(error)  # holds the value, whatever its length, and at its end what is allowed
+        raise ValueError(message if len(message) <= 400 else f"{message[:80]} ... {message[-300:]}") from None
+    for key, (lowest, highest) in RANGES.items():
+        for value in valid[key] if isinstance(valid[key], tuple) else [valid[key]]:
+            if isinstance(value, (int, float)) and not lowest <= value <= highest:
+                raise ValueError(f"{prefix}{key}={short(value)}: must be from {lowest:g} to {highest:g}")
+    name = valid["name"]
+    if len(name) > LONGEST_NAME or not is_unicode(name):
+        raise ValueError(f"{prefix}name={short(name)}: must be UTF-8 text of at most {LONGEST_NAME} characters")
+    return valid
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """When the guard guides, and how strongly. Any field may be a list as long as the batch: one value per image.
+
+    before          g before the transition: "zero" 0, "conditional" 1, "opposite" -s with s the guidance scale at that row, or a number
+    transition      None: plain guidance throughout. "static": at the first step with t <= t_star. "dynamic": when `rule` fires
+    t_star          timestep >= 0; for "static" only, and needed there
+    rule            dynamic only. "minimum": at row k if d[k-1] is a strict local minimum of the observations (the paper's rule).
+                    "drop": once the statistic is below rho times its own maximum so far
+    rho             threshold of "drop", in (0, 1)
+    magnitude       statistic of the rule: d of the model's "output", or d converted to "epsilon" or "x0" space
+    deadline        timestep >= 0 at which a dynamic rule that has not fired is overruled (the report says `forced`); None: never
+    gate            tau > 0. Only images with RMS(c - u) = sqrt(d / elements) >= tau in one of the first `gate_steps` observations are
+                    guarded; the others get plain guidance from the first row to the last. None: every image is guarded
+    min_step        dynamic: minima (drops) before this observation are ignored
+    min_drop        in [0, 1). "minimum" counts only if it lies below (1 - min_drop) times the maximum so far
+    opposite_steps  opposite guidance (`before` = "opposite" or a negative number) holds for at most this many first rows, zero
+                    guidance after them until the transition; None: no limit
+    monitor         run both branches also where the guidance needs only one, so that the report's curve has no holes
+    guidance_scale  None: the pipeline's own. A number, or a tuple with one value per denoiser row
+    name            shown in reports; at most 200 characters
+
+    `RANGES` has the limits of the numbers. A value that is not allowed, or that would have no effect (a deadline without a dynamic
+    transition, ...), raises ValueError with the argument's name, the value and what is allowed.
+    """
+
+    before: PerSample[str | Number] = "zero"
+    transition: PerSample[str | None] = None
+    t_star: PerSample[Number | None] = None
+    rule: PerSample[str] = "minimum"
+    rho: PerSample[Number] = 0.3
+    magnitude: PerSample[str] = "output"
+    deadline: PerSample[Number | None] = None
+    gate: PerSample[Number | None] = None
+    gate_steps: PerSample[int] = 1
+    min_step: PerSample[int] = 0
+    min_drop: PerSample[Number] = 0.0
+    opposite_steps: PerSample[int | None] = None
+    monitor: PerSample[bool] = False
+    guidance_scale: PerSample[Number | tuple[Number, ...] | None] = None
+    name: PerSample[str] = "custom"
+
+    def __post_init__(self) -> None:
+        values = self._values()
+        length = checks.common_length(values)
+        if length is None:
+            valid = _checked(values)
+        else:
+            each = [_checked(_pick(values, i), f"sample {i}: ") for i in range(length)]
+            valid = {key: [v[key] for v in each] if isinstance(values[key], list) else each[0][key] for key in values}
+        for key, value in valid.items():
+            object.__setattr__(self, key, value)
+
+    def _values(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    @property
+    def guarded(self) -> bool:
+        """True if some image may get other than plain guidance."""
+        return any(kind is not None for kind in _as_list(self.transition))
+
+    @property
+    def sets_scale(self) -> bool:
+        """True if some image has a guidance scale of its own."""
+        return any(scale is not None for scale in _as_list(self.guidance_scale))
+
+    def ungated_warning(self) -> str | None:
+        """What to tell the user once on enabling this policy: None unless images are guarded whatever their prompt."""
+        values = self._values()
+        samples = self.samples(checks.common_length(values) or 1)
+        ungated = [s.name for s in samples if s.transition is not None and s.gate is None]
+        if not ungated:
+            return None
+        return (
+            f"policy {', '.join(map(short, dict.fromkeys(ungated)))} has no gate: every prompt is guarded, ordinary ones too, and their images change. Set gate=tau"
+            " (`fastguard calibrate` chooses it from ordinary prompts), or use policy 'cfg' for plain guidance."
+        )
+
+    def samples(self, batch: int) -> list[Policy]:
+        """One policy with scalar fields (a per-step tuple counts as one) for each of `batch` images; ValueError if a list has another length."""
+        values = self._values()
+        length = checks.common_length(values)
+        if length is None:
+            return [self] * batch
+        if length != batch:
+            raise ValueError(
+                f"policy {self.name!r} has per-image lists of {length} values, but the batch has {batch} images; values per denoiser row "
+                "are a tuple"
+            )
+        return [Policy(**_pick(values, i)) for i in range(length)]
+
+    @classmethod
+    def stack(cls, policies: Sequence[Policy]) -> Policy:
+        """One policy for a batch, image b under policies[b]. ValueError if there are none or one holds per-image lists already."""
+        if not policies:
+            raise ValueError("policies=[]: must hold at least one policy")
+        each = [p._values() for p in policies]
+        for b, values in enumerate(each):
+            if (length := checks.common_length(values)) is not None:
+                raise ValueError(
+                    f"policies[{b}] already holds per-image lists of {length} values: must be for one image"
+                )
+        return cls(**{key: [values[key] for values in each] for key in each[0]})
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON values: a list is per image, {"per_step": [...]} is per denoiser row."""
+        return {"fastguard_policy": FORMAT} | {key: _encode(value) for key, value in self._values().items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Policy:
+        """Inverse of `to_dict`. Missing fields take their defaults; unknown ones raise ValueError."""
+        if (
+            not isinstance(values, Mapping)
+            or values.get("fastguard_policy") != FORMAT
+            or values["fastguard_policy"] is True
+        ):
+            raise ValueError(f'not a fastguard policy: expected an object with "fastguard_policy": {FORMAT}')
+        given = {key: value for key, value in values.items() if key not in ("fastguard_policy", "provenance")}
+        _refuse_unknown(given)
+        return cls(**{key: _decode(key, value) for key, value in given.items()})
+
+    def save(self, path: str | os.PathLike[str], *, provenance: Mapping[str, Any] | None = None) -> Path:
+        """Write the policy as JSON, atomically. `provenance` (how the values were found) is kept in the file and ignored on loading.
+
+        ValueError for a path that `policy` would not take for a file's.
+        """
+        if not os.fspath(path).endswith(SUFFIX):
+            raise ValueError(f"path={short(os.fspath(path))}: must end in {SUFFIX}")
+        extra = {} if provenance is None else {"provenance": dict(provenance)}
+        return write_json(path, self.to_dict() | extra)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Policy:
+        """Read a policy file. FileNotFoundError if there is none; ValueError, naming the file and the field, if it is not valid."""
+        values = read_json(path)
+        try:
+            return cls.from_dict(values)
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)}: {error}") from None
+
+
+_DYNAMIC: dict[str, Any] = {"transition": "dynamic", "deadline": DEADLINE}
+_BARE: dict[str, Any] = {"transition": "dynamic"}
+
+_FIELDS: dict[str, dict[str, Any]] = {
+    "cfg": {},
+    "stp": {"before": "zero", "transition": "static", "t_star": 500.0},
+    "og+stp": {"before": -2.0, "transition": "static", "t_star": 650.0},
+    "dtp": {"before": "zero", **_DYNAMIC},
+    "og+dtp": {"before": "opposite", **_DYNAMIC},
+    "paper-dtp": {"before": "zero", **_BARE},
+    "paper-og+dtp": {"before": "opposite", **_BARE},
+    "released-dtp": {"before": "conditional", **_BARE},
+}
+
+PRESETS = {name: Policy(name=name, **fields) for name, fields in _FIELDS.items()}
+"""`cfg` plain guidance; the paper's methods (`stp`, `dtp`, with opposite guidance `og+`); `paper-` without
+the deadline; `released-dtp` what the authors' released script really runs (g = 1 before the transition)."""
+
+
+def policy(source: str | os.PathLike[str] | Policy, **overrides: Any) -> Policy:
+    """The policy `source` (a preset's name, a file ending in .json, or a policy) with the fields in `overrides` replaced.
+
+    ValueError for an unknown preset or field or a value that is not allowed, FileNotFoundError for a missing file.
+    """
+    if isinstance(source, Policy):
+        base = source
+    elif isinstance(source, (str, os.PathLike)) and os.fspath(source).endswith(SUFFIX):
+        base = Policy.load(source)
+    elif isinstance(source, str) and source in PRESETS:
+        base = PRESETS[source]
+    else:
+        raise ValueError(
+            f"policy={short(source)}: allowed are {', '.join(PRESETS)}, a Policy, or a path ending in {SUFFIX}"
+        )
+    _refuse_unknown(overrides)
+    return dataclasses.replace(base, **overrides)
+
+
+def provenance(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What `Policy.save` kept in a policy file of how its values were found; empty if there is nothing."""
+    found = read_json(path).get("provenance")
+    return found if isinstance(found, dict) else {}
+
+
+def _refuse_unknown(given: Mapping[str, Any]) -> None:
+    known = [field.name for field in dataclasses.fields(Policy)]
+    unknown = [key for key in given if key not in known]
+    if unknown:
+        raise ValueError(f"unknown policy field {short(unknown[0])}: allowed are {', '.join(known)}")
+
+
+def _pick(values: Mapping[str, Any], index: int) -> dict[str, Any]:
+    return {key: value[index] if isinstance(value, list) else value for key, value in values.items()}
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return {"per_step": list(value)}
+    return [_encode(item) for item in value] if isinstance(value, list) else value
+
+
+def _decode(key: str, value: Any) -> Any:
+    return [_decode_one(key, item) for item in value] if isinstance(value, list) else _decode_one(key, value)
+
+
+def _decode_one(key: str, value: Any) -> Any:
+    if isinstance(value, dict):
+        if set(value) != {"per_step"} or not isinstance(value["per_step"], list):
+            raise ValueError(f'{key}={short(value)}: an object must be {{"per_step": [...]}}')
+        return tuple(value["per_step"])
+    return value

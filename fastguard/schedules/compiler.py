@@ -1,0 +1,303 @@
+"""Compile a diffusers scheduler into a table of coefficients, one row per denoiser evaluation.
+
+    m  = P x + Q e;    x' = A x + B m + sum_j H_j history[j] + N z;    history[STORE] = m
+
+The table is not written by hand: the real scheduler is run on basis vectors (`_trace_scheduler`), its coefficients are folded into
+the form above (`_fold`), and the result is checked against the scheduler's own run on random numbers. A scheduler that is not linear
+in sample, model outputs and noise (thresholding, clipping), that needs more than three remembered tensors, or whose own float32
+arithmetic loses more than a table would repeat, gets a table that passes the guided output through, and its own step() runs outside.
+`python -m fastguard.schedules.table` lists them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from enum import Enum
+from types import FunctionType
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastguard.kernels.layout import HISTORY, Row
+from fastguard.schedules.fold import Folded, fold, free_form
+from fastguard.schedules.noise_level import weights
+from fastguard.schedules.scheduler_state import functions, own_state, replaced_step
+from fastguard.schedules.trace import Trace, first_row, stock_in_float32, trace
+
+# Relative to the largest value of x'; beyond them the scheduler's own step() runs.
+LARGEST_RESIDUAL = 1e-6
+LARGEST_ROUNDING = 6e-7  # two float32 computations of such a row differ by up to the 1e-6 promised against stock
+LARGEST_DIFFERENCE = (
+    9e-7  # of the table from stock in float32: 1e-6 is promised, a latent has more elements than the probe
+)
+# Shorter runs keep the table, which is nearer to float64 than stock is: their long steps cost stock up to 1.6e-5 (KDPM2, 2 steps).
+SHORTEST_COMPARED = 10
+SMALLEST_START = 0.01  # of the training's timesteps
+CACHED = 64  # schedules kept; one of 50 rows is 7 kB
+
+_IGNORED_ARGUMENTS = {"generator", "return_dict"}
+_cache: OrderedDict[tuple[tuple, bytes], Schedule] = OrderedDict()
+_cache_lock = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What one denoising run does, per denoiser evaluation (row). Shared between callers: do not write into its tensors.
+
+    rows         float64 [K + 1, len(Row)], CPU; the last row is inactive (ACTIVE = 0, S = 1, TIMESTEP = 0)
+    timesteps    [K], the scheduler's own values and dtype, CPU
+    history      history buffers in use, 0..3
+    draws        noise draws per row as stock makes them, also where the coefficient is 0; all 0 if not linear: step() draws then
+    residual     largest |x' - stock's x'| / max|x'| over all rows, everything in float64; NaN if not linear
+    form         what m is, up to a factor: "epsilon" (the guided output e itself, whatever the model predicts), "x0", "converted"
+                 (as the scheduler converts the output), "free" (read from the coefficients) or "own step"
+    linear       False: P = 0, Q = 1, A = 0, B = 1, so that x' = e goes to the scheduler's own step(); S, TIMESTEP, OBSERVE and W_*
+                 are valid all the same
+    reason       why it is not linear
+    noise_dtype  dtype in which stock draws; None: that of the model's output
+    rounding     like residual, but with the table and its arithmetic in float32, against stock in float64
+    looks_back   whether a row is true only where x is what the row before gave: stock goes back to an older sample there, and to
+                 whatever somebody made of it in between
+    in_steps     whether timesteps count training steps; some schedulers' are logarithms or angles of the noise level
+    """
+
+    rows: torch.Tensor
+    timesteps: torch.Tensor
+    history: int
+    draws: tuple[int, ...]
+    residual: float
+    form: str
+    linear: bool
+    reason: str | None
+    noise_dtype: torch.dtype | None = None
+    rounding: float = float("nan")
+    in_steps: bool = True
+    looks_back: bool = False
+
+    def with_own_step(self, reason: str) -> Schedule:
+        """The same rows without an update: x' = e, for callers that must run the scheduler's own step() on the guided output."""
+        if not self.linear:
+            return self
+        rows = self.rows.clone()
+        rows[:, [Row.P, Row.A, *range(Row.H0, Row.H0 + HISTORY), Row.N]] = 0.0
+        rows[:, [Row.Q, Row.B]] = 1.0
+        rows[:, Row.STORE] = -1.0
+        draws = (0,) * len(self.draws)
+        return Schedule(rows, self.timesteps, 0, draws, float("nan"), "own step", False, reason, in_steps=self.in_steps)
+
+
+def compile_schedule(scheduler: Any, *, step_kwargs: Mapping[str, Any] | None = None, begin_index: int = 0) -> Schedule:
+    """Table of `scheduler`, whose timesteps are set; rows from `begin_index` (or the scheduler's own begin_index) on.
+
+    step_kwargs are the extra arguments that the caller would pass to step() (eta, s_churn, ...); a generator among them is ignored
+    and not consumed. The scheduler is neither run nor changed. Results are cached by value, any number of threads may call; not those of a
+    scheduler that holds an object whose value nobody can name (a `tau_func` that reads something from outside it).
+    """
+    arguments = {name: value for name, value in (step_kwargs or {}).items() if name not in _IGNORED_ARGUMENTS}
+    begin = first_row(scheduler, begin_index)
+    key = _key(scheduler, arguments, begin)
+    if key is None:
+        return _compile(scheduler, arguments, begin)
+    with _cache_lock:
+        if key in _cache:
+            _cache.move_to_end(key)
+            return _cache[key]
+    schedule = _compile(scheduler, arguments, begin)
+    with _cache_lock:
+        schedule = _cache.setdefault(key, schedule)
+        while len(_cache) > CACHED:
+            _cache.popitem(last=False)
+    return schedule
+
+
+@torch.inference_mode(False)  # a cached table outlives the caller's inference mode
+def _compile(scheduler: Any, arguments: Mapping[str, Any], begin: int) -> Schedule:
+    recorded = trace(scheduler, arguments, begin)
+    timesteps = scheduler.timesteps[begin:].detach().to("cpu", copy=True)
+    own = Schedule(
+        rows=_rows_without_update(scheduler, recorded, timesteps),
+        timesteps=timesteps,
+        history=0,
+        draws=(0,) * len(timesteps),
+        residual=float("nan"),
+        form="own step",
+        linear=False,
+        reason=_known_reason(scheduler, arguments) or recorded.problem,
+        in_steps=in_training_steps(scheduler),
+    )
+    if own.reason is not None:
+        return own
+    try:
+        form, folded = _best_fold(recorded, own.rows)
+    except ValueError as error:
+        return replace(own, reason=str(error))
+    rows = _with_update(own.rows, folded)
+    residual = _deviation(rows, recorded, recorded.probe_x[1:], np.float64)
+    if not residual <= LARGEST_RESIDUAL:
+        reason = f"not linear in sample, output and noise (residual {residual:.1e})"
+        return replace(own, reason=reason)
+    rounding = _deviation(rows, recorded, recorded.probe_x[1:], np.float32)
+    if not rounding <= LARGEST_ROUNDING:
+        return replace(own, reason=f"its table would lose {rounding:.1e} to rounding in float32")
+    if len(timesteps) >= SHORTEST_COMPARED:
+        stock = stock_in_float32(scheduler, arguments, begin, recorded)
+        difference = _deviation(rows, recorded, stock, np.float32)
+        if not difference <= LARGEST_DIFFERENCE:
+            lost = f"its own step loses {difference:.1e} to rounding in float32, which a table does not repeat"
+            return replace(own, reason=lost)
+    return replace(
+        own,
+        rows=rows,
+        history=folded.history,
+        draws=recorded.draws,
+        residual=residual,
+        rounding=rounding,
+        form=form,
+        linear=True,
+        reason=None,
+        noise_dtype=recorded.noise_dtype,
+        looks_back=folded.looks_back,
+    )
+
+
+def _known_reason(scheduler: Any, arguments: Mapping[str, Any]) -> str | None:
+    config = getattr(scheduler, "config", {})
+    if hasattr(scheduler, "noise_sampler"):
+        return "its noise comes from a Brownian tree, not from the caller's generators"
+    for name in ("thresholding", "clip_sample"):
+        if config.get(name):
+            return f"{name}=True is not linear"
+    if config.get("skip_prk_steps") is False:
+        return "Runge-Kutta steps (skip_prk_steps=False) need five remembered tensors"
+    for name, value in arguments.items():
+        if not isinstance(value, (int, float, str, bool, type(None))):
+            return f"step argument {name} is a {type(value).__name__}, not a number"
+    return None
+
+
+def _best_fold(recorded: Trace, rows: torch.Tensor) -> tuple[str, Folded]:
+    """The first form that fits: the output itself, the scheduler's own conversion, whatever the coefficients say."""
+    output = np.tile([0.0, 1.0], (len(recorded.out), 1))
+    x0 = np.allclose(recorded.converted[:, 1] ** 2, rows[:-1, Row.W_X0].numpy(), rtol=1e-4)
+    forms = {
+        "epsilon": output,
+        "x0" if x0 else "converted": recorded.converted,
+        "free": free_form(recorded),
+    }
+    reason = "not linear, or a row looks back at more than one tensor per earlier row"
+    for name, form in forms.items():
+        folded = fold(recorded, form)
+        if folded is not None and folded.history <= HISTORY:
+            return name, folded
+        if folded is not None:
+            reason = f"it needs {folded.history} remembered tensors, {HISTORY} are supported"
+    raise ValueError(reason)
+
+
+def in_training_steps(scheduler: Any) -> bool:
+    """By the whole schedule: one that counts steps begins among the hundreds, or has so few that they are small integers."""
+    trained = getattr(scheduler, "config", {}).get("num_train_timesteps", 0)
+    times = [float(t) for t in scheduler.timesteps]
+    return max(times) >= SMALLEST_START * trained or all(t.is_integer() for t in times)
+
+
+def _rows_without_update(scheduler: Any, recorded: Trace, timesteps: torch.Tensor) -> torch.Tensor:
+    rows = torch.zeros(len(timesteps) + 1, len(Row), dtype=torch.float64, device="cpu")
+    rows[:, Row.S] = 1.0
+    rows[:, Row.STORE] = -1.0
+    rows[:, [Row.Q, Row.B]] = 1.0
+    body = rows[:-1]
+    body[:, Row.ACTIVE] = 1.0
+    body[:, Row.S] = torch.from_numpy(recorded.scale)
+    body[:, Row.TIMESTEP] = timesteps.double()
+    epsilon, x0 = weights(scheduler, recorded.sigma)
+    body[:, Row.W_EPSILON], body[:, Row.W_X0] = torch.from_numpy(epsilon), torch.from_numpy(x0)
+    seen: set[float] = set()
+    for k, (level, starts) in enumerate(zip(recorded.sigma.tolist(), recorded.starts.tolist(), strict=True)):
+        body[k, Row.OBSERVE] = float(starts and level not in seen)
+        if starts:
+            seen.add(level)
+    return rows
+
+
+def _with_update(rows: torch.Tensor, folded: Folded) -> torch.Tensor:
+    rows = rows.clone()
+    body = rows[:-1]
+    for column in ("p", "q", "a", "b", "n"):
+        body[:, Row[column.upper()]] = torch.from_numpy(getattr(folded, column))
+    for k, (slots, store) in enumerate(zip(folded.slots, folded.store, strict=True)):
+        body[k, Row.STORE] = store
+        for j, slot in slots.items():
+            body[k, Row.H0 + slot] = folded.lags[k, j]
+    return rows
+
+
+def _deviation(rows: torch.Tensor, recorded: Trace, stock: np.ndarray, dtype: type[np.floating]) -> float:
+    """Largest |x' - stock's x'| / max|x'| over rows, on the random columns, every row from the recorded x_k, in `dtype`."""
+    x, e, z = (a.astype(dtype) for a in (recorded.probe_x, recorded.probe_e, recorded.probe_z))
+    history = np.zeros((HISTORY, x.shape[1]), dtype)
+    worst = 0.0
+    for k, row in enumerate(rows[:-1].numpy()):
+        c = row.astype(dtype)
+        m = c[Row.P] * x[k] + c[Row.Q] * e[k]
+        after = c[Row.A] * x[k] + c[Row.B] * m
+        for slot in range(HISTORY):
+            after = after + c[Row.H0 + slot] * history[slot]
+        after = after + c[Row.N] * z[k]
+        if row[Row.STORE] >= 0:
+            history[int(row[Row.STORE])] = m
+        worst = max(worst, float(np.abs(after - stock[k]).max() / np.abs(stock[k]).max()))
+    return worst
+
+
+# What `repr` says all of. No subclasses: theirs may say anything.
+_SCALARS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+_DEEPEST = 8
+
+
+def _feed(digest: Any, value: Any, depth: int = 0) -> bool:
+    """Add a value to the digest; False if it is none: an object whose state nobody can name, or a function that reads from outside itself."""
+    kind = type(value)
+    digest.update(kind.__name__.encode())
+    if kind in _SCALARS or isinstance(value, (Enum, np.generic)):
+        digest.update(repr(value).encode() + b";")
+        return True
+    if depth > _DEEPEST:  # or it holds itself
+        return False
+    if isinstance(value, Mapping):
+        return _feed(digest, list(value), depth + 1) and _feed(digest, list(value.values()), depth + 1)
+    if kind in (list, tuple):
+        digest.update(f"{len(value)}:".encode())
+        return all(_feed(digest, item, depth + 1) for item in value)
+    if kind is torch.Tensor:
+        value = value.detach().cpu().contiguous()
+        digest.update(repr((value.dtype, value.shape)).encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+        return True
+    if kind is np.ndarray and not value.dtype.hasobject:
+        digest.update(repr((value.dtype, value.shape)).encode() + value.tobytes())
+        return True
+    if kind is FunctionType and not value.__closure__ and not value.__code__.co_names:
+        code = value.__code__
+        return _feed(digest, [code.co_code, code.co_consts, value.__defaults__, value.__kwdefaults__], depth + 1)
+    return False
+
+
+def _key(scheduler: Any, arguments: Mapping[str, Any], begin: int) -> tuple[tuple, bytes] | None:
+    """None if no key says all that the table depends on.
+
+    The class and its functions are themselves part of it: kept alive, so that no later ones can be taken for them.
+    """
+    digest = hashlib.sha1(usedforsecurity=False)
+    state = [
+        replaced_step(scheduler),
+        begin,
+        dict(sorted(arguments.items())),
+        dict(sorted(own_state(scheduler).items())),
+    ]
+    return ((type(scheduler), *functions(type(scheduler))), digest.digest()) if _feed(digest, state) else None

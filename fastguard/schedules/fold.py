@@ -1,0 +1,112 @@
+"""Fold traced lanes into x' = A x + B m + sum_j H_j history[j] + N z with one tensor m = P x + Q e per remembered row.
+
+Row k of the trace is a vector over lanes x_j, e_j, z_j (j <= k). Split what it takes from each older row j into the part along
+m_j = (P_j, Q_j) and the part across it. If nothing is left across, the row is folded. If something is, the scheduler went back to an
+older sample (Heun's and KDPM2's second stage, PNDM's second row, single-step DPM, the correctors of UniPC and SA-Solver); x_k is
+made of that sample too, so row k equals row k + c (x_k - row_{k-1}) for every c, and one c removes all of it or the form does not fit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fastguard.schedules.trace import Trace
+
+EXACT = 1e-10  # coefficients below this part of the row's largest are rounding (float64 leaves 1e-16 to 1e-13)
+
+
+@dataclass
+class Folded:
+    """Coefficients per row; `lags[k, j]` weighs m_j in row k."""
+
+    p: np.ndarray
+    q: np.ndarray
+    a: np.ndarray
+    b: np.ndarray
+    n: np.ndarray
+    lags: np.ndarray
+    slots: list[dict[int, int]]  # per row: m_j -> history slot it is read from
+    store: list[int]
+    history: int
+    looks_back: bool  # some row holds only if each x_k is what row k - 1 gave
+
+
+def fold(trace: Trace, form: np.ndarray) -> Folded | None:
+    """Fold with m_j = form[j] = (P, Q); None if it does not fit."""
+    rows = len(form)
+    if not np.isfinite(form).all():
+        return None
+    # m's scale is free: with 1 on the larger side m has one rounded product less. It shows where a row extrapolates from m
+    # (DPM-Solver++ 3M to sigma_min, 20 steps, differs from stock by 1.7e-6 instead of 2.0e-6).
+    form = form / np.abs(form).max(axis=1, keepdims=True)
+    lags = np.zeros((rows, rows))
+    back = np.zeros(rows)
+    for k in range(rows):
+        scale = np.abs(trace.out[k]).max()
+        along, across = _split(trace.out[k], form, k)
+        if np.abs(across).max(initial=0.0) > EXACT * scale:
+            previous_along, previous_across = _split(trace.out[k - 1], form, k)
+            norm = previous_across @ previous_across
+            back[k] = across @ previous_across / norm if norm > 0.0 else 0.0
+            if np.abs(across - back[k] * previous_across).max() > EXACT * scale:
+                return None
+            along = along - back[k] * previous_along
+        lags[k, :k] = np.where(np.abs(along) > EXACT * scale, along, 0.0)
+    slots, store, history = _assign_slots(lags)
+
+    index = np.arange(rows)
+    on_x, on_e, n = (trace.out[index, block * rows + index] for block in range(3))
+    on_x = on_x + back
+    # A row that nobody looks back at needs no conversion: one rounding less.
+    p, q = form[:, 0].copy(), form[:, 1].copy()
+    plain = (np.array(store) < 0) | (q == 0.0) & (on_e != 0.0)
+    if ((np.array(store) >= 0) & plain).any():
+        return None
+    p[plain], q[plain] = 0.0, 1.0
+    b = np.divide(on_e, q, out=np.zeros(rows), where=q != 0.0)
+    a = on_x - b * p
+    a[np.abs(a) < 1e-15 * np.abs(on_x)] = 0.0
+    return Folded(
+        p=p, q=q, a=a, b=b, n=n, lags=lags, slots=slots, store=store, history=history, looks_back=bool(back.any())
+    )
+
+
+def free_form(trace: Trace) -> np.ndarray:
+    """(P, Q) of each row read from the first later row that looks back at it; (0, 1) where none does."""
+    rows = len(trace.out)
+    form = np.tile([0.0, 1.0], (rows, 1))
+    for j in range(rows):
+        pairs = trace.out[j + 1 :, [j, rows + j]]
+        size = np.abs(pairs).max(axis=1, initial=0.0)
+        used = np.flatnonzero(size > EXACT * np.abs(trace.out[j + 1 :]).max(axis=1, initial=0.0))
+        if len(used):
+            form[j] = pairs[used[0]] / size[used[0]]
+    return form
+
+
+def _split(row: np.ndarray, form: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """(weights of m_j, everything else) that a row takes from the rows j < k."""
+    rows = len(form)
+    x, e, z = (row[block * rows : block * rows + k] for block in range(3))
+    p, q = form[:k, 0], form[:k, 1]
+    size = np.hypot(p, q)
+    return (x * p + e * q) / size**2, np.concatenate([(e * p - x * q) / size, z])
+
+
+def _assign_slots(lags: np.ndarray) -> tuple[list[dict[int, int]], list[int], int]:
+    """Keep m_j from row j to the last row that reads it, always in the lowest free slot (a row reads before it stores)."""
+    rows = len(lags)
+    last = [int(np.flatnonzero(lags[:, j])[-1]) if lags[:, j].any() else -1 for j in range(rows)]
+    live: dict[int, int] = {}
+    slots, store, most = [], [], 0
+    for k in range(rows):
+        slots.append({j: live[j] for j in np.flatnonzero(lags[k]).tolist()})
+        live = {j: slot for j, slot in live.items() if last[j] > k}
+        store.append(-1)
+        if last[k] > k:
+            store[k] = min(set(range(len(live) + 1)) - set(live.values()))
+            live[k] = store[k]
+        most = max([most, *(slot + 1 for slot in live.values())])
+    return slots, store, most

@@ -1,0 +1,208 @@
+"""`guided_step` in plain torch: the CPU's backend, and what the others are compared with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import codes
+from .arguments import Operands
+from .decide import decide
+
+PART = 16384  # d is summed in parts of PART elements: below torch's grain of 32,768, under which a sum is never split by threads
+
+
+def guided_step_torch(operands: Operands) -> None:
+    """`guided_step` in plain torch, for the CPU and devices without Triton (there it synchronises with the host).
+
+    Every tensor operation rounds once (no addcmul, no alpha): torch's kernels may use a fused multiply-add in their vectorised
+    body and not in its tail, and which of the two an element meets depends on the batch.
+    """
+    uncond, cond, x, history, model_input, trace, state, rows, rules, guidance, noise, timestep_out, scratch = operands
+    assert scratch is not None
+    batch, size = x.shape[0], x.numel() // x.shape[0]
+    padded = width(size)
+    delta, work = (scratch.as_strided((batch, padded), (padded, 1), start) for start in (0, batch * padded))
+    u, latents, e = _flat(uncond, size), _flat(x, size), delta
+    if padded > size:
+        delta[:, size:].zero_()
+        e = delta[:, :size]
+    if cond is None:
+        e.copy_(u)
+        d = [math.nan] * batch
+    else:
+        c = _flat(cond, size)
+        if c.dtype == torch.float32:
+            torch.sub(c, u, out=e)
+        else:  # torch subtracts in the inputs' dtype, d is defined on values cast to float32
+            e.copy_(c).sub_(u)
+        torch.mul(delta, delta, out=work)
+        parts = work if padded <= PART else work.view(batch, -1, PART).sum(2)
+        # Of all operations on just 32,768 elements (8 small latents) torch starts threads for the sum alone; it is not worth it.
+        split = parts.numel() == 2 * PART and torch.get_num_threads() > 1
+        halves = parts.chunk(2) if split else (parts,)
+        d = [value for half in halves for value in half.sum(1).tolist()]
+
+    on_host = x.device.type == "cpu"
+    tables = (state, trace, rows, rules, guidance)
+    host = [t.numpy() if on_host else t.cpu().numpy() for t in tables]  # on the CPU these are views
+    plan = _decide_on_host(d, cond is not None, *host)
+    if not on_host:
+        state.copy_(torch.from_numpy(host[0]))
+        trace.copy_(torch.from_numpy(host[1]))
+
+    slots = [_flat(slot, size) for slot in history.unbind()]
+    z = None if noise is None else _flat(noise, size)
+    y = None if model_input is None else _flat(model_input, size).view(-1, batch, size)
+    times = None if timestep_out is None else timestep_out.view(-1, batch)
+    for form, run in _runs(plan.forms):
+        whole = (
+            run.stop - run.start == batch
+        )  # nearly always, and seven slices cost as much as two passes over small latents
+
+        def part(tensor: Tensor, dim: int = 0, whole: bool = whole, run: slice = run) -> Tensor:
+            return tensor if whole else tensor.narrow(dim, run.start, run.stop - run.start)
+
+        table = torch.from_numpy(plan.table[:, run])
+        g, *values, scale = (table if on_host else table.to(x.device)).unbind()
+        p, q, a, b, *h, n = map(_Term, form.kinds, values)
+        m, latent, product = part(e), part(latents), part(work if padded == size else work[:, :size])
+        if cond is not None:
+            m.mul_(g).add_(part(u))
+        q.multiply(m)
+        p.add_to(m, latent, product)
+        a.multiply(latent)
+        b.add_to(latent, m, product)
+        for term, slot in zip(h, slots, strict=False):  # three terms, as many slots as there are
+            term.add_to(latent, part(slot), product)
+        if z is not None:
+            n.add_to(latent, part(z), product)
+        if form.store >= 0:
+            part(slots[form.store]).copy_(m)
+        if y is not None:
+            source = latent if form.unscaled else torch.mul(latent, scale, out=product)
+            # One copy into both halves, unless torch would start threads for it alone (as for the sum above).
+            for target in (part(y, 1),) if torch.get_num_threads() == 1 or batch * size != 2 * PART else map(part, y):
+                target.copy_(source)
+        if times is not None:
+            part(times, 1).copy_(torch.from_numpy(plan.times[run]))
+
+
+class _Form(NamedTuple):
+    """What a row makes the tensor program look like; neighbours in the batch with equal forms run together."""
+
+    kinds: tuple[float | None, ...]  # of P, Q, A, B, H0 to H2, N: 0.0, 1.0 or None for any other value
+    store: int
+    unscaled: bool  # S of the next row is 1
+
+
+class _HostPlan(NamedTuple):
+    forms: list[_Form | None]  # per sample; None: inactive
+    table: np.ndarray  # float32 [10, B, 1]: g, P, Q, A, B, H0 to H2, N, S of the next row
+    times: np.ndarray  # float64 [B]: timestep of the next row
+
+
+def _decide_on_host(
+    d: list[float],
+    both: bool,
+    state: np.ndarray,
+    trace: np.ndarray,
+    rows: np.ndarray,
+    rules: np.ndarray,
+    guidance: np.ndarray,
+) -> _HostPlan:
+    """`decide` for every sample on Python floats; updates state and trace. A tensor operation on B numbers costs 1 to 2 us and
+    `decide` has 60, a sample on Python floats costs a few."""
+    forms: list[_Form | None] = []
+    known: dict[int, tuple[list[float], _Form | None]] = {}
+    states, r, k, column = state.tolist(), [], [], []
+    last = -1
+    for b, rule in enumerate(rules.tolist()):
+        old = states[b]
+        step = int(old[0])
+        at = step + int(old[1])
+        if at != last:  # as a rule all samples are at the same row
+            if at not in known:
+                row = rows[at].tolist()
+                known[at] = row, _form(row, rows[at + 1, codes.S]) if row[codes.ACTIVE] else None
+            (row, form), last = known[at], at
+        before = False
+        if form is not None:
+            states[b], before = decide(_where, old, rule, row, d[b], both)
+            trace[step, b] = d[b]
+        else:
+            step = 0  # there may be no guidance for it
+        forms.append(form)
+        r.append(at)
+        k.append(step)
+        column.append(0 if before else 1)
+    state[:] = states
+
+    table = np.empty((10, len(forms), 1), dtype=np.float32)
+    if len(known) == 1 and k.count(step) == len(k):
+        table[0, :, 0] = [pair[i] for pair, i in zip(guidance[:, step].tolist(), column, strict=True)]
+        following = rows[min(at + 1, len(rows) - 1)].tolist()
+        table[1:9] = rows[at, codes.P : codes.N + 1, None, None]
+        times = np.full(len(forms), following[codes.TIMESTEP])
+    else:
+        table[0, :, 0] = guidance[range(len(forms)), k, column]
+        following = rows[np.minimum(np.array(r) + 1, len(rows) - 1)].T
+        table[1:9, :, 0] = rows[r, codes.P : codes.N + 1].T
+        times = following[codes.TIMESTEP]
+    table[9, :, 0] = following[codes.S]
+    return _HostPlan(forms, table, times)
+
+
+def _form(row: list[float], scale: float) -> _Form:
+    kinds = tuple([value if value == 0.0 or value == 1.0 else None for value in row[codes.P : codes.N + 1]])
+    return _Form(kinds, int(row[codes.STORE]), scale == 1.0)
+
+
+def _runs(forms: list[_Form | None]) -> Iterator[tuple[_Form, slice]]:
+    """Neighbours of equal form, without the inactive."""
+    start = 0
+    for form, group in groupby(forms):
+        stop = start + len(list(group))
+        if form is not None:
+            yield form, slice(start, stop)
+        start = stop
+
+
+class _Term(NamedTuple):
+    """A coefficient column; products with 0 are skipped (what they would read may hold NaN), those with 1 are exact anyway."""
+
+    kind: float | None
+    value: Tensor
+
+    def multiply(self, tensor: Tensor) -> None:
+        if self.kind is None:
+            tensor.mul_(self.value)
+        elif self.kind == 0.0:
+            tensor.zero_()
+
+    def add_to(self, total: Tensor, tensor: Tensor, product: Tensor) -> None:
+        if self.kind is None:
+            torch.mul(tensor, self.value, out=product)
+            total.add_(product)
+        elif self.kind == 1.0:
+            total.add_(tensor)
+
+
+def _where(condition: bool, yes: Any, no: Any) -> Any:
+    return yes if condition else no
+
+
+def width(size: int) -> int:
+    """Elements that a sample of `size` takes in the workspace: whole parts."""
+    return size if size <= PART else -(-size // PART) * PART
+
+
+def _flat(tensor: Tensor, size: int) -> Tensor:
+    """[N, size] view of samples that are dense in memory, in memory order."""
+    return tensor.as_strided((tensor.shape[0], size), (tensor.stride(0), 1))
