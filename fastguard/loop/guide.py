@@ -1,0 +1,108 @@
+"""Guidance alone: policies and a row's two model outputs in, the guided output out, a report at the end. No pipeline, no scheduler step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from fastguard.kernels.layout import Phase, Row, State
+from fastguard.loop.loop import Loop
+from fastguard.loop.report import Report
+from fastguard.policies.plan import Plan, lower
+from fastguard.policies.policy import Policy
+from fastguard.schedules.compiler import Schedule
+
+
+class Guide:
+    """The guidance of B images over the K rows of a schedule, for callers that step the scheduler themselves.
+
+    A `Loop` whose update is x' = e: the fused op decides (docs/architecture.md) and writes the guided output
+
+        e = u + g (c - u)      of an image that the guard holds, or whose policy has a guidance scale of its own
+        e = combined           of every other image, with the same bits, where the caller has a combination of its own
+
+    plan      what guidance when; `plan.branches[row]` says which outputs the next row needs
+    schedule  the rows, without an update
+    row       rows that ran
+    """
+
+    def __init__(
+        self, policies: Sequence[Policy], schedule: Schedule, *, guidance_scale: float, latents: torch.Tensor
+    ) -> None:
+        """policies: scalar, one per image; guidance_scale: of policies that have none; latents [B, C, *S]: for shape, device and layout.
+
+        ValueError if there are not as many policies as latents, or `lower` refuses one.
+        """
+        if len(policies) != latents.shape[0]:
+            raise ValueError(f"policies has {len(policies)} entries: must be one per image, {latents.shape[0]}")
+        self.schedule = schedule.with_own_step("guidance alone")
+        self._policies, self._elements, self._scale = tuple(policies), latents[0].numel(), guidance_scale
+        self.plan = self._lower()
+        self.loop = Loop(self.schedule, self.plan, latents, halves=1)
+        self.loop.rows[:, Row.S] = 1.0  # what the op writes as the next model input is then e itself
+        sets_scale = torch.tensor([p.sets_scale for p in policies])
+        self._sets_scale = sets_scale.to(latents.device, non_blocking=True)
+        self.row = self._rows_run = 0
+
+    def __call__(
+        self,
+        uncond: torch.Tensor,
+        cond: torch.Tensor | None,
+        x: torch.Tensor | None = None,
+        *,
+        combined: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The guided output of the next row, [B, C, *S] in uncond's dtype, a tensor of its own. Nothing waits for the device.
+
+        uncond, cond  the model's outputs [B, C, *S] of one dtype; of a row with one branch that branch and None
+        x             the row's latents, for anchored policies
+        combined      the caller's own guided output, [B, C, *S]
+
+        RuntimeError after the last row.
+        """
+        loop = self.loop
+        if self.row == len(self.plan.timesteps):
+            raise RuntimeError(f"all {self.row} rows of the schedule have run")
+        if x is not None:
+            loop.load_latents(x)
+        loop.model_input = guided = torch.empty_like(loop.x, dtype=uncond.dtype)
+        loop.advance(uncond, cond, None)
+        self.row += 1
+        self._rows_run += 1 if cond is None else 2
+        if combined is None:
+            return guided
+        own = (loop.state[:, State.PHASE] != Phase.BEFORE) & ~self._sets_scale
+        return torch.where(own.view(-1, *[1] * (guided.dim() - 1)), combined.to(guided.dtype), guided)
+
+    def follow(self, guidance_scale: float) -> None:
+        """Another scale from the next row on, for policies that have none; counters and decisions stay."""
+        if guidance_scale != self._scale:
+            self._scale = guidance_scale
+            self.plan = self._lower()
+            self.loop.load_plan(self.plan)
+
+    def report(
+        self, *, path: str = "guidance alone", reason: str | None = None, latents: torch.Tensor | None = None
+    ) -> Report:
+        """What happened in the rows so far. `latents` at the end, where the caller has them: whether they are finite."""
+        return Report.read(
+            self.loop.state,
+            self.loop.trace,
+            self.plan,
+            path=path,
+            reason=reason,
+            latents=latents,
+            steps=self.row,
+            rows_run=self._rows_run,
+        )
+
+    def _lower(self) -> Plan:
+        return lower(
+            self._policies,
+            timesteps=self.schedule.rows[:-1, Row.TIMESTEP],
+            observe=self.schedule.rows[:-1, Row.OBSERVE],
+            guidance_scale=self._scale,
+            elements=self._elements,
+            in_steps=self.schedule.in_steps,
+        )
