@@ -17,7 +17,8 @@ import fastguard
 from fastguard import Policy
 from fastguard.kernels.layout import HISTORY, Row, Rule, State
 from fastguard.kernels.triton_step import launch_shape
-from fastguard.schedules.compiler import Schedule, compile_schedule
+from fastguard.schedules.compiler import compile_schedule
+from fastguard.schedules.schedule import Schedule
 from fastguard.syncs import probe
 from fastguard.syncs.pretend import Pretend
 from fastguard.syncs.stream import Op, Stream

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from bench.pairs import alternating
-from bench.test_guided_step import BACKENDS, STEPS, Guided, Stock, same
+from bench.test_guided_step import STEPS, Guided, Stock, same
 from fastguard import testbed
 
 SHAPES = [(1, 8, 8, 8), (8, 8, 8, 8), (2, 8, 16, 16)]
@@ -25,7 +25,7 @@ def pipe():
     return testbed.load()
 
 
-def peers(shape: tuple[int, ...], backend: str) -> tuple[Stock, Guided]:
+def peers(shape: tuple[int, ...]) -> tuple[Stock, Guided]:
     """Both, after they were seen to compute the same: 1e-4 of the largest value, as the project promises against stock."""
     with torch.no_grad():
         c, u = pipe().encode_prompt(["a red apple"] * shape[0], "cpu", 1, True)
@@ -36,7 +36,7 @@ def peers(shape: tuple[int, ...], backend: str) -> tuple[Stock, Guided]:
         return pipe().unet(x, t, encoder_hidden_states=embeddings, return_dict=False)[0]
 
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    stock, guided = Stock(x, denoise), Guided(x, denoise, backend)
+    stock, guided = Stock(x, denoise), Guided(x, denoise)
     same(stock, guided, 1e-4)
     return stock, guided
 
@@ -44,22 +44,20 @@ def peers(shape: tuple[int, ...], backend: str) -> tuple[Stock, Guided]:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_stock(benchmark, shape):
     benchmark.group = f"{STEPS} steps with the UNet, {shape}"
-    benchmark.pedantic(peers(shape, "torch")[0], rounds=PAIRS, warmup_rounds=1)
+    benchmark.pedantic(peers(shape)[0], rounds=PAIRS, warmup_rounds=1)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_guided(benchmark, shape, backend):
+def test_guided(benchmark, shape):
     benchmark.group = f"{STEPS} steps with the UNet, {shape}"
-    benchmark.pedantic(peers(shape, backend)[1], rounds=PAIRS, warmup_rounds=1)
+    benchmark.pedantic(peers(shape)[1], rounds=PAIRS, warmup_rounds=1)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_ratio(benchmark, capsys, shape, backend):
+def test_ratio(benchmark, capsys, shape):
     """Alternating pairs, as the machine may be busy."""
-    stock, guided = peers(shape, backend)
+    stock, guided = peers(shape)
     ratios = benchmark.pedantic(alternating, (guided, stock), {"pairs": PAIRS}, rounds=1)
-    benchmark.extra_info.update(pair=f"steps with the UNet ({backend}) / stock, {shape}", ratios=ratios.values)
+    benchmark.extra_info.update(pair=f"steps with the UNet / stock, {shape}", ratios=ratios.values)
     with capsys.disabled():
-        print(f"\n{backend} / stock at {shape}, {torch.get_num_threads()} threads: {ratios}")
+        print(f"\nguided step / stock at {shape}, {torch.get_num_threads()} threads: {ratios}")

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from fastguard.batch.generate import generate
     from fastguard.loop.report import ImageReport, Report
     from fastguard.pipelines.guard import Guard, enable
-    from fastguard.policies.policy import PRESETS, Policy, policy
+    from fastguard.policies.policy import Policy
+    from fastguard.policies.presets import PRESETS, policy
     from fastguard.syncs.find import SyncReport, assert_sync_free, find_syncs
 
 __version__ = "0.1.0"
@@ -36,7 +37,8 @@ __all__ = [
 # Where each public name lives. Imported when it is asked for: torch and diffusers take seconds, `fastguard --version` needs neither.
 _HOMES = {
     **dict.fromkeys(("Guard", "enable"), "pipelines.guard"),
-    **dict.fromkeys(("PRESETS", "Policy", "policy"), "policies.policy"),
+    **dict.fromkeys(("PRESETS", "policy"), "policies.presets"),
+    **dict.fromkeys(("Policy",), "policies.policy"),
     **dict.fromkeys(("ImageReport", "Report"), "loop.report"),
     **dict.fromkeys(("generate",), "batch.generate"),
     **dict.fromkeys(("SyncReport", "assert_sync_free", "find_syncs"), "syncs.find"),

@@ -9,7 +9,7 @@ For every sample b of the batch, with k = state[b, STEP], row r = rows[state[b, 
     x = A x + B m + sum_j H_j history[j] + N noise             history[STORE] = m
     model_input = S_next x                                     timestep_out = TIMESTEP_next,  state[b, STEP] = k + 1
 
-Rows are filled by `fastguard.schedules.compiler`, rules, guidance and the first state by `fastguard.policies.policy`; `layout` names the columns.
+Rows are filled by `fastguard.schedules.compiler`, rules, guidance and the first state by `fastguard.policies.plan`; `layout` names the columns.
 
 Numbers: d, e, m and x are float32 whatever the model's dtype; decisions are float64 scalars of the float32 d. d is summed in an
 order that depends on the latent's size (and memory format) alone, and every elementwise result is rounded the same way wherever

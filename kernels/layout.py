@@ -39,7 +39,7 @@ class Row(IntEnum):
 
 
 class Rule(IntEnum):
-    """One row per sample: when the guard's guidance ends. See ALGORITHMS in the documentation of `fastguard.policies.policy`."""
+    """One row per sample: when the guard's guidance ends. The fields of `fastguard.policies.policy` as numbers."""
 
     KIND = 0  # RuleKind
     SWITCH_ROW = (

@@ -20,7 +20,7 @@ from .decide import decide
 try:
     import triton
     import triton.language as tl
-except ImportError:  # not on every platform; the twin needs none
+except ImportError:  # not on every platform; the torch backend needs none
     triton = tl = None
 
 # All sizes depend on the latent's size alone: with it the order of the sum, and so the bits of d, would change.
@@ -81,7 +81,7 @@ def _store_state(ptr, columns):
 
 @_jit
 def _times(weight, values):
-    """weight * values; under a weight of 0 a NaN stays behind, as in the twin."""
+    """weight * values; under a weight of 0 a NaN stays behind, as in the torch backend."""
     weight = weight.to(tl.float32)
     return tl.where(weight != 0, weight * values, 0.0)
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from fastguard.kernels.layout import Row
-from fastguard.schedules.compiler import Schedule
+from fastguard.schedules.schedule import Schedule
 
 SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 WITHOUT_BETAS = ("Flow", "EDM", "IPNDM")

@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 from fastguard.kernels.guided_step import guided_step
 from fastguard.kernels.layout import Row
 from fastguard.loop.report import Report
-from fastguard.policies.plan import Plan
-from fastguard.policies.policy import Policy, lower, policy
+from fastguard.policies.plan import Plan, lower
+from fastguard.policies.policy import Policy
+from fastguard.policies.presets import policy
+from tests import tables
 
 NAN, INF = math.nan, math.inf
 SCALE = 3.0
@@ -120,18 +122,9 @@ def run(
 ) -> tuple[Plan, Report, torch.Tensor]:
     """Drive the op over curves d = roots^2; returns the plan, the report and the guided output of every row [K, B]."""
     batch, steps = len(policies), len(s.times)
-    plan = lower(policies, timesteps=s.times, observe=s.observe, guidance_scale=SCALE, elements=elements)
-    rows = torch.zeros(steps + 1, len(Row), dtype=torch.float64)
-    rows[:steps, Row.ACTIVE] = 1
-    rows[:, [Row.Q, Row.B, Row.S]] = 1  # x' = e
-    rows[:, Row.STORE] = -1
-    for column, values in {
-        Row.TIMESTEP: s.times,
-        Row.OBSERVE: s.observe,
-        Row.W_EPSILON: s.w_epsilon,
-        Row.W_X0: s.w_x0,
-    }.items():
-        rows[:steps, column] = torch.tensor(values, dtype=torch.float64)
+    table = tables.schedule(s.times, s.observe)
+    plan, rows = lower(policies, table, SCALE, elements), table.rows
+    rows[:steps, Row.W_EPSILON], rows[:steps, Row.W_X0] = (torch.tensor(w).double() for w in (s.w_epsilon, s.w_x0))
     buffers = {
         "x": torch.zeros(batch, 1, 1, 1, device=device),
         "history": torch.zeros(0, batch, 1, 1, 1, device=device),

@@ -11,21 +11,16 @@ from hypothesis import strategies as st
 
 from fastguard.kernels.layout import NEVER, Magnitude, Phase, Rule, RuleKind, State
 from fastguard.policies.plan import gate_threshold, lower
-from fastguard.policies.policy import Policy, policy
+from fastguard.policies.policy import Policy
+from fastguard.policies.presets import policy
+from tests import tables
 
 NAN, INF = math.nan, math.inf
 TIMES = list(range(981, 0, -20))  # the 50 timesteps of DDIM on the default grid
 
 
 def plan(*policies, timesteps=TIMES, observe=None, guidance_scale=7.5, elements=4096):
-    observe = [True] * len(timesteps) if observe is None else observe
-    return lower(
-        list(policies),
-        timesteps=timesteps,
-        observe=observe,
-        guidance_scale=guidance_scale,
-        elements=elements,
-    )
+    return lower(list(policies), tables.schedule(timesteps, observe), guidance_scale, elements)
 
 
 def test_static_needs_one_branch_before_t_star():
@@ -138,8 +133,6 @@ def test_lower_refuses():
         plan(policy("cfg", guidance_scale=(1, 2, 3)))
     with pytest.raises(ValueError, match=r"policies\[0\] holds per-image lists"):
         plan(policy("dtp", gate=[0.1, 0.2]))
-    with pytest.raises(ValueError, match="observe has 3 values"):
-        plan(policy("cfg"), observe=[True] * 3)
     with pytest.raises(ValueError, match="guidance_scale=nan"):
         plan(policy("cfg"), guidance_scale=NAN)
     with pytest.raises(ValueError, match="elements=0"):

@@ -9,7 +9,10 @@ import torch
 
 from fastguard.kernels.layout import State
 from fastguard.loop.report import Report
-from fastguard.policies.policy import Policy, lower, policy
+from fastguard.policies.plan import lower
+from fastguard.policies.policy import Policy
+from fastguard.policies.presets import policy
+from tests import tables
 
 NAN, INF = math.nan, math.inf
 TIMES = [900.0, 700.0, 500.0, 300.0, 100.0]
@@ -17,7 +20,7 @@ TIMES = [900.0, 700.0, 500.0, 300.0, 100.0]
 
 def report(policies: list[Policy], d: list[list[float]], states: list[dict[State, float]], **fields) -> Report:
     """A report on K = 5 rows and latents of 4 elements; `states` are what differs from the initial state after all rows."""
-    plan = lower(policies, timesteps=TIMES, observe=[True] * 5, guidance_scale=7.5, elements=4)
+    plan = lower(policies, tables.schedule(TIMES), 7.5, elements=4)
     state = plan.state.clone()
     state[:, State.STEP] = 5
     for b, values in enumerate(states):

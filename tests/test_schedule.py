@@ -8,7 +8,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastguard.schedules.compiler import Schedule, compile_schedule
+from fastguard.schedules.compiler import compile_schedule
+from fastguard.schedules.schedule import Schedule
 from tests.schedule_cases import CASES, CUSTOM, LATE, Case, Table, deviation, stock_run
 
 TOLERANCE = 1e-6  # the project's promise; nothing below may use another one against stock

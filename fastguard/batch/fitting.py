@@ -16,7 +16,7 @@ from fastguard.files import short
 from fastguard.pipelines.families import find
 from fastguard.pipelines.loading import distilled
 from fastguard.policies.plan import limit_problem
-from fastguard.schedules.compiler import in_training_steps
+from fastguard.schedules.schedule import in_training_steps
 
 UNSUPPORTED = "generate needs a text-to-image pipeline"
 

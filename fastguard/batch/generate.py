@@ -26,8 +26,9 @@ from fastguard.batch.pictures import Picture
 from fastguard.batch.prompt_files import BadRows, Problem, Prompts, Source, load
 from fastguard.batch.request import FIELDS, Defaults, Request, integer
 from fastguard.pipelines import loading as models
-from fastguard.policies.policy import DEFAULT, Policy
-from fastguard.policies.policy import policy as make_policy
+from fastguard.policies.policy import Policy
+from fastguard.policies.presets import DEFAULT
+from fastguard.policies.presets import policy as make_policy
 
 __all__ = ["FIELDS", "BadRows", "Interrupted", "Problem", "Request", "Summary", "Task", "generate", "prepare"]
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastguard import checks
 from fastguard.files import is_unicode, short
-from fastguard.policies.policy import MOST_STEPS, RANGES, Policy
-from fastguard.policies.policy import policy as make_policy
+from fastguard.policies.fields import MOST_STEPS, RANGES
+from fastguard.policies.policy import Policy
+from fastguard.policies.presets import policy as make_policy
 
 FIELDS = (
     "id", "prompt", "negative_prompt", "seed", "steps", "guidance_scale", "policy", "width", "height",
@@ -140,7 +140,7 @@ def parse(
 
 def _policy_and_scale(given: Mapping[str, Any], defaults: Defaults, base: Path) -> tuple[Policy, float | None]:
     chosen = _policy(given["policy"], defaults.gate, base) if "policy" in given else defaults.policy
-    if checks.common_length(vars(chosen)) is not None:
+    if chosen.images is not None:
         raise ValueError(f"policy {short(chosen.name)} holds per-image lists: must be for one image")
     scale = given.get("guidance_scale")
     if scale is None and ("policy" not in given or chosen.guidance_scale is None):

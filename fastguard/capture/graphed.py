@@ -26,8 +26,8 @@ from fastguard.capture.static_inputs import StaticInputs, signature, unhashable
 from fastguard.capture.static_loop import LoopShape, StaticLoop
 from fastguard.capture.switches import surroundings
 from fastguard.pipelines.outputs import select_branch
-from fastguard.policies.policy import Plan
-from fastguard.schedules.compiler import Schedule
+from fastguard.policies.plan import Plan
+from fastguard.schedules.schedule import Schedule
 
 # "auto" records where launches take longer than the work: the denoiser's rows (2 B guided, else B) times the latents' positions h w. A forward of
 # SD 1.5 / SDXL is about 980 / 2,980 kernels, 5 / 15 ms of launches at 5 us each, whatever the batch. This is SD 1.5

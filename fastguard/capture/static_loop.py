@@ -10,8 +10,8 @@ from fastguard.kernels.arguments import memory_format
 from fastguard.kernels.guided_step import history_for, scratch_for
 from fastguard.kernels.layout import Row, Rule, State
 from fastguard.loop.loop import Loop
-from fastguard.policies.policy import Plan
-from fastguard.schedules.compiler import Schedule
+from fastguard.policies.plan import Plan
+from fastguard.schedules.schedule import Schedule
 
 _GRAIN = 64  # capacities are multiples of it: one graph of a step serves every schedule that fits
 

@@ -291,7 +291,7 @@ app.command()(doctor)
 
 def _policy(name: str | None, gate: float | None, model: str) -> Any:
     """The policy of the options; without --policy the embedded model's own, or the default preset."""
-    from fastguard.policies.policy import policy
+    from fastguard.policies.presets import policy
 
     if name is not None and not name.strip():
         raise ValueError(f"policy={name!r}: is empty (an unset shell variable?); leave --policy out for the default")
@@ -302,7 +302,7 @@ def _policy(name: str | None, gate: float | None, model: str) -> Any:
 def _source(name: str | None, model: str) -> str:
     """The preset or file that --policy names, or stands for when it is not given."""
     from fastguard.pipelines.loading import TESTBED
-    from fastguard.policies.policy import DEFAULT
+    from fastguard.policies.presets import DEFAULT
 
     if name is None and model == TESTBED:
         from fastguard.testbed import policy_path

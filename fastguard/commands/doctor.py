@@ -52,8 +52,8 @@ def examine(
     from fastguard import checks, enable, find_syncs
     from fastguard.commands.inspection import inspect_model
     from fastguard.pipelines.loading import load_pipeline
-    from fastguard.policies.policy import DEFAULT
-    from fastguard.policies.policy import policy as make_policy
+    from fastguard.policies.presets import DEFAULT
+    from fastguard.policies.presets import policy as make_policy
 
     checks.integer("steps", steps, 1)
     chosen = make_policy(policy or DEFAULT)

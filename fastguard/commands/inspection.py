@@ -18,7 +18,8 @@ from fastguard.pipelines.loading import (
     with_scheduler,
 )
 from fastguard.pipelines.scheduler import expected_arguments
-from fastguard.policies.policy import Policy, lower
+from fastguard.policies.plan import lower
+from fastguard.policies.policy import Policy
 from fastguard.schedules.compiler import compile_schedule
 
 
@@ -143,14 +144,7 @@ def inspect_model(
         raise ValueError(
             f"guidance_scale={scale:g}: must be above 1 under policy {sample.name!r} (at or below 1 pipelines run no unconditional branch)"
         )
-    plan = lower(
-        [sample],
-        timesteps=body[:, Row.TIMESTEP],
-        observe=body[:, Row.OBSERVE],
-        guidance_scale=scale,
-        elements=1,  # of no consequence here: only the gate's threshold on d depends on it
-        in_steps=schedule.in_steps,
-    )
+    plan = lower([sample], schedule, scale, elements=1)  # only the gate's threshold on d depends on the elements
     switch = int(plan.rules[0, Rule.SWITCH_ROW])
     rows = tuple(
         RowInfo(

@@ -11,7 +11,7 @@ from fastguard.loop.loop import Loop
 from fastguard.loop.report import Report
 from fastguard.policies.plan import Plan, lower
 from fastguard.policies.policy import Policy
-from fastguard.schedules.compiler import Schedule
+from fastguard.schedules.schedule import Schedule
 
 
 class Guide:
@@ -98,11 +98,4 @@ class Guide:
         )
 
     def _lower(self) -> Plan:
-        return lower(
-            self._policies,
-            timesteps=self.schedule.rows[:-1, Row.TIMESTEP],
-            observe=self.schedule.rows[:-1, Row.OBSERVE],
-            guidance_scale=self._scale,
-            elements=self._elements,
-            in_steps=self.schedule.in_steps,
-        )
+        return lower(self._policies, self.schedule, self._scale, self._elements)

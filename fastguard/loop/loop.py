@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from fastguard.kernels.arguments import memory_format
-from fastguard.kernels.guided_step import guided_step, scratch_for
-from fastguard.policies.policy import Plan
-from fastguard.schedules.compiler import Schedule
+from fastguard.kernels.guided_step import guided_step, history_for, scratch_for
+from fastguard.policies.plan import Plan
+from fastguard.schedules.schedule import Schedule
 
 
 class Loop:
@@ -29,12 +29,7 @@ class Loop:
         self.dtype = latents.dtype
         latents = latents.clone(memory_format=memory_format(latents))
         self.x = latents.to(torch.float32)
-        self.history = torch.empty_strided(
-            (schedule.history, *self.x.shape),
-            (self.x.numel(), *self.x.stride()),
-            dtype=torch.float32,
-            device=device,
-        ).zero_()
+        self.history = history_for(self.x, schedule.history)
         self.scratch = scratch_for(self.x)
         self.model_input = torch.cat([latents] * halves)
         self.trace = torch.full(

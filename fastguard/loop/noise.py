@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from fastguard.schedules.compiler import Schedule
+from fastguard.schedules.schedule import Schedule
 
 AHEAD = 2**28  # bytes: noise up to this size may be drawn before the loop
 

@@ -36,7 +36,7 @@ from fastguard.pipelines.pending import Pending, values_of
 from fastguard.pipelines.scheduler import Scheduling
 from fastguard.pipelines.shadow import one_row
 from fastguard.policies.policy import Policy
-from fastguard.schedules.compiler import Schedule
+from fastguard.schedules.schedule import Schedule
 
 
 class Call:

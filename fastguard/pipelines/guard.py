@@ -23,8 +23,9 @@ from fastguard.pipelines.families import Family, find
 from fastguard.pipelines.pending import settled
 from fastguard.pipelines.shadow import shadow
 from fastguard.pipelines.tokenizers import TOKENIZERS, one_at_a_time
-from fastguard.policies.policy import DEFAULT, Policy
-from fastguard.policies.policy import policy as make_policy
+from fastguard.policies.policy import Policy
+from fastguard.policies.presets import DEFAULT
+from fastguard.policies.presets import policy as make_policy
 from fastguard.schedules.scheduler_state import at_the_start, hooked
 
 logger = logging.getLogger("fastguard")
@@ -59,7 +60,7 @@ def enable(
     """
     base = _stock_class(type(pipe))
     family = find(base)
-    chosen = _one_policy(policy, overrides)
+    chosen = make_policy(policy, **overrides)
     engine = Engine.of(
         getattr(pipe, family.denoiser),
         capture=capture,
@@ -239,21 +240,6 @@ def _before(first: Callable[[], None], function: Callable) -> Callable:
         return function(*args, **kwargs)
 
     return call
-
-
-def _one_policy(policy: Any, overrides: dict[str, Any]) -> Policy:
-    if isinstance(policy, (str, os.PathLike, Policy)):
-        return make_policy(policy, **overrides)
-    if not isinstance(policy, Sequence) or not policy:
-        raise ValueError(f"policy={policy!r}: must be a preset, a policy, a path, or a list of them, one per image")
-    for name, value in overrides.items():
-        if isinstance(value, list):
-            raise ValueError(
-                f"{name}={value!r}: must be one value where policy is a list; set it in each of the policies"
-            )
-    each = [make_policy(one, **overrides) for one in policy]
-    names = [field.name for field in dataclasses.fields(Policy)]
-    return Policy(**{name: [getattr(one, name) for one in each] for name in names})
 
 
 @functools.lru_cache(maxsize=256)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from fastguard.kernels.layout import Row
 from fastguard.pipelines.families import Family
 from fastguard.pipelines.outputs import undivided
 from fastguard.pipelines.scheduler import Scheduling
@@ -96,16 +95,8 @@ class Guidance:
         return phi * rescaled + (1 - phi) * guided
 
     def _lower(self) -> Plan:
-        schedule = self.scheduling.schedule
         self._scale = self.family.guidance_scale(self.pipe, self.arguments)
-        plan = lower(
-            self._samples,
-            timesteps=schedule.rows[:-1, Row.TIMESTEP],
-            observe=schedule.rows[:-1, Row.OBSERVE],
-            guidance_scale=self._scale,
-            elements=self._elements,
-            in_steps=schedule.in_steps,
-        )
+        plan = lower(self._samples, self.scheduling.schedule, self._scale, self._elements)
         if undivided(getattr(self.pipe, self.family.denoiser), self.arguments):
             plan = replace(plan, branches=("both",) * len(plan.branches))
         return plan

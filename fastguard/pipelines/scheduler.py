@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from fastguard.kernels.layout import Row
-from fastguard.schedules.compiler import Schedule, compile_schedule
+from fastguard.schedules.compiler import compile_schedule
+from fastguard.schedules.schedule import Schedule
 from fastguard.schedules.scheduler_state import changed, signature
 
 

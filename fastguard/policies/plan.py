@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from fastguard import checks
 from fastguard.files import short
-from fastguard.kernels.layout import NEVER, Magnitude, Phase, Rule, RuleKind, State
-
-if TYPE_CHECKING:
-    from fastguard.policies.policy import Policy
+from fastguard.kernels.layout import NEVER, Magnitude, Phase, Row, Rule, RuleKind, State
+from fastguard.policies.policy import Policy
+from fastguard.schedules.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -38,29 +37,18 @@ class Plan:
     elements: int
 
 
-def lower(
-    policies: Sequence[Policy],
-    *,
-    timesteps: Iterable[float] | torch.Tensor,
-    observe: Iterable[bool] | torch.Tensor,
-    guidance_scale: float,
-    elements: int,
-    in_steps: bool = True,
-) -> Plan:
+def lower(policies: Sequence[Policy], schedule: Schedule, guidance_scale: float, elements: int) -> Plan:
     """Turn scalar policies (`Policy.samples`) into the tables that `guided_step` reads.
 
-    timesteps, observe   one value per denoiser row; observe marks the first evaluation of each noise level
-    guidance_scale       the pipeline's own, used where a policy has none
-    elements             of one image's latent (channels x height x width)
-    in_steps             whether the timesteps count training steps, as t_star and deadline do (`Schedule.in_steps`)
+    schedule         of K denoiser rows
+    guidance_scale   the pipeline's own, used where a policy has none
+    elements         of one image's latent (channels x height x width)
 
-    ValueError if lengths disagree, a policy still holds per-image lists, a per-step schedule is not as long as the rows, or a policy
-    has a t_star or deadline where timesteps count something else.
+    ValueError if a policy still holds per-image lists, a per-step guidance_scale is not as long as the rows, or a policy has a t_star
+    or deadline where the schedule's timesteps count something else than training steps.
     """
-    times = tuple(float(t) for t in timesteps)
-    observed = tuple(bool(o) for o in observe)
-    if len(times) != len(observed):
-        raise ValueError(f"observe has {len(observed)} values: must be one per timestep, {len(times)}")
+    body = schedule.rows[:-1]
+    times, observed = tuple(body[:, Row.TIMESTEP].tolist()), body[:, Row.OBSERVE].bool().tolist()
     scale = checks.number("guidance_scale", guidance_scale, "a finite number")
     elements = checks.integer("elements", elements, 1)
 
@@ -68,9 +56,9 @@ def lower(
     guidance = torch.zeros(len(policies), len(times), 2, dtype=torch.float32)
     needed: list[set[str]] = [set() for _ in times]
     for b, policy in enumerate(policies):
-        if any(isinstance(value, list) for value in vars(policy).values()):
+        if policy.images is not None:
             raise ValueError(f"policies[{b}] holds per-image lists: pass policy.samples(batch)")
-        if not in_steps and (problem := limit_problem(policy)) is not None:
+        if not schedule.in_steps and (problem := limit_problem(policy)) is not None:
             raise ValueError(problem)
         switch_row = _switch_row(policy, times, observed)
         rules[b] = torch.tensor(_rule(policy, switch_row, elements), dtype=torch.float64)
@@ -123,8 +111,7 @@ def unfit_guards(plan: Plan, rows: int) -> list[str]:
 
 def of_images(policy: Policy, batch: int, per_prompt: int) -> list[Policy]:
     """Policies per image: lists may be as long as the batch of images or as the list of prompts."""
-    lengths = {len(value) for value in vars(policy).values() if isinstance(value, list)}
-    if per_prompt > 1 and lengths == {batch // per_prompt}:
+    if per_prompt > 1 and policy.images == batch // per_prompt:
         return [p for p in policy.samples(batch // per_prompt) for _ in range(per_prompt)]
     return policy.samples(batch)
 

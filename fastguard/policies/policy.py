@@ -1,12 +1,12 @@
-"""What guidance when: the policy of each image, its presets and its file format.
+"""What guidance when: the policy of each image, and its file format.
 
 Per image and denoiser row k, with u, c the outputs of the unconditional and the conditional branch, the guided output is
 
     e = u + g (c - u),    g = `before` until the transition, `guidance_scale` from it on
 
 (Jain et al., "Classifier-Free Guidance inside the Attraction Basin May Cause Memorization", CVPR 2025, arXiv 2411.16738). The
-transition is static (a timestep) or dynamic (decided per image from the curve d_k = ||c - u||^2). `lower` turns policies into the
-numbers that the kernel reads.
+transition is static (a timestep) or dynamic (decided per image from the curve d_k = ||c - u||^2). `plan.lower` turns policies into
+the numbers that the kernel reads.
 """
 
 from __future__ import annotations
@@ -18,58 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
-from fastguard import checks
-from fastguard.files import is_unicode, read_json, short, write_json
-from fastguard.policies.plan import Plan, lower
-
-__all__ = ["DEADLINE", "DEFAULT", "PRESETS", "Plan", "Policy", "lower", "policy"]
+from fastguard.files import read_json, short, write_json
+from fastguard.policies.fields import checked, common_length
 
 T = TypeVar("T")
 PerSample: TypeAlias = "T | list[T]"  # a list holds one value per image of the batch
 Number = float | int
 
-DEFAULT = "dtp"
-"""The preset of whoever names none. Opposite guidance until the transition (`og+dtp`) copies still less, and ruins pictures: on the
-embedded model without a gate, 2% of the ordinary pictures still show their caption, 64% under `dtp` (docs/testbed)."""
-
-DEADLINE = 600.0
-"""Timestep at which `dtp` and `og+dtp` begin to guide even if no local minimum was seen: the middle of the fixed timesteps that work
-in the paper (500 to 700). On the embedded model's tuning prompts, copies and faithfulness of the others: at 700 43% and 63%, at 561
-32% and 53%, without a deadline 23% and 28% (docs/testbed/tuning.json, which calls 561 600)."""
-
 FORMAT = 1  # version of the policy file
 SUFFIX = ".json"  # by which a policy file is told from a preset's name
-
-MOST_STEPS = 10_000
-LONGEST_NAME = 200  # characters
-LARGEST_SCALE = 1000.0
-"""Of guidance: float16 holds numbers to 65,504, and what is guided by thousands is no picture."""
-
-RANGES: dict[str, tuple[float, float]] = {
-    "guidance_scale": (0.0, LARGEST_SCALE),
-    "before": (-LARGEST_SCALE, LARGEST_SCALE),
-    "gate_steps": (1, MOST_STEPS),
-    "min_step": (0, MOST_STEPS),
-    "opposite_steps": (0, MOST_STEPS),
-}
-"""Smallest and largest number that a field may hold, in every row of a prompt file too. Each of a tuple is in the range."""
-
-
-def _checked(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """One image's fields, each of its type and in its range; errors begin with `prefix`."""
-    try:
-        valid = checks.scalar_policy(values, prefix)
-    except (ValueError, RecursionError) as error:
-        message = str(error)  # holds the value, whatever its length, and at its end what is allowed
-        raise ValueError(message if len(message) <= 400 else f"{message[:80]} ... {message[-300:]}") from None
-    for key, (lowest, highest) in RANGES.items():
-        for value in valid[key] if isinstance(valid[key], tuple) else [valid[key]]:
-            if isinstance(value, (int, float)) and not lowest <= value <= highest:
-                raise ValueError(f"{prefix}{key}={short(value)}: must be from {lowest:g} to {highest:g}")
-    name = valid["name"]
-    if len(name) > LONGEST_NAME or not is_unicode(name):
-        raise ValueError(f"{prefix}name={short(name)}: must be UTF-8 text of at most {LONGEST_NAME} characters")
-    return valid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,17 +73,22 @@ class Policy:
 
     def __post_init__(self) -> None:
         values = self._values()
-        length = checks.common_length(values)
+        length = common_length(values)
         if length is None:
-            valid = _checked(values)
+            valid = checked(values)
         else:
-            each = [_checked(_pick(values, i), f"sample {i}: ") for i in range(length)]
+            each = [checked(_pick(values, i), f"sample {i}: ") for i in range(length)]
             valid = {key: [v[key] for v in each] if isinstance(values[key], list) else each[0][key] for key in values}
         for key, value in valid.items():
             object.__setattr__(self, key, value)
 
     def _values(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    @property
+    def images(self) -> int | None:
+        """How many images the per-image lists are for; None if there are none."""
+        return common_length(self._values())
 
     @property
     def guarded(self) -> bool:
@@ -140,8 +102,7 @@ class Policy:
 
     def ungated_warning(self) -> str | None:
         """What to tell the user once on enabling this policy: None unless images are guarded whatever their prompt."""
-        values = self._values()
-        samples = self.samples(checks.common_length(values) or 1)
+        samples = self.samples(self.images or 1)
         ungated = [s.name for s in samples if s.transition is not None and s.gate is None]
         if not ungated:
             return None
@@ -152,8 +113,7 @@ class Policy:
 
     def samples(self, batch: int) -> list[Policy]:
         """One policy with scalar fields (a per-step tuple counts as one) for each of `batch` images; ValueError if a list has another length."""
-        values = self._values()
-        length = checks.common_length(values)
+        length = self.images
         if length is None:
             return [self] * batch
         if length != batch:
@@ -161,19 +121,19 @@ class Policy:
                 f"policy {self.name!r} has per-image lists of {length} values, but the batch has {batch} images; values per denoiser row "
                 "are a tuple"
             )
-        return [Policy(**_pick(values, i)) for i in range(length)]
+        return [Policy(**_pick(self._values(), i)) for i in range(length)]
 
     @classmethod
     def stack(cls, policies: Sequence[Policy]) -> Policy:
         """One policy for a batch, image b under policies[b]. ValueError if there are none or one holds per-image lists already."""
         if not policies:
             raise ValueError("policies=[]: must hold at least one policy")
-        each = [p._values() for p in policies]
-        for b, values in enumerate(each):
-            if (length := checks.common_length(values)) is not None:
+        for b, one in enumerate(policies):
+            if one.images is not None:
                 raise ValueError(
-                    f"policies[{b}] already holds per-image lists of {length} values: must be for one image"
+                    f"policies[{b}] already holds per-image lists of {one.images} values: must be for one image"
                 )
+        each = [one._values() for one in policies]
         return cls(**{key: [values[key] for values in each] for key in each[0]})
 
     def to_dict(self) -> dict[str, Any]:
@@ -190,7 +150,7 @@ class Policy:
         ):
             raise ValueError(f'not a fastguard policy: expected an object with "fastguard_policy": {FORMAT}')
         given = {key: value for key, value in values.items() if key not in ("fastguard_policy", "provenance")}
-        _refuse_unknown(given)
+        refuse_unknown(given)
         return cls(**{key: _decode(key, value) for key, value in given.items()})
 
     def save(self, path: str | os.PathLike[str], *, provenance: Mapping[str, Any] | None = None) -> Path:
@@ -213,51 +173,13 @@ class Policy:
             raise ValueError(f"{os.fspath(path)}: {error}") from None
 
 
-_DYNAMIC: dict[str, Any] = {"transition": "dynamic", "deadline": DEADLINE}
-_BARE: dict[str, Any] = {"transition": "dynamic"}
-
-_FIELDS: dict[str, dict[str, Any]] = {
-    "cfg": {},
-    "stp": {"before": "zero", "transition": "static", "t_star": 500.0},
-    "og+stp": {"before": -2.0, "transition": "static", "t_star": 650.0},
-    "dtp": {"before": "zero", **_DYNAMIC},
-    "og+dtp": {"before": "opposite", **_DYNAMIC},
-    "paper-dtp": {"before": "zero", **_BARE},
-    "paper-og+dtp": {"before": "opposite", **_BARE},
-    "released-dtp": {"before": "conditional", **_BARE},
-}
-
-PRESETS = {name: Policy(name=name, **fields) for name, fields in _FIELDS.items()}
-"""`cfg` plain guidance; the paper's methods (`stp`, `dtp`, with opposite guidance `og+`); `paper-` without
-the deadline; `released-dtp` what the authors' released script really runs (g = 1 before the transition)."""
-
-
-def policy(source: str | os.PathLike[str] | Policy, **overrides: Any) -> Policy:
-    """The policy `source` (a preset's name, a file ending in .json, or a policy) with the fields in `overrides` replaced.
-
-    ValueError for an unknown preset or field or a value that is not allowed, FileNotFoundError for a missing file.
-    """
-    if isinstance(source, Policy):
-        base = source
-    elif isinstance(source, (str, os.PathLike)) and os.fspath(source).endswith(SUFFIX):
-        base = Policy.load(source)
-    elif isinstance(source, str) and source in PRESETS:
-        base = PRESETS[source]
-    else:
-        raise ValueError(
-            f"policy={short(source)}: allowed are {', '.join(PRESETS)}, a Policy, or a path ending in {SUFFIX}"
-        )
-    _refuse_unknown(overrides)
-    return dataclasses.replace(base, **overrides)
-
-
 def provenance(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What `Policy.save` kept in a policy file of how its values were found; empty if there is nothing."""
     found = read_json(path).get("provenance")
     return found if isinstance(found, dict) else {}
 
 
-def _refuse_unknown(given: Mapping[str, Any]) -> None:
+def refuse_unknown(given: Mapping[str, Any]) -> None:
     known = [field.name for field in dataclasses.fields(Policy)]
     unknown = [key for key in given if key not in known]
     if unknown:

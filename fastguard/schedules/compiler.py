@@ -11,13 +11,10 @@ arithmetic loses more than a table would repeat, gets a table that passes the gu
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from enum import Enum
-from types import FunctionType
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,8 +22,9 @@ import torch
 
 from fastguard.kernels.layout import HISTORY, Row
 from fastguard.schedules.fold import Folded, fold, free_form
+from fastguard.schedules.key import key_of
 from fastguard.schedules.noise_level import weights
-from fastguard.schedules.scheduler_state import functions, own_state, replaced_step
+from fastguard.schedules.schedule import Schedule, in_training_steps
 from fastguard.schedules.trace import Trace, first_row, stock_in_float32, trace
 
 # Relative to the largest value of x'; beyond them the scheduler's own step() runs.
@@ -37,58 +35,11 @@ LARGEST_DIFFERENCE = (
 )
 # Shorter runs keep the table, which is nearer to float64 than stock is: their long steps cost stock up to 1.6e-5 (KDPM2, 2 steps).
 SHORTEST_COMPARED = 10
-SMALLEST_START = 0.01  # of the training's timesteps
 CACHED = 64  # schedules kept; one of 50 rows is 7 kB
 
 _IGNORED_ARGUMENTS = {"generator", "return_dict"}
 _cache: OrderedDict[tuple[tuple, bytes], Schedule] = OrderedDict()
 _cache_lock = threading.Lock()
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """What one denoising run does, per denoiser evaluation (row). Shared between callers: do not write into its tensors.
-
-    rows         float64 [K + 1, len(Row)], CPU; the last row is inactive (ACTIVE = 0, S = 1, TIMESTEP = 0)
-    timesteps    [K], the scheduler's own values and dtype, CPU
-    history      history buffers in use, 0..3
-    draws        noise draws per row as stock makes them, also where the coefficient is 0; all 0 if not linear: step() draws then
-    residual     largest |x' - stock's x'| / max|x'| over all rows, everything in float64; NaN if not linear
-    form         what m is, up to a factor: "epsilon" (the guided output e itself, whatever the model predicts), "x0", "converted"
-                 (as the scheduler converts the output), "free" (read from the coefficients) or "own step"
-    linear       False: P = 0, Q = 1, A = 0, B = 1, so that x' = e goes to the scheduler's own step(); S, TIMESTEP, OBSERVE and W_*
-                 are valid all the same
-    reason       why it is not linear
-    noise_dtype  dtype in which stock draws; None: that of the model's output
-    rounding     like residual, but with the table and its arithmetic in float32, against stock in float64
-    looks_back   whether a row is true only where x is what the row before gave: stock goes back to an older sample there, and to
-                 whatever somebody made of it in between
-    in_steps     whether timesteps count training steps; some schedulers' are logarithms or angles of the noise level
-    """
-
-    rows: torch.Tensor
-    timesteps: torch.Tensor
-    history: int
-    draws: tuple[int, ...]
-    residual: float
-    form: str
-    linear: bool
-    reason: str | None
-    noise_dtype: torch.dtype | None = None
-    rounding: float = float("nan")
-    in_steps: bool = True
-    looks_back: bool = False
-
-    def with_own_step(self, reason: str) -> Schedule:
-        """The same rows without an update: x' = e, for callers that must run the scheduler's own step() on the guided output."""
-        if not self.linear:
-            return self
-        rows = self.rows.clone()
-        rows[:, [Row.P, Row.A, *range(Row.H0, Row.H0 + HISTORY), Row.N]] = 0.0
-        rows[:, [Row.Q, Row.B]] = 1.0
-        rows[:, Row.STORE] = -1.0
-        draws = (0,) * len(self.draws)
-        return Schedule(rows, self.timesteps, 0, draws, float("nan"), "own step", False, reason, in_steps=self.in_steps)
 
 
 def compile_schedule(scheduler: Any, *, step_kwargs: Mapping[str, Any] | None = None, begin_index: int = 0) -> Schedule:
@@ -100,7 +51,7 @@ def compile_schedule(scheduler: Any, *, step_kwargs: Mapping[str, Any] | None = 
     """
     arguments = {name: value for name, value in (step_kwargs or {}).items() if name not in _IGNORED_ARGUMENTS}
     begin = first_row(scheduler, begin_index)
-    key = _key(scheduler, arguments, begin)
+    key = key_of(scheduler, arguments, begin)
     if key is None:
         return _compile(scheduler, arguments, begin)
     with _cache_lock:
@@ -199,13 +150,6 @@ def _best_fold(recorded: Trace, rows: torch.Tensor) -> tuple[str, Folded]:
     raise ValueError(reason)
 
 
-def in_training_steps(scheduler: Any) -> bool:
-    """By the whole schedule: one that counts steps begins among the hundreds, or has so few that they are small integers."""
-    trained = getattr(scheduler, "config", {}).get("num_train_timesteps", 0)
-    times = [float(t) for t in scheduler.timesteps]
-    return max(times) >= SMALLEST_START * trained or all(t.is_integer() for t in times)
-
-
 def _rows_without_update(scheduler: Any, recorded: Trace, timesteps: torch.Tensor) -> torch.Tensor:
     rows = torch.zeros(len(timesteps) + 1, len(Row), dtype=torch.float64, device="cpu")
     rows[:, Row.S] = 1.0
@@ -253,51 +197,3 @@ def _deviation(rows: torch.Tensor, recorded: Trace, stock: np.ndarray, dtype: ty
             history[int(row[Row.STORE])] = m
         worst = max(worst, float(np.abs(after - stock[k]).max() / np.abs(stock[k]).max()))
     return worst
-
-
-# What `repr` says all of. No subclasses: theirs may say anything.
-_SCALARS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
-_DEEPEST = 8
-
-
-def _feed(digest: Any, value: Any, depth: int = 0) -> bool:
-    """Add a value to the digest; False if it is none: an object whose state nobody can name, or a function that reads from outside itself."""
-    kind = type(value)
-    digest.update(kind.__name__.encode())
-    if kind in _SCALARS or isinstance(value, (Enum, np.generic)):
-        digest.update(repr(value).encode() + b";")
-        return True
-    if depth > _DEEPEST:  # or it holds itself
-        return False
-    if isinstance(value, Mapping):
-        return _feed(digest, list(value), depth + 1) and _feed(digest, list(value.values()), depth + 1)
-    if kind in (list, tuple):
-        digest.update(f"{len(value)}:".encode())
-        return all(_feed(digest, item, depth + 1) for item in value)
-    if kind is torch.Tensor:
-        value = value.detach().cpu().contiguous()
-        digest.update(repr((value.dtype, value.shape)).encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
-        return True
-    if kind is np.ndarray and not value.dtype.hasobject:
-        digest.update(repr((value.dtype, value.shape)).encode() + value.tobytes())
-        return True
-    if kind is FunctionType and not value.__closure__ and not value.__code__.co_names:
-        code = value.__code__
-        return _feed(digest, [code.co_code, code.co_consts, value.__defaults__, value.__kwdefaults__], depth + 1)
-    return False
-
-
-def _key(scheduler: Any, arguments: Mapping[str, Any], begin: int) -> tuple[tuple, bytes] | None:
-    """None if no key says all that the table depends on.
-
-    The class and its functions are themselves part of it: kept alive, so that no later ones can be taken for them.
-    """
-    digest = hashlib.sha1(usedforsecurity=False)
-    state = [
-        replaced_step(scheduler),
-        begin,
-        dict(sorted(arguments.items())),
-        dict(sorted(own_state(scheduler).items())),
-    ]
-    return ((type(scheduler), *functions(type(scheduler))), digest.digest()) if _feed(digest, state) else None

@@ -108,9 +108,9 @@ def at_the_start(scheduler: Any, device: str | None = None) -> Any:
 
     device: of its tensors; None: where they are.
     """
-    twin = object.__new__(type(scheduler))
-    twin.__dict__.update({name: _clone(value, device) for name, value in own_state(scheduler).items()})
-    return twin
+    fresh = object.__new__(type(scheduler))
+    fresh.__dict__.update({name: _clone(value, device) for name, value in own_state(scheduler).items()})
+    return fresh
 
 
 def _clone(value: Any, device: str | None) -> Any:

@@ -7,7 +7,8 @@ from typing import Any
 
 import diffusers
 
-from fastguard.schedules.compiler import Schedule, compile_schedule
+from fastguard.schedules.compiler import compile_schedule
+from fastguard.schedules.schedule import Schedule
 
 STEPS = 50
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

@@ -77,11 +77,11 @@ _OTHER_DRAWS = {
 
 def private_copy(scheduler: Any) -> Any:
     """A copy at the start of its run; its tensors are on the CPU."""
-    twin = at_the_start(scheduler, "cpu")
+    private = at_the_start(scheduler, "cpu")
     # LMS integrates polynomials over 0-dim tensors: 92,000 calls that no lane takes part in, 0.4 s under the mode, 0.17 s as here.
-    if hasattr(twin, "get_lms_coefficient"):
-        twin.get_lms_coefficient = functools.partial(_outside, twin.get_lms_coefficient)
-    return twin
+    if hasattr(private, "get_lms_coefficient"):
+        private.get_lms_coefficient = functools.partial(_outside, private.get_lms_coefficient)
+    return private
 
 
 def _outside(function: Callable[..., Any], *args: Any) -> Any:
@@ -98,11 +98,11 @@ def trace(scheduler: Any, step_kwargs: Mapping[str, Any], begin_index: int) -> T
     # A default device is itself such a mode; entering the CPU's for nothing would double the cost of every scalar.
     on_cpu = nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
     with torch.no_grad(), on_cpu:
-        twin = private_copy(scheduler)
-        timesteps = twin.timesteps[begin_index:]
-        result = _blank(len(timesteps), float(getattr(twin, "init_noise_sigma", 1.0)))
+        private = private_copy(scheduler)
+        timesteps = private.timesteps[begin_index:]
+        result = _blank(len(timesteps), float(getattr(private, "init_noise_sigma", 1.0)))
         result.problem = replaced_step(scheduler)  # then only scale, sigma and starts are recorded
-        _run(twin, timesteps, step_kwargs, result)
+        _run(private, timesteps, step_kwargs, result)
         if any(result.draws):
             result.noise_dtype = _noise_dtype(private_copy(scheduler), timesteps, step_kwargs)
     return result
@@ -119,12 +119,12 @@ def stock_in_float32(scheduler: Any, step_kwargs: Mapping[str, Any], begin_index
     on_cpu = nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
     row = 0
     with torch.no_grad(), on_cpu, Lanes(shape, lambda: column(recorded.probe_z[row])):
-        twin = private_copy(scheduler)
-        for row, t in enumerate(twin.timesteps[begin_index:]):
+        private = private_copy(scheduler)
+        for row, t in enumerate(private.timesteps[begin_index:]):
             x = column(recorded.probe_x[row])
-            if hasattr(twin, "scale_model_input"):
-                twin.scale_model_input(x, t)
-            after = twin.step(column(recorded.probe_e[row]), t, x, **step_kwargs, return_dict=False)[0]
+            if hasattr(private, "scale_model_input"):
+                private.scale_model_input(x, t)
+            after = private.step(column(recorded.probe_e[row]), t, x, **step_kwargs, return_dict=False)[0]
             result[row] = after.reshape(-1).numpy()
     return result
 
@@ -146,7 +146,7 @@ def _blank(rows: int, first_scale: float) -> Trace:
     )
 
 
-def _run(twin: Any, timesteps: torch.Tensor, step_kwargs: Mapping[str, Any], result: Trace) -> None:
+def _run(private: Any, timesteps: torch.Tensor, step_kwargs: Mapping[str, Any], result: Trace) -> None:
     rows = len(timesteps)
     lanes = 3 * rows
     shape = torch.Size((1, 1, 1, lanes + PROBES))
@@ -168,74 +168,74 @@ def _run(twin: Any, timesteps: torch.Tensor, step_kwargs: Mapping[str, Any], res
         x, e = lane(row, result.probe_x[row]), lane(rows + row, result.probe_e[row])
         try:
             with mode:
-                scaled = twin.scale_model_input(x, t) if hasattr(twin, "scale_model_input") else x
-                if hasattr(twin, "_init_step_index") and twin.step_index is None:
-                    twin._init_step_index(t)
+                scaled = private.scale_model_input(x, t) if hasattr(private, "scale_model_input") else x
+                if hasattr(private, "_init_step_index") and private.step_index is None:
+                    private._init_step_index(t)
         except Exception as error:  # a foreign scheduler may raise anything
             result.problem = result.problem or f"scale_model_input failed at row {row}: {error}"
             break
         result.scale[row] = float(scaled[..., row])
         if not torch.allclose(scaled, result.scale[row] * x, rtol=1e-12, atol=0.0):
             result.problem = result.problem or "scale_model_input is more than a factor"
-        result.sigma[row] = _sigma(twin, t)
-        result.starts[row] = _starts_block(twin, row)
-        index = getattr(twin, "step_index", None)
+        result.sigma[row] = _sigma(private, t)
+        result.starts[row] = _starts_block(private, row)
+        index = getattr(private, "step_index", None)
         try:
             if result.problem is None:
                 with mode:
-                    after = twin.step(e, t, x, **step_kwargs, return_dict=False)[0].reshape(-1).numpy()
+                    after = private.step(e, t, x, **step_kwargs, return_dict=False)[0].reshape(-1).numpy()
         except Exception as error:
             result.problem = f"step failed at row {row}: {type(error).__name__}: {error}"
         if result.problem is not None:  # go on for scale, sigma and starts alone
-            _count_step(twin, index)
+            _count_step(private, index)
             continue
         if not np.isfinite(after).all():
             result.problem = f"step is not finite at row {row}"
             continue
         result.out[row], result.probe_x[row + 1] = after[:lanes], after[lanes:]
-        result.converted[row] = _kept_output(twin, shape, row, rows)
+        result.converted[row] = _kept_output(private, shape, row, rows)
     result.draws = tuple(draws)
     if max(draws, default=0) > 1 and result.problem is None:
         result.problem = f"it draws noise {max(draws)} times in one row"
 
 
-def _sigma(twin: Any, t: torch.Tensor) -> float:
+def _sigma(private: Any, t: torch.Tensor) -> float:
     """Noise level of the row about to run: sigma where the scheduler has sigmas, else its timestep."""
-    index = getattr(twin, "step_index", None)
-    if index is not None and getattr(twin, "sigmas", None) is not None:
-        midway = not getattr(twin, "state_in_first_order", True) and hasattr(twin, "sigmas_interpol")
-        return float((twin.sigmas_interpol if midway else twin.sigmas)[index])
+    index = getattr(private, "step_index", None)
+    if index is not None and getattr(private, "sigmas", None) is not None:
+        midway = not getattr(private, "state_in_first_order", True) and hasattr(private, "sigmas_interpol")
+        return float((private.sigmas_interpol if midway else private.sigmas)[index])
     return float(t)
 
 
-def _starts_block(twin: Any, row: int) -> bool:
+def _starts_block(private: Any, row: int) -> bool:
     """False where the row about to run is a mid-stage of Heun, KDPM2, single-step DPM or PNDM's Runge-Kutta steps."""
     if hasattr(
-        twin, "order_list"
+        private, "order_list"
     ):  # the n-th evaluation of a block has order n, after a late start at most that of the rows run
-        return min(twin.order_list[twin.step_index], row + 1) == 1
-    runge_kutta = getattr(twin, "prk_timesteps", None)
-    if runge_kutta is not None and twin.counter < len(runge_kutta):
-        return twin.counter % 4 == 0
-    return bool(getattr(twin, "state_in_first_order", True))
+        return min(private.order_list[private.step_index], row + 1) == 1
+    runge_kutta = getattr(private, "prk_timesteps", None)
+    if runge_kutta is not None and private.counter < len(runge_kutta):
+        return private.counter % 4 == 0
+    return bool(getattr(private, "state_in_first_order", True))
 
 
-def _count_step(twin: Any, index: int | None) -> None:
-    """Move the twin's counters past a row whose step() is not run."""
+def _count_step(private: Any, index: int | None) -> None:
+    """Move the scheduler's counters past a row whose step() is not run."""
     if index is not None:
-        twin._step_index = index + 1
-    if hasattr(twin, "counter"):
-        twin.counter += 1
-    if hasattr(twin, "state_in_first_order"):  # Heun reads it from dt, KDPM2 from sample
-        twin.dt = twin.sample = 0.0 if twin.state_in_first_order else None
+        private._step_index = index + 1
+    if hasattr(private, "counter"):
+        private.counter += 1
+    if hasattr(private, "state_in_first_order"):  # Heun reads it from dt, KDPM2 from sample
+        private.dt = private.sample = 0.0 if private.state_in_first_order else None
 
 
-def _kept_output(twin: Any, shape: torch.Size, row: int, rows: int) -> tuple[float, float]:
+def _kept_output(private: Any, shape: torch.Size, row: int, rows: int) -> tuple[float, float]:
     """(P, Q) of the converted output m = P x + Q e that the scheduler keeps for later rows; NaN if it keeps none.
 
     Lists hold outputs (model_outputs, ets, derivatives), newest last. A tensor by itself may also be the sample: it has no e.
     """
-    values = list(vars(twin).values())
+    values = list(vars(private).values())
     listed = [value[-1] for value in values if isinstance(value, list) and value]
     for kept, is_output in [(v, True) for v in listed] + [(v, False) for v in values]:
         if not isinstance(kept, torch.Tensor) or kept.shape != shape:
@@ -247,7 +247,7 @@ def _kept_output(twin: Any, shape: torch.Size, row: int, rows: int) -> tuple[flo
     return np.nan, np.nan
 
 
-def _noise_dtype(twin: Any, timesteps: torch.Tensor, step_kwargs: Mapping[str, Any]) -> torch.dtype | None:
+def _noise_dtype(private: Any, timesteps: torch.Tensor, step_kwargs: Mapping[str, Any]) -> torch.dtype | None:
     """Dtype that stock draws in when sample and model output are float16; None if it is theirs."""
     shape = torch.Size((1, 1, 1, 1))
     zero = torch.zeros(shape, dtype=torch.float16)
@@ -255,9 +255,9 @@ def _noise_dtype(twin: Any, timesteps: torch.Tensor, step_kwargs: Mapping[str, A
     for t in timesteps:
         try:
             with mode:
-                if hasattr(twin, "scale_model_input"):
-                    twin.scale_model_input(zero, t)
-                twin.step(zero, t, zero, **step_kwargs, return_dict=False)
+                if hasattr(private, "scale_model_input"):
+                    private.scale_model_input(zero, t)
+                private.step(zero, t, zero, **step_kwargs, return_dict=False)
         except Exception:
             return None
         if mode.dtypes:

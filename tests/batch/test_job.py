@@ -15,7 +15,8 @@ from PIL import Image
 
 from fastguard.batch.generate import generate
 from fastguard.batch.pictures import Picture, read_record
-from fastguard.policies.policy import Policy, policy
+from fastguard.policies.policy import Policy
+from fastguard.policies.presets import policy
 from tests.batch.jobs import OPTIONS, ROWS, lines, pixels
 
 ROOT = Path(__file__).parents[2]

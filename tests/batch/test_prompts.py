@@ -12,7 +12,8 @@ from pyarrow import parquet
 from fastguard.batch.generate import BadRows, prepare
 from fastguard.batch.prompt_files import load
 from fastguard.batch.request import FIELDS, Defaults
-from fastguard.policies.policy import Policy, policy
+from fastguard.policies.policy import Policy
+from fastguard.policies.presets import policy
 from tests import pipelines
 
 DEFAULTS = Defaults(policy=policy("cfg"), steps=9, seed=3, guidance_scale=4.0)

@@ -28,7 +28,7 @@ from fastguard.batch.ray_runner import TRIES, Ledger, RayRunner, Worker
 from fastguard.batch.request import Defaults
 from fastguard.batch.store import Made
 from fastguard.commands.cli import app
-from fastguard.policies.policy import policy
+from fastguard.policies.presets import policy
 from tests import pipelines
 from tests.batch.test_docs import examples
 

@@ -12,7 +12,7 @@ from fastguard.batch.prompt_files import load
 from fastguard.batch.request import Defaults
 from fastguard.batch.stages import Stages
 from fastguard.batch.text import CHUNK
-from fastguard.policies.policy import policy
+from fastguard.policies.presets import policy
 from tests import pipelines
 
 SETTINGS = {"model": "tiny", "dtype": "float32", "scheduler": None}

@@ -13,7 +13,8 @@ import fastguard
 from fastguard import testbed
 from fastguard.commands import cli
 from fastguard.commands.prompts import read_jsonl
-from fastguard.policies.policy import Policy, policy
+from fastguard.policies.policy import Policy
+from fastguard.policies.presets import policy
 from tests import pipelines
 from tests.cli.invoking import invoke, refused
 

@@ -15,7 +15,8 @@ import numpy as np
 from PIL import Image
 
 import fastguard
-from fastguard.policies.policy import Policy, policy
+from fastguard.policies.policy import Policy
+from fastguard.policies.presets import policy
 from tests import pipelines
 from tests.cli.invoking import generating, invoke, refused
 

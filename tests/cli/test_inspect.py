@@ -8,7 +8,7 @@ import pytest
 
 import fastguard
 from fastguard.commands.inspection import inspect_model
-from fastguard.policies.policy import policy
+from fastguard.policies.presets import policy
 from tests.cli.invoking import invoke, refused
 
 

@@ -10,7 +10,8 @@ import signal
 import pytest
 
 from fastguard.batch.generate import Interrupted
-from fastguard.policies.policy import Policy, policy
+from fastguard.policies.policy import Policy
+from fastguard.policies.presets import policy
 from tests.cli.invoking import invoke, refused
 
 

@@ -21,17 +21,17 @@ def threads(request):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_twin(shape, threads):
+def test_torch(shape, threads):
     cases.check_batch_invariance(shape, backend="torch")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_twin_in_half_precision(dtype, threads):
+def test_torch_in_half_precision(dtype, threads):
     cases.check_batch_invariance((32, 4, 9, 7), backend="torch", dtype=dtype, noise=dtype, channels_last=True)
 
 
 @pytest.mark.parametrize("size", [1, 7, PART, PART + 1, 3 * PART])
-def test_twin_sums_d_alike_whatever_the_number_of_threads(size):
+def test_torch_sums_d_alike_whatever_the_number_of_threads(size):
     results = []
     for count in (1, 2, 3):
         torch.set_num_threads(count)

@@ -1,4 +1,4 @@
-"""The plain torch twin against the float64 reference."""
+"""The torch backend against the float64 reference."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ SHAPES = [
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("shape", SHAPES)
-def test_twin_equals_the_reference(shape, seed):
+def test_equals_the_reference(shape, seed):
     case = cases.make(seed, shape, slots=seed)
     run = case.clone()
     run.run(backend="torch")
@@ -24,7 +24,7 @@ def test_twin_equals_the_reference(shape, seed):
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("noise", [None, torch.float32, torch.float16])
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_twin_over_dtypes_noise_and_memory_formats(dtype, noise, channels_last):
+def test_over_dtypes_noise_and_memory_formats(dtype, noise, channels_last):
     for seed in range(6):
         case = cases.make(seed, (7, 4, 9, 8), dtype=dtype, noise=noise, channels_last=channels_last)
         run = case.clone()
@@ -47,7 +47,7 @@ def test_twin_over_dtypes_noise_and_memory_formats(dtype, noise, channels_last):
     ],
     ids=str,
 )
-def test_twin_options(options):
+def test_options(options):
     for seed in range(8):
         case = cases.make(seed, (6, 4, 8, 8), **options)
         run = case.clone()

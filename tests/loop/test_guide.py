@@ -10,8 +10,10 @@ import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler
 
 from fastguard.loop.guide import Guide
-from fastguard.policies.policy import Policy, policy
-from fastguard.schedules.compiler import Schedule, compile_schedule
+from fastguard.policies.policy import Policy
+from fastguard.policies.presets import policy
+from fastguard.schedules.compiler import compile_schedule
+from fastguard.schedules.schedule import Schedule
 
 SHAPE = (4, 8, 8)
 STEPS = 12

@@ -1,0 +1,145 @@
+"""The fields of a policy: what each may be, and which combinations would have no effect. Errors name the field, its value and what is allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from fastguard.checks import choice, integer, number
+from fastguard.files import is_unicode, short
+
+BEFORE = ("zero", "conditional", "opposite")
+MOST_STEPS = 10_000
+LONGEST_NAME = 200  # characters
+LARGEST_SCALE = 1000.0
+"""Of guidance: float16 holds numbers to 65,504, and what is guided by thousands is no picture."""
+
+RANGES: dict[str, tuple[float, float]] = {
+    "guidance_scale": (0.0, LARGEST_SCALE),
+    "before": (-LARGEST_SCALE, LARGEST_SCALE),
+    "gate_steps": (1, MOST_STEPS),
+    "min_step": (0, MOST_STEPS),
+    "opposite_steps": (0, MOST_STEPS),
+}
+"""Smallest and largest number that a field may hold, in every row of a prompt file too. Each of a tuple is in the range."""
+
+
+def common_length(values: Mapping[str, Any]) -> int | None:
+    """Length of the lists (values per image) among `values`, None if there are none; ValueError if they differ or are empty."""
+    lengths = {key: len(value) for key, value in values.items() if isinstance(value, list)}
+    if 0 in lengths.values() or len(set(lengths.values())) > 1:
+        found = ", ".join(f"{key} has {length}" for key, length in lengths.items())
+        raise ValueError(f"per-image lists must be equally long and not empty: {found}")
+    return next(iter(lengths.values()), None)
+
+
+def checked(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """One image's fields, each of its type and in its range (see `fastguard.policies.policy.Policy`); errors begin with `prefix`."""
+    try:
+        valid = {key: _FIELDS[key](key, value) for key, value in values.items()}
+        _combination(valid)
+        _ranges(valid)
+    except (ValueError, RecursionError) as error:
+        message = str(error)  # holds the value, whatever its length, and at its end what is allowed
+        raise ValueError(
+            prefix + (message if len(message) <= 400 else f"{message[:80]} ... {message[-300:]}")
+        ) from None
+    return valid
+
+
+def _ranges(valid: Mapping[str, Any]) -> None:
+    for key, (lowest, highest) in RANGES.items():
+        for value in valid[key] if isinstance(valid[key], tuple) else [valid[key]]:
+            if isinstance(value, (int, float)) and not lowest <= value <= highest:
+                raise ValueError(f"{key}={short(value)}: must be from {lowest:g} to {highest:g}")
+
+
+def _before(name: str, value: Any) -> str | float:
+    if isinstance(value, str) and value in BEFORE:
+        return value
+    return number(name, value, "one of 'zero', 'conditional', 'opposite' or a finite number")
+
+
+def _guidance_scale(name: str, value: Any) -> float | tuple[float, ...] | None:
+    allowed = "None, a finite number or a tuple of finite numbers, one per denoiser row"
+    if value is None:
+        return None
+    if isinstance(value, tuple) and value:
+        return tuple(number(f"{name}[{k}]", item, "a finite number") for k, item in enumerate(value))
+    return number(name, value, allowed)
+
+
+def _timestep(name: str, value: Any) -> float | None:
+    return None if value is None else number(name, value, "None or a timestep >= 0", lambda t: t >= 0)
+
+
+def _gate(name: str, value: Any) -> float | None:
+    return None if value is None else number(name, value, "None or a finite number above 0", lambda tau: tau > 0)
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r}: must be True or False")
+    return value
+
+
+def _name(name: str, value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{name}={value!r}: must be a string that is not empty")
+    if len(value) > LONGEST_NAME or not is_unicode(value):
+        raise ValueError(f"{name}={short(value)}: must be UTF-8 text of at most {LONGEST_NAME} characters")
+    return value
+
+
+_FIELDS: dict[str, Callable[[str, Any], Any]] = {
+    "before": _before,
+    "transition": lambda name, value: choice(name, value, (None, "static", "dynamic")),
+    "t_star": _timestep,
+    "rule": lambda name, value: choice(name, value, ("minimum", "drop")),
+    "rho": lambda name, value: number(name, value, "a number between 0 and 1, both excluded", lambda rho: 0 < rho < 1),
+    "magnitude": lambda name, value: choice(name, value, ("output", "epsilon", "x0")),
+    "deadline": _timestep,
+    "gate": _gate,
+    "gate_steps": lambda name, value: integer(name, value, 1),
+    "min_step": lambda name, value: integer(name, value, 0),
+    "min_drop": lambda name, value: number(name, value, "a number from 0 to below 1", lambda drop: 0 <= drop < 1),
+    "opposite_steps": lambda name, value: None if value is None else integer(name, value, 0),
+    "monitor": _flag,
+    "guidance_scale": _guidance_scale,
+    "name": _name,
+}
+
+
+def _combination(v: Mapping[str, Any]) -> None:
+    """Refuse what would have no effect: it is a mistake that nobody would notice."""
+    dynamic = v["transition"] == "dynamic"
+    negative = v["before"] == "opposite" or (isinstance(v["before"], float) and v["before"] < 0)
+    if v["transition"] == "static" and v["t_star"] is None:
+        raise ValueError("t_star=None: transition='static' needs a timestep >= 0")
+    needs = [
+        ("before", "zero", v["transition"] is not None, "a transition ('static' or 'dynamic')"),
+        ("t_star", None, v["transition"] == "static", "transition='static'"),
+        ("deadline", None, dynamic, "transition='dynamic'"),
+        ("rule", "minimum", dynamic, "transition='dynamic'"),
+        ("magnitude", "output", dynamic, "transition='dynamic'"),
+        ("min_step", 0, dynamic, "transition='dynamic'"),
+        (
+            "min_drop",
+            0.0,
+            dynamic and v["rule"] == "minimum",
+            "transition='dynamic' with rule='minimum'",
+        ),
+        ("rho", 0.3, dynamic and v["rule"] == "drop", "transition='dynamic' with rule='drop'"),
+        ("gate", None, v["transition"] is not None, "a transition ('static' or 'dynamic')"),
+        ("gate_steps", 1, v["gate"] is not None, "a gate"),
+        (
+            "opposite_steps",
+            None,
+            v["transition"] is not None and negative,
+            "a transition and before='opposite' or negative",
+        ),
+    ]
+    for name, default, met, need in needs:
+        if v[name] != default and not met:
+            have = f"transition={v['transition']!r}, before={v['before']!r}, rule={v['rule']!r}, gate={v['gate']!r}"
+            raise ValueError(f"{name}={v[name]!r} has no effect here: it needs {need} (have {have})")

@@ -1,0 +1,65 @@
+"""A scheduler as a table: what one denoising run does, row by row. `compiler` makes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fastguard.kernels.layout import HISTORY, Row
+
+SMALLEST_START = 0.01  # of the training's timesteps
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What one denoising run does, per denoiser evaluation (row). Shared between callers: do not write into its tensors.
+
+    rows         float64 [K + 1, len(Row)], CPU; the last row is inactive (ACTIVE = 0, S = 1, TIMESTEP = 0)
+    timesteps    [K], the scheduler's own values and dtype, CPU
+    history      history buffers in use, 0..3
+    draws        noise draws per row as stock makes them, also where the coefficient is 0; all 0 if not linear: step() draws then
+    residual     largest |x' - stock's x'| / max|x'| over all rows, everything in float64; NaN if not linear
+    form         what m is, up to a factor: "epsilon" (the guided output e itself, whatever the model predicts), "x0", "converted"
+                 (as the scheduler converts the output), "free" (read from the coefficients) or "own step"
+    linear       False: P = 0, Q = 1, A = 0, B = 1, so that x' = e goes to the scheduler's own step(); S, TIMESTEP, OBSERVE and W_*
+                 are valid all the same
+    reason       why it is not linear
+    noise_dtype  dtype in which stock draws; None: that of the model's output
+    rounding     like residual, but with the table and its arithmetic in float32, against stock in float64
+    looks_back   whether a row is true only where x is what the row before gave: stock goes back to an older sample there, and to
+                 whatever somebody made of it in between
+    in_steps     whether timesteps count training steps; some schedulers' are logarithms or angles of the noise level
+    """
+
+    rows: torch.Tensor
+    timesteps: torch.Tensor
+    history: int
+    draws: tuple[int, ...]
+    residual: float
+    form: str
+    linear: bool
+    reason: str | None
+    noise_dtype: torch.dtype | None = None
+    rounding: float = float("nan")
+    in_steps: bool = True
+    looks_back: bool = False
+
+    def with_own_step(self, reason: str) -> Schedule:
+        """The same rows without an update: x' = e, for callers that must run the scheduler's own step() on the guided output."""
+        if not self.linear:
+            return self
+        rows = self.rows.clone()
+        rows[:, [Row.P, Row.A, *range(Row.H0, Row.H0 + HISTORY), Row.N]] = 0.0
+        rows[:, [Row.Q, Row.B]] = 1.0
+        rows[:, Row.STORE] = -1.0
+        draws = (0,) * len(self.draws)
+        return Schedule(rows, self.timesteps, 0, draws, float("nan"), "own step", False, reason, in_steps=self.in_steps)
+
+
+def in_training_steps(scheduler: Any) -> bool:
+    """By the whole schedule: one that counts steps begins among the hundreds, or has so few that they are small integers."""
+    trained = getattr(scheduler, "config", {}).get("num_train_timesteps", 0)
+    times = [float(t) for t in scheduler.timesteps]
+    return max(times) >= SMALLEST_START * trained or all(t.is_integer() for t in times)
