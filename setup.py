@@ -53,7 +53,7 @@ setup(
     package_dir={"fastguard.kernels": "kernels"},
     package_data={
         "fastguard": ["py.typed"],
-        "fastguard.testbed": ["*.json", "*.safetensors", "model/**/*", "data/**/*"],
+        "fastguard.testbed": ["*.json", "*.safetensors", "model/**/*"],
     },
     include_package_data=False,
     install_requires=[

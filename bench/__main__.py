@@ -75,7 +75,7 @@ def paper(
     from bench.paper.command import Request
     from bench.paper.command import paper as run
     from bench.paper.work import Amount
-    from fastguard.testbed.run import CALL
+    from fastguard.testbed.sampling import CALL
 
     if guidance_scale is None:
         guidance_scale = 7.5 if model is not None else float(CALL["guidance_scale"])

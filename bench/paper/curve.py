@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from fastguard.testbed.stats import DRAWS
+from bench.testbed.stats import DRAWS
 
 TENTHS = 10
 SAME = 1e-4  # of similarities and of faithfulness; three digits are shown

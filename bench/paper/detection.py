@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fastguard.testbed.stats import DRAWS, auc
+from bench.testbed.stats import DRAWS, auc
 
 STEPS, SEEDS = (1, 5, 50), (1, 4, 16)
 FPR = 0.01

@@ -10,7 +10,7 @@ import numpy as np
 from bench.metrics import summary as spread
 from bench.paper import curve, detection
 from bench.paper.work import PLAIN, WATCHED, Amount
-from fastguard.testbed.stats import over_prompts
+from bench.testbed.stats import over_prompts
 
 SIMILARITIES = ("similarity", "similarity_set", "sscd", "sscd_set")
 SHARES = ("copy", "faithful", "faithful5", "clip", "blown")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bench.paper.published import DIFFERS, ROWS, SETTINGS
-from fastguard.testbed.stats import FEW
+from bench.testbed.stats import FEW
 
 
 @dataclass(frozen=True)

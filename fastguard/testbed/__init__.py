@@ -3,8 +3,8 @@
     pipe = fastguard.testbed.load()
     images = pipe([p.prompt for p in fastguard.testbed.prompts("D", "test")]).images
 
-`model/README.md` is its model card. `python -m fastguard.testbed --help` lists the commands that fetch
-the drawings, train it again, evaluate the guard on it and make the demo.
+`model/README.md` is its model card, `fastguard demo` shows the guard at work on it. What trained, tuned and evaluated it is
+`python -m bench.testbed` of a checkout.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
     from diffusers import StableDiffusionPipeline
 
-__all__ = ["GUIDANCE_SCALE", "Prompt", "load", "path", "policy_path", "prompts", "training_images"]
+__all__ = ["GUIDANCE_SCALE", "Prompt", "concepts", "load", "path", "policy_path", "prompts", "training_images"]
 
 GUIDANCE_SCALE = 3.0
 """The scale that everything here is measured at: at Stable Diffusion's 7.5 this small model over-saturates (docs/testbed)."""
@@ -75,6 +75,12 @@ def load(**kwargs: Any) -> StableDiffusionPipeline:
         logging.set_verbosity(level)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@functools.cache
+def concepts() -> dict[str, str]:
+    """Caption -> code point of its drawing, in a fixed order."""
+    return json.loads((_HERE / "concepts.json").read_text())
 
 
 @functools.cache

@@ -18,7 +18,7 @@ import torch
 from . import Prompt, load, policy_path, prompts, training_images
 from .measures import COPY, Judge
 from .page import page, table
-from .run import Job, generate
+from .sampling import Job, generate
 
 if TYPE_CHECKING:
     from fastguard import Policy

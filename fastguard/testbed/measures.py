@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from . import Prompt, classifier, training_images
-from .data import concepts
+from . import Prompt, classifier, concepts, training_images
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from bench.__main__ import app
 from bench.paper import inputs
 from fastguard import testbed
-from fastguard.testbed import classifier, data
+from fastguard.testbed import classifier
 
 OPTIONS = (
     "--methods none,dtp --guidance-scale 3 --guidance-scales 3 --seeds 2 --detection-seeds 0 --steps 5 --device cpu"
@@ -31,7 +31,7 @@ def test_results_and_page_hold_its_own_measures(tmp_path: Path, monkeypatch: pyt
     result = CliRunner().invoke(app, ["paper", "--out", str(tmp_path), *OPTIONS.split()])
     assert result.exit_code == 0, result.output
 
-    pipe, judge, names = testbed.load(), classifier.load(), list(data.concepts())
+    pipe, judge, names = testbed.load(), classifier.load(), list(testbed.concepts())
     drawings = torch.as_tensor(testbed.training_images().copy()).permute(0, 3, 1, 2) / 127.5 - 1
     with torch.no_grad():
         known = pipe.vae.encode(drawings).latents.flatten(1).double()

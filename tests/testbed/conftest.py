@@ -29,8 +29,3 @@ def _guard_off(request):
 @pytest.fixture
 def noise():
     return torch.randn(40, 8, 8, 8, generator=torch.manual_seed(0))
-
-
-# Until the weights are there (first training), only the tests that need none run.
-if not testbed.path().exists():
-    collect_ignore_glob = ["test_[dlmpr]*.py"]

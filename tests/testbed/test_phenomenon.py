@@ -2,9 +2,10 @@
 
 import pytest
 
+from bench.testbed.run import jobs
 from fastguard import policy
 from fastguard.testbed import prompts
-from fastguard.testbed.run import generate, jobs
+from fastguard.testbed.sampling import generate
 
 D = sorted(prompts("D", "tuning"), key=lambda p: -p.factor)[:6]
 ORDINARY = prompts("ordinary", "tuning")[:6]

@@ -1,0 +1,67 @@
+"""Images of the embedded model under a guard, the same noise for the same prompt and seed whatever the guard."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from . import GUIDANCE_SCALE, Prompt
+
+CALL = {"num_inference_steps": 50, "guidance_scale": GUIDANCE_SCALE}
+REPORTED = (
+    "transition_step",
+    "transition_timestep",
+    "minimum_timestep",
+    "margin",
+    "forced",
+    "gate",
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image: a prompt, a seed number, a policy (a preset's name or a Policy; None: stock)."""
+
+    prompt: Prompt
+    seed: int
+    policy: Any = None
+
+
+def generator(job: Job) -> torch.Generator:
+    """The same noise for the same prompt and seed number, whatever the policy."""
+    return torch.Generator().manual_seed(100_003 * job.seed + zlib.crc32(job.prompt.prompt.encode()))
+
+
+def generate(pipe: Any, batch: Sequence[Job], **call: Any) -> tuple[torch.Tensor, list[dict]]:
+    """Latents [B, 8, 8, 8] and, per image, what the guard reports (empty without one)."""
+    import fastguard
+
+    arguments = {
+        "prompt": [job.prompt.prompt for job in batch],
+        "generator": [generator(job) for job in batch],
+        "output_type": "latent",
+        **CALL,
+        **call,
+    }
+    if all(job.policy is None for job in batch):
+        return pipe(**arguments).images, [{} for _ in batch]
+    guard = fastguard.enable(pipe, [job.policy for job in batch])
+    try:
+        images = pipe(**arguments).images
+        return images, [record(one) for one in guard.report]
+    finally:
+        guard.disable()
+
+
+def record(report: Any) -> dict:
+    """The fields of an image's report that the tables need, as JSON values."""
+    return {
+        **{name: getattr(report, name) for name in REPORTED},
+        "d_curve": list(report.d_curve),
+        "timesteps": [float(t) for t in report.timesteps],
+        "denoiser_rows": report.denoiser_rows,
+    }
