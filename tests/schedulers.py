@@ -53,7 +53,7 @@ SD: dict[str, Callable[[], Any]] = {
     "edm-dpm": lambda: d.EDMDPMSolverMultistepScheduler(),
 }
 
-# float32 arithmetic of their own that no table repeats to 1e-6 (tests/test_schedule.py): their own step() runs
+# float32 arithmetic of their own that no table repeats to 1e-6 (tests/schedules/test_schedule.py): their own step() runs
 OWN_STEP: dict[str, Callable[[], Any]] = {
     "euler-v-zero-snr": lambda: d.EulerDiscreteScheduler(
         **BETAS, prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing"

@@ -12,7 +12,7 @@ import pytest
 from fastguard.batch.generate import Interrupted
 from fastguard.policies.policy import Policy
 from fastguard.policies.presets import policy
-from tests.cli.invoking import invoke, refused
+from tests.commands.invoking import invoke, refused
 
 
 def test_exit_codes(model, tmp_path, monkeypatch):

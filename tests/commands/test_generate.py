@@ -18,7 +18,7 @@ import fastguard
 from fastguard.policies.policy import Policy
 from fastguard.policies.presets import policy
 from tests import pipelines
-from tests.cli.invoking import generating, invoke, refused
+from tests.commands.invoking import generating, invoke, refused
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = ["a red cat", "two dogs", "a house by the sea"]

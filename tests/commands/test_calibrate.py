@@ -16,7 +16,7 @@ from fastguard.commands.prompts import read_jsonl
 from fastguard.policies.policy import Policy
 from fastguard.policies.presets import policy
 from tests import pipelines
-from tests.cli.invoking import invoke, refused
+from tests.commands.invoking import invoke, refused
 
 
 def ordinary(path: Path, count: int) -> Path:

@@ -9,7 +9,7 @@ import pytest
 import fastguard
 from fastguard.commands.inspection import inspect_model
 from fastguard.policies.presets import policy
-from tests.cli.invoking import invoke, refused
+from tests.commands.invoking import invoke, refused
 
 
 def test_inspect(model):

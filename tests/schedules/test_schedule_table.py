@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fastguard.schedules import table as schedule_table
 
-PAGE = Path(__file__).parents[1] / "docs" / "schedulers.md"
+PAGE = Path(__file__).parents[2] / "docs" / "schedulers.md"
 
 
 def without_measurements(text: str) -> str:
