@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -36,11 +37,13 @@ class Guide:
         """
         if len(policies) != latents.shape[0]:
             raise ValueError(f"policies has {len(policies)} entries: must be one per image, {latents.shape[0]}")
-        self.schedule = schedule.with_own_step("guidance alone")
+        schedule = schedule.with_own_step("guidance alone")
+        rows = schedule.rows.clone()
+        rows[:, Row.S] = 1.0  # what the op writes as the next model input is then e itself
+        self.schedule = replace(schedule, rows=rows)
         self._policies, self._elements, self._scale = tuple(policies), latents[0].numel(), guidance_scale
         self.plan = self._lower()
         self.loop = Loop(self.schedule, self.plan, latents, halves=1)
-        self.loop.rows[:, Row.S] = 1.0  # what the op writes as the next model input is then e itself
         sets_scale = torch.tensor([p.sets_scale for p in policies])
         self._sets_scale = sets_scale.to(latents.device, non_blocking=True)
         self.row = self._rows_run = 0
@@ -89,13 +92,17 @@ class Guide:
         return Report.read(
             self.loop.state,
             self.loop.trace,
-            self.plan,
+            self.so_far(),
             path=path,
             reason=reason,
             latents=latents,
             steps=self.row,
             rows_run=self._rows_run,
         )
+
+    def so_far(self) -> Plan:
+        """The plan as the report shows it."""
+        return self.plan
 
     def _lower(self) -> Plan:
         return lower(self._policies, self.schedule, self._scale, self._elements)

@@ -71,6 +71,11 @@ def lower(policies: Sequence[Policy], schedule: Schedule, guidance_scale: float,
     return Plan(rules, guidance, _initial_state(policies), branches, tuple(policies), times, elements)
 
 
+def limit(policy: Any) -> float | None:
+    """The timestep at which a guard ends at the latest; None if it has none."""
+    return policy.t_star if policy.transition == "static" else policy.deadline
+
+
 def limit_of(policy: Any) -> str | None:
     """The fixed timestep at which a guard ends at the latest, as "t_star=500"; None if it has none."""
     if policy.transition == "static":
@@ -132,10 +137,9 @@ def gate_threshold(tau: float, elements: int) -> float:
 
 def _switch_row(policy: Any, times: Sequence[float], observed: Sequence[bool]) -> int:
     """First observing row at or below t_star (static) or the deadline (dynamic)."""
-    limit = policy.t_star if policy.transition == "static" else policy.deadline
-    if limit is None:
+    if (last := limit(policy)) is None:
         return NEVER
-    return next((k for k, t in enumerate(times) if observed[k] and t <= limit), NEVER)
+    return next((k for k, t in enumerate(times) if observed[k] and t <= last), NEVER)
 
 
 def _rule(policy: Any, switch_row: int, elements: int) -> list[float]:

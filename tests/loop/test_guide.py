@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler
 
+from fastguard.kernels.layout import Row
 from fastguard.loop.guide import Guide
 from fastguard.policies.policy import Policy
 from fastguard.policies.presets import policy
@@ -188,6 +189,14 @@ def test_what_is_handed_out_is_not_written_again() -> None:
     kept = first.clone()
     guide(rows[1][0][None], rows[1][1][None])
     assert torch.equal(first, kept)
+
+
+def test_a_schedule_that_others_use_too_is_not_written_to() -> None:
+    s = schedule_of(EulerDiscreteScheduler).with_own_step("as of a scheduler that is not linear")
+    before = s.rows.clone()
+    assert not torch.equal(before[:, Row.S], torch.ones(len(before), dtype=before.dtype))
+    run([policy("dtp")], [outputs(DIP, torch.float32, seed=6)], s, [SCALE] * STEPS)
+    assert torch.equal(s.rows, before)
 
 
 def test_refusals() -> None:

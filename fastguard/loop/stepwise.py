@@ -1,0 +1,82 @@
+"""Guidance over noise levels that become known one at a time: for callers that have no scheduler to compile."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from fastguard.kernels.layout import NEVER, Row, Rule
+from fastguard.loop.guide import Guide
+from fastguard.policies.plan import Plan, limit
+from fastguard.policies.policy import Policy
+from fastguard.schedules.schedule import Schedule
+
+ROWS = 1024  # evaluations of one run at most
+
+
+class Stepwise(Guide):
+    """A `Guide` whose rows are written as they come: call `at` before every row.
+
+    A row is an observation if its level is above all levels before it, so that further evaluations of a level count once, as in a
+    compiled schedule. What a compiled schedule knows better: a mid-stage at a level of its own (KDPM2) is an observation here.
+    """
+
+    def __init__(
+        self, policies: Sequence[Policy], *, guidance_scale: float, latents: torch.Tensor, in_steps: bool = True
+    ) -> None:
+        """Arguments as of `Guide`; in_steps: whether the timesteps that will be given count training steps.
+
+        ValueError for a guidance scale per row: how many rows there will be is not known.
+        """
+        for policy in policies:
+            if isinstance(policy.guidance_scale, tuple):
+                raise ValueError(
+                    f"guidance_scale of policy {policy.name!r} has {len(policy.guidance_scale)} values: must be one number, because "
+                    "the number of rows is not known here"
+                )
+        super().__init__(policies, _blank(in_steps), guidance_scale=guidance_scale, latents=latents)
+        limits = [limit(policy) for policy in policies]
+        device = latents.device
+        self._limits = torch.tensor([-torch.inf if t is None else t for t in limits], dtype=torch.float64).to(device)
+        self._switch_rows = torch.full_like(self._limits, NEVER)
+        self._highest = torch.full((), -torch.inf, dtype=torch.float64, device=device)
+
+    def at(self, level: Any, timestep: Any, w_epsilon: Any = torch.nan, w_x0: Any = torch.nan) -> None:
+        """The next row: its level (any number that grows while noise goes away), its timestep, and the factors of d in epsilon and x0
+        space. Each is a number or a tensor of one element; a tensor on the latents' device is not waited for."""
+        row = self.loop.rows[self.row]
+        level, timestep = (_scalar(value, row) for value in (level, timestep))
+        observed = level > self._highest
+        self._highest = torch.maximum(self._highest, level)
+        for column, value in (
+            (Row.OBSERVE, observed),
+            (Row.TIMESTEP, timestep),
+            (Row.W_EPSILON, w_epsilon),
+            (Row.W_X0, w_x0),
+        ):
+            row[column] = value
+        reached = observed & (timestep <= self._limits) & (self._switch_rows == NEVER)
+        self._switch_rows.masked_fill_(reached, self.row)
+        self.loop.rules[:, Rule.SWITCH_ROW] = self._switch_rows
+
+    def so_far(self) -> Plan:
+        """Waits for the device."""
+        times = self.loop.rows[: self.row, Row.TIMESTEP].tolist()
+        return replace(self.plan, timesteps=tuple(times), branches=self.plan.branches[: self.row])
+
+
+def _blank(in_steps: bool) -> Schedule:
+    rows = torch.zeros(ROWS + 1, len(Row), dtype=torch.float64)
+    rows[:, [Row.Q, Row.B, Row.S]] = 1.0
+    rows[:, Row.STORE] = -1.0
+    rows[:-1, Row.ACTIVE] = 1.0
+    reason = "no scheduler is known"
+    none = (0,) * ROWS
+    return Schedule(rows, rows[:-1, Row.TIMESTEP], 0, none, torch.nan, "own step", False, reason, in_steps=in_steps)
+
+
+def _scalar(value: Any, like: torch.Tensor) -> torch.Tensor:
+    return torch.as_tensor(value, dtype=like.dtype, device=like.device).reshape(())
