@@ -39,10 +39,10 @@ class Stepwise(Guide):
                 )
         super().__init__(policies, _blank(in_steps), guidance_scale=guidance_scale, latents=latents)
         limits = [limit(policy) for policy in policies]
-        device = latents.device
-        self._limits = torch.tensor([-torch.inf if t is None else t for t in limits], dtype=torch.float64).to(device)
-        self._switch_rows = torch.full_like(self._limits, NEVER)
-        self._highest = torch.full((), -torch.inf, dtype=torch.float64, device=device)
+        self._limits = torch.tensor([-torch.inf if t is None else t for t in limits], dtype=torch.float64).to(
+            latents.device
+        )
+        self._highest = torch.full_like(self._limits[0], -torch.inf)
 
     def at(self, level: Any, timestep: Any, w_epsilon: Any = torch.nan, w_x0: Any = torch.nan) -> None:
         """The next row: its level (any number that grows while noise goes away), its timestep, and the factors of d in epsilon and x0
@@ -58,9 +58,8 @@ class Stepwise(Guide):
             (Row.W_X0, w_x0),
         ):
             row[column] = value
-        reached = observed & (timestep <= self._limits) & (self._switch_rows == NEVER)
-        self._switch_rows.masked_fill_(reached, self.row)
-        self.loop.rules[:, Rule.SWITCH_ROW] = self._switch_rows
+        reached = observed & (timestep <= self._limits)
+        self.loop.rules[:, Rule.SWITCH_ROW] = torch.where(reached, float(self.row), float(NEVER))
 
     def so_far(self) -> Plan:
         """Waits for the device."""
