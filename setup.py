@@ -39,6 +39,7 @@ setup(
                 "batch",
                 "capture",
                 "commands",
+                "fronts",
                 "loop",
                 "pipelines",
                 "pipelines.families",
