@@ -1,21 +1,38 @@
 # One command each; every target sets up what it needs in .venv first.
 PYTHON ?= python3
+WORKERS ?= 2
 BIN := .venv/bin
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
-.PHONY: setup demo test lint types bench clean
+.PHONY: setup demo test check package lint types bench clean
 
-setup: .venv/.ready
+setup: .venv/.dev
 
-.venv/.ready: setup.py
-	$(PYTHON) -m venv .venv
+.venv/.demo: setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --editable '.[demo]'
+	touch $@
+
+.venv/.dev: .venv/.demo
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@
 
-demo: setup
+# Needs what fastguard runs on, and matplotlib.
+demo: .venv/.demo
 	$(BIN)/fastguard demo --out demo
 
+# The library's core: at most 5 minutes on 2 cores.
 test: setup
-	$(BIN)/python -m pytest
+	$(PYTEST) -m "not slow"
+
+# Everything, at most 20 minutes on 2 cores, and the distributions with their metadata.
+check: setup package
+	$(PYTEST)
+
+package: setup
+	rm -rf build/lib build/bdist.* dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m twine check --strict dist/*
 
 lint: setup
 	$(BIN)/ruff check .

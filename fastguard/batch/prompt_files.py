@@ -209,7 +209,7 @@ def _parquet(path: Path) -> Rows:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise ValueError(f"prompts={str(path)!r}: needs pyarrow; pip install 'fastguard[parquet]'") from None
+        raise ValueError(f"prompts={str(path)!r}: needs pyarrow; pip install 'diffusers-fastguard[parquet]'") from None
     if not path.is_file():
         raise FileNotFoundError(2, "No such file", str(path))
     try:

@@ -225,7 +225,7 @@ def _ray() -> Any:
         import ray
         import ray.data
     except ImportError as error:
-        raise ValueError(f"engine='ray': needs Ray; pip install 'fastguard[ray]' ({error})") from None
+        raise ValueError(f"engine='ray': needs Ray; pip install 'diffusers-fastguard[ray]' ({error})") from None
     return ray
 
 

@@ -23,7 +23,7 @@ def plot_curves(images: Sequence[ImageReport], path: str | os.PathLike[str] | No
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'fastguard[plot]'") from error
+        raise ImportError("plots need matplotlib: pip install 'diffusers-fastguard[plot]'") from error
 
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")  # no pyplot: no global state, no display
     axes = figure.add_subplot()

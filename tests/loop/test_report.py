@@ -199,5 +199,5 @@ def test_a_plot_shows_points_that_no_line_goes_through():
 
 def test_plot_without_matplotlib(mixed, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"fastguard\[plot\]"):
+    with pytest.raises(ImportError, match=r"diffusers-fastguard\[plot\]"):
         mixed.plot()
