@@ -19,7 +19,8 @@ from fastguard.capture.options import Engine
 from fastguard.capture.tune import Tuning, tune
 from fastguard.loop.report import Report
 from fastguard.pipelines.call import Call
-from fastguard.pipelines.families import Family, find
+from fastguard.pipelines.families import Family, OwnFamily, find
+from fastguard.pipelines.own_combination import OwnCombination, first_denoiser
 from fastguard.pipelines.pending import settled
 from fastguard.pipelines.shadow import shadow
 from fastguard.pipelines.tokenizers import TOKENIZERS, one_at_a_time
@@ -62,7 +63,7 @@ def enable(
     family = find(base)
     chosen = make_policy(policy, **overrides)
     engine = Engine.of(
-        getattr(pipe, family.denoiser),
+        first_denoiser(pipe, family),
         capture=capture,
         attention_backend=attention_backend,
         compile=compile,
@@ -142,19 +143,23 @@ class Guard:
         arguments = inspect.signature(stock_call).bind(pipe, *args, **kwargs)
         arguments.apply_defaults()
         values = {**arguments.arguments, **arguments.arguments.get("kwargs", {})}
-        if reason := family.refusal(values) or _unseen(values):
+        own = isinstance(family, OwnFamily)
+        reason = family.refusal(pipe, values) if own else family.refusal(values) or _unseen(values)
+        if reason:
             self.forget()
             raise ValueError(reason)
-        denoiser = getattr(pipe, family.denoiser)
+        denoiser = first_denoiser(pipe, family)
         if getattr(denoiser, "dtype", None) == torch.float64:
             raise ValueError(
-                f"{family.denoiser} is torch.float64: a guarded call takes float16, bfloat16 or float32; disable the guard for float64"
+                f"{type(denoiser).__name__} is torch.float64: a guarded call takes float16, bfloat16 or float32; disable the guard for float64"
             )
         with _claimed(pipe) as alone, _claimed(pipe.scheduler) as free:
             # The loop's own pipeline: its state is the original's, unless another call is at work on that at this moment.
             state = pipe if alone else _copy(pipe)
             # Schedulers keep the state of a loop on themselves.
             scheduler = pipe.scheduler if free else _another(pipe.scheduler)
+            if own:
+                return self._run_own(stock_call, args, kwargs, values, state, scheduler)
             runs, capturing = self.engine.lend(denoiser, self.graphs)
             call = Call(self.policy, family, values, scheduler, runs, capturing)
             methods: dict[str, Callable] = {
@@ -191,6 +196,28 @@ class Guard:
                     self._last = self._thread.last = call.report()
                 finally:
                     call.close()
+
+    def _run_own(self, stock_call: Any, args: tuple, kwargs: dict, values: dict, state: Any, scheduler: Any) -> Any:
+        """One call of a pipeline that combines its branches itself."""
+        pipe, family = self._pipe, self.family
+        denoisers = {name: part for name in family.denoisers if (part := getattr(pipe, name, None)) is not None}
+        call = OwnCombination(self.policy, family, values, scheduler, denoisers)
+        parts = {
+            "scheduler": shadow(scheduler, call.methods()),
+            **{
+                name: shadow(part, {"__call__": functools.partial(call.denoise, name)})
+                for name, part in denoisers.items()
+            },
+        }
+        # Offloading replaces the pipeline's hooks at the end of a call: they belong to the original.
+        call.attach(shadow(state, {"maybe_free_model_hooks": pipe.maybe_free_model_hooks}, parts))
+        self._replaced = None
+        try:
+            result = stock_call(call.pipe, *args, **kwargs)
+            call.finish()
+            return result
+        finally:
+            self._last = self._thread.last = call.report()
 
 
 def _unseen(arguments: Mapping[str, Any]) -> str | None:

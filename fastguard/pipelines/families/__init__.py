@@ -1,8 +1,8 @@
 """The allow-list: the only code that knows a pipeline class.
 
-The guard ignores the pipeline's own combination of the two branches, so it may only run where that combination is known to be
-u + s (c - u) on a batch ordered [unconditional, conditional]. A pipeline qualifies by its `__call__`: a subclass that overrides
-`__call__` does not inherit its parent's place.
+Two kinds. `Family`: the guard takes the combination into its own op, so it may only run where that is known to be u + s (c - u) on a
+batch ordered [unconditional, conditional]. `OwnFamily`: the pipeline combines, and the guard replaces the result for guarded images.
+A pipeline qualifies by its `__call__`: a subclass that overrides `__call__` does not inherit its parent's place.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ from typing import Any
 import diffusers
 
 from fastguard.pipelines.families.base import Family
+from fastguard.pipelines.families.one_batch import ONE_BATCH
+from fastguard.pipelines.families.own import OwnFamily
 from fastguard.pipelines.families.pixart import PIXART
+from fastguard.pipelines.families.refused import reason_against
 from fastguard.pipelines.families.stable_diffusion import (
     CONTROLNET,
     CONTROLNET_FIXED,
@@ -22,6 +25,7 @@ from fastguard.pipelines.families.stable_diffusion import (
     TEXT_TO_IMAGE,
 )
 from fastguard.pipelines.families.stable_diffusion_3 import SD3, SD3_INPAINT
+from fastguard.pipelines.families.two_calls import TWO_CALLS
 
 FAMILIES: tuple[Family, ...] = (
     TEXT_TO_IMAGE,
@@ -34,20 +38,17 @@ FAMILIES: tuple[Family, ...] = (
     SD3_INPAINT,
     PIXART,
 )
+OWN_FAMILIES: tuple[OwnFamily, ...] = (*TWO_CALLS, *ONE_BATCH)
 
 
-def find(pipeline_class: type) -> Family:
-    """The family of a pipeline class, or TypeError with what is supported."""
-    for family in FAMILIES:
+def find(pipeline_class: type) -> Any:
+    """The Family or OwnFamily of a pipeline class, or TypeError with why it is not supported."""
+    for family in (*FAMILIES, *OWN_FAMILIES):
         for name in family.pipelines:
             known: Any = getattr(diffusers, name, None)
-            if known is not None and pipeline_class.__call__ is known.__call__:
+            if known is not None and pipeline_class.__call__ is getattr(known, "__call__", None):
                 return family
-    supported = ", ".join(name for family in FAMILIES for name in family.pipelines)
-    raise TypeError(
-        f"pipe: {pipeline_class.__name__} is not supported; its guidance arithmetic is not known to be u + s (c - u) on "
-        f"[unconditional, conditional]. Supported: {supported}"
-    )
+    raise TypeError(f"pipe: {pipeline_class.__name__} is not supported: {reason_against(pipeline_class.__name__)}")
 
 
-__all__ = ["FAMILIES", "Family", "find"]
+__all__ = ["FAMILIES", "OWN_FAMILIES", "Family", "OwnFamily", "find"]

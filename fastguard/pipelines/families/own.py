@@ -1,0 +1,71 @@
+"""Families that are guided by their own combination: what collects their two branches, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fastguard.pipelines.families.base import Arguments
+
+ToStep = Callable[[Any, torch.Tensor, Mapping[str, Any]], torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnFamily:
+    """Pipeline classes whose loop combines the branches itself; the guard replaces what reaches `scheduler.step`.
+
+    pipelines: class names in diffusers.
+    denoisers: the components that the loop calls; absent ones (None) are left out.
+    calls: denoiser calls a row: 1 (a batch or list of both branches) or 2.
+    order: the branches in the order in which they lie in the batch, or are called.
+    sign: of the model's output in what `scheduler.step` gets.
+    to_step: (pipe, output, arguments of the denoiser's call) -> the output in the step's space, where that is not the output
+        itself cut to as many channels (or tokens: dimension 1) as the step's sample has.
+    scale: the argument that holds the guidance scale s; of each denoiser, where they differ (`scales`).
+    live: whether the loop reads the scale from the pipeline at every row, where a callback can change it.
+    offset: the effective scale, g in u + g (c - u), is s + offset.
+    nonlinear: what the family does besides, where its combination is not u + g (c - u); unguarded images keep it.
+    skippable: whether a call whose branch no image needs may be left out.
+    second_branch: what the caller must pass so that the second branch runs.
+    refused: (pipe, arguments) -> why this pipeline or call cannot be guarded.
+    loop: hash of the source of `__call__` for which this was written (`loops.fingerprint`), per class.
+    """
+
+    name: str
+    pipelines: tuple[str, ...]
+    denoisers: tuple[str, ...] = ("transformer",)
+    calls: int = 1
+    order: tuple[str, str] = ("uncond", "cond")
+    sign: int = 1
+    to_step: ToStep | None = None
+    scale: str = "guidance_scale"
+    scales: Mapping[str, str] | None = None
+    live: bool = False
+    offset: float = 0.0
+    nonlinear: str | None = None
+    skippable: bool = True
+    second_branch: str = "pass guidance_scale above 1"
+    refused: Callable[[Any, Arguments], str | None] | None = None
+
+    def refusal(self, pipe: Any, arguments: Arguments) -> str | None:
+        """Why this call cannot be guarded although the class can; names the argument."""
+        return None if self.refused is None else self.refused(pipe, arguments)
+
+    def guidance_scale(self, pipe: Any, arguments: Arguments, denoiser: str) -> float:
+        """g of u + g (c - u), for rows that `denoiser` runs, right now."""
+        name = self.scale if self.scales is None else self.scales[denoiser]
+        value = getattr(pipe, "_" + name, None) if self.live else arguments.get(name)
+        if value is None:
+            value = arguments[self.scale]
+        return float(value) + self.offset
+
+    def in_step(self, pipe: Any, output: Any, sample: torch.Tensor, given: Mapping[str, Any]) -> torch.Tensor:
+        """A denoiser's output in the space of `scheduler.step`, whose sample (of one branch) is `sample`."""
+        if self.to_step is not None:
+            output = self.to_step(pipe, output, given)
+        elif output.ndim > 1 and output.shape[1] > sample.shape[1]:
+            output = output[:, : sample.shape[1]]
+        return -output if self.sign < 0 else output

@@ -1,0 +1,249 @@
+"""One call of a pipeline that combines its branches itself: the second kind of attaching.
+
+The stock loop runs with the denoiser's real outputs. u and c are collected as the denoiser gives them (halves of one batch in
+either order, two calls, lists, two networks) and at `scheduler.step` the fused op decides on them, over a table without update:
+
+    e = u + g (c - u)         for the images that the guard holds at this row
+    e = combined              for all others: what the pipeline made of u and c itself, bit for bit, whatever its formula and dtype
+
+The scheduler's own step() follows. Nothing is deferred and nothing is read from the device.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from fastguard.kernels.layout import Rule
+from fastguard.loop.report import Report
+from fastguard.pipelines.families.base import Family
+from fastguard.pipelines.families.own import OwnFamily
+from fastguard.pipelines.guide import Guide
+from fastguard.pipelines.scheduler import Scheduling
+from fastguard.policies.plan import of_images, unfit_guards
+from fastguard.policies.policy import Policy
+
+REASON = "the pipeline combines the branches itself"
+_PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
+_HARMLESS_HOOKS = {"group_offloading", "lazy_prefetch_group_offloading", "layerwise_casting"}
+
+
+class Output(NamedTuple):
+    """A denoiser's call: who, with which arguments, what came out of it (None: it was left out)."""
+
+    denoiser: str
+    arguments: tuple[tuple, dict[str, Any]]
+    tensor: Any
+
+
+class OwnCombination:
+    """State of one generation. `scheduler` and `denoisers` are the originals behind the pipeline's shadows."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        family: OwnFamily,
+        arguments: Mapping[str, Any],
+        scheduler: Any,
+        denoisers: Mapping[str, Any],
+    ) -> None:
+        self.policy, self.family, self.arguments, self.denoisers = policy, family, arguments, denoisers
+        self.scheduling = Scheduling(scheduler, arguments, callback=False, scales_input=False)
+        self.pipe: Any = None
+        self.row = 0
+        self.rows_run = 0  # denoiser rows per image so far
+        self.guide: Guide | None = None  # None until the first step
+        self._step_signature = inspect.signature(scheduler.step)
+        self._outputs: list[Output] = []  # of this row
+        self._results: dict[
+            tuple[str, str], Any
+        ] = {}  # the last result of (denoiser, branch), shown where a call is left out
+        self._may_skip = (
+            family.calls == 2
+            and family.skippable
+            and not any(map(_keeps_state, denoisers.values()))
+            and all(arguments.get(f"ip_adapter_image{end}") is None for end in ("", "_embeds"))
+        )
+        self._skip_until = 0  # row from which on some image is not guarded
+        self._both = True  # the row before had both branches
+        self._last: torch.Tensor | None = None
+
+    # What the shadows call -------------------------------------------------------------------------------------------------
+
+    def methods(self) -> dict[str, Callable]:
+        """Of the scheduler, replaced."""
+        return {"step": self.step, "set_timesteps": self.scheduling.set_timesteps}
+
+    def attach(self, pipe: Any) -> None:
+        self.pipe = pipe
+
+    def denoise(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """Run a denoiser and keep its output, unless no image needs its branch in this row."""
+        number = len(self._outputs)
+        if number == self.family.calls:
+            raise RuntimeError(
+                f"{name} was called {number + 1} times without a scheduler.step in between, where the guard knows "
+                f"{self.family.calls}: a third branch, or a step of another scheduler; call the pipeline without the guard"
+            )
+        branch = self.family.order[number] if self.family.calls == 2 else "both"
+        if self._skips(name, branch):
+            self._outputs.append(Output(name, (args, kwargs), None))
+            return self._results[name, branch]
+        result = self.denoisers[name](*args, **kwargs)
+        self._outputs.append(Output(name, (args, kwargs), _tensor(result)))
+        if self._may_skip:
+            self._results[name, branch] = result
+        return result
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        """Decide, replace the pipeline's guided output where an image is guarded, and let the scheduler's own step() follow."""
+        bound = self._step_signature.bind(*args, **kwargs)
+        combined, sample = bound.arguments["model_output"], bound.arguments["sample"]
+        if not self._outputs:
+            raise RuntimeError("scheduler.step was called without a denoiser call before it")
+        bound.arguments["model_output"] = self._guided(combined, sample, bound.arguments["timestep"])
+        self._outputs.clear()
+        self.row += 1
+        result = self.scheduling.scheduler.step(*bound.args, **bound.kwargs)
+        self._last = result[0] if isinstance(result, tuple) else result.prev_sample
+        return result
+
+    # A row -----------------------------------------------------------------------------------------------------------------
+
+    def _guided(self, combined: torch.Tensor, sample: torch.Tensor, timestep: Any) -> torch.Tensor:
+        channels = sample.shape[1]  # a model may predict more (a variance), which still reaches step()
+        own = combined[:, :channels] if combined.shape[1] > channels else combined
+        uncond, cond = self._branches(own)
+        scale = self.family.guidance_scale(self.pipe, self.arguments, self._outputs[0].denoiser)
+        if self.guide is None:
+            self.guide = self._begin(sample, timestep, scale)
+        self._check(uncond is not None and cond is not None)
+        self.guide.follow(scale)
+        if uncond is not None and cond is not None:
+            e = self.guide(uncond, cond, sample, combined=own)
+        elif self._outputs[-1].tensor is None or self._outputs[0].tensor is None:  # one branch left out
+            only = self._left_over(own) if uncond is None and cond is None else uncond if cond is None else cond
+            e = self.guide(only, None, sample).to(own.dtype)
+        else:
+            e = self.guide(own, None, sample, combined=own)
+        if e is own:
+            return combined
+        return e if own is combined else torch.cat([e, combined[:, channels:]], 1)
+
+    def _branches(self, own: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """(u, c) of this row in the step's space, None for a branch that did not run."""
+        found: dict[str, torch.Tensor | None] = {"uncond": None, "cond": None}
+        if self.family.calls == 1:
+            tensor = self._in_step(self._outputs[0], own)
+            if len(tensor) == 2 * len(own):
+                found = dict(zip(self.family.order, tensor.chunk(2), strict=True))
+            elif len(tensor) == len(own):
+                found["cond"] = tensor
+            else:
+                raise RuntimeError(
+                    f"{self._outputs[0].denoiser} gave {len(tensor)} rows for {len(own)} images: the guard knows one or two each"
+                )
+        else:
+            branches = self.family.order if len(self._outputs) == 2 else ("cond",)
+            for branch, output in zip(branches, self._outputs, strict=True):
+                found[branch] = None if output.tensor is None else self._in_step(output, own)
+        self.rows_run += sum(tensor is not None for tensor in found.values())
+        for branch, tensor in found.items():
+            if tensor is not None and tensor.shape != own.shape:
+                raise RuntimeError(
+                    f"{type(self.pipe).__name__}: the {branch} output is {list(tensor.shape)} where scheduler.step gets "
+                    f"{list(own.shape)}; this is not the loop that the guard knows, call the pipeline without it"
+                )
+        return found["uncond"], found["cond"]
+
+    def _in_step(self, output: Output, own: torch.Tensor) -> torch.Tensor:
+        args, kwargs = output.arguments
+        tensor = torch.stack(list(output.tensor)) if isinstance(output.tensor, (list, tuple)) else output.tensor
+        return self.family.in_step(self.pipe, tensor, own, kwargs)
+
+    def _left_over(self, own: torch.Tensor) -> torch.Tensor:
+        """The row turned out to have one branch (guidance ended), and its call was left out: run it now."""
+        output = self._outputs[0]
+        args, kwargs = output.arguments
+        self.rows_run += 1
+        return self._in_step(output._replace(tensor=_tensor(self.denoisers[output.denoiser](*args, **kwargs))), own)
+
+    def _skips(self, name: str, branch: str) -> bool:
+        if self.row >= self._skip_until or (name, branch) not in self._results:
+            return False
+        assert self.guide is not None
+        return self.guide.plan.branches[self.row] not in ("both", branch)
+
+    def _begin(self, sample: torch.Tensor, timestep: Any, scale: float) -> Guide:
+        schedule = self.scheduling.compile(self.scheduling.begin_at(timestep), REASON)
+        per_prompt = next((self.arguments[name] for name in _PER_PROMPT if self.arguments.get(name)), 1)
+        policies = of_images(self.policy, len(sample), per_prompt)
+        guide = Guide(policies, schedule, guidance_scale=scale, latents=sample)
+        if self._may_skip and all(policy.transition == "static" for policy in policies):
+            self._skip_until = int(guide.plan.rules[:, Rule.SWITCH_ROW].min())
+        for sentence in unfit_guards(guide.plan, self.scheduling.rows_of_the_loop()):
+            warnings.warn(sentence, stacklevel=2)
+        return guide
+
+    def _check(self, both: bool) -> None:
+        """Refuses a guard over a call without a second branch; warns if that ends before the guard does."""
+        skipped = any(output.tensor is None for output in self._outputs)
+        both = both or (skipped and len(self._outputs) == 2)
+        needs = self.policy.guarded or self.policy.sets_scale
+        if not both and self.row == 0 and needs:
+            given = f"{self.family.scale}={self.arguments.get(self.family.scale)!r}"
+            raise ValueError(
+                f"{given}: the pipeline runs no second (unconditional) branch then, but policy {self.policy.name!r} needs it; "
+                f"{self.family.second_branch}, or use 'cfg' without a scale of its own"
+            )
+        if not both and self._both and self.row > 0 and self.policy.guarded:
+            warnings.warn(
+                f"the second branch ended at denoiser row {self.row}: the guard ends with it, and an image that has not reached "
+                f"its transition gets the conditional branch alone, which copies",
+                stacklevel=2,
+            )
+        self._both = both
+
+    # After it --------------------------------------------------------------------------------------------------------------
+
+    def finish(self) -> None:
+        """The stock call has returned. RuntimeError if a denoiser's output never reached the scheduler's step."""
+        if self._outputs:
+            raise RuntimeError(
+                f"{self._outputs[0].denoiser} ran and no scheduler.step of this pipeline's scheduler followed: the guard did not act; "
+                f"call the pipeline without it"
+            )
+
+    def report(self) -> Report | None:
+        """What happened, or None if the loop never ran. Reads nothing from the device yet."""
+        if self.guide is None:
+            return None
+        return self.guide.report(
+            latents=self._last, rows_run=self.rows_run, steps=self.row, path="own combination", reason=None
+        )
+
+    def close(self) -> None:
+        """The call is over and its report made."""
+
+
+def first_denoiser(pipe: Any, family: Family | OwnFamily) -> Any:
+    """The pipeline's denoiser; the first that it has where a family knows several."""
+    names = (family.denoiser,) if isinstance(family, Family) else family.denoisers
+    return next(part for name in names if (part := getattr(pipe, name, None)) is not None)
+
+
+def _tensor(result: Any) -> Any:
+    """The denoiser's output (a tensor, or a list of one per row) in what its call returned."""
+    return result[0] if isinstance(result, tuple) else getattr(result, "sample", result)
+
+
+def _keeps_state(denoiser: Any) -> bool:
+    """Whether a cache hangs on the denoiser, which keeps a state for each branch."""
+    registries = (getattr(module, "_diffusers_hook", None) for module in denoiser.modules())
+    return getattr(denoiser, "is_cache_enabled", False) or any(
+        set(registry.hooks) - _HARMLESS_HOOKS for registry in registries if registry is not None
+    )
