@@ -56,7 +56,7 @@ class Guide:
         *,
         combined: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The guided output of the next row, [B, C, *S] in uncond's dtype, a tensor of its own. Nothing waits for the device.
+        """The guided output of the next row, [B, C, *S] in the dtype of `combined`, else of uncond. Nothing waits for the device.
 
         uncond, cond  the model's outputs [B, C, *S] of one dtype; of a row with one branch that branch and None
         x             the row's latents, for anchored policies
@@ -69,14 +69,14 @@ class Guide:
             raise RuntimeError(f"all {self.row} rows of the schedule have run")
         if x is not None:
             loop.load_latents(x)
-        loop.model_input = guided = torch.empty_like(loop.x, dtype=uncond.dtype)
+        loop.model_input = guided = torch.empty_like(loop.x, dtype=(uncond if combined is None else combined).dtype)
         loop.advance(uncond, cond, None)
         self.row += 1
         self._rows_run += 1 if cond is None else 2
         if combined is None:
             return guided
         own = (loop.state[:, State.PHASE] != Phase.BEFORE) & ~self._sets_scale
-        return torch.where(own.view(-1, *[1] * (guided.dim() - 1)), combined.to(guided.dtype), guided)
+        return torch.where(own.view(-1, *[1] * (guided.dim() - 1)), combined, guided)
 
     def follow(self, guidance_scale: float) -> None:
         """Another scale from the next row on, for policies that have none; counters and decisions stay."""

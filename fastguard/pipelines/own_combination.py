@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 import torch
 
 from fastguard.kernels.layout import Rule
+from fastguard.loop.guide import Guide
 from fastguard.loop.report import Report
 from fastguard.pipelines.families.base import Family
 from fastguard.pipelines.families.own import OwnFamily
-from fastguard.pipelines.guide import Guide
 from fastguard.pipelines.scheduler import Scheduling
 from fastguard.policies.plan import of_images, unfit_guards
 from fastguard.policies.policy import Policy
@@ -55,7 +55,6 @@ class OwnCombination:
         self.scheduling = Scheduling(scheduler, arguments, callback=False, scales_input=False)
         self.pipe: Any = None
         self.row = 0
-        self.rows_run = 0  # denoiser rows per image so far
         self.guide: Guide | None = None  # None until the first step
         self._step_signature = inspect.signature(scheduler.step)
         self._outputs: list[Output] = []  # of this row
@@ -124,14 +123,12 @@ class OwnCombination:
         self._check(uncond is not None and cond is not None)
         self.guide.follow(scale)
         if uncond is not None and cond is not None:
-            e = self.guide(uncond, cond, sample, combined=own)
+            e = self.guide(uncond, cond, combined=own)
         elif self._outputs[-1].tensor is None or self._outputs[0].tensor is None:  # one branch left out
             only = self._left_over(own) if uncond is None and cond is None else uncond if cond is None else cond
-            e = self.guide(only, None, sample).to(own.dtype)
+            e = self.guide(only, None).to(own.dtype)
         else:
-            e = self.guide(own, None, sample, combined=own)
-        if e is own:
-            return combined
+            e = self.guide(own, None, combined=own)
         return e if own is combined else torch.cat([e, combined[:, channels:]], 1)
 
     def _branches(self, own: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -151,7 +148,6 @@ class OwnCombination:
             branches = self.family.order if len(self._outputs) == 2 else ("cond",)
             for branch, output in zip(branches, self._outputs, strict=True):
                 found[branch] = None if output.tensor is None else self._in_step(output, own)
-        self.rows_run += sum(tensor is not None for tensor in found.values())
         for branch, tensor in found.items():
             if tensor is not None and tensor.shape != own.shape:
                 raise RuntimeError(
@@ -161,7 +157,7 @@ class OwnCombination:
         return found["uncond"], found["cond"]
 
     def _in_step(self, output: Output, own: torch.Tensor) -> torch.Tensor:
-        args, kwargs = output.arguments
+        _, kwargs = output.arguments
         tensor = torch.stack(list(output.tensor)) if isinstance(output.tensor, (list, tuple)) else output.tensor
         return self.family.in_step(self.pipe, tensor, own, kwargs)
 
@@ -169,7 +165,6 @@ class OwnCombination:
         """The row turned out to have one branch (guidance ended), and its call was left out: run it now."""
         output = self._outputs[0]
         args, kwargs = output.arguments
-        self.rows_run += 1
         return self._in_step(output._replace(tensor=_tensor(self.denoisers[output.denoiser](*args, **kwargs))), own)
 
     def _skips(self, name: str, branch: str) -> bool:
@@ -222,12 +217,7 @@ class OwnCombination:
         """What happened, or None if the loop never ran. Reads nothing from the device yet."""
         if self.guide is None:
             return None
-        return self.guide.report(
-            latents=self._last, rows_run=self.rows_run, steps=self.row, path="own combination", reason=None
-        )
-
-    def close(self) -> None:
-        """The call is over and its report made."""
+        return self.guide.report(path="own combination", latents=self._last)
 
 
 def first_denoiser(pipe: Any, family: Family | OwnFamily) -> Any:

@@ -46,7 +46,7 @@ def find(pipeline_class: type) -> Any:
     for family in (*FAMILIES, *OWN_FAMILIES):
         for name in family.pipelines:
             known: Any = getattr(diffusers, name, None)
-            if known is not None and pipeline_class.__call__ is getattr(known, "__call__", None):
+            if known is not None and pipeline_class.__call__ is known.__call__:
                 return family
     raise TypeError(f"pipe: {pipeline_class.__name__} is not supported: {reason_against(pipeline_class.__name__)}")
 

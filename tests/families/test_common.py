@@ -1,0 +1,128 @@
+"""What must hold for every pipeline that combines its branches itself: stock's bits, zero and conditional guidance, d, callbacks."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import pytest
+import torch
+
+import fastguard
+from fastguard.pipelines import guard as guards
+from tests.families.tiny import CASES, run
+
+
+@functools.lru_cache(maxsize=1)
+def _stock(name):
+    tiny = CASES[name]
+    pipe = tiny.make()
+    return pipe, run(tiny, pipe, tiny.guided())
+
+
+@pytest.fixture(params=CASES)
+def case(request):
+    """(tiny, its pipeline, stock's guided output)"""
+    pipe, stock = _stock(request.param)
+    return CASES[request.param], pipe, stock
+
+
+def _guarded(tiny, pipe, policy="stp", **overrides):
+    with fastguard.enable(pipe, policy, **overrides) as guard:
+        return run(tiny, pipe, tiny.guided()), guard.report
+
+
+def _assert_same(ours, expected, exact):
+    if exact:
+        assert torch.equal(ours, expected)
+    else:  # halves of a batch instead of a batch: the last bits of a matrix product
+        torch.testing.assert_close(ours / expected.abs().max(), expected / expected.abs().max(), rtol=0, atol=2e-6)
+
+
+def test_unguarded_images_keep_stocks_bits(case):
+    tiny, pipe, stock = case
+    ours, report = _guarded(tiny, pipe, "cfg")
+    assert torch.equal(ours, stock)
+    assert report[0].elements == tiny.elements and report[0].denoiser_rows == 2 * tiny.steps
+
+
+def test_zero_is_stock_on_the_negative_prompt(case):
+    tiny, pipe, stock = case
+    ours, report = _guarded(tiny, pipe, t_star=0)
+    expected = run(tiny, pipe, tiny.alone(2))
+    assert (expected - stock).abs().max() > 1e-5 * stock.abs().max()
+    _assert_same(ours, expected, tiny.exact)
+    calls = guards.find(type(pipe)).calls
+    skipped = {1: 0, 2: tiny.steps - tiny.full_rows}[calls]
+    assert report[0].denoiser_rows == 2 * tiny.steps - skipped
+
+
+def test_conditional_is_stock_without_guidance(case):
+    tiny, pipe, _ = case
+    ours, _ = _guarded(tiny, pipe, t_star=0, before="conditional")
+    _assert_same(ours, run(tiny, pipe, tiny.alone(1)), tiny.exact)
+
+
+def test_d_is_the_distance_of_the_denoisers_outputs(case):
+    tiny, pipe, _ = case
+    family = guards.find(type(pipe))
+    outputs = []
+    names = [name for name in family.denoisers if getattr(pipe, name, None) is not None]
+    hooks = [getattr(pipe, name).register_forward_hook(lambda m, i, o: outputs.append(o[0])) for name in names]
+    try:
+        _, report = _guarded(tiny, pipe, "cfg")
+    finally:
+        for hook in hooks:
+            hook.remove()
+    tensors = [torch.stack(list(o)) if isinstance(o, (list, tuple)) else o for o in outputs]
+    pairs = zip(tensors[::2], tensors[1::2], strict=True) if family.calls == 2 else (t.chunk(2) for t in tensors)
+    for row, (one, other) in enumerate(pairs):
+        d = (one.double() - other.double()).flatten(1).pow(2).sum(1)
+        ours = torch.tensor([image.d_curve[row] for image in report], dtype=torch.float64)
+        torch.testing.assert_close(ours, d, rtol=1e-5, atol=0)
+
+
+def test_a_mixed_batch_equals_single_policies(case):
+    """Images of one batch under different policies and scales get what each gets where all have its policy."""
+    tiny, pipe, stock = case
+    guarded, _ = _guarded(tiny, pipe, t_star=0, monitor=True)
+    ours, _ = _guarded(tiny, pipe, [fastguard.policy("stp", t_star=0, monitor=True), "cfg"])
+    assert torch.equal(ours[0], guarded[0]) and torch.equal(ours[1], stock[1])
+    scaled, _ = _guarded(tiny, pipe, fastguard.policy("cfg", guidance_scale=2.0))
+    ours, _ = _guarded(tiny, pipe, ["cfg", fastguard.policy("cfg", guidance_scale=2.0)])
+    assert torch.equal(ours[0], stock[0]) and torch.equal(ours[1], scaled[1]) and not torch.equal(ours[1], stock[1])
+
+
+def test_a_callback_interrupts_and_changes_latents(case):
+    tiny, pipe, _ = case
+
+    def callback(pipe, row, timestep, given):
+        pipe._interrupt = row == 1
+        return {"latents": given["latents"] * 0.5}
+
+    changes = {"callback_on_step_end": callback} if hasattr(type(pipe), "interrupt") else {}
+    if not changes:
+        pytest.skip("its loop looks at no interrupt")
+    stock = run(tiny, pipe, tiny.guided(), **changes)
+    with fastguard.enable(pipe, "cfg") as guard:
+        ours = run(tiny, pipe, tiny.guided(), **changes)
+    assert torch.equal(ours, stock) and guard.report[0].denoiser_rows == 4
+
+
+def test_a_call_without_a_second_branch_is_refused(case):
+    tiny, pipe, _ = case
+    with fastguard.enable(pipe, "stp"), pytest.raises(ValueError, match="no second") as error:
+        run(tiny, pipe, tiny.alone(1))
+    assert guards.find(type(pipe)).scale in str(error.value)
+    with fastguard.enable(pipe, "cfg"):
+        assert torch.equal(run(tiny, pipe, tiny.alone(1)), run(tiny, pipe, tiny.alone(1)))
+
+
+def test_a_wrong_order_does_not_pass(case, monkeypatch):
+    tiny, pipe, _ = case
+    family = guards.find(type(pipe))
+    wrong = dataclasses.replace(family, order=family.order[::-1])
+    monkeypatch.setattr(guards, "find", lambda _: wrong)
+    ours, _ = _guarded(tiny, pipe, t_star=0)
+    expected = run(tiny, pipe, tiny.alone(2))
+    assert (ours - expected).abs().max() > 1e-5 * expected.abs().max()
