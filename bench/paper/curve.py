@@ -1,4 +1,4 @@
-"""Similarity against faithfulness over guidance scales, and who lies above whom.
+"""Similarity against faithfulness over guidance scales, and who lies above whom, where images are no copies.
 
 A method's curve is the polyline through its points (x, y) = (mean similarity, mean faithfulness of ALL its images), one a guidance
 scale, in the order of the scales. What a method offers at similarity x is
@@ -8,7 +8,8 @@ scale, in the order of the scales. What a method offers at similarity x is
 an image that is less similar to the training image is no worse. Where the polyline has no point at or below x, E(x) is the floor, the
 lowest faithfulness that any method had: a curve that never gets there is not excused. A curve lies on or above another if
 E(x) >= y at every point (x, y) of the other's polyline (each segment in tenths); what differs by at most 1e-4 counts as equal, in x
-and in y, or the same arithmetic in another order would not be "on" its own curve. Intervals are pointwise, 95%, from a bootstrap over
+and in y, or the same arithmetic in another order would not be "on" its own curve. Only the part of the other's polyline below a
+similarity of BELOW counts: right of it images are copies, and copies mostly are faithful. Intervals are pointwise, 95%, from a bootstrap over
 prompts in which all methods see the same draw, since seeds and prompts are paired.
 """
 
@@ -24,6 +25,7 @@ import numpy as np
 from bench.testbed.stats import DRAWS
 
 TENTHS = 10
+BELOW = 0.5
 SAME = 1e-4  # of similarities and of faithfulness; three digits are shown
 
 
@@ -98,131 +100,77 @@ def curves(rows: Sequence[Mapping[str, Any]], x: str, y: str) -> dict[str, Curve
     return found
 
 
-def compare(ours: Curve, theirs: Curve, floor: float) -> dict[str, Any]:
-    """The least E_ours(x) - y over the other's polyline, where it is, its interval, and whether `ours` is on or above.
+def compare(ours: Curve, theirs: Curve, floor: float, below: float = BELOW) -> dict[str, Any] | None:
+    """The least E_ours(x) - y over the other's polyline at x < below, where it is, its interval; None where it has no such point.
 
-    reached  share of the other's points at whose similarity `ours` has a point at all
+    reached  share of those points of the other at whose similarity `ours` has a point at all
     """
     x, y = theirs.samples()
-    gaps = [ours.offers(x[:, t], floor) - y[:, t] for t in range(x.shape[1])]
-    worst = int(np.argmin([gap[0] for gap in gaps]))
+    inside = np.flatnonzero(x[0] < below)
+    if not len(inside):
+        return None
+    gaps = {t: ours.offers(x[:, t], floor) - y[:, t] for t in inside}
+    worst = min(inside, key=lambda t: gaps[t][0])
     low, high = np.percentile(gaps[worst][1:], [2.5, 97.5])
     return {
         "gap": float(gaps[worst][0]),
         "low": float(low),
         "high": float(high),
         "at": float(x[0, worst]),
-        "reached": float(np.mean(ours.x[0].min() <= x[0] + SAME)),
+        "reached": float(np.mean(ours.x[0].min() <= x[0, inside] + SAME)),
         "on or above": bool(gaps[worst][0] >= -SAME),
         "within the interval": bool(high >= 0),
     }
 
 
 def verdict(
-    found: Mapping[str, Curve],
-    cost: Mapping[str, float],
-    ours: Sequence[str],
-    peers: Sequence[str],
-    plain: str = "none",
-) -> dict[str, Any]:
-    """The best of `ours` at no more than plain guidance's cost against every published peer, and against plain guidance itself.
-
-    The best is the one whose least gap to the peers of at most that cost is the greatest. It is chosen on the very images that it is
-    compared on, which favours it; the page says so.
-    """
-    ours = [name for name in ours if name in found and cost[name] <= 1 + 1e-6]
-    peers = [name for name in peers if name in found and name != plain]
-    cheap = [name for name in peers if cost[name] <= 1 + 1e-6]
-    if not ours or not cheap:
-        return {"possible": False, "reason": "no preset of at most plain cost" if not ours else "no peer of that cost"}
-    floor = float(min(curve.y[0].min() for curve in found.values()))
-
-    def against(name: str, others: Sequence[str]) -> dict[str, dict[str, Any]]:
-        return {other: {**compare(found[name], found[other], floor), "cost": cost[other]} for other in others}
-
-    every = {name: against(name, cheap) for name in ours}
-    least = {name: min(cell["gap"] for cell in cells.values()) for name, cells in every.items()}
-    best = max(ours, key=lambda name: least[name])
-    return {
-        "possible": True,
-        "best": best,
-        "cost": cost[best],
-        "holds": all(cell["on or above"] for cell in every[best].values()),
-        "holds within the intervals": all(c["on or above"] or c["within the interval"] for c in every[best].values()),
-        "cheap": every[best],
-        "dear": against(best, [peer for peer in peers if peer not in cheap]),
-        "plain": against(best, [plain] if plain in found else []),
-        "presets": least,
-    }
+    found: Mapping[str, Curve], cost: Mapping[str, float], ours: Sequence[str], others: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Every one of `ours` against every one of `others`: `compare`'s numbers with both names and costs; "gap" None where there is nothing to compare."""
+    floor = float(min((curve.y[0].min() for curve in found.values()), default=0.0))
+    pairs = []
+    for one in ours:
+        for other in others:
+            if one in found and other in found and one != other:
+                result = compare(found[one], found[other], floor) or {"gap": None}
+                pairs.append({"ours": one, "other": other, "cost": cost[one], "other cost": cost[other], **result})
+    return pairs
 
 
-def _gap(cell: Mapping[str, Any], axis: str) -> str:
-    gap, low, high = (round(cell[key], 3) + 0.0 for key in ("gap", "low", "high"))  # + 0.0: no "-0.000"
-    return f"{gap:+.3f} [{low:+.3f}, {high:+.3f}] at {axis} {cell['at']:.2f}"
+def affordable(pair: Mapping[str, Any]) -> bool:
+    """Whether the other costs no more than plain guidance."""
+    return pair["other cost"] <= 1 + 1e-6
 
 
-def _below(cells: Mapping[str, Mapping[str, Any]], axis: str) -> str:
-    """The peers that the preset lies below, listed; empty if there are none."""
+def _gap(pair: Mapping[str, Any], axis: str) -> str:
+    gap, low, high = (round(pair[key], 3) + 0.0 for key in ("gap", "low", "high"))  # + 0.0: no "-0.000"
+    return f"{gap:+.3f} [{low:+.3f}, {high:+.3f}] at {axis} {pair['at']:.2f}"
+
+
+def _below(pairs: Sequence[Mapping[str, Any]], axis: str) -> str:
+    """The others that ours lies below, listed, the worst first; empty if there are none."""
     return "; ".join(
-        f"{peer} ({_gap(cell, axis)}{', within the interval' if cell['within the interval'] else ''})"
-        for peer, cell in cells.items()
-        if not cell["on or above"]
+        f"{pair['other']} ({pair['other cost']:.2f} times, {_gap(pair, axis)}{', within the interval' if pair['within the interval'] else ''})"
+        for pair in sorted(pairs, key=lambda pair: pair["gap"])
+        if not pair["on or above"]
     )
 
 
-def _in_short(which: str, result: Mapping[str, Any], axis: str) -> str:
-    """A further verdict in a sentence."""
-    below = _below(result["cheap"], axis)
-    where = f"lies below {below}" if below else "is on or above every peer's of at most that cost"
-    dear = _below(result["dear"], axis)
-    return f"{which} the best preset is {result['best']}: its curve {where}" + (
-        f"; dearer peers that are better somewhere: {dear}." if dear else "."
-    )
-
-
-def _share(cell: Mapping[str, float]) -> str:
-    return f"{cell['mean']:.2f} [{cell['low']:.2f}, {cell['high']:.2f}]"
-
-
-def sentences(result: Mapping[str, Any], axis: str) -> list[str]:
-    """The verdict in words, every one of them from the numbers."""
-    if not result["possible"]:
-        return [f"Against {axis} the comparison cannot be made: {result['reason']}."]
-
-    verb, lead = "is NOT", ""
-    if result["holds"]:
-        peer, cell = min(result["cheap"].items(), key=lambda item: item[1]["gap"])
-        verb, lead = "is", f"; its least lead is {_gap(cell, axis)}, over {peer}"
-    text = [
-        f"The {axis}-against-faithfulness curve of the best preset at no more than 1.0 times plain cost "
-        f"({result['best']}, {result['cost']:.2f} times) {verb} on or above every peer's of at most that cost ({', '.join(result['cheap'])}){lead}."
-    ]
-    if below := _below(result["cheap"], axis):
-        text.append(f"It lies below: {below}.")
-    for cell in result["plain"].values():
-        where = "on or above" if cell["on or above"] else "below"
-        note = ", within the interval" if not cell["on or above"] and cell["within the interval"] else ""
-        text.append(f"It is {where} that of plain guidance itself (least lead {_gap(cell, axis)}{note}).")
-    dear = {peer: cell for peer, cell in result["dear"].items() if not cell["on or above"]}
-    if dear:
-        listed = "; ".join(
-            f"{peer} at {cell['cost']:.2f} times plain cost ({_gap(cell, axis)})" for peer, cell in dear.items()
-        )
-        text.append(f"Dearer peers that are better somewhere: {listed}.")
-    elif result["dear"]:
-        text.append(f"Of the dearer peers ({', '.join(result['dear'])}) none is better anywhere.")
+def sentence(pairs: Sequence[Mapping[str, Any]], axis: str) -> str:
+    """What the pairs of one of ours with published peers say."""
+    name, cost = pairs[0]["ours"], pairs[0]["cost"]
+    known = [pair for pair in pairs if pair["gap"] is not None]
+    cheap, dear = [p for p in known if affordable(p)], [p for p in known if not affordable(p)]
+    start = f"{name} ({cost:.2f} times plain cost), {axis} below {BELOW:g}:"
+    if not known:
+        return f"{start} no peer's curve gets there."
+    if below := _below(cheap, axis):
+        text = f"{start} of {len(cheap)} peers of at most plain cost that get there it lies below {below}"
+    elif cheap:
+        least = min(cheap, key=lambda pair: pair["gap"])
+        text = f"{start} on or above all {len(cheap)} peers of at most plain cost that get there; least lead {_gap(least, axis)}, over {least['other']}"
     else:
-        text.append("No dearer peer was run.")
-    if (ordinary := result.get("ordinary")) is not None:
-        text.append(
-            f"What it does to ordinary prompts: faithful {_share(ordinary['best'])}, under plain guidance {_share(ordinary['plain'])}."
-        )
-    if (strict := result.get("strict")) is not None:
-        text.append(_in_short("With blown-up images counted as not faithful", strict, axis))
-    if (gated := result.get("gated")) is not None:
-        text.append(_in_short("Of those that leave ordinary prompts alone, the gated ones,", gated, axis))
-    if len(result["presets"]) > 1:
-        text.append(
-            f"The best of {len(result['presets'])} presets was chosen on the same images that it is compared on, which favours it."
-        )
-    return text
+        text = f"{start} no peer of at most plain cost gets there"
+    if below := _below(dear, axis):
+        return f"{text}; and below the dearer {below}."
+    return f"{text}; below none of the {len(dear)} dearer ones." if dear else f"{text}."

@@ -249,6 +249,18 @@ def ordinary(path: Path) -> list[Item]:
     return found
 
 
+def limited(items: Sequence[Item], limit: int | None) -> list[Item]:
+    """At most `limit` items of each group, evenly spread over the group, so that its kinds stay in it."""
+    if limit is None:
+        return list(items)
+    kept: list[Item] = []
+    for group in dict.fromkeys(item.group for item in items):
+        mine = [item for item in items if item.group == group]
+        count = min(limit, len(mine))
+        kept += [mine[k * len(mine) // count] for k in range(count)]
+    return kept
+
+
 def embedded() -> list[Item]:
     """The test halves of the embedded model; ids are the prompts, so that seeds are those of its own evaluation."""
     from fastguard import testbed

@@ -45,10 +45,13 @@ class Measure(Protocol):
 class Embedded:
     """The embedded model's own measures (`fastguard/testbed/measures.py`): its autoencoder and its classifier, in float32 on the CPU."""
 
-    def __init__(self, pipe: Any) -> None:
-        from fastguard.testbed.measures import COPY, Judge
+    def __init__(self, pipe: Any, training: Sequence[Image.Image] | None = None) -> None:
+        """`training`: the images that prompts count their `index` in; the model's own unless given."""
+        from fastguard.testbed.measures import COPY, Judge, to_tensor
 
         self.judge = Judge(SimpleNamespace(vae=copy.deepcopy(pipe.vae).cpu()))  # type: ignore[arg-type]  # all it looks at
+        if training is not None:
+            self.judge.targets = self.judge.encode(to_tensor(np.stack([np.asarray(image) for image in training])))
         latent = "cosine of latents, the embedded autoencoder"
         seen = "the embedded classifier"
         self.networks = {

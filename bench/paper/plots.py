@@ -1,4 +1,4 @@
-"""The plots of the page: curves over guidance scales, curves of d, pictures."""
+"""The plots of the page: curves of d, pictures. The curves over guidance scales are in tradeoff.py."""
 
 from __future__ import annotations
 
@@ -9,46 +9,6 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
-
-MARKERS = "osD^v<>PX*hp"
-
-
-def tradeoff(
-    path: Path,
-    curves: Mapping[str, Sequence[Mapping[str, Any]]],
-    cost: Mapping[str, float],
-    ours: Sequence[str],
-    best: str | None,
-    axis: str,
-    faithful: str,
-) -> Path:
-    """A line a method through its guidance scales; left our presets, right the peers with the best preset among them."""
-    figure = Figure(figsize=(13, 6.5), layout="constrained")
-    left, right = figure.subplots(1, 2, sharex=True, sharey=True)
-    others = [name for name in curves if name not in ours]
-    first = [name for name in others if name == "none"]
-    for panel, names in (
-        (left, [*first, *(n for n in curves if n in ours)]),
-        (right, [*([best] if best else []), *others]),
-    ):
-        for place, name in enumerate(names):
-            points = curves[name]
-            x, y = [p["x"]["mean"] for p in points], [p["y"]["mean"] for p in points]
-            colour = "black" if name == "none" else "C3" if name == best else f"C{(place % 9) + (place % 9 >= 3)}"
-            style = {"marker": MARKERS[place % len(MARKERS)], "ms": 4, "lw": 2 if name in ("none", best) else 1}
-            panel.plot(x, y, color=colour, label=f"{name} ({cost[name]:.2f}x rows)", **style)
-            if name in ("none", best):
-                spread = [[p["y"]["mean"] - p["y"]["low"], p["y"]["high"] - p["y"]["mean"]] for p in points]
-                panel.errorbar(x, y, yerr=np.array(spread).clip(0).T, fmt="none", ecolor=colour, elinewidth=0.6)
-                for p, a, b in zip(points, x, y, strict=True):
-                    panel.annotate(f"{p['scale']:g}", (a, b), xytext=(4, 4), textcoords="offset points", size=7)
-        panel.set_xlabel(f"{axis} (lower is better)")
-        panel.legend(fontsize=7)
-    left.set_ylabel(f"faithfulness ({faithful}; higher is better)", fontsize=8)
-    left.set_title("plain guidance and the presets")
-    right.set_title("plain guidance, the peers" + (f", and {best}" if best else ""))
-    figure.savefig(path, dpi=100)
-    return path
 
 
 def d_curves(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path | None:
@@ -71,7 +31,7 @@ def d_curves(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path | None:
     axis.set(xlabel="timestep t", ylabel="RMS(c - u)", title="plain guidance: median and quartiles")
     axis.invert_xaxis()
     axis.legend(fontsize=8)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, metadata={"Date": None})
     return path
 
 

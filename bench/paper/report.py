@@ -11,12 +11,13 @@ from typing import Any
 from PIL import Image
 
 from bench.metrics import Fid, note
-from bench.paper import plots, tables
+from bench.paper import plots, seconds, tables
 from bench.paper.inputs import Images, Item, TrainingSet, read_image
 from bench.paper.store import Store
-from bench.paper.summary import summarise
+from bench.paper.summary import SHIPPED, summarise
 from bench.paper.tables import Table
-from bench.paper.work import WATCHED, Amount
+from bench.paper.tradeoff import tradeoff
+from bench.paper.work import PLAIN_CURVES, WATCHED, Amount
 from fastguard.files import finite, write_atomic, write_json
 from fastguard.testbed import page as html_page
 
@@ -107,6 +108,10 @@ def write(
     """Write everything; returns the summary. `methods`: name -> source, ours, peer, and "skipped" with a reason if it was not run."""
     ran, skipped = _finished(store, items, methods, amount)
     result = summarise(store.rows, ran, amount, settings["steps"])
+    for name, ratios in seconds.read(store.out).items():
+        for group in result["tables"].values():
+            if name in group and ratios:
+                group[name]["seconds ratio"] = seconds.summary(ratios)
     frechet = {} if fid is None else fid_values(store, list(ran), amount, fid, training, real)
     result.update(
         {"settings": dict(settings), "networks": dict(networks), "fid": frechet, "skipped": skipped, "command": command}
@@ -118,7 +123,10 @@ def write(
     shown = _tables(result, networks, frechet, amount)
     figures = _figures(store, result, items, list(result["tables"]["memorized"]), amount, networks, training, ran)
 
-    lead, further = (list(result["verdicts"][axis]["sentences"]) for axis in ("similarity", "copy rate"))
+    lead = list(result["sentences"]) or [
+        "No verdict: no measure of faithfulness was given (--clip), or nothing to compare."
+    ]
+    further: list[str] = []
     if omitted := [name for name, reason in skipped.items() if reason == NOT_ASKED]:
         lead.append(f"Left out by --methods: {', '.join(omitted)}.")
     if cheaper := result["against reference"]:
@@ -128,7 +136,8 @@ def write(
             "transition the script finds in the first third of the steps."
         )
     facts = _facts(result, items, amount, settings, skipped)
-    sources = Table("Methods", ["method", "source"], [[name, str(one["source"])] for name, one in ran.items()])
+    rows = [[name, str(one["source"]), str(one.get("needs") or "-")] for name, one in ran.items()]
+    sources = Table("Methods", ["method", "source", "needs beyond plain guidance"], rows)
     parts = [
         "# The paper's tables\n\nWritten by `python -m bench paper`; do not edit.\n",
         "\n".join(f"- {line}" for line in [*lead, *further]) + "\n",
@@ -158,9 +167,9 @@ def _finished(
         for row in store.rows
         if row["group"] == "memorized" and row["scale"] == amount.scale and row["seed"] < amount.seeds
     )
-    ran = {name: one for name, one in methods.items() if have[name] >= needed}
+    ran = {name: one for name, one in methods.items() if have[name] >= needed and name != WATCHED}
     skipped = {name: one["skipped"] for name, one in methods.items() if one.get("skipped") and name not in ran}
-    skipped.update({name: "an earlier run did not finish it" for name in have if name not in ran})
+    skipped.update({name: "an earlier run did not finish it" for name in have if name not in ran and name != WATCHED})
     return ran, skipped
 
 
@@ -179,7 +188,7 @@ def _facts(
         + ", ".join(f"{k} {v}" for k, v in settings["versions"].items())
         + ".",
         f"{prompts['memorized']} memorized prompts with {amount.seeds} seeds, {prompts['ordinary']} ordinary ones with {amount.ordinary}"
-        + (f", {amount.detection} seeds of {WATCHED} for detection" if amount.detection else "")
+        + (f", {amount.detection} noises a prompt for detection" if amount.detection else "")
         + "; every method starts from the same noise for the same prompt and seed.",
         f"Cost, {tables.COST} Batches of {' and '.join(map(str, sizes))}; not a benchmark of speed.",
     ]
@@ -198,11 +207,16 @@ def _tables(
         if result["tables"][group]:
             title = f"{text}, guidance scale {amount.scale:g}"
             shown.append(tables.methods_table(title, result["tables"][group], networks, frechet, group))
-    for axis, one in result["verdicts"].items():
-        if one["possible"]:
-            shown.append(tables.comparison_table(one, axis, networks, result["tables"]["memorized"]))
+    cells = result["tables"]["memorized"]
+    for axis, pairs in result["verdicts"].items():
+        if pairs:
+            shown.append(tables.overview_table(pairs, axis, cells, result["tables"]["ordinary"]))
+            some = [pair for pair in pairs if pair["ours"] in SHIPPED] or pairs
+            shown.append(tables.verdict_table(some, axis, networks, cells))
     if result["detection"]:
         shown.append(tables.detection_table(result["detection"]))
+    if result.get("first prediction"):
+        shown.append(tables.first_prediction_table(result["first prediction"], networks))
     shown.append(tables.published_table(result["tables"]["memorized"], networks))
     if result["curves"].get("similarity"):
         shown.append(tables.points_table(result["curves"]["similarity"], result["cost"], networks))
@@ -223,14 +237,17 @@ def _figures(
     ours = [name for name in methods if known[name]["ours"]]
     for axis, curves in result["curves"].items():
         if curves:
-            path = store.out / f"curves-{axis.replace(' ', '-')}.png"
-            best = result["verdicts"][axis].get("best")
-            plots.tradeoff(path, curves, result["cost"], ours, best, axis, networks["faithful"])
+            path = store.out / f"curves-{axis.replace(' ', '-')}.svg"
+            focus = [name for name in SHIPPED if name in curves]
+            tradeoff(path, curves, ours, focus, axis, networks["faithful"])
             figures.append(
-                (f"Faithfulness against {axis}, a point a guidance scale (small numbers). Up and left is better.", path)
+                (
+                    f"Faithfulness against {axis}, a point a guidance scale. Up and left is better; blown-up images are not faithful.",
+                    path,
+                )
             )
-    rows = [r for r in store.rows if r["method"] == WATCHED and r["scale"] == amount.scale]
-    drawn = plots.d_curves(store.out / "d-curves.png", rows)
+    rows = [r for r in store.rows if r["method"] == PLAIN_CURVES and r["scale"] == amount.scale]
+    drawn = plots.d_curves(store.out / "d-curves.svg", rows)
     if drawn is not None:
         figures.append(("RMS(c - u) by timestep. Network: the model's own denoiser.", drawn))
     text = f"A row a prompt, the same noise in every column; guidance scale {amount.scale:g}."

@@ -81,7 +81,15 @@ def versions() -> dict[str, str]:
 
 
 def keep(out: Path, settings: Mapping[str, Any], methods: Mapping[str, Any]) -> bool:
-    """Write settings.json, or agree with the one that is there; True if it was. BadInput names every setting that differs.
+    """Write settings.json, or agree with the one that is there; True if it was. BadInput as for `check`."""
+    there, known = check(out, settings, methods)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / SETTINGS, {"format": FORMAT, **settings, "methods": {**known, **methods}})
+    return there
+
+
+def check(out: Path, settings: Mapping[str, Any], methods: Mapping[str, Any]) -> tuple[bool, dict[str, Any]]:
+    """Whether settings.json is there, and its methods. BadInput names every setting that differs. Writes nothing.
 
     Methods and guidance scales may be added by later runs; a method that is there already must have the same parameters.
     """
@@ -108,6 +116,4 @@ def keep(out: Path, settings: Mapping[str, Any], methods: Mapping[str, Any]) -> 
             raise BadInput(f"out={str(out)!r} holds results of other settings; choose another folder", differ)
     elif (out / RESULTS).exists():
         raise BadInput(f"out={str(out)!r}", [f"{RESULTS} is there without {SETTINGS}: choose another folder"])
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(path, {**wanted, "methods": {**known, **methods}})
-    return there
+    return there, known

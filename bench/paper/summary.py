@@ -9,10 +9,12 @@ import numpy as np
 
 from bench.metrics import summary as spread
 from bench.paper import curve, detection
-from bench.paper.work import PLAIN, WATCHED, Amount
+from bench.paper.work import PLAIN, PLAIN_CURVES, WATCHED, Amount
 from bench.testbed.stats import over_prompts
 
 SIMILARITIES = ("similarity", "similarity_set", "sscd", "sscd_set")
+AXES = {"similarity": "similarity", "copy rate": "copy"}
+SHIPPED = ("policy", "embedded-policy", "policy-ungated", "embedded-policy-ungated", "anchored", "anchored-gated")
 SHARES = ("copy", "faithful", "faithful5", "clip", "blown")
 
 
@@ -33,6 +35,20 @@ def describe(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     gates = [row["details"]["gate"]["caught"] for row in rows if row["details"].get("gate")]
     if gates:
         found["caught"] = float(np.mean(gates))
+    return found
+
+
+def first_prediction(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """How similar x0(c) of the first row is to the training images, by kind of prompt: the spread, and whether it counts as a copy."""
+    found: dict[str, Any] = {}
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        mine = [row for row in rows if row["kind"] == kind]
+        name = "similarity" if mine[0].get("similarity") is not None else "similarity_set"
+        if mine[0].get(name) is not None:
+            values = np.array([row[name] for row in mine], float)
+            copies = over_prompts(mine, "copy") if "copy" in mine[0] else None
+            low, middle, high = (float(v) for v in np.percentile(values, [25, 50, 75]))
+            found[kind] = {"of": name, "median": middle, "quartiles": [low, high], "copy": copies, "images": len(mine)}
     return found
 
 
@@ -69,8 +85,16 @@ def _points(method: str, one: curve.Curve, rows: Sequence[dict[str, Any]]) -> li
 def summarise(
     rows: Sequence[dict[str, Any]], methods: Mapping[str, Mapping[str, Any]], amount: Amount, steps: int
 ) -> dict[str, Any]:
-    """Tables, detection, curves and verdicts of everything that was made. `methods`: name -> {"ours": bool, "peer": bool, ...}."""
-    rows = [row for row in rows if row["method"] in methods]
+    """Tables, detection, curves and verdicts of everything that was made. `methods`: name -> {"ours": bool, "peer": bool, ...}.
+
+    In curves and verdicts an image that is blown up is not faithful, whatever the network says that it shows.
+    """
+    looked = [
+        row
+        for row in rows
+        if row["method"] in (WATCHED, PLAIN_CURVES) and row["scale"] == amount.scale and row["seed"] < amount.detection
+    ]
+    rows = [row for row in rows if row["method"] in methods and row["method"] != WATCHED]
 
     def part(method: str, group: str, scale: float) -> list[dict[str, Any]]:
         seeds = amount.seeds if group == "memorized" else amount.ordinary
@@ -91,34 +115,22 @@ def summarise(
         for cell in of_group.values():
             cell["cost"] = cell["rows"] / base["rows"] if base else None
             cell["slower"] = cell["seconds"] / base["seconds"] if base else None
-    watched = [row for row in rows if row["method"] == WATCHED and row["scale"] == amount.scale]
     ours = [name for name in cost if methods[name]["ours"]]
     peers = [name for name in cost if methods[name]["peer"]]
     shown = [row for row in rows if row["group"] == "memorized" and row["seed"] < amount.seeds]
     result: dict[str, Any] = {"tables": tables, "cost": cost, "detection": [], "curves": {}, "verdicts": {}}
+    result["sentences"] = []
     result["against reference"] = against_reference(shown, amount.scale)
     if amount.detection:
-        result["detection"] = detection.table([row for row in watched if row["seed"] < amount.detection], steps)
-    for axis, column in (("similarity", "similarity"), ("copy rate", "copy")):
-        found = {name: one for name, one in curve.curves(shown, column, "faithful").items() if name in cost}
+        result["detection"] = detection.table(looked, steps)
+        result["first prediction"] = first_prediction([row for row in looked if row["method"] == WATCHED])
+    strict = [row | {"faithful": 0.0} if row.get("blown") else row for row in shown]
+    shipped = [name for name in SHIPPED if name in ours] or ours
+    for axis, column in AXES.items():
+        found = {name: one for name, one in curve.curves(strict, column, "faithful").items() if name in cost}
         result["curves"][axis] = {name: _points(name, one, shown) for name, one in found.items()}
-        if found:
-            result["verdicts"][axis] = one = curve.verdict(found, cost, ours, peers)
-            if one["possible"] and all("blown" in row for row in shown):
-                sound = [row | {"faithful": 0.0} if row["blown"] else row for row in shown]
-                strict = {name: c for name, c in curve.curves(sound, column, "faithful").items() if name in cost}
-                one["strict"] = curve.verdict(strict, cost, ours, peers)
-            gated = [name for name in ours if methods[name]["gated"]]
-            if one["possible"] and gated and len(gated) < len(ours):
-                one["gated"] = curve.verdict(found, cost, gated, peers)
-            sides = {
-                key: tables["ordinary"].get(name) for key, name in (("best", one.get("best", "")), ("plain", PLAIN))
-            }
-            if all(cell and cell.get("faithful") for cell in sides.values()):
-                one["ordinary"] = {key: cell["faithful"] for key, cell in sides.items() if cell}
-        else:
-            reason = "no measure of faithfulness was given (--clip)"
-            result["verdicts"][axis] = {"possible": False, "reason": reason}
-    for axis, one in result["verdicts"].items():
-        one["sentences"] = curve.sentences(one, axis)
+        result["verdicts"][axis] = pairs = curve.verdict(found, cost, ours, [*peers, PLAIN])
+        for name in shipped:
+            if mine := [pair for pair in pairs if pair["ours"] == name and pair["other"] != PLAIN]:
+                result["sentences"].append(curve.sentence(mine, axis))
     return result

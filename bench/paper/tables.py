@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from bench.paper.curve import BELOW, affordable
 from bench.paper.published import DIFFERS, ROWS, SETTINGS
 from bench.testbed.stats import FEW
 
@@ -30,10 +31,18 @@ def number(value: float | None, form: str = ".2f") -> str:
     return "-" if value is None else format(value, form)
 
 
+def seconds_ratio(cell: Mapping[str, Any]) -> str:
+    """Seconds over plain guidance's: measured in pairs side by side where that was done, with quartiles; else of the run itself, marked."""
+    if (pairs := cell.get("seconds ratio")) is not None:
+        return f"{pairs['median']:.2f} [{pairs['low']:.2f}, {pairs['high']:.2f}]"
+    return f"({number(cell['slower'])})"
+
+
 COST = (
     "rows / plain: rows of the denoiser's batches, probes and the forward half of gradient steps included, relative to plain guidance. "
-    "What Wen's has above 1.00 are gradient steps, each with a backward pass besides, about twice the work of its rows. Seconds: wall "
-    "clock of the whole call, one run in batches, beside whatever else the machine did."
+    "What Wen's and han-sample have above 1.00 are gradient steps, each with a backward pass besides, about twice the work of its rows. "
+    "Seconds / plain: median [quartiles] of calls of one batch and of plain guidance by turns; in brackets (), where that was not done, "
+    "from the run itself, unrepeated and beside whatever else the machine did."
 )
 COLUMNS = (  # column of the rows, head, what is shown
     ("copy", "copies", "interval"),
@@ -86,7 +95,7 @@ def methods_table(
     head += ["caught by the gate"] if caught else []
     rows = []
     for name, cell in cells.items():
-        line = [name, str(cell["images"]), number(cell["cost"]), number(cell["slower"]), f"{cell['seconds']:.3f}"]
+        line = [name, str(cell["images"]), number(cell["cost"]), seconds_ratio(cell), f"{cell['seconds']:.3f}"]
         line += [_shown(cell.get(column), kind) for column, _, kind in columns]
         if with_fid:
             line.append(number(fid["values"][group].get(name)))
@@ -106,74 +115,136 @@ def methods_table(
 
 
 def detection_table(cells: Sequence[Mapping[str, Any]]) -> Table:
-    """AUC and TPR by steps and seeds."""
+    """AUC and TPR by statistic and number of noises."""
     rows = [
         [
-            str(c["steps"]),
+            c["statistic"],
             str(c["seeds"]),
+            str(c["rows"]) + (f" + {c['extra']}" if c["extra"] else ""),
             interval(c["auc"], ".3f"),
-            interval(c["tpr"]),
+            *(interval(cell) for cell in c["tpr"].values()),
             f"{c['memorized']} / {c['ordinary']}",
         ]
         for c in cells
     ]
+    few = min(c["ordinary groups"] for c in cells)
     return Table(
-        "Detection: RMS(c - u) under plain guidance, memorized against ordinary prompts",
-        ["steps", "seeds", "AUC", "TPR at 1% FPR", "prompts"],
+        "Detection under plain guidance, memorized against ordinary prompts",
+        [
+            "statistic",
+            "noises",
+            "rows a noise",
+            "AUC",
+            *(f"TPR at {float(r):.1%} FPR" for r in cells[0]["tpr"]),
+            "prompts",
+        ],
         rows,
         [
-            "Network: the model's own denoiser. The statistic is the mean over the first steps and over the seeds; every disjoint group "
-            "of seeds is an example. Intervals: 95%, bootstrap over prompts. With fewer than 100 ordinary prompts and one group each "
-            "1% FPR means no false alarm at all."
+            "Network: the model's own denoiser. The statistic is a mean over the noises; every disjoint group of noises is an example. "
+            f"Intervals: 95%, bootstrap over prompts. At the greatest number of noises there are {few} ordinary examples: where that is "
+            "fewer than 100 (1,000), 1% (0.1%) FPR means no false alarm at all. Rows: those evaluated when the number is known, + those "
+            "that plain guidance does not evaluate anyway. Sources: "
+            + "; ".join(dict.fromkeys(f"{c['statistic']}: {c['source']}" for c in cells))
+            + "."
         ],
     )
 
 
-def comparison_table(
-    result: Mapping[str, Any], axis: str, networks: Mapping[str, str], cells: Mapping[str, Mapping[str, Any]]
+def first_prediction_table(found: Mapping[str, Mapping[str, Any]], networks: Mapping[str, str]) -> Table:
+    """Whether the first conditional prediction shows the picture."""
+    rows = [
+        [
+            kind,
+            str(c["images"]),
+            "own" if c["of"] == "similarity" else "whole set",
+            f"{c['median']:.2f} [{c['quartiles'][0]:.2f}, {c['quartiles'][1]:.2f}]",
+            interval(c["copy"]),
+        ]
+        for kind, c in found.items()
+    ]
+    return Table(
+        "Does the first conditional prediction show the picture?",
+        ["prompts", "noises in all", "training images", "similarity: median [quartiles]", "counts as a copy"],
+        rows,
+        [
+            "x0(c) at the first row, before any step, as if it were the image. Anchored guidance and one-step extraction rest on it. "
+            f"similarity: {networks['similarity']}."
+        ],
+    )
+
+
+def verdict_table(
+    pairs: Sequence[Mapping[str, Any]], axis: str, networks: Mapping[str, str], cells: Mapping[str, Mapping[str, Any]]
 ) -> Table:
-    """The best preset against every peer: the least lead along the peer's curve. `cells`: the table of memorized prompts."""
+    """Who is on or above whom, by how much, at what cost: one of ours against every peer, the least lead along the peer's curve."""
     rows = []
-    for some in (result["cheap"], result["plain"], result["dear"]):
-        for name, c in sorted(some.items(), key=lambda item: item[1]["gap"]):
-            where = (
-                "on or above"
-                if c["on or above"]
-                else "below" + (", within the interval" if c["within the interval"] else "")
-            )
-            rows.append(
-                [
-                    name,
-                    f"{c['cost']:.2f}",
-                    number(cells[name]["slower"]),
-                    f"{c['gap']:+.3f} [{c['low']:+.3f}, {c['high']:+.3f}]",
-                    f"{c['at']:.2f}",
-                    f"{c['reached']:.0%}",
-                    where,
-                ]
-            )
+    for pair in sorted(pairs, key=lambda one: (list(cells).index(one["ours"]), one["gap"] is None, one["gap"] or 0)):
+        if pair["gap"] is None:
+            lead = ["-", "-", "-", "the peer never gets there"]
+        else:
+            where = "on or above" if pair["on or above"] else "below"
+            if not pair["on or above"] and pair["within the interval"]:
+                where += ", within the interval"
+            lead = [
+                f"{pair['gap']:+.3f} [{pair['low']:+.3f}, {pair['high']:+.3f}]",
+                f"{pair['at']:.2f}",
+                f"{pair['reached']:.0%}",
+                where,
+            ]
+        cost = f"{pair['other cost']:.2f}"
+        rows.append([pair["ours"], pair["other"], cost, seconds_ratio(cells[pair["other"]]), *lead])
     column = "similarity" if axis == "similarity" else "copy"
     return Table(
-        f"{result['best']} against every peer and plain guidance, faithfulness at equal {axis}",
+        f"Who is on or above whom, {axis} below {BELOW:g}; blown-up images count as not faithful",
         [
+            "ours",
             "peer",
-            "rows / plain",
-            "s / plain",
-            "least lead of the preset",
+            "peer's rows / plain",
+            "peer's s / plain",
+            "least lead",
             f"at {axis}",
             "peer's curve within reach",
-            "the preset is",
+            "ours is",
         ],
         rows,
         [
-            f"{axis}: {networks[column]}. faithfulness: {networks['faithful']}. Lead: what the preset offers at the peer's {axis} or "
-            "lower minus the peer's faithfulness, at the point of the peer's curve where it is least; where the preset has no point that "
+            f"{axis}: {networks[column]}. faithfulness: {networks['faithful']}. Lead: what ours offers at the peer's {axis} or "
+            "lower minus the peer's faithfulness, at the point of the peer's curve where it is least; where ours has no point that "
             "low it counts as having the lowest faithfulness of all. Pointwise 95% intervals, bootstrap over prompts.",
             COST,
-            "All presets of at most plain cost by their least lead over the peers of at most plain cost: "
-            + ", ".join(f"{k} {v:+.3f}" for k, v in sorted(result["presets"].items(), key=lambda i: -i[1]))
-            + ".",
         ],
+    )
+
+
+def overview_table(
+    pairs: Sequence[Mapping[str, Any]],
+    axis: str,
+    cells: Mapping[str, Mapping[str, Any]],
+    ordinary: Mapping[str, Mapping[str, Any]],
+) -> Table:
+    """A row for each of ours: its worst peer of at most plain cost, its worst dearer one, and what it does to ordinary prompts."""
+    rows = []
+    for name in dict.fromkeys(pair["ours"] for pair in pairs):
+        mine = [p for p in pairs if p["ours"] == name and p["gap"] is not None and p["other"] != "none"]
+        worst = []
+        for some in ([p for p in mine if affordable(p)], [p for p in mine if not affordable(p)]):
+            least = min(some, key=lambda p: p["gap"], default=None)
+            worst.append("-" if least is None else f"{least['gap']:+.3f}, {least['other']} at {least['at']:.2f}")
+        faithful = interval(ordinary.get(name, {}).get("faithful"))
+        rows.append([name, f"{cells[name]['cost']:.2f}", seconds_ratio(cells[name]), *worst, faithful])
+    plain = interval(ordinary.get("none", {}).get("faithful"))
+    return Table(
+        f"All of ours: least lead over published peers, {axis} below {BELOW:g}",
+        [
+            "ours",
+            "rows / plain",
+            "s / plain",
+            "peers of at most plain cost",
+            "dearer peers",
+            "ordinary prompts faithful",
+        ],
+        rows,
+        [f"Ordinary prompts under plain guidance: {plain}. A lead of 0 or more: on or above every such peer."],
     )
 
 
@@ -191,7 +262,7 @@ def points_table(
     ]
     return Table(
         "Every point of the curves",
-        ["method", "rows / plain", "guidance scale", "similarity", "faithful", "blown up"],
+        ["method", "rows / plain", "guidance scale", "similarity", "faithful and not blown up", "blown up"],
         rows,
         [f"similarity: {networks['similarity']}. faithful: {networks['faithful']}. Memorized prompts."],
     )

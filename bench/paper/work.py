@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from bench.paper.measures import Measure
 
 Made = tuple[list[dict[str, Any]], list[Image.Image]]  # rows and pictures of a unit
-PLAIN, WATCHED = "none", "cfg"  # the reference of every table; the preset whose curves of d are looked at
+PLAIN, PLAIN_CURVES = "none", "cfg"  # the reference of every table; the preset under which its curves of d are kept
+WATCHED = "first-look"  # looks at the first rows of many noises, for detection; in no other table
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,10 @@ def units(items: Sequence[Item], methods: Sequence[str], amount: Amount) -> list
         for method in methods:
             for group, members in groups.items():
                 seeds = amount.seeds if group == "memorized" else amount.ordinary
-                if scale != amount.scale:
-                    seeds = seeds if group == "memorized" else 0
-                elif method == WATCHED:
-                    seeds = max(seeds, amount.detection)
+                if scale != amount.scale and group == "ordinary":
+                    seeds = 0
+                if method == WATCHED:
+                    seeds = amount.detection if scale == amount.scale else 0
                 every = [(place, item, seed) for place, item in members for seed in range(seeds)]
                 folder = f"images/{group}/{re.sub(r'[^A-Za-z0-9.+=-]', '_', method)}/{scale:g}"
                 size = amount.batch // max(seeds, 1) * seeds or amount.batch

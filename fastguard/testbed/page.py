@@ -17,8 +17,9 @@ td:first-child,th:first-child{text-align:left}caption{text-align:left;font-weigh
 
 
 def data_uri(path: Path) -> str:
-    """A PNG as text."""
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+    """A PNG or SVG as text."""
+    kind = "svg+xml" if path.suffix == ".svg" else "png"
+    return f"data:image/{kind};base64," + base64.b64encode(path.read_bytes()).decode()
 
 
 def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from bench.methods import Ren, Wen, methods
-from bench.paper.command import most_rows, parameters
+from bench.methods import HanSample, Ren, Wen, methods
+from bench.paper.choose import most_rows, parameters
 from bench.paper.inputs import BadInput
 from bench.paper.settings import keep
 from bench.paper.work import Amount
@@ -36,7 +36,15 @@ def test_a_batch_below_a_prompts_seeds_is_another_wen(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "rows"), [(methods()["dtp"](), 20), (Wen(0.0), 2 * (10 + 10)), (methods()["reference-og+dtp"](), 100)]
+    ("method", "rows"),
+    [
+        (methods()["dtp"](), 20),
+        (Wen(0.0), 2 * (10 + 10)),
+        (methods()["han-batch"](), 20 + 8 - 5),
+        (HanSample(target=0, iterations=3), 2 * (10 + 3)),
+        (methods()["first-look"](), 12),
+        (methods()["reference-og+dtp"](), 100),
+    ],
 )
 def test_rows_ahead_are_no_fewer_than_they_will_be(method: Any, rows: int) -> None:
     made = method(testbed.load(), ["a red apple"], [torch.Generator()], num_inference_steps=10, guidance_scale=7.5)

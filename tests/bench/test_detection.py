@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench.paper.detection import by_prompt, statistic, table, tpr_at, with_interval
+from bench.paper.detection import STATISTICS, by_prompt, guidance, table, tpr_at, with_interval
 
 
 def row(group: str, name: str, seed: int, curve: list[float | None]) -> dict[str, Any]:
@@ -17,30 +17,31 @@ def row(group: str, name: str, seed: int, curve: list[float | None]) -> dict[str
 
 def test_statistic_is_the_mean_rms_of_the_first_observed_rows() -> None:
     details = {"d_curve": [16.0, None, 4.0, 64.0], "elements": 4}
-    assert statistic(details, 1) == 2.0
-    assert statistic(details, 2) == (2.0 + 1.0) / 2
-    assert statistic(details, 50) == (2.0 + 1.0 + 4.0) / 3
+    assert guidance(details, 1) == 2.0
+    assert guidance(details, 2) == (2.0 + 1.0) / 2
+    assert guidance(details) == (2.0 + 1.0 + 4.0) / 3
     with pytest.raises(ValueError, match="d_curve"):
-        statistic({"d_curve": [None], "elements": 4}, 1)
+        guidance({"d_curve": [None], "elements": 4}, 1)
 
 
 def test_groups_are_disjoint_seeds_in_order() -> None:
     rows = [row("memorized", "a", seed, [4.0 * (seed + 1) ** 2]) for seed in (4, 0, 1, 2, 3)]
-    assert by_prompt(rows, 1, 1) == [[1.0, 2.0, 3.0, 4.0, 5.0]]
-    assert by_prompt(rows, 1, 2) == [[1.5, 3.5]]
-    assert by_prompt(rows, 1, 16) == []
+    assert by_prompt(rows, guidance, 1) == [[1.0, 2.0, 3.0, 4.0, 5.0]]
+    assert by_prompt(rows, guidance, 2) == [[1.5, 3.5]]
+    assert by_prompt(rows, guidance, 16) == []
 
 
+@pytest.mark.parametrize("fpr", [0.01, 0.001])
 @pytest.mark.parametrize("seed", range(5))
-def test_tpr_is_the_best_threshold_of_all(seed: int) -> None:
+def test_tpr_is_the_best_threshold_of_all(seed: int, fpr: float) -> None:
     rng = np.random.default_rng(seed)
     negative = np.round(rng.normal(size=150), 1).tolist()  # with ties
     positive = np.round(rng.normal(1.5, 1, size=40), 1).tolist()
     best = 0.0
     for threshold in [-math.inf, *negative, *positive]:
-        if sum(v > threshold for v in negative) / 150 <= 0.01:
+        if sum(v > threshold for v in negative) / 150 <= fpr:
             best = max(best, sum(v > threshold for v in positive) / 40)
-    assert tpr_at(positive, negative) == best
+    assert tpr_at(positive, negative, fpr) == best
 
 
 def test_auc_and_its_interval() -> None:
@@ -50,6 +51,7 @@ def test_auc_and_its_interval() -> None:
     found = with_interval(positive, negative)
     p, n = [v for x in positive for v in x], [v for x in negative for v in x]
     assert found["auc"]["mean"] == pytest.approx(sum(a > b for a in p for b in n) / len(p) / len(n))
+    assert found["tpr"]["0.01"]["mean"] == tpr_at(p, n, 0.01) and found["tpr"]["0.001"]["mean"] == tpr_at(p, n, 0.001)
     assert found["auc"]["low"] < found["auc"]["mean"] < found["auc"]["high"]
     # Hanley and McNeil (1982) for as many independent examples as there are prompts.
     a = found["auc"]["mean"]
@@ -58,10 +60,26 @@ def test_auc_and_its_interval() -> None:
     assert (found["auc"]["high"] - found["auc"]["low"]) / (2 * 1.96) == pytest.approx(error, rel=0.25)
 
 
-def test_table_has_the_cells_for_which_there_are_seeds() -> None:
-    rows = [row("memorized", n, s, [16.0] * 8) for n in "ab" for s in range(4)]
-    rows += [row("ordinary", n, s, [1.0] * 8) for n in "cd" for s in range(4)]
-    cells = table(rows, 8)
-    assert [(c["steps"], c["seeds"]) for c in cells] == [(1, 1), (1, 4), (5, 1), (5, 4), (8, 1), (8, 4)]
-    assert all(c["auc"]["mean"] == 1 and c["tpr"]["mean"] == 1 for c in cells)
-    assert table([r for r in rows if r["group"] == "memorized"], 8) == []
+def look(group: str, name: str, seed: int, size: float) -> dict[str, Any]:
+    """A first look whose statistics are all `size` but for the cosine, which is 2 for ordinary prompts."""
+    cosine = 2.0 if group == "ordinary" else 0.5
+    details = {"d_curve": [4 * size**2] * 5, "elements": 4, "change": [size] * 4, "update": [size] * 5}
+    details |= {"norm": size, "cosine": cosine}
+    return {"method": "first-look", "group": group, "id": name, "seed": seed, "details": details}
+
+
+def test_table_has_every_statistic_for_which_there_are_seeds() -> None:
+    rows = [look("memorized", n, s, 2.0) for n in "ab" for s in range(4)]
+    rows += [look("ordinary", n, s, 1.0) for n in "cd" for s in range(4)]
+    rows += [r | {"method": "cfg"} for r in rows if r["seed"] == 0]
+    cells = table(rows, 50)
+    found = {(c["statistic"], c["seeds"]): c for c in cells}
+    plain = "RMS(c - u), all rows"
+    assert set(found) == {(name, n) for name in STATISTICS for n in ((1,) if name == plain else (1, 4))}
+    for (name, seeds), cell in found.items():
+        # norm + 2 cosine: 2 + 1 against 1 + 4; the cosine alone 0.5 against 2
+        want = 0 if name.startswith("anisotropy") else 1
+        assert cell["auc"]["mean"] == want and cell["tpr"]["0.01"]["mean"] == cell["tpr"]["0.001"]["mean"] == want
+        assert cell["ordinary groups"] == (2 if name == plain else 8 // seeds)
+    assert (found[plain, 1]["rows"], found["anisotropy: norm + 2 cosine", 1]["extra"]) == (100, 2)
+    assert table([r for r in rows if r["group"] == "memorized"], 50) == []

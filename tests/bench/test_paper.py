@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 import zlib
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +23,8 @@ import fastguard
 from bench.__main__ import app
 from bench.methods import Ren
 from bench.paper import command
+from bench.paper.detection import STATISTICS
+from bench.paper.inputs import Item, limited
 from fastguard import testbed
 
 
@@ -59,7 +62,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def call(given: Path, out: Path, **changed: Any) -> Any:
+def call(given: Path, out: Path, flags: Sequence[str] = (), **changed: Any) -> Any:
     options: dict[str, Any] = {
         "model": testbed.path(),
         "prompts": given / "prompts.jsonl",
@@ -72,12 +75,13 @@ def call(given: Path, out: Path, **changed: Any) -> Any:
         "detection-seeds": 4,
         "steps": 3,
         "batch-size": 8,
+        "seconds": 0,
         "device": "cpu",
         "out": out,
         **{name.replace("_", "-"): value for name, value in changed.items()},
     }
     arguments = [str(part) for name, value in options.items() if value is not None for part in (f"--{name}", value)]
-    return CliRunner().invoke(app, ["paper", *arguments])
+    return CliRunner().invoke(app, ["paper", *arguments, *flags])
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +91,7 @@ def done(given: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     result = call(given, out)
     assert result.exit_code == 0, result.output
     assert (
-        "57 of 57 images still to make, about 342 rows of the denoiser at most; the bar counts images" in result.output
+        "64 of 64 images still to make, about 424 rows of the denoiser at most; the bar counts images" in result.output
     )
     assert (out / ".draft.tmp").exists()
     return out
@@ -98,11 +102,18 @@ def rows(out: Path) -> list[dict[str, Any]]:
 
 
 def test_every_image_is_kept_with_its_numbers(done: Path) -> None:
-    count = {"none": 2 * 2 * 2 + 3, "stp": 2 * 2 * 2 + 3, "ren": 2 * 2 * 2 + 3, "cfg": 2 * 4 + 3 * 4 + 2 * 2}
+    count = {
+        "none": 2 * 2 * 2 + 3,
+        "stp": 2 * 2 * 2 + 3,
+        "ren": 2 * 2 * 2 + 3,
+        "cfg": 2 * 2 * 2 + 3,
+        "first-look": (2 + 3) * 4,
+    }
     found = rows(done)
     assert {name: sum(r["method"] == name for r in found) for name in count} == count
     assert all(Image.open(done / r["image"]).size == (32, 32) for r in found)
     assert all(r["rows"] == 6 for r in found if r["method"] in ("none", "cfg", "ren"))
+    assert all(r["rows"] == 8 for r in found if r["method"] == "first-look")  # three rows and an extra pair
 
 
 def test_a_kept_image_is_what_the_pipeline_makes(done: Path) -> None:
@@ -148,7 +159,7 @@ def test_too_large_a_batch_and_on_with_a_smaller_one(
     advice = "ren: out of memory with 4 images at once; finished results are kept: run the same command with a --batch-size below 4"
     assert advice in result.output and "Tried to allocate 2.00 GiB" in result.output
     first = rows(tmp_path)
-    assert {r["method"] for r in first} == {"none", "cfg", "stp"}
+    assert {r["method"] for r in first} == {"none", "cfg", "stp"}  # ren comes after them
     assert call(given, tmp_path, batch_size=2).exit_code == 0
     assert rows(tmp_path)[: len(first)] == first
     one, two = ({r["image"]: r for r in rows(out)} for out in (done, tmp_path))
@@ -162,7 +173,7 @@ def test_too_large_a_batch_and_on_with_a_smaller_one(
         "cfg": [2, 8],
         "stp": [2, 8],
         "ren": [2],
-    }  # the second scale came after ren's first
+    }  # of what is in the tables  # the second scale came after ren's first
     assert "Batches of 2 and 8;" in (tmp_path / "tables.md").read_text()
 
 
@@ -175,7 +186,7 @@ def test_an_image_that_is_gone(given: Path, done: Path, tmp_path: Path) -> None:
     result = call(given, out, methods="none")
     assert result.exit_code == 2 and f"are gone (1, the first {lost.relative_to(out)}): name these" in result.output
     result = call(given, out)
-    assert result.exit_code == 0 and "1 of 57 images still to make" in result.output
+    assert result.exit_code == 0 and "1 of 64 images still to make" in result.output
     assert lost.read_bytes() == (done / lost.relative_to(out)).read_bytes()
     assert (out / "results.jsonl").read_bytes() == (done / "results.jsonl").read_bytes()
 
@@ -230,10 +241,12 @@ def test_the_page_stands_alone_and_says_what_made_the_numbers(done: Path) -> Non
             self.found += [value for name, value in attrs if name in ("src", "href", "data", "srcset")]
 
     Sources().feed(text)
-    assert len(Sources.found) >= 2 and all(source.startswith("data:image/png;base64,") for source in Sources.found)
+    assert len(Sources.found) >= 2 and all(
+        source.startswith("data:image/") and ";base64," in source[:40] for source in Sources.found
+    )
     assert "wen-1, " in text.split("Left out by --methods: ")[1].split("</")[0] and "(not asked for)" not in text
     assert "sscd.pt (TorchScript" in text and "(theirs)" in text
-    assert "no measure of faithfulness was given (--clip)" in text
+    assert "No verdict: no measure of faithfulness was given (--clip)" in text
     assert "0.6504" in (done / "tables.md").read_text()  # S1 without mitigation, published
 
 
@@ -247,13 +260,61 @@ def test_parquet_has_the_rows(done: Path) -> None:
 
 def test_detection_is_computed_from_the_kept_curves(done: Path) -> None:
     cells = json.loads((done / "summary.json").read_text())["detection"]
-    assert [(c["steps"], c["seeds"]) for c in cells] == [(1, 1), (1, 4), (3, 1), (3, 4)]
+    all_rows = "RMS(c - u), all rows"  # of cfg, two seeds
+    assert [(c["statistic"], c["seeds"]) for c in cells] == [
+        (name, n) for name in STATISTICS for n in ((1,) if name == all_rows else (1, 4))
+    ]
     first = {"memorized": [], "ordinary": []}
     for r in rows(done):
-        if r["method"] == "cfg" and r["scale"] == 7.5:
+        if r["method"] == "first-look":
             first[r["group"]].append(r["details"]["d_curve"][0])
     wins = [a > b for a in first["memorized"] for b in first["ordinary"]]
     assert cells[0]["auc"]["mean"] == pytest.approx(sum(wins) / len(wins))
+
+
+def test_a_dry_run_reads_everything_and_writes_nothing(given: Path, done: Path, tmp_path: Path) -> None:
+    result = call(given, tmp_path / "new", flags=("--dry-run",))
+    assert result.exit_code == 0, result.output
+    said = (
+        "2 memorized and 3 ordinary prompts, 3 training images",
+        "ren: 11 images, at most 6 rows",
+        "in all 64 images, at most 424",
+    )
+    assert all(part in result.output for part in said), result.output
+    assert not (tmp_path / "new").exists()
+    before = {path: path.read_bytes() for path in done.rglob("*") if path.is_file()}
+    result = call(given, done, flags=("--dry-run",), steps=4)
+    assert result.exit_code == 2 and "steps: 3 there, 4 now" in result.output
+    assert {path: path.read_bytes() for path in done.rglob("*") if path.is_file()} == before
+
+
+def test_a_limit_keeps_that_many_of_each_group(given: Path, tmp_path: Path) -> None:
+    result = call(given, tmp_path / "out", flags=("--dry-run",), limit=1)
+    assert "1 memorized and 1 ordinary prompts" in result.output
+    items = [Item("memorized", str(k), "", "") for k in range(10)] + [Item("ordinary", "o", "", "")]
+    assert [item.id for item in limited(items, 3)] == ["0", "3", "6", "o"] and limited(items, None) == items
+
+
+def test_stopped_by_hand(given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Ren, "generate", stop)
+    result = call(given, tmp_path)
+    assert result.exit_code == 130 and "the same command resumes" in result.output and "Traceback" not in result.output
+    monkeypatch.undo()
+    kept = rows(tmp_path)
+    assert kept and call(given, tmp_path).exit_code == 0 and rows(tmp_path)[: len(kept)] == kept
+
+
+def test_seconds_are_measured_by_turns_and_kept(given: Path, done: Path, tmp_path: Path) -> None:
+    shutil.copytree(done, tmp_path / "out")
+    assert call(given, tmp_path / "out", seconds=2).exit_code == 0
+    found = json.loads((tmp_path / "out/seconds.json").read_text())
+    assert set(found) == {"cfg", "stp", "ren"} and all(len(v) == 2 and min(v) > 0 for v in found.values())
+    low, high = sorted(found["ren"])
+    cell = json.loads((tmp_path / "out/summary.json").read_text())["tables"]["memorized"]["ren"]["seconds ratio"]
+    assert cell["median"] == pytest.approx((low + high) / 2) and cell["pairs"] == 2
 
 
 def test_running_again_makes_nothing_and_methods_can_be_added(given: Path, done: Path) -> None:
@@ -337,7 +398,13 @@ def test_other_settings_into_the_same_folder_are_refused(given: Path, done: Path
         ({"guidance_scales": "a"}, "--guidance-scales='a'"),
         ({"gate": "nan"}, "--gate=nan"),
         ({"methods": "stp,nothing"}, "'nothing' is unknown; allowed are none"),
-        ({"methods": "dtp-gated"}, "dtp-gated: needs --gate"),
+        ({"methods": "og+sp"}, "'og+sp' is unknown, did you mean 'og+stp'?"),
+        ({"methods": "dtp-gated"}, "dtp-gated: needs --gate or --policy"),
+        ({"methods": "embedded-policy"}, "belongs to the embedded model; pass --policy FILE"),
+        ({"methods": "first-look", "detection_seeds": 0}, "first-look: needs --detection-seeds"),
+        ({"lora": "missing"}, "lora='missing'"),
+        ({"policy": "missing.json"}, "missing.json"),
+        ({"limit": 0}, "--limit=0: must be at least 1"),
         ({"sscd": "missing.pt"}, "no TorchScript file"),
         ({"clip": "missing-folder/at/all"}, "--clip"),
         ({"prompts": "missing.jsonl"}, "prompts='missing.jsonl'"),

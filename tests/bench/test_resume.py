@@ -22,7 +22,7 @@ from bench.paper.inputs import BadInput
 from bench.paper.parallel import workers
 from bench.paper.settings import keep
 from bench.paper.store import Store
-from bench.paper.work import ahead, run, units
+from bench.paper.work import WATCHED, ahead, run, units
 from tests.bench.tiny_run import AMOUNT, ITEMS, METHODS, main, prepare
 
 ROOT = Path(__file__).parents[2]
@@ -45,12 +45,14 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_makes_every_image_once(whole: Path) -> None:
     expected = set()
-    for method in ("none", "cfg", "other"):
+    for method in METHODS:
         for item in ITEMS:
             seeds = {"memorized": AMOUNT.seeds, "ordinary": AMOUNT.ordinary}[item.group]
-            seeds = max(seeds, AMOUNT.detection) if method == "cfg" else seeds
+            seeds = AMOUNT.detection if method == WATCHED else seeds
             expected |= {(method, 7.5, item.id, seed) for seed in range(seeds)}
-            expected |= {(method, 2.0, item.id, seed) for seed in range(3) if item.group == "memorized"}
+            expected |= {
+                (method, 2.0, item.id, seed) for seed in range(3) if item.group == "memorized" and method != WATCHED
+            }
     keys = [(r["method"], r["scale"], r["id"], r["seed"]) for r in results(whole)]
     assert len(keys) == len(set(keys)) and set(keys) == expected
     assert set(images(whole)) == {r["image"] for r in results(whole)}
@@ -215,11 +217,11 @@ def test_what_is_ahead_is_said(whole: Path, tmp_path: Path) -> None:
     for out, images, rows in (
         (whole, 0, 0),
         (tmp_path / "out", 1, 2),
-        (tmp_path / "empty", 157, 2 * 46 + 2 * 65 + 4 * 46),
+        (tmp_path / "empty", 136, 2 * 46 + 2 * 44 + 4 * 46),
     ):
         with Store(out) as store:
-            line = ahead(work, store, {"none": 2, "cfg": 2, "other": 4}.get)
-        assert line.startswith(f"{images} of 157 images still to make, about {rows} rows of the denoiser at most; ")
+            line = ahead(work, store, {"none": 2, "first-look": 2, "other": 4}.get)
+        assert line.startswith(f"{images} of 136 images still to make, about {rows} rows of the denoiser at most; ")
 
 
 def test_opening_leaves_the_files_of_a_foreign_folder_alone(tmp_path: Path) -> None:

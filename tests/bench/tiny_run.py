@@ -25,7 +25,7 @@ from bench.paper.work import Amount, Made, Unit, make, run, units
 
 ITEMS = [Item("memorized", f"m{i}", f"prompt {i}", "memorized") for i in range(7)]
 ITEMS += [Item("ordinary", f"o{i}", f"other {i}", "ordinary") for i in range(4)]
-METHODS = ("none", "cfg", "other")
+METHODS = ("none", "first-look", "other")
 AMOUNT = Amount(scale=7.5, scales=(2.0, 7.5), seeds=3, ordinary=1, detection=4, batch=5)
 
 

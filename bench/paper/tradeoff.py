@@ -1,0 +1,105 @@
+"""The plot of faithfulness against similarity: a line a method, each labelled where it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+PLAIN = "none"
+# Twelve colours that are told apart, dark enough for text on white; further methods take them again, dashed.
+COLOURS = (
+    "#1f77b4",
+    "#c45100",
+    "#1a7f37",
+    "#8250df",
+    "#b3261e",
+    "#7a5c00",
+    "#00798c",
+    "#c2185b",
+    "#5c6b00",
+    "#4059ad",
+    "#9c5a3c",
+    "#5f6368",
+)
+DASHES = ("-", "--", ":")
+GAP = 0.034  # least distance of two labels, as a share of the axis
+
+
+def tradeoff(
+    path: Path,
+    curves: Mapping[str, Sequence[Mapping[str, Any]]],
+    ours: Sequence[str],
+    focus: Sequence[str],
+    axis: str,
+    faithful: str,
+) -> Path:
+    """Left our presets, right the peers with `focus` among them; a method has one colour on both sides. Written as `path`'s ending says."""
+    figure = Figure(figsize=(15, 7), layout="constrained")
+    left, right = figure.subplots(1, 2, sharex=True, sharey=True)
+    names = [PLAIN, *focus, *(name for name in curves if name not in (PLAIN, *focus))]
+    style = {name: (COLOURS[k % len(COLOURS)], DASHES[k // len(COLOURS) % len(DASHES)]) for k, name in enumerate(names)}
+    style[PLAIN] = ("black", "-")
+    for panel, shown, title in (
+        (left, [n for n in names if n in ours or n == PLAIN], "plain guidance (none) and ours"),
+        (
+            right,
+            [n for n in names if n in focus or n not in ours],
+            "plain guidance, published peers, and ours that ship",
+        ),
+    ):
+        for name in shown:
+            if name in curves:
+                line(panel, curves[name], *style[name], strong=name in (PLAIN, *focus))
+        panel.set_xlim(right=panel.get_xlim()[1] + 0.22 * np.ptp(panel.get_xlim()))
+        label(panel, {name: curves[name] for name in shown if name in curves}, style)
+        panel.axvline(0.5, color="0.85", zorder=0)
+        panel.set_xlabel(f"{axis} (lower is better)")
+        panel.set_title(title)
+    left.set_ylabel(f"faithful and not blown up (higher is better)\n{faithful}", fontsize=9)
+    figure.savefig(path, metadata={"Date": None})
+    return path
+
+
+def line(panel: Any, points: Sequence[Mapping[str, Any]], colour: str, dash: str, strong: bool) -> None:
+    """A method's points with their intervals, its scales beside them where it is `strong`."""
+    x, y = ([p[side]["mean"] for p in points] for side in "xy")
+    panel.plot(x, y, color=colour, linestyle=dash, marker="o", ms=4 if strong else 2.5, lw=2.2 if strong else 1)
+    if strong:
+        spread = [[p["y"]["mean"] - p["y"]["low"], p["y"]["high"] - p["y"]["mean"]] for p in points]
+        panel.errorbar(x, y, yerr=np.array(spread).clip(0).T, fmt="none", ecolor=colour, elinewidth=0.5)
+        for p, a, b in zip(points, x, y, strict=True):
+            panel.annotate(f"{p['scale']:g}", (a, b), xytext=(4, 4), textcoords="offset points", size=7, color=colour)
+
+
+def label(panel: Any, curves: Mapping[str, Sequence[Mapping[str, Any]]], style: Mapping[str, tuple[str, str]]) -> None:
+    """Names at the right edge, as high as each curve ends there, moved apart, a thin line to the end."""
+    ends = {name: (points[-1]["x"]["mean"], points[-1]["y"]["mean"]) for name, points in curves.items()}
+    (low, high), edge = panel.get_ylim(), panel.get_xlim()[1]
+    heights = apart([ends[name][1] for name in ends], GAP * (high - low))
+    for (name, end), height in zip(ends.items(), heights, strict=True):
+        panel.annotate(
+            name,
+            end,
+            xytext=(edge - 0.19 * np.ptp(panel.get_xlim()), height),
+            va="center",
+            size=8,
+            color=style[name][0],
+            arrowprops={"arrowstyle": "-", "color": style[name][0], "lw": 0.4, "alpha": 0.6},
+        )
+
+
+def apart(heights: Sequence[float], gap: float) -> list[float]:
+    """The heights moved so that no two are nearer than `gap`, their order and middle kept."""
+    order = np.argsort(heights, kind="stable")
+    wanted = np.asarray(heights, float)[order]
+    placed = wanted.copy()
+    for k in range(1, len(placed)):
+        placed[k] = max(placed[k], placed[k - 1] + gap)
+    placed -= (placed - wanted).mean() if len(placed) else 0
+    result = np.empty(len(placed))
+    result[order] = placed
+    return result.tolist()
