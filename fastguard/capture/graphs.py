@@ -59,6 +59,8 @@ class Content(Protocol):
     @property
     def tensors(self) -> list[torch.Tensor]: ...
     @property
+    def changed(self) -> list[torch.Tensor]: ...  # those that a body writes
+    @property
     def nbytes(self) -> int: ...
 
 

@@ -11,13 +11,13 @@ import torch
 
 from fastguard.capture.attention import Attending, check, find, head_sizes
 from fastguard.capture.fingerprint import Fingerprint
-from fastguard.capture.graphed import Capturing
 from fastguard.capture.graphs import MODES, Graphs
+from fastguard.capture.runner import Capturing
 from fastguard.capture.torch_compile import check_compile, compile_denoiser, records_graphs
 
 
 @dataclass(frozen=True)
-class Engine:
+class Options:
     """Checked options. compile: arguments of torch.compile, None for none."""
 
     capture: str = "auto"
@@ -33,14 +33,14 @@ class Engine:
         capture: str,
         attention_backend: str | None,
         compile: bool | Mapping[str, Any],
-    ) -> Engine:
+    ) -> Options:
         """ValueError names the option that is not allowed, or that cannot work with this denoiser where it is now."""
         if capture not in MODES:
             raise ValueError(f"capture={capture!r}: allowed are {', '.join(map(repr, MODES))}")
         if denoiser is None:  # a pipeline that was built to encode prompts alone; its call would fail in stock as well
             return cls(capture, attention_backend, check_compile(compile))
-        options = check_compile(compile)
-        if options is not None and not isinstance(denoiser, torch.nn.Module):
+        arguments = check_compile(compile)
+        if arguments is not None and not isinstance(denoiser, torch.nn.Module):
             raise ValueError(f"compile={compile!r}: {type(denoiser).__name__} is no torch module")
         if capture in ("step", "loop") and (found := records_graphs(denoiser.modules())) is not None:
             raise ValueError(f"capture={capture!r}: {found}")
@@ -49,41 +49,41 @@ class Engine:
             some = next(denoiser.parameters(), torch.empty(0))
             dtype = some.dtype if some.is_floating_point() else torch.float16  # quantised weights
             check(attention_backend, some.device, dtype, head_sizes(denoiser))
-        return cls(capture, attention_backend, options)
+        return cls(capture, attention_backend, arguments)
 
     def lend(self, denoiser: torch.nn.Module, graphs: Graphs) -> tuple[Callable[..., Any], Capturing]:
         """The denoiser as a call shall run it, and what a call needs to record it."""
         graphs.go_with(self._last)
-        made = self._last.of(denoiser, self)
+        ready = self._last.of(denoiser, self)
         options = (self.attention_backend, repr(self.compile))
-        capturing = Capturing(self.capture, graphs, made.fingerprint, options, begun=graphs.clears, moves=made.moves)
-        return made.attending.in_a_call(), capturing
+        capturing = Capturing(self.capture, graphs, ready.fingerprint, options, begun=graphs.clears, moves=ready.moves)
+        return ready.attending.in_a_call(), capturing
 
 
 class _Last:
-    """What was made for the denoiser that was lent last: mostly there is only one."""
+    """The denoiser that was lent last, ready to run: mostly there is only one."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._made: _Made | None = None
+        self._ready: _Ready | None = None
 
-    def of(self, denoiser: torch.nn.Module, engine: Engine) -> _Made:
+    def of(self, denoiser: torch.nn.Module, options: Options) -> _Ready:
         with self._lock:
-            if self._made is None or self._made.denoiser is not denoiser:
-                self._made = _Made(denoiser, engine)
-            return self._made
+            if self._ready is None or self._ready.denoiser is not denoiser:
+                self._ready = _Ready(denoiser, options)
+            return self._ready
 
     def let_go(self) -> None:
         with self._lock:
-            self._made = None
+            self._ready = None
 
 
-class _Made:
+class _Ready:
     """One denoiser, how it runs, and its fingerprint. A call keeps its own, whatever another call lends meanwhile."""
 
-    def __init__(self, denoiser: torch.nn.Module, engine: Engine) -> None:
+    def __init__(self, denoiser: torch.nn.Module, options: Options) -> None:
         self.denoiser = denoiser
-        self.attending = Attending(engine.attention_backend, denoiser, compile_denoiser(denoiser, engine.compile))
+        self.attending = Attending(options.attention_backend, denoiser, compile_denoiser(denoiser, options.compile))
         self.moves: dict[Hashable, int] = {}
         self._lock = threading.Lock()
         self._fingerprint: Fingerprint | None = None

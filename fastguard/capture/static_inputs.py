@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ class StaticInputs:
     def load(self, tree: Any) -> None:
         """Copy everything, changed or not: nobody can tell. Memory that another graph's replay fills (a ControlNet compiled with
         reduce-overhead) has the same address and version with new contents, and so have writes by NumPy and `.data`."""
-        leaves = [leaf for leaf in _tensors(tree) if _storage(leaf) not in self._resident]
+        leaves = [leaf for leaf in tensors_of(tree) if _storage(leaf) not in self._resident]
         for buffer, leaf in zip(self._buffers, leaves, strict=True):
             buffer.copy_(leaf, non_blocking=True)
 
@@ -80,14 +80,13 @@ def _describe(tree: Any, fixed: Mapping[int, int]) -> Hashable:
     return (type(tree).__name__, tree)
 
 
-def _tensors(tree: Any) -> list[torch.Tensor]:
+def tensors_of(tree: Any) -> Iterator[torch.Tensor]:
+    """All tensors in nested mappings, tuples and lists."""
     if isinstance(tree, torch.Tensor):
-        return [tree]
-    if isinstance(tree, Mapping):
-        return [leaf for value in tree.values() for leaf in _tensors(value)]
-    if isinstance(tree, (tuple, list)):
-        return [leaf for value in tree for leaf in _tensors(value)]
-    return []
+        yield tree
+    elif isinstance(tree, (Mapping, tuple, list)):
+        for value in tree.values() if isinstance(tree, Mapping) else tree:
+            yield from tensors_of(value)
 
 
 def _storage(tensor: torch.Tensor) -> int:

@@ -52,7 +52,7 @@ def tune(guard: Any, pipe: Any, args: tuple, kwargs: Mapping[str, Any]) -> Tunin
 
     Only the mode measured last may leave its graphs, and only if it is chosen: those of "step" are recorded again in the next call.
     """
-    before = guard.engine
+    before = guard.options
     timings: list[Timing] = []
     try:
         for mode in MODES:

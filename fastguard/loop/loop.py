@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 
 from fastguard.kernels.arguments import memory_format
 from fastguard.kernels.guided_step import guided_step, history_for, scratch_for
+from fastguard.kernels.layout import Row, Rule, State
 from fastguard.policies.plan import Plan
 from fastguard.schedules.schedule import Schedule
+
+_GRAIN = 64  # rows are allocated in multiples of it, so that one graph of a step serves every schedule that fits
 
 
 class Loop:
@@ -15,41 +20,61 @@ class Loop:
 
     x            float32 [B, C, *S]: the latents, in the memory format of the first ones (contiguous if they have none)
     history      float32 [L, B, C, *S]: earlier folded model outputs, L as the scheduler needs (0 to 3)
-    model_input  model dtype [halves * B, C, *S]: the next denoiser input, scaled
-    trace        float32 [K, B]: d = ||cond - uncond||^2 of every row, NaN where one branch did not run
+    model_input  dtype of the latents [halves * B, C, *S]: the next denoiser input, scaled
+    timestep     [halves * B], the scheduler's dtype: the next denoiser input's timestep; only a whole generation reads it
+    noise        [draws, B, C, *S]: what the scheduler adds, to be drawn before the rows that need it
+    trace        float32 [rows, B]: d = ||cond - uncond||^2 of every row, NaN where one branch did not run
     state        float64 [B, len(State)]
 
-    All of them keep their addresses for the whole generation, and the step counter lives in `state`: one body serves every step.
+    All of them keep their addresses, also when another generation is loaded, and the step counter lies in `state`: one body serves
+    every step of every generation of the same `shape_key`.
     """
 
-    timestep: torch.Tensor | None = None  # the next row's, written by every step where a graph reads it
-
-    def __init__(self, schedule: Schedule, plan: Plan, latents: torch.Tensor, *, halves: int) -> None:
-        device = latents.device
+    def __init__(
+        self, schedule: Schedule, plan: Plan, latents: torch.Tensor, *, halves: int = 2, draws: int = 1
+    ) -> None:
+        """draws: noise tensors kept at once (none where the schedule draws none)."""
+        device, batch, layout = latents.device, latents.shape[0], memory_format(latents)
+        rows = _capacity(schedule)
         self.dtype = latents.dtype
-        latents = latents.clone(memory_format=memory_format(latents))
-        self.x = latents.to(torch.float32)
+        self.x = torch.empty_like(latents, dtype=torch.float32, memory_format=layout)
         self.history = history_for(self.x, schedule.history)
         self.scratch = scratch_for(self.x)
-        self.model_input = torch.cat([latents] * halves)
-        self.trace = torch.full(
-            (len(schedule.timesteps), latents.shape[0]), float("nan"), dtype=torch.float32, device=device
+        doubled = (halves * batch, *latents.shape[1:])
+        self.model_input = torch.empty(doubled, dtype=latents.dtype, device=device, memory_format=layout)
+        self.timestep = torch.empty(halves * batch, dtype=schedule.timesteps.dtype, device=device)
+        noise_dtype = schedule.noise_dtype or latents.dtype
+        self.noise = torch.empty(
+            (min(draws, sum(map(bool, schedule.draws))), *latents.shape), dtype=noise_dtype, device=device
         )
-        # Tables come from the host once, before the first step; nothing is copied afterwards.
-        self.rows = schedule.rows.to(device, non_blocking=True)
-        self.state = plan.state.to(device, copy=True, non_blocking=True)
+        self.trace = torch.empty(rows, batch, dtype=torch.float32, device=device)
+        self.rows = torch.zeros(rows + 1, len(Row), dtype=torch.float64, device=device)
+        self.state = torch.empty(batch, len(State), dtype=torch.float64, device=device)
+        self.rules = torch.empty(batch, len(Rule), dtype=torch.float64, device=device)
+        self.guidance = torch.zeros(batch, rows, 2, dtype=torch.float32, device=device)
+        self.load(schedule, plan, latents)
+
+    def load(self, schedule: Schedule, plan: Plan, latents: torch.Tensor) -> None:
+        """Begin a generation. Tables come from the host once, here; nothing is copied afterwards."""
+        self.x.copy_(latents)
+        self.model_input.unflatten(0, (-1, len(latents))).copy_(latents)
+        self.history.zero_()
+        self.trace.fill_(float("nan"))
+        self.rows[: len(schedule.rows)].copy_(schedule.rows, non_blocking=True)
+        self.state.copy_(plan.state, non_blocking=True)
+        self.timestep.fill_(float(schedule.rows[0, Row.TIMESTEP]))
         self.load_plan(plan)
 
     def load_plan(self, plan: Plan) -> None:
         """Take new guidance and rules (a callback changed the guidance scale); counters and history stay."""
-        self.rules = plan.rules.to(self.x.device, non_blocking=True)
-        self.guidance = plan.guidance.to(self.x.device, non_blocking=True)
+        self.rules.copy_(plan.rules, non_blocking=True)
+        self.guidance[:, : plan.guidance.shape[1]].copy_(plan.guidance, non_blocking=True)
 
     def load_latents(self, latents: torch.Tensor) -> None:
-        """Start the next step from other latents than the last step's (a callback or inpaint blending changed them)."""
-        self.x.copy_(latents)
+        """Other latents than the last step's. Elements that still are the last step's in the caller's dtype keep their float32."""
+        self.x.copy_(torch.where(latents == self.x.to(latents.dtype), self.x, latents.float()))
 
-    def advance(self, uncond: torch.Tensor, cond: torch.Tensor | None, noise: torch.Tensor | None) -> None:
+    def advance(self, uncond: torch.Tensor, cond: torch.Tensor | None, noise: torch.Tensor | None = None) -> None:
         """One step: squared norm, decision, guidance, scheduler update, next model input. `cond` is None where one branch ran."""
         guided_step(
             uncond,
@@ -67,6 +92,39 @@ class Loop:
             scratch=self.scratch,
         )
 
-    def latents(self, *, fresh: bool) -> torch.Tensor:
-        """The latents in the dtype in which they came. Without `fresh` a float32 caller sees the buffer itself."""
-        return self.x.to(self.dtype, copy=fresh)
+    def latents(self) -> torch.Tensor:
+        """A copy of the latents in the dtype in which they came."""
+        return self.x.to(self.dtype, copy=True)
+
+    @property
+    def changed(self) -> list[torch.Tensor]:
+        """What a step writes."""
+        return [self.x, self.history, self.model_input, self.trace, self.state, self.timestep]
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        return [*self.changed, self.rows, self.rules, self.guidance, self.noise, self.scratch]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors)
+
+
+def shape_key(schedule: Schedule, plan: Plan, latents: torch.Tensor, *, halves: int, draws: int) -> Hashable:
+    """All that the addresses and sizes of a loop's tensors depend on: a loop of an equal key may be loaded anew."""
+    draws = min(draws, sum(map(bool, schedule.draws)))
+    dtypes = latents.dtype, schedule.noise_dtype or latents.dtype, schedule.timesteps.dtype
+    return (
+        tuple(latents.shape),
+        latents.stride(),
+        latents.device,
+        dtypes,
+        halves,
+        schedule.history,
+        draws,
+        _capacity(schedule),
+    )
+
+
+def _capacity(schedule: Schedule) -> int:
+    return -(-len(schedule.timesteps) // _GRAIN) * _GRAIN

@@ -1,340 +1,244 @@
-"""One call of a guarded pipeline on the step path: what happens between the stock loop and the fused op.
+"""One guarded call of the fused kind: what happens between the stock loop and the fused op.
 
-The stock `__call__` runs unchanged on a copy of the pipeline that holds shadows of its scheduler and denoiser. Per step it calls
+The stock `__call__` runs unchanged on a stand-in of the pipeline that holds shadows of its scheduler and denoiser. Per row it calls
 
-    scheduler.scale_model_input(x)  ->  the next model input, already written by the last step where nothing changed it since
-    denoiser(...)                   ->  one batched call; its output is kept here, the pipeline sees a placeholder
-    scheduler.step(..., x)          ->  the fused op: decision, guidance, update; x' goes back to the pipeline
+    scheduler.scale_model_input(x)  ->  the model input, already written by the last row where nobody can have changed it since
+    denoiser(...)                   ->  the whole row: one batched call, decision, guidance, update; the pipeline gets a placeholder
+    scheduler.step(..., x)          ->  x' goes back to the pipeline; the scheduler's own step() where it is not linear
 
-What the loop needs is on the device before its first step (`begin`); in it the host neither waits nor copies, and outside the
-denoiser and the fused op nothing is launched: the latents that the pipeline holds between two steps are `pending`, and its own
-guidance arithmetic runs on a few numbers in host memory.
-
-Where the row is recorded as a graph, `fastguard.capture.recorded` runs it between denoiser and step.
-Where the scheduler is not linear the op only decides and guides, and the scheduler's own step() runs on the guided output.
+What the loop needs is on the device before its first row (`begin`); in it the host neither waits nor copies.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-from fastguard.capture import recorded
-from fastguard.capture.graphed import Capturing, Graphed
 from fastguard.capture.obstacles import watched
-from fastguard.kernels.layout import Row
-from fastguard.loop.loop import Loop
-from fastguard.loop.noise import Noise
+from fastguard.capture.runner import Capturing, Runner
 from fastguard.loop.report import Report
 from fastguard.pipelines.families import Family
+from fastguard.pipelines.generation import Generation
 from fastguard.pipelines.guidance import Guidance
-from fastguard.pipelines.outputs import placeholder, select_branch
-from fastguard.pipelines.pending import Pending, values_of
-from fastguard.pipelines.scheduler import Scheduling
-from fastguard.pipelines.shadow import one_row
+from fastguard.pipelines.outputs import Output, placeholder, select_branch
+from fastguard.pipelines.scheduler import Scheduling, Step
+from fastguard.pipelines.shadow import shadow
 from fastguard.policies.policy import Policy
-from fastguard.schedules.schedule import Schedule
 
 
 class Call:
-    """State of one generation. `scheduler` and `denoiser` are the originals behind the pipeline's shadows."""
+    """`stand_in` is what the stock loop runs on; generation is None until the loop begins."""
 
     def __init__(
         self,
         policy: Policy,
         family: Family,
         arguments: Mapping[str, Any],
-        scheduler: Any,
-        denoiser: Any,
+        pipe: Any,
+        denoiser: Callable[..., Any],
         capturing: Capturing,
+        *,
+        unguided: str,
     ) -> None:
+        """arguments: of the pipeline's call, by name; denoiser: the pipeline's, as it shall run."""
         self.family, self.arguments = family, arguments
         callback = any(arguments.get(name) is not None for name in ("callback_on_step_end", "callback"))
-        self.scheduling = Scheduling(scheduler, arguments, callback=callback, scales_input=family.scales_input)
-        self.denoiser = denoiser
-        self.guidance = Guidance(policy, family, arguments, self.scheduling)
-        self.graphed = Graphed(capturing, denoiser)
-        self._recorded = False  # this row was run by `graphed`
-        self.seen: torch.Tensor | None = None  # the latents of this row as the pipeline has them
-        self.pipe: Any = None
-        # Somebody may look at, keep or change the latents between two steps.
-        self.observed = family.rewrites_latents or callback
-        self.row = 0
-        self.rows_run = 0  # denoiser rows per image so far
-        self.loop: Any = None  # Loop; None until the loop begins
-        self._returned: torch.Tensor | None = None  # the latents that the buffers hold, as the pipeline knows them
-        self._returned_version: float = 0
-        self._stepped: torch.Tensor | None = None  # what the scheduler's own step() gave last, where it runs
-        self._pending: Pending | None = None
-        self.noise = Noise()
-        self._placeholder: torch.Tensor | None = None
-        self._expected = False  # the loop is about to call the denoiser
-        self._outputs: Any = None  # (uncond, cond or None) of a row between denoiser and step
-
-    def attach(self, pipe: Any) -> None:
-        """`pipe`: the copy of the pipeline on which the stock loop will run."""
-        self.pipe = self.guidance.pipe = pipe
+        # Somebody may look at, keep or change the latents between two rows.
+        self.open = callback or family.rewrites_latents
+        self.scheduling = Scheduling(pipe.scheduler, arguments, callback=callback, scales_input=family.scales_input)
+        self.denoiser, self.runner = denoiser, Runner(capturing)
+        self.stand_in = self._stand_in(pipe)
+        self.guidance = Guidance(policy, family, arguments, self.stand_in, unguided)
         # Hooks may keep the model inputs that they see, of which the loop has one buffer.
-        self.watched = watched(getattr(pipe, self.family.denoiser))
-        self.controlnet_watched = watched(getattr(pipe, "controlnet", None))
+        self.watched = any(watched(getattr(pipe, name, None)) for name in (family.denoiser, "controlnet"))
+        self.generation: Any = None  # Generation
+        self._prepared: torch.Tensor | None = None
+        self._input: torch.Tensor | None = None  # what the denoiser is about to be given
+        self._ran = False  # the denoiser, for the step that follows
+        self._cond: torch.Tensor | None = None
+        self._stepped: torch.Tensor | None = None  # what the scheduler's own step() gave last, where it runs
 
-    # What the shadows call -------------------------------------------------------------------------------------------------
+    def _stand_in(self, pipe: Any) -> Any:
+        steps = {
+            "step": self.step,
+            "scale_model_input": self.scale_model_input,
+            "set_timesteps": self.scheduling.set_timesteps,
+        }
+        name = self.family.denoiser
+        parts = {
+            "scheduler": shadow(pipe.scheduler, steps),
+            name: shadow(getattr(pipe, name), {"__call__": self.denoise}),
+        }
 
-    def set_timesteps(self, *args: Any, **kwargs: Any) -> Any:
-        result = self.scheduling.set_timesteps(*args, **kwargs)
-        if len(self.scheduler.timesteps) and self.graphed.may_be_whole(self.pipe):
-            self.graphed.make_whole(self.pipe._execution_device, recorded.needs_steps(self))
-            if self.graphed.whole:
-                one_row(self.pipe.scheduler)
-        return result
+        def progress_bar(*args: Any, **kwargs: Any) -> Any:  # made when everything is prepared
+            self.begin()
+            return pipe.progress_bar(*args, **kwargs)
 
-    def counted(self, progress_bar: Any) -> Any:
-        """The pipeline's progress bar; a generation in one launch is one tick."""
+        def prepare_latents(*args: Any, **kwargs: Any) -> Any:
+            result = pipe.prepare_latents(*args, **kwargs)
+            self._prepared = result[0] if isinstance(result, tuple) else result
+            return result
 
-        def bar(iterable: Any = None, total: int | None = None) -> Any:
-            return progress_bar(iterable, 1 if self.graphed.whole else total)
+        methods = {
+            "progress_bar": progress_bar,
+            "prepare_latents": prepare_latents,
+            # Offloading replaces the pipeline's hooks at the end of a call: they belong to the original.
+            "maybe_free_model_hooks": pipe.maybe_free_model_hooks,
+        }
+        return shadow(pipe, methods, parts)
 
-        return bar
-
-    def prepare_latents(self, result: Any) -> Any:
-        """Remember what the pipeline's prepare_latents returned: the loop will start from it."""
-        latents = result[0] if isinstance(result, tuple) else result
-        self._returned, self._returned_version = latents, _version(latents)
-        return result
+    # The loop begins -------------------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """The loop is about to start: compile the table, allocate the buffers, bring tables and noise to the device.
-
-        Where the first latents or the first row are not known yet, the first step does it.
-        """
+        """The loop is about to start. Where its first latents or its first row are not known yet, the first row begins it."""
         begin = self.scheduling.begin_index
-        late = hasattr(self.pipe, "get_timesteps") and begin is None
-        if self._returned is None or late or not len(self.scheduler.timesteps):
+        late = hasattr(self.stand_in, "get_timesteps") and begin is None
+        if self._prepared is None or late or (begin or 0) >= len(self.scheduling.scheduler.timesteps):
             return
-        self.scheduling.compile(begin or 0, self.guidance.own_step)
-        self._start(self._returned)
-        self._draw_ahead(self._returned)
+        self._begin(self._prepared, begin or 0)
+
+    def _begun(self, shown: torch.Tensor, timestep: Any) -> Generation:
+        """The generation; begun at this row if it has not begun before."""
+        if self.generation is None:
+            halves = 2 if self.guidance.on else 1
+            first = shown[: len(shown) // halves] if self._prepared is None else self._prepared
+            self._begin(first, self.scheduling.begin_at(timestep))
+        return self.generation
+
+    def _begin(self, latents: torch.Tensor, begin: int) -> None:
+        guidance, scheduling, pipe = self.guidance, self.scheduling, self.stand_in
+        own_step = guidance.own_step(len(scheduling.scheduler.timesteps))
+        schedule = scheduling.compile(begin, own_step, pipe)
+        plan = guidance.begin(schedule, latents, scheduling.rows_of_the_loop())
+        whole = self.runner.wants_whole(latents.device) and self._may_be_whole()
+        self.generation = Generation(
+            schedule, plan, latents, self.denoiser, self.runner, halves=2 if guidance.on else 1, whole=whole
+        )
+        # A generator in host memory would stop every row for a copy. Not where somebody may use it between two rows, nor where
+        # fewer rows than the table's will run.
+        if not self.open and self.arguments.get("denoising_end") is None and scheduling.passes_generator(pipe):
+            self.generation.noise.draw_ahead(schedule, latents, self.arguments.get("generator"))
+
+    def _may_be_whole(self) -> bool:
+        """Whether the rows can run at once; else each of them may still be a graph."""
+        obstacles = {
+            "only Stable Diffusion and SDXL text-to-image run as a whole": self.family.name != "text-to-image",
+            "a callback looks at every step": self.open,
+            "denoising_end ends the loop early": self.arguments.get("denoising_end") is not None,
+            self.scheduling.schedule.reason: not self.scheduling.schedule.linear,
+        }
+        obstacle = next((why for why, there in obstacles.items() if there), None)
+        if obstacle is not None:
+            self.runner.reason = f"capture='loop' became 'step': {obstacle}"
+        return obstacle is None
+
+    # One row ---------------------------------------------------------------------------------------------------------------
 
     def scale_model_input(self, sample: torch.Tensor, timestep: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
-        self._expected = True
-        schedule = self.compiled(timestep)
-        if not schedule.linear:
-            return self.scheduler.scale_model_input(sample, timestep, *args, **kwargs)
-        if (ready := self._ready_input(sample)) is not None:
-            return ready.clone() if self.controlnet_watched else ready
-        scale = float(schedule.rows[self.row, Row.S])
-        sample = self.seen = values_of(sample)
-        return sample if scale == 1.0 else sample * scale
+        generation = self._begun(sample, timestep)
+        if generation.schedule.linear:
+            self._input = self._model_input(generation, sample)
+        else:
+            self._input = self.scheduling.scheduler.scale_model_input(sample, timestep, *args, **kwargs)
+        return self._input
 
-    def denoise(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the denoiser on the branches that this row needs, keep its output, return a placeholder of the full batch."""
-        if self.family.scales_input and not self._expected:
+    def _model_input(self, generation: Generation, shown: torch.Tensor) -> torch.Tensor:
+        """Of the next row, whose latents the pipeline shows as a batch of B or 2B rows."""
+        ready = generation.loop.model_input
+        if generation.over:
+            return shown
+        linear = generation.schedule.linear
+        if linear and (self.open or generation.row == 0):
+            generation.take(shown[:, : generation.loop.x.shape[1]])
+        if not linear or self.open or generation.row == 0 or ready.shape != shown.shape:
+            ready = generation.model_input(shown)
+        return ready.clone() if self.watched else ready
+
+    def denoise(self, *args: Any, **kwargs: Any) -> Output:
+        """Run the row that the pipeline has come to, on the branches that it needs; return a placeholder of the full batch."""
+        name = self.family.sample_argument
+        shown = args[0] if args else kwargs[name]
+        timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
+        if not self.family.scales_input:
+            self._input = shown
+        if self._input is None:
             raise RuntimeError(
                 f"{self.family.denoiser} was called outside its turn in a guarded loop (by a callback?); call that of the original pipeline"
             )
-        self._expected = False
-        name = self.family.sample_argument
-        sample = args[0] if args else kwargs[name]
-        timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
-        self.compiled(timestep)
-        if self.loop is not None:
+        generation = self._begun(shown, timestep)
+        self._input, self._ran = None, True
+        if not generation.over:
             self.scheduling.check_unchanged()
-            self.follow_guidance_scale()
-        ready = self._ready_input(sample)
-        if ready is None:
-            ready = self.graphed.resident(sample)
-        elif self.watched:
-            ready = ready.clone()
-        if ready is not None:
-            args, kwargs = (
-                (ready, *args[1:]) if args else args,
-                kwargs if args else {**kwargs, name: ready},
-            )
-        rows = sample.shape[0]
-        guided = self.guidance.check(self.row)
-        batch = rows // 2 if guided else rows
-        branches = self.guidance.planned(sample, batch).branches[self.row] if guided else "cond"
-        if guided and self.guidance.rescale > 0.0:
-            branches = "both"  # rescaling needs the conditional output even where guidance does not
-        if guided and branches != "both" and not self.graphed.whole:
-            args, kwargs = (
-                select_branch(args, branches, batch),
-                select_branch(kwargs, branches, batch),
-            )
-        if self.graphed.loop is not None:
-            self._recorded = recorded.run(self, (args, kwargs), sample, branches, batch)
-        if self._recorded:
-            return (placeholder(self.graphed.loop.model_input, rows),)
+            if self.guidance.changed():
+                generation.loop.load_plan(self.guidance.plan)
+            if not self.family.scales_input:
+                shown = self._model_input(generation, shown)
+                args, kwargs = ((shown, *args[1:]), kwargs) if args else (args, {**kwargs, name: shown})
+            self._run(generation, args, kwargs)
+        return Output((placeholder(generation.loop.model_input, len(shown)),))
 
-        result = self.denoiser(*args, **kwargs)
-        output = result[0]
-        self._outputs = tuple(output.chunk(2)) if guided and branches == "both" else (output, None)
-        self.rows_run += output.shape[0] // batch
-        if self._placeholder is None or len(self._placeholder) != rows:
-            self._placeholder = placeholder(output, rows)
-        stand_in = self._placeholder
-        return (stand_in, *result[1:]) if isinstance(result, tuple) else type(result)(stand_in)
+    def _run(self, generation: Generation, args: tuple, kwargs: dict) -> None:
+        row, loop = generation.row, generation.loop
+        guided = self.guidance.check(row, generation.schedule)
+        generator = self.arguments.get("generator") if self.scheduling.passes_generator(self.stand_in) else None
+        if generation.whole:
+            plan = self.guidance.plan.branches if guided else ("cond",) * len(generation.schedule.timesteps)
+            generation.run_all((args, kwargs), plan, generator)
+            return
+        branches = self.guidance.branches(row) if guided else "cond"
+        if guided and branches != "both":
+            args, kwargs = (select_branch(tree, branches, len(loop.x)) for tree in (args, kwargs))
+        if self.guidance.rescale > 0.0:
+            self.runner.reason = "guidance_rescale reads the conditional output, which stays inside a graph"
+            self._cond = generation.run_row_open((args, kwargs), branches, generator)
+        else:
+            generation.run_row((args, kwargs), branches, generator, look_again=self.open)
 
     def step(self, model_output: Any, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if self._outputs is None and not self._recorded:
+        if not self._ran:
             raise RuntimeError("scheduler.step was called without a denoiser call before it")
-        if self.row == 0 and self.scheduling.compile_again(kwargs, self.guidance.own_step, recorded=self._recorded):
-            self.loop = None
-        if self._recorded:
-            return self._handed_back(self.loop.dtype, None, timestep, sample, args, kwargs)
-        if self.loop is None:
-            self._start(sample)
-        elif not self._unchanged(sample):
-            self.loop.load_latents(sample)
-        self.follow_guidance_scale()
-
-        channels = sample.shape[1]  # a model may predict more than the latents' channels (a variance)
-        uncond, cond = self._outputs
-        uncond, cond = uncond[:, :channels], None if cond is None else cond[:, :channels]
-        noise = self.noise.of_row(self.schedule, self.row, sample, uncond.dtype, kwargs.get("generator"))
-        self.loop.advance(uncond, cond, noise)
-        return self._handed_back(uncond.dtype, cond, timestep, sample, args, kwargs)
-
-    def _handed_back(
-        self,
-        dtype: torch.dtype,
-        cond: torch.Tensor | None,
-        timestep: Any,
-        sample: torch.Tensor,
-        args: tuple,
-        kwargs: dict,
-    ) -> Any:
-        """What scheduler.step returns, now that the fused op has run."""
-        self.row = len(self.schedule.timesteps) if self.graphed.whole else self.row + 1
-        self._outputs, self._recorded = None, False
-        if not self.schedule.linear:
-            # A copy: some schedulers keep what they are given, and the next step writes into x.
-            guided = self.guidance.rescaled(self.loop.x.to(dtype, copy=True), cond)
-            result = self.scheduler.step(guided, timestep, sample, *args, **kwargs)
+        self._ran = False
+        self.scheduling.check_arguments(kwargs)
+        generation, scheduling = self.generation, self.scheduling
+        if not generation.schedule.linear:
+            # A copy: some schedulers keep what they are given, and the next row writes into x.
+            guided = self.guidance.rescaled(generation.loop.latents(), self._cond)
+            result = scheduling.scheduler.step(guided, timestep, sample, *args, **kwargs)
             self._stepped = result[0] if isinstance(result, tuple) else result.prev_sample
             return result
-
-        self.scheduling.keep_step_index(self.row)
-        latents = self._latents()
-        self._returned, self._returned_version = latents, _version(latents) if self.observed else 0
-        return (latents,) if not kwargs.get("return_dict", True) else _Step(prev_sample=latents)
-
-    # Start of a generation -------------------------------------------------------------------------------------------------
-
-    @property
-    def scheduler(self) -> Any:
-        """The original behind the pipeline's shadow."""
-        return self.scheduling.scheduler
-
-    @property
-    def schedule(self) -> Schedule:
-        """The table of this call; None until the loop begins."""
-        return self.scheduling.schedule
-
-    def compiled(self, timestep: Any) -> Schedule:
-        """The table of this call, compiled at the first thing the loop asks for."""
-        if self.schedule is None:
-            self.scheduling.compile(self.scheduling.begin_at(timestep), self.guidance.own_step)
-        return self.schedule
-
-    def _start(self, latents: torch.Tensor) -> None:
-        halves = 2 if self.guidance.on else 1
-        plan = self.guidance.planned(latents, latents.shape[0])
-        noise_dtype = self.schedule.noise_dtype or latents.dtype
-        self.loop = self.graphed.lease(latents, self.schedule, plan, halves=halves, noise_dtype=noise_dtype)
-        if self.loop is None:
-            self.loop = Loop(self.schedule, plan, latents, halves=halves)
-
-    # Within a step ---------------------------------------------------------------------------------------------------------
-
-    def _ready_input(self, sample: torch.Tensor) -> torch.Tensor | None:
-        """The model input that the last step wrote, if nothing can have changed the latents since."""
-        if self.row == 0 or self.observed or not self.schedule.linear:
-            return None
-        ready = self.loop.model_input
-        return ready if ready.shape == sample.shape else None
-
-    def _unchanged(self, sample: torch.Tensor) -> bool:
-        return sample is self._returned and (not self.observed or _version(sample) == self._returned_version)
-
-    def _latents(self) -> torch.Tensor:
-        """What the pipeline gets back from a step."""
-        if self.observed or self.row == len(self.schedule.timesteps):
-            return self.loop.latents(fresh=self.observed or self.graphed.loop is not None)
-        if self._pending is None:
-            x, loop = self.loop.x, self.loop
-            self._pending = Pending(lambda: loop.latents(fresh=True), x.shape, x.stride(), loop.dtype, x.device)
-        return self._pending
-
-    def follow_guidance_scale(self) -> None:
-        """A callback may change the guidance scale: the rows still to come take the new one, counters and history stay."""
-        if self.guidance.changed():
-            self.loop.load_plan(self.guidance.plan)
-
-    def _draw_ahead(self, latents: torch.Tensor) -> None:
-        """Unless somebody may use the generator between two steps, or fewer rows than the table's will run."""
-        if (
-            not self.observed
-            and self.arguments.get("denoising_end") is None
-            and self.scheduling.passes_generator(self.pipe)
-        ):
-            self.noise.draw_ahead(self.schedule, latents, self.arguments.get("generator"))
-
-    @property
-    def generator(self) -> Any:
-        """What the pipeline will hand to scheduler.step to draw from."""
-        return self.arguments.get("generator") if self.scheduling.passes_generator(self.pipe) else None
+        scheduling.keep_step_index(generation.row)
+        latents = generation.loop.latents()
+        return (latents,) if not kwargs.get("return_dict", True) else Step(prev_sample=latents)
 
     # After it --------------------------------------------------------------------------------------------------------------
 
     def report(self) -> Report | None:
         """What happened, or None if the loop never ran. Reads nothing from the device yet."""
-        if self.loop is None:
+        generation = self.generation
+        if generation is None:
             return None
-        path = "fused" if self.schedule.linear else "own step"
-        if self.graphed.replayed:
-            path += ", loop graph" if self.graphed.whole else ", step graph"
+        path = "fused" if generation.schedule.linear else "own step"
+        if self.runner.replayed:
+            path += ", loop graph" if generation.whole else ", step graph"
+        reasons = (generation.schedule.reason, self.guidance.reason, self.runner.reason)
         return Report.read(
-            state=self.loop.state,
-            trace=self.loop.trace,
+            state=generation.loop.state,
+            trace=generation.loop.trace,
             plan=self.guidance.plan,
-            latents=self.loop.x if self._stepped is None else self._stepped,
-            rows_run=self.rows_run,
-            steps=self.row,
+            latents=generation.loop.x if self._stepped is None else self._stepped,
+            rows_run=generation.rows_run,
+            steps=generation.row,
             path=path,
-            reason="; ".join(filter(None, (self.schedule.reason, self.graphed.reason))) or None,
+            reason="; ".join(filter(None, reasons)) or None,
         )
+
+    def finish(self) -> None:
+        """The stock call has returned; whatever it returned is its own."""
 
     def close(self) -> None:
         """The call is over and its report made."""
-        self.noise.rewind(self.row)
-        if self.graphed.whole and hasattr(self.pipe, "_num_timesteps"):
-            self.pipe._num_timesteps = self.row
-        self.graphed.give_back()
-
-
-class _Step(dict):
-    """What scheduler.step returns by default: `prev_sample` as attribute, key and first item."""
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(
-                f"scheduler.step: {name!r} is not computed on the fused path; only prev_sample is"
-            ) from None
-
-    def __getitem__(self, key: Any) -> Any:
-        return super().__getitem__("prev_sample" if key == 0 else key)
-
-
-def _version(tensor: torch.Tensor) -> float:
-    try:
-        return tensor._version
-    except (
-        RuntimeError
-    ):  # inference tensors count no versions: NaN, unequal to itself, takes every tensor for a changed one
-        return math.nan
+        if self.generation is not None:
+            self.generation.noise.rewind(self.generation.row)
+        self.runner.give_back()

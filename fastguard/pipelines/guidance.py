@@ -10,22 +10,27 @@ from typing import Any
 import torch
 
 from fastguard.pipelines.families import Family
-from fastguard.pipelines.outputs import undivided
-from fastguard.pipelines.scheduler import Scheduling
+from fastguard.pipelines.outputs import needs_both
 from fastguard.policies.plan import Plan, lower, of_images, unfit_guards
 from fastguard.policies.policy import Policy
+from fastguard.policies.presets import policy as make_policy
+from fastguard.schedules.schedule import Schedule
+
+UNGUIDED = ("raise", "run")  # what a guarded policy does in a call without guidance
 
 
 class Guidance:
-    """`pipe` is the copy on which the stock loop runs, set by the call; a callback may change its guidance between two rows.
+    """`pipe` is the stand-in on which the stock loop runs; a callback may change its guidance between two rows.
 
-    plan: None until `planned`.
+    plan    as of `begin`, or of the last change of the scale
+    reason  what the report has to say of it
     """
 
-    def __init__(self, policy: Policy, family: Family, arguments: Mapping[str, Any], scheduling: Scheduling) -> None:
-        self.policy, self.family, self.arguments, self.scheduling = policy, family, arguments, scheduling
-        self.pipe: Any = None
+    def __init__(self, policy: Policy, family: Family, arguments: Mapping[str, Any], pipe: Any, unguided: str) -> None:
+        self.policy, self.family, self.arguments, self.pipe = policy, family, arguments, pipe
         self.plan: Any = None  # Plan
+        self.reason: str | None = None
+        self._unguided = unguided
         self._was_on = True  # the row before ran with guidance
 
     @property
@@ -37,25 +42,27 @@ class Guidance:
     def rescale(self) -> float:
         return self.family.guidance_rescale(self.pipe, self.arguments)
 
-    @property
-    def own_step(self) -> str | None:
-        """Why the scheduler's own step() must run on the guided output, whatever the table can do."""
-        reason = self.family.own_step(self.arguments, len(self.scheduling.scheduler.timesteps))
+    def own_step(self, rows: int) -> str | None:
+        """Why the scheduler's own step() must run on the guided output in a call of so many rows, whatever the table can do."""
+        reason = self.family.own_step(self.arguments, rows)
         if reason is None and self.rescale > 0.0:
             reason = f"guidance_rescale={self.rescale:g} needs the whole guided output before the update"
         return reason
 
-    def planned(self, latents: torch.Tensor, batch: int) -> Plan:
-        """The plan of this call; made at its first row, of whose `batch` images `latents` (or the model's input) has the size."""
-        if self.plan is None:
-            per_prompt = self.arguments.get("num_images_per_prompt") or 1
-            autoencoder = getattr(self.pipe, "vae", None)  # a pipeline that returns latents may have none
-            channels = latents.shape[1] if autoencoder is None else autoencoder.config.latent_channels
-            self._samples = of_images(self.policy, batch, per_prompt)
-            self._elements = channels * latents[0, 0].numel()
-            self.plan = plan = self._lower()
-            for sentence in unfit_guards(plan, self.scheduling.rows_of_the_loop()):
-                warnings.warn(sentence, stacklevel=2)
+    def begin(self, schedule: Schedule, latents: torch.Tensor, rows: int) -> Plan:
+        """Make the plan of the call, of whose images `latents` has one each; its loop runs `rows` rows of the schedule."""
+        if not self.on:
+            self._refuse_unguided()
+        per_prompt = self.arguments.get("num_images_per_prompt") or 1
+        self._samples = of_images(self.policy, len(latents), per_prompt)
+        self._schedule, self._elements = schedule, latents[0].numel()
+        self.plan = self._lower()
+        if any(branch != "both" for branch in self.plan.branches) and self.on:
+            self.reason = needs_both(getattr(self.pipe, self.family.denoiser), self.arguments)
+            self.plan = self._lower()
+            self.reason = self.reason and f"both branches run in every row: {self.reason}"
+        for sentence in unfit_guards(self.plan, rows):
+            warnings.warn(sentence, stacklevel=2)
         return self.plan
 
     def changed(self) -> bool:
@@ -65,15 +72,13 @@ class Guidance:
         self.plan = self._lower()
         return True
 
-    def check(self, row: int) -> bool:
-        """`on` at this row. Refuses a guard over a call without guidance; warns if guidance ends before the guard does."""
+    def branches(self, row: int) -> str:
+        """What a guided row runs. Rescaling needs the conditional output even where guidance does not."""
+        return "both" if self.rescale > 0.0 else self.plan.branches[row]
+
+    def check(self, row: int, schedule: Schedule) -> bool:
+        """`on` at this row; warns if guidance ends before the guard does."""
         on = self.on
-        if not on and row == 0 and (self.policy.guarded or self.policy.sets_scale):
-            raise ValueError(
-                f"guidance_scale={self.arguments.get('guidance_scale')!r}: the pipeline runs no unconditional branch then, but policy "
-                f"{self.policy.name!r} needs it; pass a guidance_scale above 1 to a model with classifier-free guidance, or use 'cfg' "
-                f"without a scale of its own"
-            )
         if not on and row > 0 and self.policy.guarded and self._was_on:
             warnings.warn(
                 f"guidance was switched off at denoiser row {row} (by a callback): the guard ends with it, and an image that has "
@@ -81,7 +86,7 @@ class Guidance:
                 stacklevel=2,
             )
         self._was_on = on
-        if self.rescale > 0.0 and self.scheduling.schedule.linear:
+        if self.rescale > 0.0 and schedule.linear:
             raise RuntimeError("guidance_rescale was switched on during a guarded call, which had begun without it")
         return on
 
@@ -94,9 +99,22 @@ class Guidance:
         rescaled = guided * (cond.std(dim=dims, keepdim=True) / guided.std(dim=dims, keepdim=True))
         return phi * rescaled + (1 - phi) * guided
 
+    def _refuse_unguided(self) -> None:
+        """A guard over a call without guidance would let copies through: the conditional branch alone copies."""
+        if not (self.policy.guarded or self.policy.sets_scale):
+            return
+        scale = self.arguments.get("guidance_scale")
+        if self._unguided == "run":
+            self.policy = make_policy("cfg")
+            self.reason = f"guidance_scale={scale!r}: no unconditional branch, so nothing was guarded (unguided='run')"
+            return
+        raise ValueError(
+            f"guidance_scale={scale!r}: the pipeline runs no unconditional branch then, but policy {self.policy.name!r} needs it; pass "
+            f"a guidance_scale above 1 to a model with classifier-free guidance, use 'cfg' without a scale of its own, or enable the "
+            f"guard with unguided='run'"
+        )
+
     def _lower(self) -> Plan:
         self._scale = self.family.guidance_scale(self.pipe, self.arguments)
-        plan = lower(self._samples, self.scheduling.schedule, self._scale, self._elements)
-        if undivided(getattr(self.pipe, self.family.denoiser), self.arguments):
-            plan = replace(plan, branches=("both",) * len(plan.branches))
-        return plan
+        plan = lower(self._samples, self._schedule, self._scale, self._elements)
+        return plan if self.reason is None else replace(plan, branches=("both",) * len(plan.branches))

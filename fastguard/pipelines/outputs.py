@@ -1,20 +1,32 @@
-"""One batched denoiser call per step: both branches of classifier-free guidance, or only the one that is needed.
+"""One batched denoiser call per row: both branches of classifier-free guidance, or only the one that is needed.
 
-diffusers' pipelines on the allow-list (`fastguard.pipelines.families`) hand the denoiser a batch of 2B rows, [unconditional, conditional].
-Where the policy knows in advance that one branch will not be used, only its B rows are run.
+Pipelines of the fused kind hand the denoiser a batch of 2B rows, [unconditional, conditional]. Where the policy knows in advance
+that one branch will not be used, only its B rows are run, if the denoiser treats its rows alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+
+from fastguard.capture.static_inputs import tensors_of
 
 Branches = str  # "both" | "uncond" | "cond"
 UNBRANCHED = ("ip_adapter_masks",)  # one per adapter, whatever their number
 IMAGES = ("image_embeds",)  # added_cond_kwargs of an IP-Adapter
 BRANCHED = ("ip_adapter_image_embeds",)  # put among the caller's own by Stable Diffusion 3
+_LIBRARIES = ("torch", "diffusers", "peft", "accelerate", "bitsandbytes", "torchao", "optimum")
+_BY_HALVES = ("PAG", "CrossFrame")  # in the names of diffusers' processors that treat parts of the batch differently
+
+
+class Output(tuple):
+    """What a guarded denoiser returns, by index and by name: a stand-in for the sample, which stays with the guard."""
+
+    @property
+    def sample(self) -> torch.Tensor:
+        return self[0]
 
 
 def select_branch(tree: Any, branch: Branches, batch: int, *, several: bool = False) -> Any:
@@ -41,33 +53,56 @@ def select_branch(tree: Any, branch: Branches, batch: int, *, several: bool = Fa
     return tree
 
 
-def undivided(denoiser: Any, arguments: Mapping[str, Any]) -> bool:
-    """Whether a call's inputs hold what cannot be cut into branches, so that both must run.
+def needs_both(denoiser: Any, arguments: Mapping[str, Any]) -> str | None:
+    """Why both branches must run in every row of a call, whatever its policies need; None if one may run alone."""
+    return _cannot_be_cut(denoiser, arguments) or _rows_differ(denoiser)
 
-    FaceID's image embeddings lie on the module, [2B, ...]; what a tensor in cross_attention_kwargs is, its processor alone knows.
-    """
+
+def _cannot_be_cut(denoiser: Any, arguments: Mapping[str, Any]) -> str | None:
+    """FaceID's image embeddings lie on the module, [2B, ...]; what a tensor in cross_attention_kwargs is, its processor alone knows."""
     layers = getattr(getattr(denoiser, "encoder_hid_proj", None), "image_projection_layers", None) or ()
     if any(getattr(layer, "clip_embeds", None) is not None for layer in layers):
-        return True
-    given = (arguments.get(name) or {} for name in ("cross_attention_kwargs", "joint_attention_kwargs"))
-    return any(
-        tensor.ndim > 0
-        for one in given
-        for name, value in one.items()
-        if name not in (*UNBRANCHED, *BRANCHED)
-        for tensor in tensors_of(value)
-    )
+        return "FaceID embeddings lie on the denoiser for both branches"
+    for argument in ("cross_attention_kwargs", "joint_attention_kwargs"):
+        for name, value in (arguments.get(argument) or {}).items():
+            if name not in (*UNBRANCHED, *BRANCHED) and any(tensor.ndim > 0 for tensor in tensors_of(value)):
+                return f"{argument}[{name!r}] holds a tensor, which cannot be cut into branches"
+    return None
 
 
-def tensors_of(tree: Any) -> Iterator[torch.Tensor]:
-    """All tensors in nested mappings, tuples and lists."""
-    if isinstance(tree, torch.Tensor):
-        yield tree
-    elif isinstance(tree, (Mapping, tuple, list)):
-        for value in tree.values() if isinstance(tree, Mapping) else tree:
-            yield from tensors_of(value)
+def _rows_differ(denoiser: Any) -> str | None:
+    """Who keeps features from row to row, or reads a batch as [u, c]: a batch of one branch would be wrong there, without an error.
+
+    Known to treat rows alike are the libraries' own layers and attention processors. Anything else may be such a one: feature
+    caches hang hooks on modules or replace their forward, token merging replaces their classes.
+    """
+    for module in denoiser.modules() if isinstance(denoiser, torch.nn.Module) else ():
+        name = type(module).__name__
+        if (registry := getattr(module, "_diffusers_hook", None)) is not None and registry.hooks:
+            return f"the hook {next(iter(registry.hooks))} on {name} may keep features from row to row"
+        if module._forward_hooks or module._forward_pre_hooks:
+            return f"a forward hook on {name} may read the batch as both branches"
+        if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
+            return f"forward() is replaced on a {name}"
+        if type(module).__module__.split(".")[0] not in _LIBRARIES:
+            return f"{type(module).__module__}.{name} is not one of the libraries' own layers"
+        processor = getattr(module, "processor", None)
+        kind = type(processor)
+        if processor is not None and (
+            kind.__module__.split(".")[0] not in _LIBRARIES or any(part in kind.__name__ for part in _BY_HALVES)
+        ):
+            return f"the attention processor {kind.__name__} may treat the two branches differently"
+    return None
 
 
-def placeholder(output: torch.Tensor, rows: int) -> torch.Tensor:
+def split(output: torch.Tensor, branches: Branches) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(u, c) of a batch of both branches; (the one that ran, None) otherwise."""
+    if branches != "both":
+        return output, None
+    uncond, cond = output.chunk(2)
+    return uncond, cond
+
+
+def placeholder(like: torch.Tensor, rows: int) -> torch.Tensor:
     """[rows, C, 1, ...] zeros for the pipeline's own guidance arithmetic, whose result is ignored; in host memory, where it launches nothing."""
-    return torch.zeros((rows, output.shape[1], *(1 for _ in output.shape[2:])), dtype=output.dtype)
+    return torch.zeros((rows, like.shape[1], *(1 for _ in like.shape[2:])), dtype=like.dtype)

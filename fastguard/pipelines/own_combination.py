@@ -11,9 +11,10 @@ The scheduler's own step() follows. Nothing is deferred and nothing is read from
 
 from __future__ import annotations
 
+import functools
 import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from fastguard.loop.report import Report
 from fastguard.pipelines.families.base import Family
 from fastguard.pipelines.families.own import OwnFamily
 from fastguard.pipelines.scheduler import Scheduling
+from fastguard.pipelines.shadow import shadow
 from fastguard.policies.plan import of_images, unfit_guards
 from fastguard.policies.policy import Policy
 
@@ -41,19 +43,22 @@ class Output(NamedTuple):
 
 
 class OwnCombination:
-    """State of one generation. `scheduler` and `denoisers` are the originals behind the pipeline's shadows."""
+    """State of one generation. `stand_in` is what the stock loop runs on; `denoisers` are the originals behind its shadows."""
 
     def __init__(
         self,
         policy: Policy,
         family: OwnFamily,
         arguments: Mapping[str, Any],
-        scheduler: Any,
-        denoisers: Mapping[str, Any],
+        pipe: Any,
+        *,
+        unguided: str = "raise",
     ) -> None:
-        self.policy, self.family, self.arguments, self.denoisers = policy, family, arguments, denoisers
+        self.policy, self.family, self.arguments, self.unguided = policy, family, arguments, unguided
+        scheduler = pipe.scheduler
+        self.denoisers = {name: part for name in family.denoisers if (part := getattr(pipe, name, None)) is not None}
         self.scheduling = Scheduling(scheduler, arguments, callback=False, scales_input=False)
-        self.pipe: Any = None
+        self.stand_in = self._stand_in(pipe)
         self.row = 0
         self.guide: Guide | None = None  # None until the first step
         self._step_signature = inspect.signature(scheduler.step)
@@ -64,21 +69,25 @@ class OwnCombination:
         self._may_skip = (
             family.calls == 2
             and family.skippable
-            and not any(map(_keeps_state, denoisers.values()))
+            and not any(map(_keeps_state, self.denoisers.values()))
             and all(arguments.get(f"ip_adapter_image{end}") is None for end in ("", "_embeds"))
         )
         self._skip_until = 0  # row from which on some image is not guarded
         self._both = True  # the row before had both branches
         self._last: torch.Tensor | None = None
 
+    def _stand_in(self, pipe: Any) -> Any:
+        """What the stock loop runs on."""
+        steps = {"step": self.step, "set_timesteps": self.scheduling.set_timesteps}
+        parts = {
+            name: shadow(part, {"__call__": functools.partial(self.denoise, name)})
+            for name, part in self.denoisers.items()
+        }
+        parts["scheduler"] = shadow(pipe.scheduler, steps)
+        # Offloading replaces the pipeline's hooks at the end of a call: they belong to the original.
+        return shadow(pipe, {"maybe_free_model_hooks": pipe.maybe_free_model_hooks}, parts)
+
     # What the shadows call -------------------------------------------------------------------------------------------------
-
-    def methods(self) -> dict[str, Callable]:
-        """Of the scheduler, replaced."""
-        return {"step": self.step, "set_timesteps": self.scheduling.set_timesteps}
-
-    def attach(self, pipe: Any) -> None:
-        self.pipe = pipe
 
     def denoise(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """Run a denoiser and keep its output, unless no image needs its branch in this row."""
@@ -117,7 +126,7 @@ class OwnCombination:
         channels = sample.shape[1]  # a model may predict more (a variance), which still reaches step()
         own = combined[:, :channels] if combined.shape[1] > channels else combined
         uncond, cond = self._branches(own)
-        scale = self.family.guidance_scale(self.pipe, self.arguments, self._outputs[0].denoiser)
+        scale = self.family.guidance_scale(self.stand_in, self.arguments, self._outputs[0].denoiser)
         if self.guide is None:
             self.guide = self._begin(sample, timestep, scale)
         self._check(uncond is not None and cond is not None)
@@ -151,7 +160,7 @@ class OwnCombination:
         for branch, tensor in found.items():
             if tensor is not None and tensor.shape != own.shape:
                 raise RuntimeError(
-                    f"{type(self.pipe).__name__}: the {branch} output is {list(tensor.shape)} where scheduler.step gets "
+                    f"{type(self.stand_in).__name__}: the {branch} output is {list(tensor.shape)} where scheduler.step gets "
                     f"{list(own.shape)}; this is not the loop that the guard knows, call the pipeline without it"
                 )
         return found["uncond"], found["cond"]
@@ -159,7 +168,7 @@ class OwnCombination:
     def _in_step(self, output: Output, own: torch.Tensor) -> torch.Tensor:
         _, kwargs = output.arguments
         tensor = torch.stack(list(output.tensor)) if isinstance(output.tensor, (list, tuple)) else output.tensor
-        return self.family.in_step(self.pipe, tensor, own, kwargs)
+        return self.family.in_step(self.stand_in, tensor, own, kwargs)
 
     def _left_over(self, own: torch.Tensor) -> torch.Tensor:
         """The row turned out to have one branch (guidance ended), and its call was left out: run it now."""
@@ -174,7 +183,7 @@ class OwnCombination:
         return self.guide.plan.branches[self.row] not in ("both", branch)
 
     def _begin(self, sample: torch.Tensor, timestep: Any, scale: float) -> Guide:
-        schedule = self.scheduling.compile(self.scheduling.begin_at(timestep), REASON)
+        schedule = self.scheduling.compile(self.scheduling.begin_at(timestep), REASON, self.stand_in)
         per_prompt = next((self.arguments[name] for name in _PER_PROMPT if self.arguments.get(name)), 1)
         policies = of_images(self.policy, len(sample), per_prompt)
         guide = Guide(policies, schedule, guidance_scale=scale, latents=sample)
@@ -188,12 +197,13 @@ class OwnCombination:
         """Refuses a guard over a call without a second branch; warns if that ends before the guard does."""
         skipped = any(output.tensor is None for output in self._outputs)
         both = both or (skipped and len(self._outputs) == 2)
-        needs = self.policy.guarded or self.policy.sets_scale
+        needs = self.unguided == "raise" and (self.policy.guarded or self.policy.sets_scale)
         if not both and self.row == 0 and needs:
             given = f"{self.family.scale}={self.arguments.get(self.family.scale)!r}"
             raise ValueError(
                 f"{given}: the pipeline runs no second (unconditional) branch then, but policy {self.policy.name!r} needs it; "
-                f"{self.family.second_branch}, or use 'cfg' without a scale of its own"
+                f"{self.family.second_branch}, use 'cfg' without a scale of its own, or enable the guard with "
+                f"unguided='run'"
             )
         if not both and self._both and self.row > 0 and self.policy.guarded:
             warnings.warn(
@@ -212,6 +222,9 @@ class OwnCombination:
                 f"{self._outputs[0].denoiser} ran and no scheduler.step of this pipeline's scheduler followed: the guard did not act; "
                 f"call the pipeline without it"
             )
+
+    def close(self) -> None:
+        """The call is over and its report made; nothing was lent."""
 
     def report(self) -> Report | None:
         """What happened, or None if the loop never ran. Reads nothing from the device yet."""

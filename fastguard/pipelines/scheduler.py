@@ -27,8 +27,8 @@ class Scheduling:
         self.scheduler, self.arguments, self.callback, self.scales_input = scheduler, arguments, callback, scales_input
         self.schedule: Any = None  # Schedule
         self._accepted = inspect.signature(scheduler.step).parameters
-        self._begin = 0
         self._step_kwargs: dict[str, Any] = {}
+        self._begin = 0
         self._timesteps_arguments: tuple[tuple, dict] = ((), {})
 
     def set_timesteps(self, *args: Any, **kwargs: Any) -> Any:
@@ -42,10 +42,28 @@ class Scheduling:
         begin = getattr(self.scheduler, "_begin_index", None)
         return None if begin is None else int(begin)
 
-    def compile(self, begin: int, own_step: str | None) -> Schedule:
+    def compile(self, begin: int, own_step: str | None, pipe: Any) -> Schedule:
         """The table of rows from `begin` on. `own_step`: why the scheduler's own step() must run, whatever the table can do."""
         self._begin = begin
-        return self._compile(expected_arguments(self.scheduler, self.arguments), own_step)
+        self._step_kwargs = self._expected_arguments(pipe)
+        schedule = compile_schedule(self._on_host(), step_kwargs=self._step_kwargs, begin_index=begin)
+        if not self.scales_input:
+            rows = schedule.rows.clone()
+            rows[:, Row.S] = 1.0
+            schedule = replace(schedule, rows=rows)
+        if own_step is None and self.callback and schedule.looks_back:
+            name = type(self.scheduler).__name__
+            own_step = f"{name} goes back to latents of an earlier row, which the callback may have changed since"
+        self.schedule = schedule if own_step is None else schedule.with_own_step(own_step)
+        self._signature = signature(self.scheduler) if self.callback else {}
+        return self.schedule
+
+    def _expected_arguments(self, pipe: Any) -> dict[str, Any]:
+        """What the pipeline will hand to step() besides, asked in the way it asks itself; a generator is not the table's concern."""
+        if not hasattr(pipe, "prepare_extra_step_kwargs"):
+            return {}
+        arguments = pipe.prepare_extra_step_kwargs(self.arguments.get("generator"), self.arguments.get("eta", 0.0))
+        return _relevant(arguments)
 
     def begin_at(self, timestep: Any) -> int:
         """Row of the schedule at which this loop begins (image-to-image and denoising_start begin late).
@@ -63,31 +81,13 @@ class Scheduling:
             raise ValueError(f"timestep={timestep!r}: must be one of scheduler.timesteps")
         return matches[0]
 
-    def compile_again(self, step_kwargs: Mapping[str, Any], own_step: str | None, *, recorded: bool) -> bool:
-        """True if the pipeline calls step() with other arguments than expected, and the table was compiled anew for them."""
-        relevant = {k: v for k, v in step_kwargs.items() if k not in ("generator", "return_dict")}
-        if relevant == self._step_kwargs:
-            return False
-        if recorded:
+    def check_arguments(self, step_kwargs: Mapping[str, Any]) -> None:
+        """RuntimeError if the pipeline calls step() with other arguments than the table was made for."""
+        if (given := _relevant(step_kwargs)) != self._step_kwargs:
             raise RuntimeError(
-                f"scheduler.step was expected to get {self._step_kwargs} and got {relevant}; use capture='off'"
+                f"scheduler.step got {given}, but the pipeline's prepare_extra_step_kwargs had promised {self._step_kwargs}, for which "
+                f"the table of this call was made"
             )
-        self._compile(relevant, own_step)
-        return True
-
-    def _compile(self, step_kwargs: dict[str, Any], own_step: str | None) -> Schedule:
-        self._step_kwargs = step_kwargs
-        schedule = compile_schedule(self._on_host(), step_kwargs=step_kwargs, begin_index=self._begin)
-        if not self.scales_input:
-            rows = schedule.rows.clone()
-            rows[:, Row.S] = 1.0
-            schedule = replace(schedule, rows=rows)
-        if own_step is None and self.callback and schedule.looks_back:
-            name = type(self.scheduler).__name__
-            own_step = f"{name} goes back to latents of an earlier row, which the callback may have changed since"
-        self.schedule = schedule if own_step is None else schedule.with_own_step(own_step)
-        self._signature = signature(self.scheduler) if self.callback else {}
-        return self.schedule
 
     def check_unchanged(self) -> None:
         """RuntimeError if a callback has changed the scheduler, whose table was made before the first row."""
@@ -130,7 +130,26 @@ class Scheduling:
             self.scheduler._step_index = self._begin + row
 
 
+def _relevant(step_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in step_kwargs.items() if name not in ("generator", "return_dict")}
+
+
 def expected_arguments(scheduler: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """What a pipeline that is called with `arguments` hands to step(), as far as a table depends on it."""
     accepted = inspect.signature(scheduler.step).parameters
     return {"eta": arguments["eta"]} if "eta" in accepted and "eta" in arguments else {}
+
+
+class Step(dict):
+    """What scheduler.step returns by default: `prev_sample` as attribute, key and first item."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(
+                f"scheduler.step: {name!r} is not computed on the fused path; only prev_sample is"
+            ) from None
+
+    def __getitem__(self, key: Any) -> Any:
+        return super().__getitem__("prev_sample" if key == 0 else key)

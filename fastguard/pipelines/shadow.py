@@ -28,7 +28,7 @@ def _shadow_class(original: type, names: tuple[str, ...], parts: tuple[str, ...]
     if original.__reduce_ex__ is object.__reduce_ex__:  # a copy is one of the original
         namespace["__reduce_ex__"] = lambda self, protocol: (object.__new__, (original,), dict(self.__dict__))
     # Slots, because the instance __dict__ belongs to the original.
-    namespace["__slots__"] = ("_fastguard_parts", "_fastguard_replacements")
+    namespace["__slots__"] = ("_fastguard_original", "_fastguard_parts", "_fastguard_replacements")
     namespace["__module__"] = original.__module__
     namespace["__qualname__"] = original.__qualname__
     namespace["__doc__"] = original.__doc__
@@ -70,31 +70,19 @@ def shadow(original: Any, replacements: dict[str, Callable], parts: dict[str, An
     }
     kind: Any = type(original)
     shown = {name: (original.__dict__[name], part) for name, part in (parts or {}).items()}
-    twin: Any = object.__new__(_shadow_class(kind, tuple(wrapped), tuple(shown)))
-    object.__setattr__(twin, "_fastguard_replacements", wrapped)
-    object.__setattr__(twin, "_fastguard_parts", shown)
-    object.__setattr__(twin, "__dict__", original.__dict__)
-    return twin
+    stand_in: Any = object.__new__(_shadow_class(kind, tuple(wrapped), tuple(shown)))
+    object.__setattr__(stand_in, "_fastguard_original", original)
+    object.__setattr__(stand_in, "_fastguard_replacements", wrapped)
+    object.__setattr__(stand_in, "_fastguard_parts", shown)
+    object.__setattr__(stand_in, "__dict__", original.__dict__)
+    return stand_in
+
+
+def original_of(shown: Any) -> Any:
+    """The object behind a shadow; any other object itself."""
+    return shown._fastguard_original if hasattr(type(shown), "_fastguard_original") else shown
 
 
 def _function(method: Callable) -> Callable:
     """A function around a bound method, which itself takes no attributes."""
     return lambda *args, **kwargs: method(*args, **kwargs)
-
-
-@functools.lru_cache(maxsize=256)
-def _one_row_class(shadow_class: type) -> type:
-    namespace = {
-        "timesteps": property(lambda self: self.__dict__["timesteps"][:1]),
-        "__slots__": (),
-        "__module__": shadow_class.__module__,
-        "__qualname__": shadow_class.__qualname__,
-        "__doc__": shadow_class.__doc__,
-    }
-    return type(shadow_class)(shadow_class.__name__, (shadow_class,), namespace)
-
-
-def one_row(scheduler: Any) -> None:
-    """Make a shadow of a scheduler show the first of its timesteps only: whoever loops over them has one row to run."""
-    kind: Any = type(scheduler)
-    scheduler.__class__ = _one_row_class(kind)

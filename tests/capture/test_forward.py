@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
+from fastguard.capture.graphed import Graphed
 
 import fastguard
-from fastguard.capture.graphed import Graphed
 from tests import pipelines
 from tests.capture import simulator
 from tests.capture.calls import call, eager

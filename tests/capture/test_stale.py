@@ -9,10 +9,10 @@ import random
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
+from fastguard.capture.static_loop import StaticLoop
 
 import fastguard
 from fastguard.capture.fingerprint import Fingerprint
-from fastguard.capture.static_loop import StaticLoop
 from fastguard.loop.loop import Loop
 from tests import pipelines, schedulers
 from tests.capture.calls import POLICIES, call, eager
