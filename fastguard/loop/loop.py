@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from typing import NamedTuple
 
 import torch
 
@@ -13,6 +13,44 @@ from fastguard.policies.plan import Plan
 from fastguard.schedules.schedule import Schedule
 
 _GRAIN = 64  # rows are allocated in multiples of it, so that one graph of a step serves every schedule that fits
+
+
+class LoopShape(NamedTuple):
+    """All that the addresses and sizes of a loop's tensors depend on: a loop of an equal shape may be loaded anew.
+
+    shape, stride   of the latents [B, C, *S]; dtype as they come (and as the denoiser takes them)
+    halves          2 where the denoiser runs both branches, else 1
+    history         slots that the scheduler needs
+    draws           noise tensors kept at once
+    rows            capacity in denoiser evaluations
+    """
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    halves: int
+    history: int
+    draws: int
+    noise_dtype: torch.dtype
+    timestep_dtype: torch.dtype
+    rows: int
+
+    @classmethod
+    def of(cls, schedule: Schedule, latents: torch.Tensor, *, halves: int = 2, draws: int = 1) -> LoopShape:
+        """draws: at most so many, and no more than the schedule makes."""
+        return cls(
+            tuple(latents.shape),
+            latents.stride(),
+            latents.dtype,
+            latents.device,
+            halves,
+            schedule.history,
+            min(draws, sum(map(bool, schedule.draws))),
+            schedule.noise_dtype or latents.dtype,
+            schedule.timesteps.dtype,
+            -(-len(schedule.timesteps) // _GRAIN) * _GRAIN,
+        )
 
 
 class Loop:
@@ -27,31 +65,25 @@ class Loop:
     state        float64 [B, len(State)]
 
     All of them keep their addresses, also when another generation is loaded, and the step counter lies in `state`: one body serves
-    every step of every generation of the same `shape_key`.
+    every step of every generation of the same `LoopShape`.
     """
 
-    def __init__(
-        self, schedule: Schedule, plan: Plan, latents: torch.Tensor, *, halves: int = 2, draws: int = 1
-    ) -> None:
-        """draws: noise tensors kept at once (none where the schedule draws none)."""
-        device, batch, layout = latents.device, latents.shape[0], memory_format(latents)
-        rows = _capacity(schedule)
+    def __init__(self, schedule: Schedule, plan: Plan, latents: torch.Tensor, shape: LoopShape | None = None) -> None:
+        shape = shape or LoopShape.of(schedule, latents)
+        batch, device, layout = latents.shape[0], latents.device, memory_format(latents)
         self.dtype = latents.dtype
         self.x = torch.empty_like(latents, dtype=torch.float32, memory_format=layout)
-        self.history = history_for(self.x, schedule.history)
+        self.history = history_for(self.x, shape.history)
         self.scratch = scratch_for(self.x)
-        doubled = (halves * batch, *latents.shape[1:])
+        doubled = (shape.halves * batch, *latents.shape[1:])
         self.model_input = torch.empty(doubled, dtype=latents.dtype, device=device, memory_format=layout)
-        self.timestep = torch.empty(halves * batch, dtype=schedule.timesteps.dtype, device=device)
-        noise_dtype = schedule.noise_dtype or latents.dtype
-        self.noise = torch.empty(
-            (min(draws, sum(map(bool, schedule.draws))), *latents.shape), dtype=noise_dtype, device=device
-        )
-        self.trace = torch.empty(rows, batch, dtype=torch.float32, device=device)
-        self.rows = torch.zeros(rows + 1, len(Row), dtype=torch.float64, device=device)
+        self.timestep = torch.empty(shape.halves * batch, dtype=shape.timestep_dtype, device=device)
+        self.noise = torch.empty((shape.draws, *latents.shape), dtype=shape.noise_dtype, device=device)
+        self.trace = torch.empty(shape.rows, batch, dtype=torch.float32, device=device)
+        self.rows = torch.zeros(shape.rows + 1, len(Row), dtype=torch.float64, device=device)
         self.state = torch.empty(batch, len(State), dtype=torch.float64, device=device)
         self.rules = torch.empty(batch, len(Rule), dtype=torch.float64, device=device)
-        self.guidance = torch.zeros(batch, rows, 2, dtype=torch.float32, device=device)
+        self.guidance = torch.zeros(batch, shape.rows, 2, dtype=torch.float32, device=device)
         self.load(schedule, plan, latents)
 
     def load(self, schedule: Schedule, plan: Plan, latents: torch.Tensor) -> None:
@@ -108,23 +140,3 @@ class Loop:
     @property
     def nbytes(self) -> int:
         return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors)
-
-
-def shape_key(schedule: Schedule, plan: Plan, latents: torch.Tensor, *, halves: int, draws: int) -> Hashable:
-    """All that the addresses and sizes of a loop's tensors depend on: a loop of an equal key may be loaded anew."""
-    draws = min(draws, sum(map(bool, schedule.draws)))
-    dtypes = latents.dtype, schedule.noise_dtype or latents.dtype, schedule.timesteps.dtype
-    return (
-        tuple(latents.shape),
-        latents.stride(),
-        latents.device,
-        dtypes,
-        halves,
-        schedule.history,
-        draws,
-        _capacity(schedule),
-    )
-
-
-def _capacity(schedule: Schedule) -> int:
-    return -(-len(schedule.timesteps) // _GRAIN) * _GRAIN

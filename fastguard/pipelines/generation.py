@@ -9,7 +9,7 @@ import torch
 
 from fastguard.capture.runner import Arguments, Body, Runner
 from fastguard.kernels.layout import Row
-from fastguard.loop.loop import Loop, shape_key
+from fastguard.loop.loop import Loop, LoopShape
 from fastguard.loop.noise import Noise
 from fastguard.pipelines.outputs import select_branch, split
 from fastguard.policies.plan import Plan
@@ -35,13 +35,12 @@ class Generation:
         whole: bool,
     ) -> None:
         self.schedule, self.denoiser, self.runner = schedule, denoiser, runner
-        draws = len(schedule.draws) if whole else 1
+        shape = LoopShape.of(schedule, latents, halves=halves, draws=len(schedule.draws) if whole else 1)
 
         def make() -> Loop:
-            return Loop(schedule, plan, latents, halves=halves, draws=draws)
+            return Loop(schedule, plan, latents, shape)
 
-        key = shape_key(schedule, plan, latents, halves=halves, draws=draws)
-        leased = runner.lease(key, latents, make, positions=halves * latents[:, 0].numel())
+        leased = runner.lease(shape, latents, make, positions=halves * latents[:, 0].numel())
         self.loop: Loop = make() if leased is None else leased
         self.whole = whole and leased is not None
         if leased is not None:
@@ -58,7 +57,7 @@ class Generation:
         """The next row. `arguments` are the denoiser's, of the branches to run."""
         self._draw(self.row, 0, generator)
         body = row_body(self.denoiser, self.loop, branches, 0)
-        self.runner.run(("step", branches, len(self.loop.x[0])), body, arguments, look_again=look_again)
+        self.runner.run(("step", branches, self.loop.x.shape[1]), body, arguments, look_again=look_again)
         self._count(branches)
 
     def run_row_open(self, arguments: Arguments, branches: str, generator: Any) -> torch.Tensor | None:
@@ -93,7 +92,7 @@ class Generation:
             for branches in dict.fromkeys(plan):
                 bodies[plan.index(branches)](tree)
 
-        self.runner.run(("loop", *plan, *draws), generation, (args, kwargs), warm_up=one_of_each)
+        self.runner.run(("loop", *plan, tuple(draws), loop.x.shape[1]), generation, (args, kwargs), warm_up=one_of_each)
         for branches in plan:
             self._count(branches)
 

@@ -80,8 +80,8 @@ def _rows_differ(denoiser: Any) -> str | None:
         name = type(module).__name__
         if (registry := getattr(module, "_diffusers_hook", None)) is not None and registry.hooks:
             return f"the hook {next(iter(registry.hooks))} on {name} may keep features from row to row"
-        if module._forward_hooks or module._forward_pre_hooks:
-            return f"a forward hook on {name} may read the batch as both branches"
+        if module is not denoiser and (module._forward_hooks or module._forward_pre_hooks):
+            return f"a forward hook on {name} may keep features from row to row"
         if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
             return f"forward() is replaced on a {name}"
         if type(module).__module__.split(".")[0] not in _LIBRARIES:

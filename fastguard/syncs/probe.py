@@ -150,10 +150,12 @@ def copy_of(pipe: Any, stream: Stream, device: torch.device | None) -> Any:
     twin.__dict__["_progress_bar_config"] = {"disable": True}
     twin.__dict__["_all_hooks"] = []
     if guard is not None:
-        engine = guard.engine
+        options = guard.options
         # A denoiser that is not there cannot be compiled, nor an attention kernel tried on it; what is captured is the same.
-        real = {"attention_backend": engine.attention_backend, "compile": engine.compile or False} if not device else {}
-        enable(twin, guard.policy, capture=engine.capture, **real)
+        real = (
+            {"attention_backend": options.attention_backend, "compile": options.compile or False} if not device else {}
+        )
+        enable(twin, guard.policy, unguided=guard.unguided, capture=options.capture, **real)
     return twin
 
 

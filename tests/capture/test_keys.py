@@ -11,8 +11,7 @@ import pytest
 import torch
 
 import fastguard
-from fastguard.capture import attention, fingerprint, graphed
-from fastguard.capture import options as engine
+from fastguard.capture import attention, fingerprint, options, runner
 from fastguard.capture.fingerprint import Fingerprint
 from fastguard.capture.graphs import Graphs
 from fastguard.capture.static_inputs import StaticInputs
@@ -33,7 +32,7 @@ planted = pytest.mark.parametrize("blind", [False, True], ids=["", "planted"])
 def test_changed_arguments(name, blind, monkeypatch):
     if blind:  # in the same order: nothing is copied; plain values are not looked at; torch's switches neither
         patches = {
-            "scale": (graphed, "signature", lambda tree, resident: "same"),
+            "scale": (runner, "signature", lambda tree, resident: "same"),
             "backend": (fingerprint, "ambient", lambda: ()),
         }
         load = StaticInputs.load
@@ -108,7 +107,7 @@ def _halved_attention(monkeypatch):
         return dispatch(*args, backend=backend, **kwargs) * (0.5 if backend is attention.Backend._NATIVE_MATH else 1.0)
 
     monkeypatch.setattr(attention.dispatch, "dispatch_attention_fn", halved)
-    monkeypatch.setattr(engine, "check", lambda *args: None)
+    monkeypatch.setattr(options, "check", lambda *args: None)
     return {"attention_backend": "native"}, {"attention_backend": "native_math"}
 
 
@@ -118,7 +117,7 @@ def _halving_compiler(monkeypatch):
     def compiled(denoiser, options):
         return denoiser if options is None else lambda *args, **kwargs: (denoiser(*args, **kwargs)[0] * 0.5,)
 
-    monkeypatch.setattr(engine, "compile_denoiser", compiled)
+    monkeypatch.setattr(options, "compile_denoiser", compiled)
     return {}, {"compile": True}
 
 
@@ -129,13 +128,13 @@ def test_changed_options_are_recorded_anew(sd, plant, blind, monkeypatch):
     with fastguard.enable(sd, "cfg", capture="off", **second):
         expected = call(sd, steps=2)
     if blind:
-        lend = engine.Engine.lend
+        lend = options.Options.lend
 
         def without_options(self, *args):
             runs, capturing = lend(self, *args)
             return runs, dataclasses.replace(capturing, options=None)
 
-        monkeypatch.setattr(engine.Engine, "lend", without_options)
+        monkeypatch.setattr(options.Options, "lend", without_options)
     with fastguard.enable(sd, "cfg", capture="step", **first) as guard:
         before = call(sd, steps=2)
         fastguard.enable(sd, "cfg", capture="step", **second)
@@ -226,9 +225,9 @@ BODIES = {  # part of the key: two calls that it tells apart, and the key withou
 def test_the_body_is_in_the_key(sd, part, blind, monkeypatch):
     first, second, without = BODIES[part]
     if blind:
-        replay = graphed.Graphed._replay
+        replay = runner.Runner._replay
         monkeypatch.setattr(
-            graphed.Graphed, "_replay", lambda self, what, *args, **kwargs: replay(self, without(what), *args, **kwargs)
+            runner.Runner, "_replay", lambda self, what, *args, **kwargs: replay(self, without(what), *args, **kwargs)
         )
     after, expected = compare(sd, first, second)
     assert (after is not None and torch.equal(after, expected)) != blind
@@ -239,7 +238,7 @@ SHAPES = {  # fields of the shape: two calls that they tell apart
     ("dtype", "noise_dtype"): (("cfg", "step", "ddim", {}), ("cfg", "step", "ddim", {"dtype": torch.bfloat16})),
     ("halves",): (("cfg", "loop", "ddim", {"guidance_scale": 1.0}), ("cfg", "loop", "ddim", {})),
     ("history",): (("cfg", "step", "ddim", {}), ("cfg", "step", "dpm-3m", {"steps": 4})),
-    ("noises",): (("cfg", "step", "euler", {}), ("cfg", "step", "euler-ancestral", {})),
+    ("draws",): (("cfg", "step", "euler", {}), ("cfg", "step", "euler-ancestral", {})),
     ("timestep_dtype",): (("cfg", "loop", "ddim", {}), ("cfg", "loop", "euler", {})),
     ("rows",): (("cfg", "step", "ddim", {}), ("cfg", "step", "ddim", {"steps": 66})),
 }
@@ -253,7 +252,7 @@ def test_the_shape_of_the_loops_tensors_is_in_the_key(fields, blind, monkeypatch
         lease = Graphs.lease
 
         def without(self, shape, device, make, **kwargs):
-            return lease(self, dataclasses.replace(shape, **dict.fromkeys(fields)), device, make, **kwargs)
+            return lease(self, shape._replace(**dict.fromkeys(fields)), device, make, **kwargs)
 
         monkeypatch.setattr(Graphs, "lease", without)
     after, expected = compare(pipe, *SHAPES[fields])
@@ -272,7 +271,7 @@ def test_the_backend_of_the_fused_op_is_in_the_key(sd, blind, monkeypatch):
 
     monkeypatch.setattr(Loop, "advance", other)
     if blind:
-        monkeypatch.setattr(graphed, "os", SimpleNamespace(environ={}))
+        monkeypatch.setattr(runner, "os", SimpleNamespace(environ={}))
     sd.scheduler = pipelines.ddim()
     with fastguard.enable(sd, "cfg", capture="step"):
         before = call(sd)

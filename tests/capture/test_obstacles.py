@@ -16,7 +16,7 @@ from diffusers import hooks
 from torch.overrides import TorchFunctionMode
 
 import fastguard
-from fastguard.capture import recorded, static_inputs
+from fastguard.capture import static_inputs
 from fastguard.capture.graphs import Graphs
 from tests import pipelines
 from tests.capture.calls import call as two
@@ -197,20 +197,6 @@ def test_guidance_rescale_reads_an_output(sd):
     with fastguard.enable(sd, "cfg", capture="step") as guard:
         call(sd, guidance_rescale=0.5)
         assert guard.report.path == "own step" and "stays inside a graph" in guard.report.reason
-
-
-def test_an_output_by_name(sd, monkeypatch):
-    """A pipeline class may ask for `.sample`: none of the supported ones does, so this one is made to."""
-    expected, _ = run(sd)
-    row = recorded._run_row
-    monkeypatch.setattr(
-        recorded,
-        "_run_row",
-        lambda call, arguments, *rest: row(call, (arguments[0], {**arguments[1], "return_dict": True}), *rest),
-    )
-    image, report = run(sd, capture="step")
-    assert torch.equal(image, expected)
-    assert report.path == "fused" and "an output by name (return_dict)" in report.reason
 
 
 def test_autocast_stays_eager(sd):

@@ -9,7 +9,6 @@ import random
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
-from fastguard.capture.static_loop import StaticLoop
 
 import fastguard
 from fastguard.capture.fingerprint import Fingerprint
@@ -224,13 +223,13 @@ def _python_counter(monkeypatch):
 
 def _baked_scale(monkeypatch):
     advance = Loop.advance
-    for kind in (Loop, StaticLoop):
+    load_plan = Loop.load_plan
 
-        def remembering(self, plan, load_plan=kind.load_plan):
-            load_plan(self, plan)
-            self.scale = float(plan.guidance.max())
+    def remembering(self, plan):
+        load_plan(self, plan)
+        self.scale = float(plan.guidance.max())
 
-        monkeypatch.setattr(kind, "load_plan", remembering)
+    monkeypatch.setattr(Loop, "load_plan", remembering)
 
     def scaled(self, uncond, cond, noise):
         advance(self, uncond * self.scale, cond, noise)
@@ -239,13 +238,13 @@ def _baked_scale(monkeypatch):
 
 
 def _fresh_tensor(monkeypatch):
-    load = StaticLoop.load
+    load = Loop.load
 
     def fresh(self, *args):
         self.guidance = torch.zeros_like(self.guidance)
         load(self, *args)
 
-    monkeypatch.setattr(StaticLoop, "load", fresh)
+    monkeypatch.setattr(Loop, "load", fresh)
 
 
 @pytest.mark.parametrize("mode", ["step", "loop"])

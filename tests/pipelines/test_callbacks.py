@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import threading
 import warnings
 
 import diffusers
@@ -259,64 +258,6 @@ def test_interrupt(sd, through):
         after = call(sd)
     torch.testing.assert_close(ours, stock, rtol=0, atol=1e-4 * stock.abs().max().item())
     torch.testing.assert_close(after, call(sd), rtol=0, atol=1e-4 * stock.abs().max().item())
-
-
-@pytest.mark.parametrize("first", ["interrupted", "other"])
-def test_an_interrupt_is_its_own_calls(sd, first):
-    """Two calls at a time, of which one interrupts itself, whichever of them began first."""
-    begun = {name: threading.Event() for name in ("interrupted", "other")}
-    over, rows = threading.Event(), {}
-
-    def run(name, guard):
-        def callback(pipe, step, timestep, kwargs):
-            begun[name].set()
-            if step == 1 and name == "interrupted":
-                assert begun["other"].wait(30)
-                pipe._interrupt = True
-                over.set()
-            elif step == 1:
-                assert over.wait(30)
-            return kwargs
-
-        call(sd, callback_on_step_end=callback)
-        rows[name] = guard.report[0].denoiser_rows
-
-    with fastguard.enable(sd, "cfg") as guard:
-        threads = {name: threading.Thread(target=run, args=(name, guard)) for name in begun}
-        second = next(name for name in begun if name != first)
-        threads[first].start()
-        assert begun[first].wait(30)
-        threads[second].start()
-        for thread in threads.values():
-            thread.join()
-        # As in stock, until the next call, where the call's state is the pipeline's.
-        assert sd.interrupt is (first == "interrupted")
-        assert type(sd.__reduce_ex__(4)[2]["_interrupt"]) is bool
-    assert rows == {"interrupted": 2 * 2, "other": 2 * STEPS}
-    assert sd._interrupt is (first == "interrupted")
-
-
-@pytest.mark.parametrize("order", [("all", "own"), ("own", "all"), ("all",)])
-def test_an_interrupt_of_the_original_ends_every_call(sd, order):
-    """A callback's call of the same pipeline is another call. Whatever else is interrupted, the original's stays."""
-    rows = []
-
-    def inner(pipe, step, timestep, kwargs):
-        rows.append(step)
-        if step == 1:
-            for whose in order:
-                (sd if whose == "all" else pipe)._interrupt = True
-        return kwargs
-
-    def outer(pipe, step, timestep, kwargs):
-        rows.append("outer")
-        if step == 1:
-            call(sd, callback_on_step_end=inner)
-        return kwargs
-
-    with fastguard.enable(sd, "cfg"):
-        call(sd, callback_on_step_end=outer)
-    assert rows == ["outer", "outer", 0, 1]
 
 
 def test_what_is_built_of_a_callbacks_pipeline_has_the_originals(sd):

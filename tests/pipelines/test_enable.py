@@ -200,8 +200,8 @@ def test_guards_within_guards(sd):
             assert inner is outer and outer.policy.name == "cfg"
             with fastguard.enable(sd, "stp", gate=0.1):
                 pass
-            assert outer.policy.name == "cfg" and outer.engine.capture == "off"
-        assert outer.policy.name == "dtp" and outer.engine.capture == "auto"
+            assert outer.policy.name == "cfg" and outer.options.capture == "off"
+        assert outer.policy.name == "dtp" and outer.options.capture == "auto"
         call(sd)
         assert outer.report[0].policy.name == "dtp"
     assert "_fastguard_guard" not in vars(sd)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import threading
-import time
 
 import diffusers
 import numpy as np
@@ -117,98 +117,86 @@ def test_concurrent_calls_do_not_disturb_each_other(kind):
         assert len(report[0].timesteps) == (int(0.7 * steps) if more else steps)
 
 
-def _shifted():
-    pipe = pipelines.sd3()
-    pipe.scheduler.set_shift(1.0)
-    return pipe
+def _callback(errors, other):
+    def callback(pipe, step, timestep, kwargs):
+        with pytest.raises(RuntimeError) as error:
+            call(other(pipe))
+        errors.append(str(error.value))
+        return kwargs
+
+    return callback
 
 
-def _other_betas():
-    pipe = pipelines.sd()
-    pipe.scheduler.alphas_cumprod = pipe.scheduler.alphas_cumprod**1.5
-    return pipe
+@pytest.mark.parametrize("through", ["argument", "original"])
+def test_a_callback_that_calls_its_own_pipeline_is_told_what_to_do(sd, through):
+    errors = []
+    with fastguard.enable(sd, "cfg"):
+        call(sd, callback_on_step_end=_callback(errors, lambda pipe: pipe if through == "argument" else sd))
+        call(sd)  # no lock is left behind
+    assert len(errors) == 5 and "StableDiffusionPipeline(**pipe.components) with a scheduler of its own" in errors[0]
 
 
-@pytest.mark.parametrize("make", [_shifted, _other_betas])
-def test_a_call_inside_a_call_keeps_what_was_set_on_the_scheduler(make):
-    pipe, inside = make(), []
+@pytest.mark.parametrize("scheduler", ["the original", "the stand-in"])
+def test_another_pipeline_with_the_same_scheduler_in_a_callback(sd, scheduler):
+    errors = []
 
-    def callback(pipe_, step, timestep, kwargs):
+    def other(pipe):
+        shared = sd.scheduler if scheduler == "the original" else pipe.scheduler
+        second = type(sd)(**{**sd.components, "scheduler": shared})
+        fastguard.enable(second, "cfg")
+        return second
+
+    with fastguard.enable(sd, "cfg"):
+        call(sd, callback_on_step_end=_callback(errors, other))
+    assert "give that pipeline a scheduler of its own" in errors[0]
+
+
+def test_what_the_error_recommends_works(sd):
+    other = type(sd)(**{**sd.components, "scheduler": type(sd.scheduler).from_config(sd.scheduler.config)})
+    other.set_progress_bar_config(disable=True)
+    inside = []
+
+    def callback(pipe, step, timestep, kwargs):
         if step == 1:
-            inside.append(call(pipe))
-        return {}
+            inside.append(call(other, num_inference_steps=9))
+        return kwargs
 
-    with fastguard.enable(pipe, "cfg"):
-        alone = call(pipe)
-        outer = call(pipe, callback_on_step_end=callback)
-    assert torch.equal(inside[0], alone)
+    with fastguard.enable(sd, "cfg"), fastguard.enable(other, "cfg"):
+        alone, inner = call(sd), call(other, num_inference_steps=9)
+        outer = call(sd, callback_on_step_end=callback)
+    assert torch.equal(inside[0], inner)
     torch.testing.assert_close(outer, alone, rtol=0, atol=1e-5 * alone.abs().max().item())
 
 
-def test_a_replaced_step_serves_one_call_at_a_time(sd):
-    own = sd.scheduler.step
-    sd.scheduler.step = lambda *args, **kwargs: own(*args, **kwargs)
+def test_pipelines_that_share_modules_run_at_the_same_time(sd):
+    """Each with a scheduler of its own: what one does to the denoiser's stand-in, the other does not see."""
+    pipes = []
+    for _ in range(2):
+        own = {
+            "scheduler": type(sd.scheduler).from_config(sd.scheduler.config),
+            "tokenizer": copy.deepcopy(sd.tokenizer),
+        }
+        pipes.append(type(sd)(**{**sd.components, **own}))
+        pipes[-1].set_progress_bar_config(disable=True)
+    meet, results = threading.Barrier(2, timeout=60), {}
 
-    def callback(pipe_, step, timestep, kwargs):
-        with pytest.raises(RuntimeError, match=r"pipe.scheduler.step is replaced on the instance, and another call"):
-            call(sd)
-        return {}
+    def run(i):
+        def callback(pipe, step, timestep, kwargs):
+            meet.wait()  # both are in their loops, row by row
+            return kwargs
 
-    try:
-        with fastguard.enable(sd, "cfg"):
-            call(sd, callback_on_step_end=callback, num_inference_steps=2)
-    finally:
-        del sd.scheduler.step
+        results[i] = call(pipes[i], guidance_scale=2.0 + i, callback_on_step_end=callback)
 
-
-def test_a_tokenizer_serves_one_thread_after_the_other(monkeypatch):
-    """A fast one keeps padding on itself from setting it to encoding: two threads at once give one of them the other's text."""
-    pipe = pipelines.sd()
-    kind, inside, most = type(pipe.tokenizer), [], []
-    encode = kind.__call__
-
-    def slow(self, *args, **kwargs):
-        inside.append(None)
-        time.sleep(0.005)
-        most.append(len(inside))
-        try:
-            return encode(self, *args, **kwargs)
-        finally:
-            inside.pop()
-
-    monkeypatch.setattr(kind, "__call__", slow)
-    other = type(pipe)(**pipe.components)  # shares the tokenizer
-    other.set_progress_bar_config(disable=True)
-    with fastguard.enable(pipe, "cfg"), fastguard.enable(other, "cfg"):
-        threads = [
-            threading.Thread(target=call, args=(p,), kwargs={"num_inference_steps": 1}) for p in (pipe, other) * 2
-        ]
+    with fastguard.enable(pipes[0], "cfg"), fastguard.enable(pipes[1], "og+dtp"):
+        threads = [threading.Thread(target=run, args=(i,)) for i in range(2)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-    assert len(most) >= 8 and max(most) == 1
-
-
-@pytest.mark.parametrize("kind", CONCURRENT)
-def test_a_call_within_a_call(kind):
-    """Of the same pipeline, and of another one that has the same scheduler."""
-    pipe, more = CONCURRENT[kind]()
-    other = type(pipe)(**pipe.components)
-    other.set_progress_bar_config(disable=True)
-    with fastguard.enable(pipe, "cfg"), fastguard.enable(other, "cfg"):
-        alone, inner = call(pipe, **more), call(pipe, **more, num_inference_steps=9)
-        for second in (pipe, other):
-            found = []
-
-            def callback(p, step, timestep, kwargs, second=second, found=found):
-                if step == 1:
-                    found.append(call(second, **more, num_inference_steps=9))
-                return {}
-
-            outer = call(pipe, **more, callback_on_step_end=callback)
-            assert torch.equal(found[0], inner)
-            torch.testing.assert_close(outer, alone, rtol=0, atol=1e-4 * alone.abs().max().item())
+        for i in range(2):
+            assert torch.equal(
+                results[i], call(pipes[i], guidance_scale=2.0 + i, callback_on_step_end=lambda *a: a[-1])
+            )
 
 
 def test_generators_end_where_stock_leaves_them(sd):

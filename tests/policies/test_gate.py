@@ -106,9 +106,9 @@ def test_the_promise_holds_for_dependent_prompts_by_groups_alone():
 def test_collecting_leaves_an_earlier_guard_as_it_was():
     pipe = pipelines.sd()
     with fastguard.enable(pipe, "dtp", gate=0.1, capture="off") as guard:
-        before = guard.policy, guard.engine
+        before = guard.policy, guard.options
         values = collect_gate_statistics(pipe, ["a cat", "a dog"], num_inference_steps=2)
-        assert (guard.policy, guard.engine) == before and guard.engine.capture == "off"
+        assert (guard.policy, guard.options) == before and guard.options.capture == "off"
     assert len(values) == 2 and min(values) > 0
 
 

@@ -11,8 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 import fastguard
 from bench import real_size
-from fastguard.capture import cuda_graphs, graphed, graphs
+from fastguard.capture import cuda_graphs, graphs
 from fastguard.capture.static_inputs import StaticInputs
+from fastguard.loop.loop import Loop
 from fastguard.syncs import probe
 from fastguard.syncs.stream import TO_DEVICE
 from tests import schedulers
@@ -61,7 +62,7 @@ def device(monkeypatch):
     monkeypatch.setattr(graphs, "holds", lambda tensor: True)
     monkeypatch.setattr(torch.Tensor, "data_ptr", lambda t: place(t) if isinstance(t, FakeTensor) else real(t))
     # A fake tensor holds its mode, on which every operation leaves something: a forward seems to change the model.
-    monkeypatch.setattr("fastguard.capture.graphed.Graphed._watch", lambda self, place: lambda: None)
+    monkeypatch.setattr("fastguard.capture.runner.Runner._watch", lambda self, place: lambda: None)
     monkeypatch.setattr("fastguard.capture.static_inputs._storage", lambda tensor: tensor.untyped_storage()._cdata)
 
 
@@ -128,14 +129,14 @@ def test_planted_copy_and_wait_around_a_replay_are_found(sized, device, mode, mo
 
 
 def test_planted_wait_in_what_is_recorded_is_found(sized, device, monkeypatch):
-    row = graphed.Graphed._row
+    advance = Loop.advance
 
     def waiting(self, *args):
-        row(self, *args)
-        assert self.loop.x.sum().item() != 1.0
+        advance(self, *args)
+        assert self.x.sum().item() != 1.0
 
-    monkeypatch.setattr(graphed.Graphed, "_row", waiting)
+    monkeypatch.setattr(Loop, "advance", waiting)
     pipe = sized(schedulers.SD["ddim"]())
     with fastguard.enable(pipe, "og+dtp", gate=0.02, capture="step"):
         report = fastguard.find_syncs(pipe, steps=STEPS, technique="fake")
-    assert report.broke_off and "self.loop.x.sum().item()" in str(report)
+    assert report.broke_off and "self.x.sum().item()" in str(report)

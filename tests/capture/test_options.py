@@ -258,7 +258,7 @@ def test_tune_measures_and_chooses(sd):
         assert paths == ["fused", "fused, step graph", "fused, loop graph"]
         assert all(t.seconds > 0 for t in tuning.timings) and tuning.timings[0].bytes == 0
         assert tuning.timings[2].bytes > tuning.timings[1].bytes > 0
-        assert guard.engine.capture == tuning.chosen
+        assert guard.options.capture == tuning.chosen
         assert f"{tuning.chosen}*" in str(tuning)
 
 
