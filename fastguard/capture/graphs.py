@@ -2,7 +2,7 @@
 
 A *body* is a function without arguments or result that works on tensors at fixed addresses. Those tensors belong to a *workspace*,
 which one call at a time may lease. A graph is kept under a key that must name all that a replay cannot notice: whoever makes the
-key (`fastguard.capture.graphed`) answers for it, this file answers for memory, order and failure.
+key (`fastguard.capture.runner`) answers for it, this file answers for memory, order and failure.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fastguard.pipelines.tokenizers import TOKENIZERS
+TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")  # components of the supported pipelines
 
 FIELDS = ("prompt", "group")
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from fastguard.kernels.layout import Phase, Row, State
-from fastguard.loop.loop import Loop
+from fastguard.loop.loop import Loop, LoopShape
 from fastguard.loop.report import Report
 from fastguard.policies.plan import Plan, lower
 from fastguard.policies.policy import Policy
@@ -43,7 +43,7 @@ class Guide:
         self.schedule = replace(schedule, rows=rows)
         self._policies, self._elements, self._scale = tuple(policies), latents[0].numel(), guidance_scale
         self.plan = self._lower()
-        self.loop = Loop(self.schedule, self.plan, latents, halves=1)
+        self.loop = Loop(self.schedule, self.plan, latents, LoopShape.of(self.schedule, latents, halves=1))
         sets_scale = torch.tensor([p.sets_scale for p in policies])
         self._sets_scale = sets_scale.to(latents.device, non_blocking=True)
         self.row = self._rows_run = 0
