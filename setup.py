@@ -38,6 +38,7 @@ setup(
     package_dir={"fastguard.kernels": "kernels"},
     package_data={
         "fastguard": ["py.typed"],
+        "fastguard.fronts.comfyui": ["pyproject.toml", "example_workflows/*.json"],
         "fastguard.testbed": ["*.json", "*.safetensors", "model/**/*"],
     },
     include_package_data=False,
