@@ -161,6 +161,8 @@ def test_every_run_decides_anew(share_options: bool) -> None:
     for batch in (3, 3, 1, 3):
         result = comfy.sample(patcher, comfy.heun, SIGMAS, batch=batch, share_options=share_options)
         assert torch.equal(result, alone[batch])
+    comfy.sample(patcher, lambda denoise, x, sigmas: denoise(x, sigmas[0]), SIGMAS, batch=3)  # interrupted
+    assert torch.equal(comfy.sample(patcher, comfy.heun, SIGMAS, batch=1), alone[1])
     late = comfy.sample(patcher, comfy.heun, SIGMAS[3:], batch=3)  # image to image
     assert torch.equal(late, comfy.sample(guarded(chosen), comfy.heun, SIGMAS[3:], batch=3))
 
