@@ -53,6 +53,7 @@ class Configuration:
     noise: str | None = None
     model_input: bool = True
     timestep: str | None = "fp32"
+    combined: str | None = None
     aligned: bool = True
 
     def source(self) -> ASTSource:
@@ -60,6 +61,7 @@ class Configuration:
         pointers = {
             "u_ptr": self.model,
             "c_ptr": self.model if self.both else None,
+            "w_ptr": self.combined,
             "x_ptr": "fp32",
             "history_ptr": "fp32",
             "y_ptr": self.model if self.model_input else None,
@@ -107,6 +109,7 @@ class Configuration:
         if self.kernel == "norm":
             return {"loads": norm, "stores": 0}
         loads = w + w * both + 4 + 4 * SLOTS + (WIDTH[self.noise] if self.noise else 0)
+        loads += WIDTH[self.combined] if self.combined else 0
         loads += norm if self.launches == "one launch" else 0
         return {"loads": loads, "stores": 8 + (2 * w if self.model_input else 0)}
 
@@ -228,10 +231,11 @@ def configurations() -> Iterator[Configuration]:
     models = ("fp16", "bf16", "fp32")
     for model, both, aligned in itertools.product(models, (True, False), (True, False)):
         yield Configuration("norm", "two launches", model, both, aligned=aligned)
-        for launches, noise, model_input, timestep in itertools.product(
-            SIZES, (None, *sorted({"fp32", model})), (True, False), (None, "fp32", "i64")
+        narrow = (None, *sorted({"fp32", model}))
+        for launches, noise, model_input, timestep, combined in itertools.product(
+            SIZES, narrow, (True, False), (None, "fp32", "i64"), narrow
         ):
-            yield Configuration("step", launches, model, both, noise, model_input, timestep, aligned)
+            yield Configuration("step", launches, model, both, noise, model_input, timestep, combined, aligned)
 
 
 def typical() -> list[Configuration]:

@@ -9,6 +9,7 @@ host-side preparation is timed on either side (set_timesteps; compiling the sche
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -65,7 +66,7 @@ class Guided:
         plan = lower(policy("dtp", before=7.5).samples(batch), schedule, 7.5, x[0].numel())
         self.start, self.first, self.denoise = x, plan.state.to(device), denoise
         self.timesteps = scheduler(device).timesteps
-        self.buffers = {
+        self.buffers: dict[str, Any] = {
             "x": x.clone(),
             "history": history_for(x, schedule.history),
             "model_input": torch.cat([x] * 2).to(dtype),

@@ -19,6 +19,7 @@ class Operands(NamedTuple):
 
     uncond: Tensor
     cond: Tensor | None
+    combined: Tensor | None
     x: Tensor
     history: Tensor
     model_input: Tensor | None
@@ -58,12 +59,14 @@ def memory_format(latents: Tensor) -> torch.memory_format:
 
 def check(operands: Operands) -> None:
     """ValueError for what `guided_step` does not take."""
-    uncond, cond, x, history, model_input, trace, state, rows, rules, guidance, noise, timestep_out, _ = operands
+    uncond, cond, combined, x, history, model_input, trace, state, rows, rules, guidance, noise, timestep_out, _ = (
+        operands
+    )
     shape, batch = x.shape, x.shape[0]
     batches = (batch, 2 * batch)
     if x.dtype != torch.float32 or not x.numel() or not x.is_contiguous(memory_format=memory_format(x)):
         _refuse("x", x, "float32 [B, C, *S], not empty, contiguous or channels_last")
-    for name, tensor in (("uncond", uncond), ("cond", cond), ("noise", noise)):
+    for name, tensor in (("uncond", uncond), ("cond", cond), ("combined", combined), ("noise", noise)):
         if tensor is not None and (tensor.shape != shape or tensor.dtype not in _FLOATS):
             _refuse(name, tensor, f"float16, bfloat16 or float32 {list(shape)} as x")
     if cond is not None and cond.dtype != uncond.dtype:

@@ -9,7 +9,7 @@ with suppress(ImportError):
 
 
 def decide(where, state, rule, row, d, both):  # no annotations: Triton would compile them
-    """State machine of one step: (state, rule, row, d) -> (new state, whether guidance[b, k, 0] applies).
+    """State machine of one step: (state, rule, row, d) -> (new state, whether guidance[b, k, 0] applies, 1 where the caller's combination is the output).
 
     The only definition of the decisions: Python floats, torch columns and Triton scalars run it. `where` is the select of that world, the sequences are indexed by `layout`'s columns, and all is float64, so every
     world decides the same.
@@ -32,7 +32,7 @@ def decide(where, state, rule, row, d, both):  # no annotations: Triton would co
         forced,
         non_finite,
     ) = state
-    (kind, switch_row, gate, gate_steps, min_step, floor, rho, magnitude) = rule
+    (kind, switch_row, gate, gate_steps, min_step, floor, rho, magnitude, combined) = rule
     if both:
         non_finite = where(((d - d) != 0) & (non_finite < 0), k, non_finite)
         observe = row[codes.OBSERVE] != 0
@@ -86,4 +86,5 @@ def decide(where, state, rule, row, d, both):  # no annotations: Triton would co
         forced,
         non_finite,
     )
-    return state, phase == codes.BEFORE
+    before = phase == codes.BEFORE
+    return state, before, where(before, 0.0, combined)

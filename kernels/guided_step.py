@@ -4,7 +4,7 @@ For every sample b of the batch, with k = state[b, STEP], row r = rows[state[b, 
 
     d = ||delta||^2                                            trace[k, b] = d
     g = guidance[b, k, 0 before the transition | 1 otherwise]  (`decide`: the transition of Jain et al., CVPR 2025, arXiv 2411.16738)
-    e = u + g delta
+    e = u + g delta                                            or `combined`, same bits, where that is given and the sample unguarded
     m = P x + Q e
     x = A x + B m + sum_j H_j history[j] + N noise             history[STORE] = m
     model_input = S_next x                                     timestep_out = TIMESTEP_next,  state[b, STEP] = k + 1
@@ -35,6 +35,7 @@ def guided_step(
     uncond: Tensor,
     cond: Tensor | None,
     *,
+    combined: Tensor | None = None,
     x: Tensor,
     history: Tensor,
     model_input: Tensor | None,
@@ -53,6 +54,8 @@ def guided_step(
     Args:
         uncond, cond: denoiser outputs u and c, [B, C, *S], float16 | bfloat16 | float32, any batch stride. cond = None: only one
             branch ran, it is passed as `uncond`, then e = u and trace[k, b] = NaN.
+        combined: the caller's own guided output, [B, C, *S] of any of the three dtypes: e of the samples that are not before their
+            transition and whose rule has COMBINED = 1, whatever formula made it. With Q = B = 1 and all else 0 x' keeps its bits.
         x: latents, float32 [B, C, *S], contiguous or channels_last.
         history: float32 [L, B, C, *S], L = 0 to 3 slots, each in x's memory format.
         model_input: next denoiser input, [B or 2B, C, *S] in x's memory format, any of the three dtypes; None: not written.
@@ -69,7 +72,20 @@ def guided_step(
         ValueError: a shape, dtype or memory format other than the above.
     """
     operands = Operands(
-        uncond, cond, x, history, model_input, trace, state, rows, rules, guidance, noise, timestep_out, scratch
+        uncond,
+        cond,
+        combined,
+        x,
+        history,
+        model_input,
+        trace,
+        state,
+        rows,
+        rules,
+        guidance,
+        noise,
+        timestep_out,
+        scratch,
     )
     check(operands)
     chosen = choose_backend(x, backend)
@@ -105,12 +121,11 @@ def history_for(x: Tensor, slots: int) -> Tensor:
 
 
 def _run(operands: Operands, backend: str) -> None:
-    uncond, cond, x, noise, scratch = operands.uncond, operands.cond, operands.x, operands.noise, operands.scratch
-    if uncond.requires_grad or (cond is not None and cond.requires_grad):
-        uncond, cond = uncond.detach(), None if cond is None else cond.detach()
+    x, noise, scratch = operands.x, operands.noise, operands.scratch
     operands = operands._replace(
-        uncond=like(uncond, x),
-        cond=None if cond is None else like(cond, x),
+        uncond=like(operands.uncond.detach(), x),
+        cond=None if operands.cond is None else like(operands.cond.detach(), x),
+        combined=None if operands.combined is None else like(operands.combined.detach(), x),
         noise=noise if noise is None or dense_like(noise, x) else like(noise.contiguous(), x),
         scratch=scratch_for(x) if scratch is None else scratch,
     )
@@ -131,7 +146,7 @@ def _fake(*_: Any) -> None:
 
 _library = torch.library.Library("fastguard", "FRAGMENT")
 _library.define(
-    "guided_step(Tensor uncond, Tensor? cond, Tensor(a!) x, Tensor(b!) history, Tensor(c!)? model_input, Tensor(d!) trace, "
+    "guided_step(Tensor uncond, Tensor? cond, Tensor? combined, Tensor(a!) x, Tensor(b!) history, Tensor(c!)? model_input, Tensor(d!) trace, "
     "Tensor(e!) state, Tensor rows, Tensor rules, Tensor guidance, Tensor? noise, Tensor(f!)? timestep_out, Tensor(g!)? scratch, "
     "str backend) -> ()",
     tags=(torch.Tag.pt2_compliant_tag,),

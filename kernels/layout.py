@@ -51,6 +51,7 @@ class Rule(IntEnum):
     FLOOR = 5  # 1 - min_drop: a minimum counts only below FLOOR * maximum up to and including it
     RHO = 6  # drop rule: fires below RHO * maximum so far
     MAGNITUDE = 7  # Magnitude
+    COMBINED = 8  # 1: while unguarded the caller's own combination is the output, where there is one; 0: the policy has its own scale
 
 
 class State(IntEnum):

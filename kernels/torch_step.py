@@ -24,20 +24,20 @@ def guided_step_torch(operands: Operands) -> None:
     Every tensor operation rounds once (no addcmul, no alpha): torch's kernels may use a fused multiply-add in their vectorised
     body and not in its tail, and which of the two an element meets depends on the batch.
     """
-    uncond, cond, x, history, model_input, trace, state, rows, rules, guidance, noise, timestep_out, scratch = operands
+    u, c, own, x, history, model_input, trace, state, rows, rules, guidance, noise, timestep_out, scratch = operands
     assert scratch is not None
     batch, size = x.shape[0], x.numel() // x.shape[0]
     padded = width(size)
     delta, work = (scratch.as_strided((batch, padded), (padded, 1), start) for start in (0, batch * padded))
-    u, latents, e = _flat(uncond, size), _flat(x, size), delta
+    u, latents, e = _flat(u, size), _flat(x, size), delta
     if padded > size:
         delta[:, size:].zero_()
         e = delta[:, :size]
-    if cond is None:
+    if c is None:
         e.copy_(u)
         d = [math.nan] * batch
     else:
-        c = _flat(cond, size)
+        c = _flat(c, size)
         if c.dtype == torch.float32:
             torch.sub(c, u, out=e)
         else:  # torch subtracts in the inputs' dtype, d is defined on values cast to float32
@@ -52,13 +52,14 @@ def guided_step_torch(operands: Operands) -> None:
     on_host = x.device.type == "cpu"
     tables = (state, trace, rows, rules, guidance)
     host = [t.numpy() if on_host else t.cpu().numpy() for t in tables]  # on the CPU these are views
-    plan = _decide_on_host(d, cond is not None, *host)
+    plan = _decide_on_host(d, c is not None, own is not None, *host)
     if not on_host:
         state.copy_(torch.from_numpy(host[0]))
         trace.copy_(torch.from_numpy(host[1]))
 
     slots = [_flat(slot, size) for slot in history.unbind()]
     z = None if noise is None else _flat(noise, size)
+    own = None if own is None else _flat(own, size)
     y = None if model_input is None else _flat(model_input, size).view(-1, batch, size)
     times = None if timestep_out is None else timestep_out.view(-1, batch)
     for form, run in _runs(plan.forms):
@@ -73,7 +74,9 @@ def guided_step_torch(operands: Operands) -> None:
         g, *values, scale = (table if on_host else table.to(x.device)).unbind()
         p, q, a, b, *h, n = map(_Term, form.kinds, values)
         m, latent, product = part(e), part(latents), part(work if padded == size else work[:, :size])
-        if cond is not None:
+        if own is not None and form.combined:
+            m.copy_(part(own))
+        elif c is not None:
             m.mul_(g).add_(part(u))
         q.multiply(m)
         p.add_to(m, latent, product)
@@ -100,6 +103,7 @@ class _Form(NamedTuple):
     kinds: tuple[float | None, ...]  # of P, Q, A, B, H0 to H2, N: 0.0, 1.0 or None for any other value
     store: int
     unscaled: bool  # S of the next row is 1
+    combined: bool = False  # e is the caller's own combination
 
 
 class _HostPlan(NamedTuple):
@@ -111,6 +115,7 @@ class _HostPlan(NamedTuple):
 def _decide_on_host(
     d: list[float],
     both: bool,
+    combines: bool,
     state: np.ndarray,
     trace: np.ndarray,
     rows: np.ndarray,
@@ -132,13 +137,13 @@ def _decide_on_host(
                 row = rows[at].tolist()
                 known[at] = row, _form(row, rows[at + 1, codes.S]) if row[codes.ACTIVE] else None
             (row, form), last = known[at], at
-        before = False
+        before = as_it_is = False
         if form is not None:
-            states[b], before = decide(_where, old, rule, row, d[b], both)
+            states[b], before, as_it_is = decide(_where, old, rule, row, d[b], both)
             trace[step, b] = d[b]
         else:
             step = 0  # there may be no guidance for it
-        forms.append(form)
+        forms.append(form._replace(combined=True) if form and as_it_is and combines else form)
         r.append(at)
         k.append(step)
         column.append(0 if before else 1)
@@ -184,7 +189,7 @@ class _Term(NamedTuple):
         if self.kind is None:
             tensor.mul_(self.value)
         elif self.kind == 0.0:
-            tensor.zero_()
+            tensor.fill_(-0.0)  # the neutral element of a sum: 0 + -0 would lose the sign
 
     def add_to(self, total: Tensor, tensor: Tensor, product: Tensor) -> None:
         if self.kind is None:

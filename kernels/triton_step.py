@@ -31,7 +31,7 @@ PARTIALS = 128  # partial sums that one program adds up at a time
 
 
 def _jit(function: Callable[..., Any]) -> Any:
-    integers = ["n", "u_stride", "c_stride", "slot_stride", "slots", "steps", "y_halves", "t_halves"]
+    integers = ["n", "u_stride", "c_stride", "w_stride", "slot_stride", "slots", "steps", "y_halves", "t_halves"]
     present = [name for name in integers if name in function.__code__.co_varnames[: function.__code__.co_argcount]]
     return function if triton is None else triton.jit(function, do_not_specialize=present)
 
@@ -51,6 +51,11 @@ def _load_8(ptr):
         tl.load(ptr), tl.load(ptr + 1), tl.load(ptr + 2), tl.load(ptr + 3), tl.load(ptr + 4), tl.load(ptr + 5), tl.load(ptr + 6),
         tl.load(ptr + 7),
     )  # fmt: skip
+
+
+@_jit
+def _load_9(ptr):
+    return _load_8(ptr) + (tl.load(ptr + 8),)  # noqa: RUF005 - Triton cannot unpack
 
 
 @_jit
@@ -80,10 +85,11 @@ def _store_state(ptr, columns):
 
 
 @_jit
-def _times(weight, values):
-    """weight * values; under a weight of 0 a NaN stays behind, as in the torch backend."""
-    weight = weight.to(tl.float32)
-    return tl.where(weight != 0, weight * values, 0.0)
+def _weigh(p, x, q, e):
+    """p x + q e; a product under a weight of 0 is left out, as in the torch backend: neither a NaN nor 0 + -0 = 0 gets through."""
+    p, q = p.to(tl.float32), q.to(tl.float32)
+    second = tl.where(q != 0, q * e, 0.0)
+    return tl.where(p != 0, p * x + second, second)
 
 
 @_jit
@@ -107,7 +113,7 @@ def _squares(u_ptr, c_ptr, start, n, BLOCK: tl.constexpr):
 
 @_jit
 def _advance(
-    u_ptr, c_ptr, x_ptr, history_ptr, y_ptr, z_ptr, start, n, slot_stride, y_stride, y_halves, g, row, scale,
+    u_ptr, c_ptr, w_ptr, x_ptr, history_ptr, y_ptr, z_ptr, start, n, slot_stride, y_stride, y_halves, g, as_it_is, row, scale,
     slots, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Elements start to start + BLOCK of one sample, to whose first element the pointers point."""
@@ -116,9 +122,12 @@ def _advance(
     e = tl.load(u_ptr + offs, mask, other=0.0).to(tl.float32)
     if c_ptr is not None:
         e += g * (tl.load(c_ptr + offs, mask, other=0.0).to(tl.float32) - e)
+    if w_ptr is not None:
+        own = tl.load(w_ptr + offs, mask, other=0.0).to(tl.float32)
+        e = tl.where(as_it_is != 0, own, e)
     x = tl.load(x_ptr + offs, mask, other=0.0)
-    m = _times(row[codes.P], x) + _times(row[codes.Q], e)
-    x = _times(row[codes.A], x) + _times(row[codes.B], m)
+    m = _weigh(row[codes.P], x, row[codes.Q], e)
+    x = _weigh(row[codes.A], x, row[codes.B], m)
     x = _add_term(x, row[codes.H0], slots > 0, history_ptr, offs, mask)
     x = _add_term(x, row[codes.H1], slots > 1, history_ptr + slot_stride, offs, mask)
     x = _add_term(x, row[codes.H2], slots > 2, history_ptr + 2 * slot_stride, offs, mask)
@@ -155,9 +164,9 @@ def _norm_kernel(
 
 @_jit
 def _step_kernel(
-    u_ptr, c_ptr, x_ptr, history_ptr, y_ptr, trace_ptr, state_ptr, rows_ptr, rules_ptr, guidance_ptr, z_ptr, times_ptr,
+    u_ptr, c_ptr, w_ptr, x_ptr, history_ptr, y_ptr, trace_ptr, state_ptr, rows_ptr, rules_ptr, guidance_ptr, z_ptr, times_ptr,
     snapshot_ptr, partials_ptr,
-    n, u_stride, c_stride, slot_stride, slots, steps, y_halves, t_halves,
+    n, u_stride, c_stride, w_stride, slot_stride, slots, steps, y_halves, t_halves,
     UNIT: tl.constexpr, BLOCK: tl.constexpr, PARTIALS: tl.constexpr,
 ):  # fmt: skip
     """The step of sample program_id(1): of all of it (no snapshot), or of block program_id(0) after `_norm_kernel`.
@@ -169,6 +178,8 @@ def _step_kernel(
     u_ptr += b * u_stride * UNIT
     if c_ptr is not None:
         c_ptr += b * c_stride * UNIT
+    if w_ptr is not None:
+        w_ptr += b * w_stride * UNIT
     first = tl.program_id(0) * BLOCK
     end = n if snapshot_ptr is None else first + BLOCK
     state = _load_15((state_ptr if snapshot_ptr is None else snapshot_ptr) + b * codes.STATE_WIDTH)
@@ -190,8 +201,8 @@ def _step_kernel(
                 offs = start + tl.arange(0, PARTIALS)
                 sums += tl.load(partials_ptr + b * parts + offs, offs < parts, other=0.0)
             d = tl.sum(sums)
-        rule = _load_8(rules_ptr + b * codes.RULE_WIDTH)
-        new_state, before = _decide(_where, state, rule, row, d.to(tl.float64), c_ptr is not None)
+        rule = _load_9(rules_ptr + b * codes.RULE_WIDTH)
+        new_state, before, as_it_is = _decide(_where, state, rule, row, d.to(tl.float64), c_ptr is not None)
         next_row_ptr = rows_ptr + codes.ROW_WIDTH
         if first == 0:
             tl.debug_barrier()  # every thread has read the state that is overwritten here
@@ -208,9 +219,9 @@ def _step_kernel(
         g = tl.where(before, tl.load(guidance_ptr), tl.load(guidance_ptr + 1))
         for start in range(first, end, BLOCK):
             _advance(
-                u_ptr, c_ptr, x_ptr + b * n, history_ptr + b * n, None if y_ptr is None else y_ptr + b * n,
+                u_ptr, c_ptr, w_ptr, x_ptr + b * n, history_ptr + b * n, None if y_ptr is None else y_ptr + b * n,
                 None if z_ptr is None else z_ptr + b * n, start, n, slot_stride.to(tl.int64) * UNIT, batch * n.to(tl.int64), y_halves,
-                g, row, scale, slots, BLOCK,
+                g, as_it_is, row, scale, slots, BLOCK,
             )  # fmt: skip
 
 
@@ -231,15 +242,15 @@ def launch_shape(
 
 
 def guided_step_triton(operands: Operands) -> None:
-    u, c, x, history, model_input, trace, state, rows, rules, guidance, z, timestep_out, scratch = operands
+    u, c, w, x, history, model_input, trace, state, rows, rules, guidance, z, timestep_out, scratch = operands
     assert scratch is not None
     batch = x.shape[0]
     size = x.numel() // batch
-    latents = [t for t in (u, c, x, history, model_input, z) if t is not None]
-    strides = [0 if t is None or t.shape[0] == 1 else t.stride(0) for t in (u, c, history)]
+    latents = [t for t in (u, c, w, x, history, model_input, z) if t is not None]
+    strides = [0 if t is None or t.shape[0] == 1 else t.stride(0) for t in (u, c, w, history)]
     aligned = all(number % 16 == 0 for number in (size, *strides)) and all(t.data_ptr() % 16 == 0 for t in latents)
     unit = 16 if aligned else 1
-    n, u_stride, c_stride, slot_stride = (number // unit for number in (size, *strides))
+    n, u_stride, c_stride, w_stride, slot_stride = (number // unit for number in (size, *strides))
     block, parts, options = launch_shape(size, aligned)
     snapshot = partials = None
     if parts > 1:
@@ -249,8 +260,8 @@ def guided_step_triton(operands: Operands) -> None:
             u, c, state, snapshot, partials, n, u_stride, c_stride, UNIT=unit, BLOCK=block, **options
         )  # fmt: skip
     _step_kernel[(parts, batch)](
-        u, c, x, history, model_input, trace, state, rows, rules, guidance, z, timestep_out, snapshot, partials,
-        n, u_stride, c_stride, slot_stride, history.shape[0], guidance.shape[1],
+        u, c, w, x, history, model_input, trace, state, rows, rules, guidance, z, timestep_out, snapshot, partials,
+        n, u_stride, c_stride, w_stride, slot_stride, history.shape[0], guidance.shape[1],
         0 if model_input is None else model_input.shape[0] // batch,
         0 if timestep_out is None else timestep_out.shape[0] // batch,
         UNIT=unit, BLOCK=block, PARTIALS=PARTIALS, **options,

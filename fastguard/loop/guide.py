@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from fastguard.kernels.layout import Phase, Row, State
+from fastguard.kernels.layout import Row
 from fastguard.loop.loop import Loop, LoopShape
 from fastguard.loop.report import Report
 from fastguard.policies.plan import Plan, lower
@@ -44,8 +44,6 @@ class Guide:
         self._policies, self._elements, self._scale = tuple(policies), latents[0].numel(), guidance_scale
         self.plan = self._lower()
         self.loop = Loop(self.schedule, self.plan, latents, LoopShape.of(self.schedule, latents, halves=1))
-        sets_scale = torch.tensor([p.sets_scale for p in policies])
-        self._sets_scale = sets_scale.to(latents.device, non_blocking=True)
         self.row = self._rows_run = 0
 
     def __call__(
@@ -70,13 +68,10 @@ class Guide:
         if x is not None:
             loop.load_latents(x)
         loop.model_input = guided = torch.empty_like(loop.x, dtype=(uncond if combined is None else combined).dtype)
-        loop.advance(uncond, cond, None)
+        loop.advance(uncond, cond, combined=combined)
         self.row += 1
         self._rows_run += 1 if cond is None else 2
-        if combined is None:
-            return guided
-        own = (loop.state[:, State.PHASE] != Phase.BEFORE) & ~self._sets_scale
-        return torch.where(own.view(-1, *[1] * (guided.dim() - 1)), combined, guided)
+        return guided
 
     def follow(self, guidance_scale: float) -> None:
         """Another scale from the next row on, for policies that have none; counters and decisions stay."""

@@ -106,11 +106,23 @@ class Loop:
         """Other latents than the last step's. Elements that still are the last step's in the caller's dtype keep their float32."""
         self.x.copy_(torch.where(latents == self.x.to(latents.dtype), self.x, latents.float()))
 
-    def advance(self, uncond: torch.Tensor, cond: torch.Tensor | None, noise: torch.Tensor | None = None) -> None:
-        """One step: squared norm, decision, guidance, scheduler update, next model input. `cond` is None where one branch ran."""
+    def advance(
+        self,
+        uncond: torch.Tensor,
+        cond: torch.Tensor | None,
+        noise: torch.Tensor | None = None,
+        *,
+        combined: torch.Tensor | None = None,
+    ) -> None:
+        """One step: squared norm, decision, guidance, scheduler update, next model input.
+
+        cond      None where one branch ran
+        combined  the caller's own guided output, for the images that are not guarded at this row
+        """
         guided_step(
             uncond,
             cond,
+            combined=combined,
             x=self.x,
             history=self.history,
             model_input=self.model_input,

@@ -152,6 +152,7 @@ def _rule(policy: Any, switch_row: int, elements: int) -> list[float]:
     row[Rule.FLOOR] = 1.0 - policy.min_drop
     row[Rule.RHO] = policy.rho
     row[Rule.MAGNITUDE] = Magnitude[policy.magnitude.upper()]
+    row[Rule.COMBINED] = policy.guidance_scale is None
     return row
 
 

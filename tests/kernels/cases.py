@@ -64,6 +64,7 @@ def make(
     slots: int = 2,
     both: bool = True,
     noise: torch.dtype | None = None,
+    combined: torch.dtype | None = None,
     halves: int | None = 2,
     channels_last: bool = False,
     extra_channels: int = 0,
@@ -108,9 +109,13 @@ def make(
     rules[:, Rule.FLOOR] = rng.choice([1.0, 0.7], batch)
     rules[:, Rule.RHO] = 0.3
     rules[:, Rule.MAGNITUDE] = rng.choice([int(magnitude) for magnitude in Magnitude], batch)
+    rules[:, Rule.COMBINED] = rng.choice([0.0, 1.0], batch)
     guidance = rng.choice([0.0, 1.0, -7.5, 7.5], (batch, steps, 2)).astype(np.float32)
 
     x = _tensor(rng, shape, torch.float32, channels_last)
+    own = None if combined is None else _tensor(rng, shape, combined, channels_last)
+    if own is not None:
+        own[torch.from_numpy(rules[:, Rule.COMBINED] == 0)] = math.nan
     both_halves = (2 * batch, shape[1] + extra_channels, *shape[2:])
     output = _tensor(rng, both_halves, dtype, channels_last)[:, : shape[1]]
     history = history_for(x, slots).fill_(math.nan)
@@ -133,6 +138,7 @@ def make(
         output[:batch],
         output[batch:] if both else None,
         {
+            "combined": own,
             "x": x,
             "history": history,
             "model_input": model_input,
@@ -200,7 +206,7 @@ def check(before: Case, after: Case, *, interpreted: bool = False) -> None:
             expected_trace[k, b] = d
         want = reference.step(
             b, uncond, cond, d=d,
-            **{name: old[name] for name in ("x", "history", "state", "rows", "rules", "guidance", "noise")},
+            **{name: old[name] for name in ("x", "history", "state", "rows", "rules", "guidance", "noise", "combined")},
         )  # fmt: skip
         np.testing.assert_array_equal(new["state"][b].numpy(), want.state, err_msg=f"state of {at}")
         outputs = [] if new["model_input"] is None else list(new["model_input"][b::batch])
@@ -225,7 +231,7 @@ def check(before: Case, after: Case, *, interpreted: bool = False) -> None:
             assert time == rounded, f"timestep of {at}"
     np.testing.assert_array_equal(new["trace"].numpy(), expected_trace, err_msg="trace elsewhere")
     np.testing.assert_array_equal(new["history"].numpy(), expected_history, err_msg="history elsewhere")
-    for name in ("rows", "rules", "guidance", "noise"):
+    for name in ("rows", "rules", "guidance", "noise", "combined"):
         if old[name] is not None:
             same = new[name].float().numpy() if new[name].dtype == torch.bfloat16 else new[name].numpy()
             np.testing.assert_array_equal(same, old[name], err_msg=f"{name} was changed")
@@ -303,3 +309,21 @@ def check_batch_invariance(shape: tuple[int, ...], *, seed: int = 0, **options: 
         for name, tensor in alone(whole, b).arguments.items():
             if tensor is not None:
                 same_bits(single.arguments[name], tensor, f"{name} of sample {b} alone")
+
+
+def check_combined_bits(backend: str, dtype: torch.dtype) -> None:
+    """Through a row without an update an unguarded sample's combination comes out as it went in: signs of zero, infinities, all."""
+    case = make(0, (4, 4, 3, 5), slots=0, combined=dtype, dtype=dtype, halves=1, uniform=True, timestep=None)
+    table = case.arguments
+    own = table["combined"] = torch.randn(4, 4, 3, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
+    own.flatten()[:4] = torch.tensor([0.0, -0.0, math.inf, -math.inf])
+    table["rows"].zero_()
+    table["rows"][:, [Row.Q, Row.B, Row.S, Row.ACTIVE]] = 1
+    table["rows"][:, Row.STORE] = -1
+    table["rules"][:, [Rule.KIND, Rule.GATE_STEPS]] = 0
+    table["rules"][:, Rule.COMBINED], table["rules"][:, Rule.SWITCH_ROW] = torch.tensor([1, 1, 1, 0]), NEVER
+    table["state"][:, State.PHASE] = torch.tensor([Phase.PLAIN, Phase.AFTER, Phase.BEFORE, Phase.PLAIN])
+    case.run(backend=backend)
+    same_bits(table["model_input"][:2], own[:2], "the model input of unguarded samples")
+    same_bits(table["x"][:2], own[:2].float(), "x of unguarded samples")
+    assert not (table["x"][2:] == own[2:].float()).all(), "guarded samples, and those with a scale of their own"

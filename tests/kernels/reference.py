@@ -90,6 +90,7 @@ def step(
     rules: np.ndarray,
     guidance: np.ndarray,
     noise: np.ndarray | None,
+    combined: np.ndarray | None = None,
     d: float | None,
 ) -> Expected:
     """Sample b of a batch, all arrays as before the step. `d` is the float32 d that the implementation found, so that its rounding
@@ -106,6 +107,10 @@ def step(
         g = float(guidance[b, int(state[b, State.STEP]), column])
         delta = cond[b].astype(np.float64) - u
         e, e_size = u + g * delta, np.abs(u) + 3 * abs(g) * np.abs(delta)
+
+    if combined is not None and column == 1 and rules[b, Rule.COMBINED]:
+        e = combined[b].astype(np.float64)
+        e_size = np.abs(e)
 
     total_m, total_m_size = _weigh([(row[Row.P], latent, np.abs(latent)), (row[Row.Q], e, e_size)])
     terms = [(row[Row.A], latent, np.abs(latent)), (row[Row.B], total_m, total_m_size)]

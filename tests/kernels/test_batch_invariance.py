@@ -27,7 +27,9 @@ def test_torch(shape, threads):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_torch_in_half_precision(dtype, threads):
-    cases.check_batch_invariance((32, 4, 9, 7), backend="torch", dtype=dtype, noise=dtype, channels_last=True)
+    cases.check_batch_invariance(
+        (32, 4, 9, 7), backend="torch", dtype=dtype, noise=dtype, combined=dtype, channels_last=True
+    )
 
 
 @pytest.mark.parametrize("size", [1, 7, PART, PART + 1, 3 * PART])

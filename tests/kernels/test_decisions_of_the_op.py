@@ -36,6 +36,7 @@ def generations(draw):
             draw(st.sampled_from([1.0, 0.9, 0.5, 0.0])),
             draw(st.sampled_from([0.3, 0.5, 1.0])),
             float(draw(st.sampled_from(Magnitude))),
+            0.0,
         ]
         for _ in range(batch)
     ]
@@ -98,6 +99,7 @@ def random_generation(seed, batch=16, steps=7):
             rng.choice([1.0, 0.9, 0.5], batch),
             rng.choice([0.3, 0.5], batch),
             rng.choice([float(magnitude) for magnitude in Magnitude], batch),
+            np.zeros(batch),
         ],
         axis=1,
     )

@@ -67,6 +67,8 @@ else:
             {"halves": None, "timestep": None},
             {"extra_channels": 4, "slots": 0},
             {"uniform": True, "noise": torch.float32, "slots": 3},
+            {"combined": torch.float32},
+            {"combined": torch.float16, "dtype": torch.float16, "both": False, "channels_last": True},
         ],
         ids=str,
     )
@@ -76,6 +78,10 @@ else:
 
     def test_bits_do_not_depend_on_the_batch(launches):
         cases.check_batch_invariance((32, 4, 3, 5), backend="triton", dtype=torch.float16, every=5)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+    def test_the_callers_combination_keeps_its_bits(dtype, launches):
+        cases.check_combined_bits("triton", dtype)
 
     def test_whole_generations_decide_as_the_reference():
         with warnings.catch_warnings(action="ignore"):  # overflow to infinity is part of the curves

@@ -28,6 +28,9 @@ COVERING = [
     Configuration("step", "one launch", "fp16", noise="fp32", aligned=False),
     Configuration("step", "two launches", "fp32", noise="fp32"),
     Configuration("step", "two launches", "bf16", model_input=False),
+    Configuration("step", "two launches", "fp16", noise="fp32", combined="fp32"),
+    Configuration("step", "one launch", "bf16", combined="bf16"),
+    Configuration("step", "one launch", "fp16", combined="fp16", aligned=False),
     Configuration("step", "two launches", "fp16", noise="fp16", aligned=False),
     Configuration("norm", "two launches", "fp16"),
     Configuration("norm", "two launches", "fp32"),
@@ -114,19 +117,21 @@ class Recorder:
 @pytest.mark.parametrize("launches", SIZES)
 @pytest.mark.parametrize("aligned", [True, False])
 @pytest.mark.parametrize(
-    ("dtype", "noise", "both", "halves", "timestep"),
+    ("dtype", "noise", "both", "halves", "timestep", "combined"),
     [
-        (torch.float16, None, True, 2, torch.float32),
-        (torch.bfloat16, torch.float32, True, 1, torch.int64),
-        (torch.float32, torch.float32, False, None, None),
+        (torch.float16, None, True, 2, torch.float32, None),
+        (torch.bfloat16, torch.float32, True, 1, torch.int64, torch.bfloat16),
+        (torch.float32, torch.float32, False, None, None, torch.float32),
     ],
 )
 def test_the_launcher_launches_what_is_compiled_here(
-    monkeypatch, launches, aligned, dtype, noise, both, halves, timestep
+    monkeypatch, launches, aligned, dtype, noise, both, halves, timestep, combined
 ):
     width = {"one launch": 64, "two launches": 128}[launches]
     shape = (2, 4, width, width) if aligned else (2, 1, width - 1, 4 * width - 1)
-    case = cases.make(0, shape, dtype=dtype, noise=noise, both=both, halves=halves, timestep=timestep)
+    case = cases.make(
+        0, shape, dtype=dtype, noise=noise, both=both, halves=halves, timestep=timestep, combined=combined
+    )
     recorders = {"norm": Recorder(kernels._norm_kernel), "step": Recorder(kernels._step_kernel)}
     for name, recorder in recorders.items():
         monkeypatch.setattr(kernels, f"_{name}_kernel", recorder)
@@ -144,7 +149,15 @@ def test_the_launcher_launches_what_is_compiled_here(
             assert (name, launches) == ("norm", "one launch")
             continue
         configuration = Configuration(
-            name, launches, short[dtype], both, short.get(noise), halves is not None, short.get(timestep), aligned
+            name,
+            launches,
+            short[dtype],
+            both,
+            short.get(noise),
+            halves is not None,
+            short.get(timestep),
+            short.get(combined),
+            aligned,
         )
         source = configuration.source()
         constants = {source.fn.arg_names[path[0]]: value for path, value in source.constants.items()}

@@ -52,7 +52,7 @@ else:
                 (None, 2, None, 3),
             ],
         )
-    ]
+    ] + [{"dtype": torch.float16, "combined": dtype} for dtype in (torch.float16, torch.float32)]
 
     MAKE = cases.make
 

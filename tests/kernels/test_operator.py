@@ -13,7 +13,19 @@ OPERATOR = torch.ops.fastguard.guided_step.default
 
 
 def operands(case, backend="torch"):
-    names = ["x", "history", "model_input", "trace", "state", "rows", "rules", "guidance", "noise", "timestep_out"]
+    names = [
+        "combined",
+        "x",
+        "history",
+        "model_input",
+        "trace",
+        "state",
+        "rows",
+        "rules",
+        "guidance",
+        "noise",
+        "timestep_out",
+    ]
     return (
         case.uncond,
         case.cond,
@@ -24,7 +36,15 @@ def operands(case, backend="torch"):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"both": False}, {"noise": torch.float32}, {"halves": None, "timestep": None}], ids=str
+    "options",
+    [
+        {},
+        {"both": False},
+        {"noise": torch.float32},
+        {"halves": None, "timestep": None},
+        {"combined": torch.float16},
+    ],
+    ids=str,
 )
 def test_opcheck(options):
     torch.library.opcheck(OPERATOR, operands(cases.make(0, (3, 4, 4, 4), inactive=0.0, slots=1, **options)))
@@ -103,6 +123,7 @@ def test_backend_comes_from_argument_then_environment_then_device(monkeypatch):
         ("guidance", lambda t: t.double()),
         ("timestep_out", lambda t: t[:1]),
         ("noise", lambda t: torch.zeros(3)),
+        ("combined", lambda t: torch.zeros(3)),
     ],
 )
 def test_wrong_arguments_are_named(name, change):

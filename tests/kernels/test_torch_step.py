@@ -44,6 +44,8 @@ def test_over_dtypes_noise_and_memory_formats(dtype, noise, channels_last):
         {"timestep": torch.int64},
         {"timestep": torch.bfloat16, "uniform": True},
         {"uniform": True, "noise": torch.float32},
+        {"combined": torch.float32},
+        {"combined": torch.float16, "dtype": torch.float16, "both": False, "channels_last": True},
     ],
     ids=str,
 )
@@ -64,3 +66,8 @@ def test_planted_wrong_values_are_found(name):
     run.arguments[name].mul_(1.001)
     with pytest.raises(AssertionError):
         cases.check(case, run)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_the_callers_combination_keeps_its_bits(dtype):
+    cases.check_combined_bits("torch", dtype)
