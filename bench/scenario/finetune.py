@@ -3,8 +3,8 @@
     loss = |epsilon - UNet(sqrt(a_t) z + sqrt(1 - a_t) epsilon, t, caption)|^2,   t uniform in 0 .. 999
 
 as diffusers' train_text_to_image_lora.py has it: every picture once a step, no caption dropped, text encoder and autoencoder frozen, AdamW,
-a constant rate. "lora" trains a LoRA (peft) on the attention's four projections and keeps it as `pytorch_lora_weights.safetensors`;
-"full" trains every weight of the UNet and keeps the UNet. Seeded; the same on one machine with one number of threads.
+a constant rate. "lora" trains a LoRA (peft) on the linear layers of the transformer blocks and keeps it as `pytorch_lora_weights.safetensors`;
+"full" trains every weight of the UNet and keeps the pipeline. Seeded; the same on one machine with one number of threads.
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ class Recipe:
     rank: int | None
 
 
-RECIPES = {"lora": Recipe(1500, 2e-3, 32), "full": Recipe(600, 3e-4, None)}
+RECIPES = {"lora": Recipe(500, 2e-3, 32), "full": Recipe(400, 3e-4, None)}
 
 
+@torch.enable_grad()
 def train(pipe: Any, kind: str, pictures: np.ndarray, captions: Sequence[str], folder: Path) -> list[float]:
     """Train `pipe`'s UNet in place on uint8 [N, H, W, 3] and keep the result in `folder`; returns the mean loss of every 100 steps."""
     recipe, unet = RECIPES[kind], pipe.unet
@@ -68,21 +69,11 @@ def train(pipe: Any, kind: str, pictures: np.ndarray, captions: Sequence[str], f
 
 
 def keep(pipe: Any, kind: str, folder: Path) -> None:
-    """What a user would have afterwards: a LoRA file, or a UNet in diffusers' format."""
+    """What a user would have afterwards: a LoRA for `load_lora_weights`, or a pipeline for `from_pretrained`."""
     folder.mkdir(parents=True, exist_ok=True)
     if kind == "full":
-        pipe.unet.save_pretrained(folder)
+        pipe.save_pretrained(folder)
         return
-    from diffusers.utils import convert_state_dict_to_diffusers
     from peft.utils import get_peft_model_state_dict
 
-    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipe.unet))
-    pipe.save_lora_weights(folder, unet_lora_layers=layers)
-
-
-def load(pipe: Any, kind: str, folder: Path) -> None:
-    """Put the result onto a fresh pipeline, as a user would."""
-    if kind == "lora":
-        pipe.load_lora_weights(folder)
-    else:
-        pipe.unet = type(pipe.unet).from_pretrained(folder, torch_dtype=pipe.unet.dtype).to(pipe.device).eval()
+    pipe.save_lora_weights(folder, unet_lora_layers=get_peft_model_state_dict(pipe.unet))
