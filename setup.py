@@ -39,6 +39,7 @@ setup(
     package_data={
         "fastguard": ["py.typed"],
         "fastguard.fronts.comfyui": ["pyproject.toml", "example_workflows/*.json"],
+        "fastguard.pipelines.families": ["loops.json"],
         "fastguard.testbed": ["*.json", "*.safetensors", "model/**/*"],
     },
     include_package_data=False,

@@ -19,9 +19,11 @@ from fastguard.capture.tune import Tuning, tune
 from fastguard.loop.report import Report
 from fastguard.pipelines.call import Call
 from fastguard.pipelines.families import Family, OwnFamily, find
+from fastguard.pipelines.families.loops import changed
 from fastguard.pipelines.guidance import UNGUIDED
 from fastguard.pipelines.locks import held
 from fastguard.pipelines.own_combination import OwnCombination, first_denoiser
+from fastguard.pipelines.probe import UNKNOWN, checked, denoisers_of
 from fastguard.policies.policy import Policy
 from fastguard.policies.presets import DEFAULT
 from fastguard.policies.presets import policy as make_policy
@@ -39,6 +41,8 @@ def enable(
     capture: str = "auto",
     attention_backend: str | None = None,
     compile: bool | Mapping[str, Any] = False,
+    family: str | None = None,
+    verify: bool = False,
     **overrides: Any,
 ) -> Guard:
     """Guard `pipe` in place: the same calls, the same outputs, under `policy`. Also a context manager.
@@ -53,6 +57,9 @@ def enable(
     attention_backend  who computes the denoiser's attention: one of diffusers' names ("native", "xformers", "flash", ...); None:
                whatever the model does
     compile    torch.compile the denoiser for the guard's calls: True, or a dictionary of its arguments
+    family     "probe": take a pipeline class that is not on the list; its first call is probed, and refused (TypeError) unless its
+               combination is linear in two branches (`fastguard.pipelines.probe`)
+    verify     probe the first call of a listed class, too: RuntimeError if its loop does otherwise than the guard expects
     overrides  fields of the policy to replace, e.g. gate=0.02
 
     Enabling a guarded pipeline again replaces policy and options; `with enable(...)` gives back
@@ -60,12 +67,12 @@ def enable(
     call. TypeError for a pipeline that is not supported, ValueError for a bad policy or an option that cannot work here.
     """
     base = _stock_class(type(pipe))
-    family = find(base)
+    known = _known_family(pipe, base, family)
     chosen = make_policy(policy, **overrides)
     if unguided not in UNGUIDED:
         raise ValueError(f"unguided={unguided!r}: allowed are {', '.join(map(repr, UNGUIDED))}")
     options = Options.of(
-        first_denoiser(pipe, family),
+        first_denoiser(pipe, known),
         capture=capture,
         attention_backend=attention_backend,
         compile=compile,
@@ -75,13 +82,16 @@ def enable(
     if warning and not (guard and guard.policy == chosen):
         logger.warning(warning)
     if guard is None:
-        guard = pipe.__dict__[_ATTRIBUTE] = Guard(pipe, family, chosen, options)
+        guard = pipe.__dict__[_ATTRIBUTE] = Guard(pipe, known, chosen, options)
+        if (told := changed(base)) is not None:
+            logger.warning(told)
         pipe.__class__ = _enabled_class(base)
     else:
         guard._replaced = guard.policy, guard.options, guard.unguided
         guard.policy = chosen
         guard.use(options)
     guard.unguided = unguided
+    guard.probed = not verify and known.name != UNKNOWN.name
     return guard
 
 
@@ -97,6 +107,7 @@ class Guard:
         self.options = options
         self.unguided = "raise"
         self.graphs = Graphs()
+        self.probed = True  # False: the next call is probed first
         self._pipe = pipe
         self._signature = inspect.signature(_stock_class(type(pipe)).__call__)
         self._replaced: _Settings | None = None  # by the last `enable`
@@ -151,8 +162,11 @@ class Guard:
 
     def run(self, stock_call: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         """One call of the pipeline: the stock loop on a stand-in that holds shadows. Calls of one object run one after the other."""
-        pipe, family = self._pipe, self.family
         values = self._arguments(stock_call, args, kwargs)
+        if not self.probed:
+            self.family = checked(self._pipe, self.family, values, stock_call)
+            self.probed = True
+        pipe, family = self._pipe, self.family
         denoiser = first_denoiser(pipe, family)
         refused = (
             family.refusal(pipe, values) if isinstance(family, OwnFamily) else family.refusal(values) or _unseen(values)
@@ -184,7 +198,14 @@ class Guard:
         By the signature that the class had when it was enabled where somebody has wrapped its call in a function that names none.
         """
         now = inspect.signature(stock_call)
-        found = next((s for s in (now, self._signature) if {"prompt", "prompt_embeds"} & s.parameters.keys()), None)
+        found = next(
+            (
+                s
+                for s in (now, self._signature)
+                if {"prompt", "prompt_embeds", "num_inference_steps"} & s.parameters.keys()
+            ),
+            None,
+        )
         if found is None:
             raise TypeError(
                 f"{type(self._pipe).__name__}.__call__ was replaced by a function whose signature names no arguments ({now}), so the "
@@ -215,6 +236,17 @@ def _unseen(arguments: Mapping[str, Any]) -> str | None:
         f"callback_on_step_end_tensor_inputs holds {min(wanted)!r}, which is formed inside the fused step and not seen outside; leave it "
         f"out, or call the pipeline without the guard"
     )
+
+
+def _known_family(pipe: Any, base: type, family: str | None) -> Family | OwnFamily:
+    if family is None:
+        return find(base)
+    if family != "probe":
+        raise ValueError(f"family={family!r}: must be 'probe', or None for a pipeline class on the list")
+    try:
+        return find(base)
+    except TypeError:
+        return dataclasses.replace(UNKNOWN, denoisers=denoisers_of(pipe))
 
 
 @functools.lru_cache(maxsize=256)

@@ -102,7 +102,7 @@ class OwnCombination:
             self._outputs.append(Output(name, (args, kwargs), None))
             return self._results[name, branch]
         result = self.denoisers[name](*args, **kwargs)
-        self._outputs.append(Output(name, (args, kwargs), _tensor(result)))
+        self._outputs.append(Output(name, (args, kwargs), tensor_of(result)))
         if self._may_skip:
             self._results[name, branch] = result
         return result
@@ -174,7 +174,7 @@ class OwnCombination:
         """The row turned out to have one branch (guidance ended), and its call was left out: run it now."""
         output = self._outputs[0]
         args, kwargs = output.arguments
-        return self._in_step(output._replace(tensor=_tensor(self.denoisers[output.denoiser](*args, **kwargs))), own)
+        return self._in_step(output._replace(tensor=tensor_of(self.denoisers[output.denoiser](*args, **kwargs))), own)
 
     def _skips(self, name: str, branch: str) -> bool:
         if self.row >= self._skip_until or (name, branch) not in self._results:
@@ -239,9 +239,11 @@ def first_denoiser(pipe: Any, family: Family | OwnFamily) -> Any:
     return next(part for name in names if (part := getattr(pipe, name, None)) is not None)
 
 
-def _tensor(result: Any) -> Any:
+def tensor_of(result: Any) -> Any:
     """The denoiser's output (a tensor, or a list of one per row) in what its call returned."""
-    return result[0] if isinstance(result, tuple) else getattr(result, "sample", result)
+    if isinstance(result, (tuple, dict)):  # diffusers' outputs are dicts whose first item is [0]
+        return result[0]
+    return getattr(result, "sample", result)
 
 
 def _keeps_state(denoiser: Any) -> bool:

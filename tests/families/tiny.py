@@ -19,7 +19,7 @@ class Tiny:
     on, off: the arguments with which the second branch runs, and does not.
     fixed: the other arguments; images: how many come of them.
     elements: of one image's latent at scheduler.step.
-    scales: effective scale of each row, where it is not the same number in all.
+    bends: whether its combination is not linear in the two branches.
     full_rows: rows that run both branches where only one is needed: the first of each denoiser.
     exact: whether one branch alone has the bits that it has in a batch of both.
     """
@@ -30,7 +30,7 @@ class Tiny:
     off: dict[str, Any]
     elements: int
     fixed: dict[str, Any] = field(default_factory=dict)
-    scale: float = 4.0
+    bends: bool = False
     exact: bool = True
     steps: int = 4
     full_rows: int = 1
@@ -347,6 +347,7 @@ CASES: dict[str, Tiny] = {
         off={"true_cfg_scale": 1.0},
         fixed=SQUARE,
         elements=4 * 16,
+        bends=True,
     ),
     "wan": Tiny(
         wan(),

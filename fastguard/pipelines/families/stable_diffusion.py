@@ -22,6 +22,8 @@ CONTROLNET_FIXED = FixedScale(
         "StableDiffusionControlNetImg2ImgPipeline",
         "StableDiffusionXLControlNetPipeline",
         "StableDiffusionXLControlNetImg2ImgPipeline",
+        "StableDiffusionXLControlNetUnionPipeline",
+        "StableDiffusionXLControlNetUnionImg2ImgPipeline",
     ),
 )
 # With a 4-channel UNet the known region is blended into the latents after every step.
@@ -32,6 +34,10 @@ INPAINT = Family(
 )
 CONTROLNET_INPAINT = FixedScale(
     name="controlnet inpaint",
-    pipelines=("StableDiffusionControlNetInpaintPipeline", "StableDiffusionXLControlNetInpaintPipeline"),
+    pipelines=(
+        "StableDiffusionControlNetInpaintPipeline",
+        "StableDiffusionXLControlNetInpaintPipeline",
+        "StableDiffusionXLControlNetUnionInpaintPipeline",
+    ),
     rewrites_latents=True,
 )

@@ -101,5 +101,11 @@ TWO_CALLS: tuple[OwnFamily, ...] = (
         "Kandinsky5I2IPipeline",
         second_branch=NEGATIVE,
     ),
+    _two(
+        "kandinsky 5, image to video",
+        "Kandinsky5I2VPipeline",
+        to_step=lambda pipe, output, given: output[:, 1:],  # the first frame is the user's
+        second_branch=NEGATIVE,
+    ),
     _two("joy-image edit", "JoyImageEditPipeline", live=True, nonlinear="the conditional output's norm"),
 )

@@ -1,0 +1,316 @@
+"""What a pipeline's loop does with its denoiser's outputs: found by running it once on random numbers.
+
+The loop runs at full length on a copy of the pipeline, with a copy of the scheduler and a stub in the denoiser's place. Per row, what
+reaches `scheduler.step` is fitted by the two branches p, q:  e = a p + b q. That tells order, sign, effective scale and linearity.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fastguard.pipelines.families import Family, OwnFamily
+from fastguard.pipelines.outputs import tensors_of
+from fastguard.pipelines.own_combination import OwnCombination
+from fastguard.pipelines.shadow import shadow
+from fastguard.policies.presets import policy
+
+DENOISERS = ("transformer", "transformer_2", "unet", "prior", "decoder")
+UNKNOWN = OwnFamily(name="unknown", pipelines=())  # until its first call is probed
+LINEAR = 1e-5  # largest residual of a linear combination in float32; measured: 7e-8
+LINEAR_NARROW = 3e-2  # where the pipeline combines in float16 or bfloat16
+RATIO = 0.15  # of a / b, where a norm is restored besides; measured: 0.02 to 0.06
+
+
+@dataclass(frozen=True)
+class ProbedRow:
+    """cond, uncond: the weights a, b of the branches in e, None in a row with one branch; scale: the declared effective one.
+
+    residual: largest |e - a c - b u|, relative to the largest |e|; narrow: e has fewer bits than float32.
+    """
+
+    scale: float
+    cond: float | None = None
+    uncond: float | None = None
+    residual: float = 0.0
+    narrow: bool = False
+
+    @property
+    def linear(self) -> bool:
+        return self.residual <= (LINEAR_NARROW if self.narrow else LINEAR)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What was found: the rows that ran, and why the loop broke off, if it did."""
+
+    family: OwnFamily
+    rows: tuple[ProbedRow, ...]
+    problem: str | None = None
+
+    def contradictions(self) -> list[str]:
+        """How the loop differs from what the family declares; empty if it does not."""
+        if self.problem:
+            return [self.problem]
+        if not any(row.cond is not None for row in self.rows):
+            return [f"no row ran a second branch; {self.family.second_branch}"]
+        return [f"row {k}: {text}" for k, row in enumerate(self.rows) if (text := self._contradiction(row))]
+
+    def _contradiction(self, row: ProbedRow) -> str | None:
+        if row.cond is None or row.uncond is None:
+            return None
+        found = f"e = {row.uncond:.4g} u + {row.cond:.4g} c (residual {row.residual:.1g})"
+        expected = f"e = {1 - row.scale:.4g} u + {row.scale:.4g} c is declared"
+        tolerance = (LINEAR_NARROW if row.narrow else 1e-4) * max(abs(row.scale), 1.0)
+        if row.linear:
+            right = abs(row.cond - row.scale) <= tolerance and abs(row.uncond - 1 + row.scale) <= tolerance
+            if not right and self.family.nonlinear:  # one factor for the whole image
+                right = _same_ratio(row, tolerance)
+            return None if right else f"{found}, where {expected}"
+        if not self.family.nonlinear:
+            return f"{found}: not linear, where {expected}"
+        return None if _same_ratio(row, RATIO * max(abs(row.scale), 1.0)) else f"{found}, where about {expected}"
+
+    def __str__(self) -> str:
+        if self.problem:
+            return self.problem
+        lines = []
+        for k, row in enumerate(self.rows):
+            if row.cond is None:
+                lines.append(f"{k:>4}  one branch")
+            else:
+                kind = "linear" if row.linear else "not linear"
+                lines.append(f"{k:>4}  e = {row.uncond:.4g} u + {row.cond:.4g} c   {kind}, residual {row.residual:.1g}")
+        return "\n".join(lines)
+
+
+def _same_ratio(row: ProbedRow, tolerance: float) -> bool:
+    """Whether (a, b) is (g, 1 - g) up to a positive factor."""
+    assert row.cond is not None and row.uncond is not None
+    factor = row.cond / row.scale
+    return factor > 0 and abs(row.uncond - factor * (1 - row.scale)) <= tolerance * factor
+
+
+class _Finished(Exception):
+    """The last row has run."""
+
+
+class _Probing(OwnCombination):
+    """An own combination that only looks: weights and residual of every row. The denoiser runs once for each form of its inputs."""
+
+    def __init__(self, family: OwnFamily, arguments: Mapping[str, Any], pipe: Any) -> None:
+        super().__init__(policy("cfg"), family, arguments, pipe)
+        self.rows: list[ProbedRow] = []
+        self._may_skip = False
+        self._generator = torch.Generator().manual_seed(0)
+        self._shapes: dict[Any, Any] = {}
+        for name, denoiser in self.denoisers.items():
+            self.denoisers = {**self.denoisers, name: functools.partial(self._stub, name, denoiser)}
+
+    def _stand_in(self, pipe: Any) -> Any:
+        parts = {
+            name: shadow(part, {"__call__": functools.partial(self.denoise, name), "cache_context": _no_context})
+            for name, part in self.denoisers.items()
+        }
+        parts["scheduler"] = shadow(pipe.scheduler, {"step": self.step, "set_timesteps": self.scheduling.set_timesteps})
+        return shadow(pipe, {"maybe_free_model_hooks": lambda: None, "progress_bar": _bar}, parts)
+
+    def _stub(self, name: str, denoiser: Any, *args: Any, **kwargs: Any) -> Any:
+        key = (name, *(tuple(t.shape) for t in tensors_of((args, kwargs))))
+        if key not in self._shapes:
+            self._shapes[key] = denoiser(*args, **kwargs)
+        return self._random(self._shapes[key])
+
+    def _random(self, tree: Any) -> Any:
+        if isinstance(tree, torch.Tensor):
+            return torch.randn(tree.shape, generator=self._generator).to(tree.device)
+        if isinstance(tree, (tuple, list)):
+            return type(tree)([self._random(one) for one in tree])
+        if isinstance(tree, dict):
+            return type(tree)(**{name: self._random(one) for name, one in tree.items()})
+        return tree
+
+    def _guided(self, combined: torch.Tensor, sample: torch.Tensor, timestep: Any) -> torch.Tensor:
+        own = combined[:, : sample.shape[1]] if combined.shape[1] > sample.shape[1] else combined
+        uncond, cond = self._branches(own)
+        scale = self.family.guidance_scale(self.stand_in, self.arguments, self._outputs[0].denoiser)
+        narrow = combined.dtype in (torch.float16, torch.bfloat16)
+        if uncond is None or cond is None:
+            self.rows.append(ProbedRow(scale))
+        else:
+            self.rows.append(ProbedRow(scale, *_fitted(own[0], cond[0], uncond[0]), narrow))
+        return combined
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().step(*args, **kwargs)
+        begin = getattr(self.scheduling.scheduler, "_begin_index", None) or 0
+        if self.row >= len(self.scheduling.scheduler.timesteps) - begin:
+            raise _Finished
+        return result
+
+
+def probe(
+    pipe: Any, arguments: Mapping[str, Any], family: OwnFamily, stock_call: Callable[..., Any] | None = None
+) -> Probe:
+    """Run the loop of `pipe`, called with `arguments`, on random numbers.
+
+    Text encoders and an image's encoder run as in a call; the denoiser once for each form of its inputs, nothing is decoded.
+    Generators, the global random state, the scheduler, attributes and offloading are afterwards as before; no callback is called.
+    """
+    stock_call = stock_call or type(pipe).__call__
+    names = inspect.signature(stock_call).parameters
+    given = {name: _cloned(value) for name, value in arguments.items() if "callback" not in name}
+    if "output_type" in names:
+        given["output_type"] = "latent"
+    bound = inspect.signature(stock_call).bind(pipe, **given)
+    bound.apply_defaults()
+    values = {**bound.arguments, **bound.arguments.get("kwargs", {})}
+    state = object.__new__(type(pipe))
+    state.__dict__.update(pipe.__dict__, scheduler=copy.deepcopy(pipe.scheduler))
+    call = _Probing(family, values, state)
+    problem = None
+    try:
+        with _random_state(), torch.no_grad():
+            stock_call(call.stand_in, **given)
+            call.finish()
+    except _Finished:
+        pass
+    except RuntimeError as error:
+        problem = str(error)
+    finally:
+        for hook in getattr(pipe, "_all_hooks", ()):
+            hook.offload()
+        for part in (getattr(pipe, name, None) for name in family.denoisers):
+            if hasattr(part, "_reset_stateful_cache") and "_diffusers_hook" in vars(part):
+                part._reset_stateful_cache()
+    return Probe(family, tuple(call.rows), problem)
+
+
+def checked(pipe: Any, family: Family | OwnFamily, values: Mapping[str, Any], stock_call: Callable[..., Any]) -> Any:
+    """The family with which this call can be guarded: itself, if the probe of the call agrees, or the inferred one if it is UNKNOWN.
+
+    RuntimeError with what the probe found, where it contradicts; TypeError where nothing can be inferred.
+    """
+    arguments = {name: value for name, value in values.items() if name not in ("self", "args", "kwargs")}
+    if family.name == UNKNOWN.name:
+        return infer(pipe, arguments, stock_call)
+    found = probe(pipe, arguments, in_own_terms(family), stock_call).contradictions()
+    if found:
+        raise RuntimeError(f"{type(pipe).__name__}: the guard does not know this loop: {found[0]}")
+    return family
+
+
+def in_own_terms(family: Family | OwnFamily) -> OwnFamily:
+    """What the fused kind takes for granted, as a declaration."""
+    if isinstance(family, OwnFamily):
+        return family
+    return OwnFamily(
+        name=family.name, pipelines=family.pipelines, denoisers=(family.denoiser,), nonlinear="guidance_rescale"
+    )
+
+
+def denoisers_of(pipe: Any) -> tuple[str, ...]:
+    """The names under which the pipeline may have denoisers. TypeError if there is none."""
+    names = tuple(one for one in DENOISERS if getattr(pipe, one, None) is not None)
+    if not names:
+        raise TypeError(
+            f"pipe: {type(pipe).__name__} has no denoiser under a name that is known: {', '.join(DENOISERS)}"
+        )
+    return names
+
+
+def infer(pipe: Any, arguments: Mapping[str, Any], stock_call: Callable[..., Any] | None = None) -> OwnFamily:
+    """The family of a pipeline that nobody declared, from its probe. TypeError if its combination is not linear in two branches."""
+    name = type(pipe).__name__
+    denoisers = denoisers_of(pipe)
+    known = {*inspect.signature(stock_call or type(pipe).__call__).parameters, *arguments}
+    scale = "true_cfg_scale" if "true_cfg_scale" in known else "guidance_scale"
+    problem = f"its call has no {scale}"
+    for calls in (1, 2) if scale in known else ():
+        guess = OwnFamily(name="probe", pipelines=(name,), denoisers=denoisers, calls=calls, scale=scale)
+        found = probe(pipe, arguments, guess, stock_call)
+        problem = found.problem or "no row ran a second branch"
+        row = next((row for row in found.rows if row.cond is not None), None)
+        if found.problem or row is None or row.cond is None or row.uncond is None:
+            continue
+        total = row.cond + row.uncond
+        problem = f"the probe found e = {row.cond:.4g} p + {row.uncond:.4g} q, residual {row.residual:.1g}"
+        if not all(row.linear for row in found.rows) or abs(abs(total) - 1) > (LINEAR_NARROW if row.narrow else 1e-4):
+            continue
+        sign = 1 if total > 0 else -1
+        second = row.cond * sign > row.uncond * sign  # the branch called "cond" in the guess has the larger weight
+        effective = max(row.cond * sign, row.uncond * sign)
+        return OwnFamily(
+            name="probe",
+            pipelines=(name,),
+            denoisers=denoisers,
+            calls=calls,
+            order=guess.order if second else guess.order[::-1],
+            sign=sign,
+            scale=scale,
+            offset=round(effective - row.scale, 3),
+            skippable=False,
+        )
+    raise TypeError(f"pipe: {name} cannot be guarded: {problem}, which is not u + g (c - u) of two branches")
+
+
+def _fitted(e: torch.Tensor, p: torch.Tensor, q: torch.Tensor) -> tuple[float, float, float]:
+    """(a, b, residual) of e = a p + b q by least squares, for one image: some loops have a factor for each."""
+    target, one, other = (tensor.detach().double().flatten().cpu() for tensor in (e, p, q))
+    pair = torch.stack([one, other], 1)
+    weights = torch.linalg.lstsq(pair, target[:, None]).solution
+    residual = (target - (pair @ weights)[:, 0]).abs().max() / target.abs().max()
+    return (*weights.flatten().tolist(), residual.item())
+
+
+def _cloned(value: Any) -> Any:
+    """Generators of one's own, at the same place."""
+    if isinstance(value, torch.Generator):
+        clone = torch.Generator(value.device)
+        clone.set_state(value.get_state())
+        return clone
+    return [_cloned(one) for one in value] if isinstance(value, list) else value
+
+
+@contextlib.contextmanager
+def _random_state() -> Iterator[None]:
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    with torch.random.fork_rng(devices=list(devices)):
+        yield
+
+
+def _no_context(*_: Any, **__: Any) -> contextlib.AbstractContextManager:
+    return contextlib.nullcontext()
+
+
+class _Bar:
+    """A progress bar that shows nothing."""
+
+    def __init__(self, iterable: Any) -> None:
+        self._iterable = iterable
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._iterable)
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def update(self, n: int = 1) -> None:
+        return None
+
+    def set_postfix(self, *_: Any, **__: Any) -> None:
+        return None
+
+
+def _bar(iterable: Any = None, total: int | None = None) -> _Bar:
+    return _Bar(iterable)

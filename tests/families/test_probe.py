@@ -1,0 +1,118 @@
+"""The probe finds what each family declares, tells what is declared wrongly, and leaves no trace."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import pytest
+import torch
+
+from fastguard.pipelines.families import find
+from fastguard.pipelines.families.own import OwnFamily
+from fastguard.pipelines.probe import infer, probe
+from tests.families.tiny import CASES, euler, parts
+
+
+@functools.lru_cache(maxsize=1)
+def _pipe(name):
+    return CASES[name].make()
+
+
+@pytest.fixture(params=CASES)
+def case(request):
+    return CASES[request.param], _pipe(request.param)
+
+
+def _arguments(tiny, **changes):
+    return {**tiny.guided(num_inference_steps=tiny.steps), **changes}
+
+
+def test_declaration_is_what_the_probe_finds(case):
+    tiny, pipe = case
+    found = probe(pipe, _arguments(tiny), find(type(pipe)))
+    assert found.contradictions() == []
+    assert len(found.rows) == tiny.steps
+    assert all(row.linear for row in found.rows) == (not tiny.bends)
+
+
+@pytest.mark.parametrize("fault", ["order", "sign", "offset", "tokens"])
+def test_a_wrong_declaration_is_told(case, fault):
+    tiny, pipe = case
+    family = find(type(pipe))
+    wrong = {
+        "order": dataclasses.replace(family, order=family.order[::-1]),
+        "sign": dataclasses.replace(family, sign=-family.sign),
+        "offset": dataclasses.replace(family, offset=family.offset + 1.5),
+        "tokens": dataclasses.replace(
+            family, to_step=lambda pipe, output, given: output.flip(-1).reshape(output.shape)
+        ),
+    }[fault]
+    assert probe(pipe, _arguments(tiny), wrong).contradictions()
+
+
+def test_no_second_branch_is_told(case):
+    tiny, pipe = case
+    (told,) = probe(pipe, {**tiny.alone(1), "num_inference_steps": 2}, find(type(pipe))).contradictions()
+    assert "second branch" in told
+
+
+def test_a_linear_family_is_inferred():
+    for name in ("flux", "wan", "sana", "hidream", "krea 2"):
+        if name not in CASES:
+            continue
+        tiny, pipe = CASES[name], CASES[name].make()
+        declared, found = find(type(pipe)), infer(pipe, _arguments(tiny))
+        same = ("calls", "order", "sign", "scale", "offset")
+        assert [getattr(found, one) for one in same] == [getattr(declared, one) for one in same]
+
+
+def test_a_family_that_is_not_linear_is_not_inferred():
+    tiny, pipe = CASES["qwen"], CASES["qwen"].make()
+    with pytest.raises(TypeError, match="residual"):
+        infer(pipe, _arguments(tiny))
+
+
+def test_scales_of_rows_are_found():
+    """Wan 2.2's boundary: the second transformer has a scale of its own."""
+    tiny, pipe = CASES["wan 2.2"], CASES["wan 2.2"].make()
+    found = probe(pipe, _arguments(tiny, num_inference_steps=8), find(type(pipe)))
+    assert [round(row.cond, 3) for row in found.rows] == [4.0] * 3 + [3.0] * 5
+
+
+def test_nothing_is_left_behind(case):
+    tiny, pipe = case
+    generator = torch.Generator().manual_seed(1)
+
+    def callback(*_):
+        raise AssertionError("a probe calls no callback")
+
+    before = generator.get_state(), torch.get_rng_state()
+    attributes, scheduler = dict(vars(pipe)), dict(vars(pipe.scheduler))
+    denoisers = {name: (part, set(vars(part))) for name in find(type(pipe)).denoisers if (part := getattr(pipe, name))}
+    probe(pipe, _arguments(tiny, generator=generator, callback_on_step_end=callback), find(type(pipe)))
+    assert all(torch.equal(a, b) for a, b in zip(before, (generator.get_state(), torch.get_rng_state()), strict=True))
+    assert dict(vars(pipe)) == attributes
+    assert set(vars(pipe.scheduler)) == set(scheduler)
+    assert all(vars(pipe.scheduler)[name] is value for name, value in scheduler.items())
+    assert all(set(vars(part)) == names for part, names in denoisers.values())
+
+
+def test_a_loop_that_steps_another_scheduler_is_told():
+    import diffusers
+
+    class Other(diffusers.FluxPipeline):
+        def __call__(self, **given):
+            self.transformer(torch.zeros(1))
+
+    class Denoiser(torch.nn.Module):
+        dtype = torch.float32
+
+        def forward(self, x):
+            return (x,)
+
+    pipe = parts(Other, scheduler=euler())
+    pipe.transformer = Denoiser()
+    family = OwnFamily(name="other", pipelines=("Other",))
+    (told,) = probe(pipe, {}, family).contradictions()
+    assert "no scheduler.step" in told
