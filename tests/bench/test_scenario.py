@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 
 import fastguard
 from bench.__main__ import app
+from bench.recheck.__main__ import main as recheck
 from bench.scenario import finetune, items
 from bench.scenario.drawings import drawings, images
 from fastguard import testbed
@@ -80,6 +82,12 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, rms in caught.items():
         assert rms == pytest.approx((first[name]["d_curve"][0] / 512) ** 0.5, rel=1e-4)
     assert "Does the first conditional prediction show the picture?" in (tmp_path / "tables.md").read_text()
+    assert recheck(tmp_path) == 0, "every number of the page from the rows"
+    page = (tmp_path / "tables.md").read_text()
+    (tmp_path / "tables.md").write_text(
+        re.sub(r"(\| none \| 3 \| 1\.00 \| [^|]* \| [^|]* \| )(\d)", r"\g<1>9", page, count=1)
+    )
+    assert recheck(tmp_path) == 1, "a number that is not"
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.suffix in (".jsonl", ".safetensors")}
     assert CliRunner().invoke(app, ["scenario", "lora", *options]).exit_code == 0
     assert {path: path.read_bytes() for path in before} == before

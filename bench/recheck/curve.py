@@ -1,0 +1,107 @@
+"""Curves over guidance scales and the least lead of one over another, once more."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from bench.recheck.rows import DRAWS, Page, share, shown
+
+
+def curves(page: Page, column: str) -> dict[str, tuple[list[float], np.ndarray, np.ndarray]]:
+    """method -> scales, x and y [1 + DRAWS, S]; row 0 is everything, the others are draws of prompts, the same for all methods."""
+    known: dict[tuple[str, float], dict[str, list[tuple[float, float]]]] = {}
+    for r in page.rows:
+        if r["group"] == "memorized" and r["seed"] < page.seeds and r["method"] != "first-look":
+            if r.get(column) is None or r.get("faithful") is None:
+                continue
+            good = 0.0 if r.get("blown") else float(r["faithful"])
+            known.setdefault((r["method"], r["scale"]), {}).setdefault(r["id"], []).append((float(r[column]), good))
+    ids = sorted({i for cell in known.values() for i in cell})
+    drawn = np.random.default_rng(0).integers(0, len(ids), (DRAWS, len(ids)))
+    found = {}
+    for method in dict.fromkeys(m for m, _ in known):
+        scales = sorted(s for m, s in known if m == method and set(known[m, s]) == set(ids))
+        if page.scale not in scales:
+            continue
+        x, y = [], []
+        for s in scales:
+            sums = np.array([np.sum(known[method, s][i], axis=0) for i in ids])
+            n = np.array([len(known[method, s][i]) for i in ids])
+            rows = [np.arange(len(ids)), *drawn]
+            x.append([sums[d, 0].sum() / n[d].sum() for d in rows])
+            y.append([sums[d, 1].sum() / n[d].sum() for d in rows])
+        found[method] = (scales, np.array(x).T, np.array(y).T)
+    return found
+
+
+def lead(ours: Any, theirs: Any, floor: float) -> tuple[float, float, float, float, float] | None:
+    """Least of what ours offers at the other's x or less minus the other's y, over tenths of its segments with x < 0.5; then interval, x, reach."""
+    x, y = (points(side) for side in theirs[1:])
+    inside = [t for t in range(x.shape[1]) if x[0, t] < 0.5]
+    if not inside:
+        return None
+    gaps = {t: np.array([offer(ours, d, x[d, t], floor) - y[d, t] for d in range(1)]) for t in inside}
+    worst = min(inside, key=lambda t: gaps[t][0])
+    every = [offer(ours, d, x[d, worst], floor) - y[d, worst] for d in range(1, DRAWS + 1)]
+    low, high = np.percentile(every, [2.5, 97.5])
+    reach = float(np.mean([ours[1][0].min() <= x[0, t] + 1e-4 for t in inside]))
+    return float(gaps[worst][0]), float(low), float(high), float(x[0, worst]), reach
+
+
+def points(side: np.ndarray) -> np.ndarray:
+    """Columns of the polyline: every point, and nine between two."""
+    parts = [
+        side[:, k : k + 1] + (side[:, k + 1 : k + 2] - side[:, k : k + 1]) * np.arange(10) / 10
+        for k in range(side.shape[1] - 1)
+    ]
+    return np.concatenate([*parts, side[:, -1:]], 1)
+
+
+def offer(curve: Any, d: int, x: float, floor: float) -> float:
+    """The best y of the polyline at no more than x (1e-4 for rounding at its points)."""
+    xs, ys = curve[1][d], curve[2][d]
+    best = [b for a, b in zip(xs, ys, strict=True) if a <= x + 1e-4]
+    for a0, a1, b0, b1 in zip(xs, xs[1:], ys, ys[1:], strict=False):
+        if a0 != a1 and min(a0, a1) <= x <= max(a0, a1):
+            best.append(b0 + (b1 - b0) * (x - a0) / (a1 - a0))
+    return max(best, default=floor)
+
+
+def point(page: Page, curve: Any, line: list[str]) -> list[str]:
+    scales, x, y = curve
+    k = [f"{s:g}" for s in scales].index(line[2])
+    cells = [shown((v[0, k], *np.percentile(v[1:, k], [2.5, 97.5]))) for v in (x, y)]
+    blown = [r["blown"] for r in page.of(line[0], "memorized", scales[k]) if "blown" in r]
+    return [line[0], f"{page.cost(line[0]):.2f}", line[2], *cells, f"{np.mean(blown):.0%}" if blown else "-"]
+
+
+def pair(page: Page, curves: Any, ours: str, other: str, floor: float) -> list[str]:
+    start = [ours, other, f"{page.cost(other):.2f}", page.ratio(other)]
+    found = lead(curves[ours], curves[other], floor)
+    if found is None:
+        return [*start, "-", "-", "-", "the peer never gets there"]
+    gap, low, high, at, reach = found
+    where = "on or above" if gap >= -1e-4 else "below, within the interval" if high >= 0 else "below"
+    return [*start, f"{gap:+.3f} [{low:+.3f}, {high:+.3f}]", f"{at:.2f}", f"{reach:.0%}", where]
+
+
+def overview(page: Page, curves: Any, ours: str, floor: float, head: list[str]) -> list[str]:
+    """Who the peers are is taken from the settings: methods without a policy, but for plain guidance and what is no guard."""
+    peers = [
+        m
+        for m, v in page.settings["methods"].items()
+        if "policy" not in v and m in curves and m not in ("none", "compile")
+    ]
+    worst = []
+    for dear in (False, True):
+        some = {m: lead(curves[ours], curves[m], floor) for m in peers if (page.cost(m) > 1 + 1e-6) is dear}
+        known = {m: f for m, f in some.items() if f is not None}
+        if not known:
+            worst.append("-")
+            continue
+        name = min(known, key=lambda m: known[m][0])
+        worst.append(f"{known[name][0]:+.3f}, {name} at {known[name][3]:.2f}")
+    rows = page.of(ours, "ordinary")
+    return [ours, f"{page.cost(ours):.2f}", page.ratio(ours), *worst, shown(share(rows, "faithful")) if rows else "-"]
