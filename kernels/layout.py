@@ -17,7 +17,7 @@ class Row(IntEnum):
 
     H_j weighs history *slot* j, not lag j: the schedule compiler knows which slot holds which lag at each row, so no tensor is
     ever rotated. After the update m is written to slot STORE (-1: hold, nothing is written). S and TIMESTEP describe this row's own
-    model input; the step that produces it reads them from the next row. Statistic = d * 1 | W_EPSILON | W_X0. A schedule of K
+    model input; the step that produces it reads them from the next row. x0(e) = X x + E e, NaN where unknown. Statistic = d * 1 | W_EPSILON | W_X0. A schedule of K
     evaluations has K + 1 rows, the last with ACTIVE = 0.
     """
 
@@ -36,6 +36,8 @@ class Row(IntEnum):
     W_EPSILON = 12
     W_X0 = 13
     ACTIVE = 14
+    X = 15
+    E = 16
 
 
 class Rule(IntEnum):

@@ -23,9 +23,9 @@ import torch
 from fastguard.kernels.layout import HISTORY, Row
 from fastguard.schedules.fold import Folded, fold, free_form
 from fastguard.schedules.key import key_of
-from fastguard.schedules.noise_level import weights
+from fastguard.schedules.noise_level import predictions, unknown
 from fastguard.schedules.schedule import Schedule, in_training_steps
-from fastguard.schedules.trace import Trace, first_row, stock_in_float32, trace
+from fastguard.schedules.trace import Trace, first_row, on_cpu, stock_in_float32, trace
 
 # Relative to the largest value of x'; beyond them the scheduler's own step() runs.
 LARGEST_RESIDUAL = 1e-6
@@ -70,8 +70,10 @@ def compile_schedule(scheduler: Any, *, step_kwargs: Mapping[str, Any] | None = 
 def _compile(scheduler: Any, arguments: Mapping[str, Any], begin: int) -> Schedule:
     recorded = trace(scheduler, arguments, begin)
     timesteps = scheduler.timesteps[begin:].detach().to("cpu", copy=True)
+    with on_cpu():
+        rows = _rows_without_update(scheduler, recorded, timesteps)
     own = Schedule(
-        rows=_rows_without_update(scheduler, recorded, timesteps),
+        rows=rows,
         timesteps=timesteps,
         history=0,
         draws=(0,) * len(timesteps),
@@ -159,8 +161,11 @@ def _rows_without_update(scheduler: Any, recorded: Trace, timesteps: torch.Tenso
     body[:, Row.ACTIVE] = 1.0
     body[:, Row.S] = torch.from_numpy(recorded.scale)
     body[:, Row.TIMESTEP] = timesteps.double()
-    epsilon, x0 = weights(scheduler, recorded.sigma)
-    body[:, Row.W_EPSILON], body[:, Row.W_X0] = torch.from_numpy(epsilon), torch.from_numpy(x0)
+    space = predictions(scheduler, recorded.sigma)
+    body[:, Row.W_EPSILON], body[:, Row.W_X0] = torch.from_numpy(space.n**2), torch.from_numpy(space.e**2)
+    body[:, Row.X : Row.E + 1] = float("nan")
+    if unknown(scheduler, timesteps, recorded.sigma, recorded.starts) is None:
+        body[:, Row.X], body[:, Row.E] = torch.from_numpy(space.x), torch.from_numpy(space.e)
     seen: set[float] = set()
     for k, (level, starts) in enumerate(zip(recorded.sigma.tolist(), recorded.starts.tolist(), strict=True)):
         body[k, Row.OBSERVE] = float(starts and level not in seen)

@@ -1,61 +1,78 @@
-"""Factors that turn d = ||delta||^2 of the model's own output into epsilon space and x0 space (ALGORITHMS.md, section 3).
+"""What the model's output means at a row: the x0-prediction made of it, and the factors of d in epsilon and x0 space.
 
-With x = alpha x0 + sigma n and s = sigma / alpha, the output difference delta means delta_x0 = Q delta, delta_n = Q delta / s:
+A row's latents are x = a x0 + b n, with (a, b) as the scheduler adds noise: a sigma schedule's latents may keep their variance (DPM-Solver++,
+UniPC, DEIS: a = 1 / sqrt(1 + sigma^2)) or not (Euler, Heun: a = 1). With e the model's exact output there, and delta a difference of two outputs,
 
-    prediction   Q             W_EPSILON = (Q / s)^2     W_X0 = Q^2
-    epsilon      -s            1                         s^2
-    v            -sigma        alpha^2                   sigma^2        (alpha^2 = 1 / (1 + s^2), sigma^2 = s^2 / (1 + s^2))
-    sample       1             1 / s^2                   1
-    flow         -sigma        (1 - sigma)^2             sigma^2        (alpha = 1 - sigma)
-    EDM          c_out         c_out^2 / sigma^2         c_out^2        (raw network output F, x0 = c_skip x + c_out F,
-                                                                         c_out^2 = sigma^2 d^2 / (sigma^2 + d^2), d = sigma_data)
+    x0(e) = X x + E e,    delta_x0 = E delta,    delta_n = N delta,    W_X0 = E^2,    W_EPSILON = N^2
+
+    prediction   X              E               N
+    epsilon      1 / a          -b / a          1
+    v            a / (a^2+b^2)  -b / r          a / r               r = sqrt(a^2 + b^2); v = (a n - b x0) / r
+    sample       0              1               -a / b
+    flow         1              -b              1 - b               v = n - x0, a = 1 - b
+    EDM          c_skip         c_out           -c_out / sigma      as its precondition_outputs says
+
+NaN where it is unknown or infinite (epsilon at a = 0, a scheduler that is not diffusers' own): a NaN statistic decides nothing, and an
+anchored policy is refused.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+
+from fastguard.schedules.scheduler_state import at_the_start, foreign
+
+LARGEST_DEVIATION = 1e-5  # of (a, b) from what add_noise does, which computes in float32
 
 
-def weights(scheduler: Any, levels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(W_EPSILON, W_X0) per row; `levels` are sigmas, or timesteps for schedulers without sigmas.
+class Prediction(NamedTuple):
+    """X, E and N of every row."""
 
-    NaN where the space does not exist (x0 of an epsilon model at alpha = 0, an unknown scheduler): a NaN statistic decides nothing.
-    """
+    x: np.ndarray
+    e: np.ndarray
+    n: np.ndarray
+
+
+def predictions(scheduler: Any, levels: np.ndarray) -> Prediction:
+    """`levels`: sigmas, or timesteps for schedulers without sigmas, one per row."""
+    a, b = signal_and_noise(scheduler, levels)
     config = getattr(scheduler, "config", {})
-    prediction = config.get("prediction_type", "epsilon")
-    names = [kind.__name__ for kind in type(scheduler).__mro__]
-    flow_path = config.get("use_flow_sigmas") or any("FlowMatch" in name for name in names)
+    kind = config.get("prediction_type", "epsilon")
+    if "FlowMatch" in _lineage(scheduler):
+        kind = "flow_prediction"
+    elif hasattr(scheduler, "ets") and not hasattr(scheduler, "alphas_cumprod"):
+        kind = "v_prediction"  # IPNDM: noise = b x + a e
     with np.errstate(all="ignore"):
-        if flow_path or prediction == "flow_prediction":
-            alpha, sigma = 1.0 - levels, levels
-            prediction = "flow_prediction" if any("FlowMatch" in name for name in names) else prediction
-        elif hasattr(scheduler, "precondition_outputs"):
-            data = config["sigma_data"] ** 2
-            c_out = levels**2 * data / (levels**2 + data)
-            return _finite(c_out / levels**2), _finite(c_out)
+        if hasattr(scheduler, "precondition_outputs"):
+            sigma = torch.from_numpy(levels)
+            one, zero = torch.ones_like(sigma), torch.zeros_like(sigma)
+            x, e = (scheduler.precondition_outputs(*pair, sigma).numpy() for pair in ((one, zero), (zero, one)))
+            found = Prediction(x, e, -e / levels)
+        elif kind == "epsilon":
+            found = Prediction(1.0 / a, -b / a, np.ones_like(a))
+        elif kind == "v_prediction":
+            r = np.hypot(a, b)
+            found = Prediction(a / r**2, -b / r, a / r)
+        elif kind in ("sample", "original_sample"):
+            found = Prediction(np.zeros_like(a), np.ones_like(a), -a / b)
+        elif kind == "flow_prediction":
+            found = Prediction(np.ones_like(a), -b, 1.0 - b)
         else:
-            alpha, sigma = _signal_and_noise(scheduler, levels)
-            if hasattr(scheduler, "ets") and not hasattr(scheduler, "alphas_cumprod"):
-                prediction = "v_prediction"  # IPNDM: noise = beta x + alpha e
-        squared = (sigma / alpha) ** 2
-        if prediction == "epsilon":
-            return np.ones_like(squared), _finite(squared)
-        if prediction == "v_prediction":
-            total = alpha**2 + sigma**2
-            return _finite(alpha**2 / total), _finite(sigma**2 / total)
-        if prediction in ("sample", "original_sample"):
-            return _finite(1.0 / squared), np.ones_like(squared)
-        if prediction == "flow_prediction":
-            return _finite(alpha**2), _finite(sigma**2)
-    return np.full_like(levels, np.nan), np.full_like(levels, np.nan)
+            found = Prediction(*(np.full_like(a, np.nan) for _ in range(3)))
+    return Prediction(*(np.where(np.isfinite(values), values, np.nan) for values in found))
 
 
-def _signal_and_noise(scheduler: Any, levels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(alpha, sigma) up to a common factor."""
-    if getattr(scheduler, "sigmas", None) is not None:
-        return np.ones_like(levels), levels
+def signal_and_noise(scheduler: Any, levels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(a, b) of every row."""
+    if scheduler_sigmas(scheduler):
+        if hasattr(scheduler, "_sigma_to_alpha_sigma_t"):
+            a, b = (torch.as_tensor(part) for part in scheduler._sigma_to_alpha_sigma_t(torch.from_numpy(levels)))
+            return a.double().expand(len(levels)).numpy(), b.double().expand(len(levels)).numpy()
+        flow = "FlowMatch" in _lineage(scheduler) or getattr(scheduler, "config", {}).get("use_flow_sigmas")
+        return 1.0 - levels if flow else np.ones_like(levels), levels
     if hasattr(scheduler, "alphas_cumprod"):
         table = scheduler.alphas_cumprod.double().cpu().numpy()
         kept = table[np.clip(levels, 0, len(table) - 1).astype(int)]
@@ -68,5 +85,51 @@ def _signal_and_noise(scheduler: Any, levels: np.ndarray) -> tuple[np.ndarray, n
     return np.full_like(levels, np.nan), np.full_like(levels, np.nan)
 
 
-def _finite(values: np.ndarray) -> np.ndarray:
-    return np.where(np.isfinite(values), values, np.nan)
+def scheduler_sigmas(scheduler: Any) -> bool:
+    return getattr(scheduler, "sigmas", None) is not None
+
+
+def unknown(scheduler: Any, timesteps: torch.Tensor, levels: np.ndarray, starts: np.ndarray) -> str | None:
+    """Why X and E must not be used: the scheduler is foreign, or adds noise otherwise than (a, b) say. None if they may.
+
+    Mid-stages are left out: add_noise knows of none.
+    """
+    if reason := foreign(scheduler):
+        return reason
+    a, b = signal_and_noise(scheduler, levels)
+    fresh = at_the_start(scheduler, "cpu")
+    fresh._begin_index = None  # else add_noise takes every timestep for the first one
+    zero, one = torch.zeros(len(timesteps), 1), torch.ones(len(timesteps), 1)
+    try:
+        if hasattr(fresh, "add_noise"):
+            signal, noise = (fresh.add_noise(*pair, timesteps) for pair in ((one, zero), (zero, one)))
+        elif hasattr(fresh, "scale_noise"):  # one timestep at a time, the first of a run
+            signal, noise = (
+                torch.cat(
+                    [
+                        _at_the_start(fresh).scale_noise(x, t[None], z)
+                        for x, t, z in zip(first, timesteps, second, strict=True)
+                    ]
+                )
+                for first, second in ((one, zero), (zero, one))
+            )
+        else:
+            return None
+    except NotImplementedError:  # IPNDM
+        return None
+    except Exception as error:
+        return f"add_noise failed: {error}"
+    for mine, theirs in ((a, signal), (b, noise)):
+        off = np.abs(mine - theirs.reshape(-1).double().numpy()) / np.maximum(1.0, np.abs(mine))
+        if not off[starts].max(initial=0.0) <= LARGEST_DEVIATION:
+            return f"{type(scheduler).__name__}.add_noise differs by {off[starts].max():.1e}"
+    return None
+
+
+def _at_the_start(fresh: Any) -> Any:
+    fresh._step_index = None
+    return fresh
+
+
+def _lineage(scheduler: Any) -> str:
+    return " ".join(kind.__name__ for kind in type(scheduler).__mro__)

@@ -123,6 +123,17 @@ def _clone(value: Any, device: str | None) -> Any:
     return value  # numbers, strings, functions and the frozen config
 
 
+def foreign(scheduler: Any) -> str | None:
+    """Why nothing is assumed of a scheduler's class: it is not diffusers' own, so that its step() may do and record anything.
+
+    A class whose step() is linear in sample, output and noise, and does nothing else, says so by `fastguard_linear = True`.
+    """
+    kind = type(scheduler)
+    if kind.__module__.partition(".")[0] == "diffusers" or vars(kind).get("fastguard_linear") is True:
+        return None
+    return f"{kind.__name__} is not diffusers' own and does not say fastguard_linear = True"
+
+
 def hooked(scheduler: Any) -> list[str]:
     """Names of the methods that somebody replaced on the instance."""
     return [name for name, value in vars(scheduler).items() if callable(value) and hasattr(type(scheduler), name)]

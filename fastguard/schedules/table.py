@@ -7,6 +7,7 @@ from typing import Any
 
 import diffusers
 
+from fastguard.kernels.layout import Row
 from fastguard.schedules.compiler import compile_schedule
 from fastguard.schedules.schedule import Schedule
 
@@ -75,19 +76,20 @@ Written by `python -m fastguard.schedules.table` ({STEPS} steps). One row of a t
     m = P x + Q e;    x' = A x + B m + sum_j H_j history[j] + N z;    history[STORE] = m
 
 *m* is what is remembered: the guided output *e* itself, the x0-prediction made of it, or the output as the scheduler converts it.
-*History* counts the remembered tensors. *Residual* is the largest difference from the scheduler's own step, relative to the largest
+*History* counts the remembered tensors. *x0* gives X and E of the first, the middle and the last row in x0(e) = X x + E e, with x and e the
+latents and the output of that row; checked against the scheduler's own add_noise. *Residual* is the largest difference from the scheduler's own step, relative to the largest
 value of x', all in float64; *float32* the same with the table in float32.
 
-| scheduler | m | history | noise | residual | float32 |
-|---|---|---|---|---|---|"""
+| scheduler | m | history | noise | x0: first | middle | last | residual | float32 |
+|---|---|---|---|---|---|---|---|---|"""
 
 REFUSED = """
 ## Own step
 
 These run the scheduler's own `step()` on the guided output, outside the fused operation:
 
-| scheduler | why |
-|---|---|"""
+| scheduler | x0: first | middle | last | why |
+|---|---|---|---|---|"""
 
 NAMES = {"epsilon": "e", "x0": "x0", "converted": "converted e", "free": "from the coefficients"}
 
@@ -105,11 +107,16 @@ def markdown() -> str:
     for what, s in compiled():
         if s.linear:
             noise = "yes" if any(s.draws) else ""
-            cells = (what, NAMES[s.form], s.history, noise, f"{s.residual:.0e}", f"{s.rounding:.1e}")
+            cells = (what, NAMES[s.form], s.history, noise, *_x0(s), f"{s.residual:.0e}", f"{s.rounding:.1e}")
             fused.append("| " + " | ".join(map(str, cells)) + " |")
         else:
-            own.append(f"| {what} | {s.reason} |")
+            own.append("| " + " | ".join((what, *_x0(s), str(s.reason))) + " |")
     return "\n".join([*fused, *own]) + "\n"
+
+
+def _x0(s: Schedule) -> tuple[str, ...]:
+    pairs = s.rows[[0, len(s.timesteps) // 2, len(s.timesteps) - 1], Row.X : Row.E + 1].tolist()
+    return tuple(f"{x:.4g}, {e:.4g}" for x, e in pairs)
 
 
 if __name__ == "__main__":

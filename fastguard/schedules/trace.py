@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
-from fastguard.schedules.scheduler_state import at_the_start, replaced_step
+from fastguard.schedules.scheduler_state import at_the_start, foreign, replaced_step
 
 PROBES = 256  # random columns; with 64 the worst of a latent was missed by a factor of two
 
@@ -84,6 +84,11 @@ def private_copy(scheduler: Any) -> Any:
     return private
 
 
+def on_cpu() -> AbstractContextManager:
+    """New tensors are on the CPU. A default device is itself a mode: entering the CPU's for nothing would double the cost of every scalar."""
+    return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
+
+
 def _outside(function: Callable[..., Any], *args: Any) -> Any:
     with torch._C.DisableTorchFunction():
         return function(*args)
@@ -94,14 +99,17 @@ def first_row(scheduler: Any, begin_index: int) -> int:
 
 
 def trace(scheduler: Any, step_kwargs: Mapping[str, Any], begin_index: int) -> Trace:
-    """Step a private copy through all rows from `begin_index` on. What the scheduler raises ends up in `problem`."""
-    # A default device is itself such a mode; entering the CPU's for nothing would double the cost of every scalar.
-    on_cpu = nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
-    with torch.no_grad(), on_cpu:
+    """Step a private copy through all rows from `begin_index` on. What the scheduler raises ends up in `problem`.
+
+    The step() of a foreign or replaced one is not called: whatever it does besides belongs to its owner.
+    """
+    with torch.no_grad(), on_cpu():
         private = private_copy(scheduler)
         timesteps = private.timesteps[begin_index:]
         result = _blank(len(timesteps), float(getattr(private, "init_noise_sigma", 1.0)))
-        result.problem = replaced_step(scheduler)  # then only scale, sigma and starts are recorded
+        result.problem = foreign(scheduler) or replaced_step(
+            scheduler
+        )  # then only scale, sigma and starts are recorded
         _run(private, timesteps, step_kwargs, result)
         if any(result.draws):
             result.noise_dtype = _noise_dtype(private_copy(scheduler), timesteps, step_kwargs)
@@ -116,9 +124,8 @@ def stock_in_float32(scheduler: Any, step_kwargs: Mapping[str, Any], begin_index
         return torch.from_numpy(values.astype(np.float32)).reshape(shape)
 
     result = np.empty_like(recorded.probe_e, dtype=np.float32)
-    on_cpu = nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
     row = 0
-    with torch.no_grad(), on_cpu, Lanes(shape, lambda: column(recorded.probe_z[row])):
+    with torch.no_grad(), on_cpu(), Lanes(shape, lambda: column(recorded.probe_z[row])):
         private = private_copy(scheduler)
         for row, t in enumerate(private.timesteps[begin_index:]):
             x = column(recorded.probe_x[row])
@@ -203,8 +210,13 @@ def _sigma(private: Any, t: torch.Tensor) -> float:
     """Noise level of the row about to run: sigma where the scheduler has sigmas, else its timestep."""
     index = getattr(private, "step_index", None)
     if index is not None and getattr(private, "sigmas", None) is not None:
-        midway = not getattr(private, "state_in_first_order", True) and hasattr(private, "sigmas_interpol")
-        return float((private.sigmas_interpol if midway else private.sigmas)[index])
+        if not getattr(private, "state_in_first_order", True) and hasattr(
+            private, "sigmas_interpol"
+        ):  # KDPM2's mid-stage
+            return float(
+                private.sigmas_interpol[index - hasattr(private, "sigmas_down")]
+            )  # the ancestral one's lies a row before
+        return float(private.sigmas[index])
     return float(t)
 
 

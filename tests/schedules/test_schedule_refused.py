@@ -13,27 +13,37 @@ from tests.schedule_cases import DDIM, SD_BETAS, Case, column
 
 
 class Squared(diffusers.DDIMScheduler):
+    fastguard_linear = True  # which is not so
+
     def step(self, model_output, timestep, sample, **kwargs):
         return super().step(model_output + 1e-3 * sample**2, timestep, sample, **kwargs)
 
 
 class Shifted(diffusers.DDIMScheduler):
+    fastguard_linear = True  # which is not so
+
     def step(self, model_output, timestep, sample, **kwargs):
         return super().step(model_output + 0.01, timestep, sample, **kwargs)
 
 
 class DrawsTwice(diffusers.DDIMScheduler):
+    fastguard_linear = True  # which is not so
+
     def step(self, model_output, timestep, sample, **kwargs):
         noise = torch.randn(sample.shape) - torch.randn(sample.shape)
         return super().step(model_output + noise, timestep, sample, **kwargs)
 
 
 class DrawsLike(diffusers.DDIMScheduler):
+    fastguard_linear = True  # which is not so
+
     def step(self, model_output, timestep, sample, **kwargs):
         return super().step(model_output + torch.randn_like(sample), timestep, sample, **kwargs)
 
 
 class Remembers(diffusers.DDIMScheduler):
+    fastguard_linear = True  # which is not so
+
     """Looks five outputs back."""
 
     def step(self, model_output, timestep, sample, **kwargs):
