@@ -199,7 +199,7 @@ class OwnCombination:
         both = both or (skipped and len(self._outputs) == 2)
         needs = self.unguided == "raise" and (self.policy.guarded or self.policy.sets_scale)
         if not both and self.row == 0 and needs:
-            given = f"{self.family.scale}={self.arguments.get(self.family.scale)!r}"
+            given = self.family.given(self.stand_in, self.arguments)
             raise ValueError(
                 f"{given}: the pipeline runs no second (unconditional) branch then, but policy {self.policy.name!r} needs it; "
                 f"{self.family.second_branch}, use 'cfg' without a scale of its own, or enable the guard with "

@@ -12,6 +12,7 @@ from typing import Any
 import diffusers
 
 from fastguard.pipelines.families.base import Family
+from fastguard.pipelines.families.guiders import GUIDERS
 from fastguard.pipelines.families.one_batch import ONE_BATCH
 from fastguard.pipelines.families.own import OwnFamily
 from fastguard.pipelines.families.pixart import PIXART
@@ -38,7 +39,7 @@ FAMILIES: tuple[Family, ...] = (
     SD3_INPAINT,
     PIXART,
 )
-OWN_FAMILIES: tuple[OwnFamily, ...] = (*TWO_CALLS, *ONE_BATCH)
+OWN_FAMILIES: tuple[OwnFamily, ...] = (*TWO_CALLS, *ONE_BATCH, *GUIDERS)
 
 
 def find(pipeline_class: type) -> Any:

@@ -62,6 +62,10 @@ class OwnFamily:
             value = arguments[self.scale]
         return float(value) + self.offset
 
+    def given(self, pipe: Any, arguments: Arguments) -> str:
+        """What decides whether the second branch runs, for messages."""
+        return f"{self.scale}={arguments.get(self.scale)!r}"
+
     def in_step(self, pipe: Any, output: Any, sample: torch.Tensor, given: Mapping[str, Any]) -> torch.Tensor:
         """A denoiser's output in the space of `scheduler.step`, whose sample (of one branch) is `sample`."""
         if self.to_step is not None:

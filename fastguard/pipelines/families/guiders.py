@@ -1,0 +1,74 @@
+"""Kind G: the calls and the combination of a row are those of a diffusers guider, `pipe.guider`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from fastguard.pipelines.families.base import Arguments
+from fastguard.pipelines.families.own import OwnFamily
+from fastguard.pipelines.families.refused import NO_BRANCH, THIRD
+
+TWO_PREDICTIONS = ["pred_cond", "pred_uncond"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuiderFamily(OwnFamily):
+    """A guider calls the denoiser for pred_cond, then for pred_uncond, and combines them as it likes (rescale, APG, zero*, momentum);
+    what it makes of an unguarded image reaches the scheduler as it is. Neither call is left out: a guider may remember predictions.
+
+    guiders: the components, one of which guides a row; absent ones (None) are left out.
+    """
+
+    calls: int = 2
+    order: tuple[str, str] = ("cond", "uncond")
+    nonlinear: str | None = "whatever pipe.guider does"
+    skippable: bool = False
+    scale: str = "pipe.guider"
+    second_branch: str = (
+        "use a guider that guides from the first row on (enabled, start=0, a guidance_scale at which it does something)"
+    )
+    guiders: tuple[str, ...] = ("guider",)
+
+    def refusal(self, pipe: Any, arguments: Arguments) -> str | None:
+        found = {name: part for name in self.guiders if (part := getattr(pipe, name, None)) is not None}
+        if not found:
+            return f"pipe: this {type(pipe).__name__} has no guider (a distilled model?): {NO_BRANCH}"
+        problems = (_problem(f"pipe.{name}", guider) for name, guider in found.items())
+        return next(filter(None, problems), None) or super().refusal(pipe, arguments)
+
+    def guidance_scale(self, pipe: Any, arguments: Arguments, denoiser: str) -> float:
+        guider = self._at_work(pipe)
+        original = getattr(guider, "use_original_formulation", False)
+        return float(guider.guidance_scale) + (1.0 if original else 0.0)  # c + s (c - u) = u + (s + 1) (c - u)
+
+    def given(self, pipe: Any, arguments: Arguments) -> str:
+        guider = self._at_work(pipe)
+        return f"pipe.guider={type(guider).__name__}(guidance_scale={guider.guidance_scale}, start={guider._start}, enabled={guider._enabled})"
+
+    def _at_work(self, pipe: Any) -> Any:
+        """The guider that was told of this row's timestep."""
+        found = [part for name in self.guiders if (part := getattr(pipe, name, None)) is not None]
+        return next((guider for guider in found if guider._timestep is pipe._current_timestep), found[0])
+
+
+def _problem(name: str, guider: Any) -> str | None:
+    """Why a guider's images cannot be guarded."""
+    kind = type(guider).__name__
+    if guider._input_predictions != TWO_PREDICTIONS:
+        return f"{name}={kind}: {THIRD}"
+    if kind == "AutoGuidance":
+        return f"{name}={kind}: its second prediction is a weaker model's for the same prompt, {NO_BRANCH}"
+    if not isinstance(getattr(guider, "guidance_scale", None), (int, float)):
+        return f"{name}={kind}: it has no single guidance_scale"
+    return None
+
+
+GUIDERS: tuple[OwnFamily, ...] = (
+    GuiderFamily(
+        name="hunyuan-video 1.5", pipelines=("HunyuanVideo15Pipeline", "HunyuanVideo15ImageToVideoPipeline")
+    ),
+    GuiderFamily(name="hunyuan-image", pipelines=("HunyuanImagePipeline",), guiders=("guider", "ocr_guider")),
+    GuiderFamily(name="hunyuan-image refiner", pipelines=("HunyuanImageRefinerPipeline",)),
+    GuiderFamily(name="motif-video", pipelines=("MotifVideoPipeline", "MotifVideoImage2VideoPipeline")),
+)
