@@ -173,7 +173,7 @@ def probe(
     bound.apply_defaults()
     values = {**bound.arguments, **bound.arguments.get("kwargs", {})}
     state = object.__new__(type(pipe))
-    state.__dict__.update(pipe.__dict__, scheduler=copy.deepcopy(pipe.scheduler))
+    state.__dict__.update(pipe.__dict__, scheduler=copy.deepcopy(pipe.scheduler), **family.in_probe(pipe))
     call = _Probing(family, values, state)
     problem = None
     try:

@@ -38,18 +38,33 @@ class GuiderFamily(OwnFamily):
         return next(filter(None, problems), None) or super().refusal(pipe, arguments)
 
     def guidance_scale(self, pipe: Any, arguments: Arguments, denoiser: str) -> float:
-        guider = self._at_work(pipe)
-        original = getattr(guider, "use_original_formulation", False)
-        return float(guider.guidance_scale) + (1.0 if original else 0.0)  # c + s (c - u) = u + (s + 1) (c - u)
+        return _scale(self._at_work(pipe))
 
     def given(self, pipe: Any, arguments: Arguments) -> str:
         guider = self._at_work(pipe)
         return f"pipe.guider={type(guider).__name__}(guidance_scale={guider.guidance_scale}, start={guider._start}, enabled={guider._enabled})"
 
+    def in_probe(self, pipe: Any) -> dict[str, Any]:
+        """Plain guidance with the guiders' scales: what a guider does besides is its own affair, and its state stays as it is."""
+        from diffusers import ClassifierFreeGuidance
+
+        found = {name: part for name in self.guiders if (part := getattr(pipe, name, None)) is not None}
+        return {
+            name: ClassifierFreeGuidance(
+                _scale(guider), start=guider._start, stop=guider._stop, enabled=guider._enabled
+            )
+            for name, guider in found.items()
+        }
+
     def _at_work(self, pipe: Any) -> Any:
         """The guider that was told of this row's timestep."""
         found = [part for name in self.guiders if (part := getattr(pipe, name, None)) is not None]
         return next((guider for guider in found if guider._timestep is pipe._current_timestep), found[0])
+
+
+def _scale(guider: Any) -> float:
+    """g of u + g (c - u); the original formulation is c + s (c - u)."""
+    return float(guider.guidance_scale) + (1.0 if getattr(guider, "use_original_formulation", False) else 0.0)
 
 
 def _problem(name: str, guider: Any) -> str | None:
@@ -65,9 +80,7 @@ def _problem(name: str, guider: Any) -> str | None:
 
 
 GUIDERS: tuple[OwnFamily, ...] = (
-    GuiderFamily(
-        name="hunyuan-video 1.5", pipelines=("HunyuanVideo15Pipeline", "HunyuanVideo15ImageToVideoPipeline")
-    ),
+    GuiderFamily(name="hunyuan-video 1.5", pipelines=("HunyuanVideo15Pipeline", "HunyuanVideo15ImageToVideoPipeline")),
     GuiderFamily(name="hunyuan-image", pipelines=("HunyuanImagePipeline",), guiders=("guider", "ocr_guider")),
     GuiderFamily(name="hunyuan-image refiner", pipelines=("HunyuanImageRefinerPipeline",)),
     GuiderFamily(name="motif-video", pipelines=("MotifVideoPipeline", "MotifVideoImage2VideoPipeline")),

@@ -66,6 +66,10 @@ class OwnFamily:
         """What decides whether the second branch runs, for messages."""
         return f"{self.scale}={arguments.get(self.scale)!r}"
 
+    def in_probe(self, pipe: Any) -> dict[str, Any]:
+        """Components that a probe of the loop puts in place of the pipeline's."""
+        return {}
+
     def in_step(self, pipe: Any, output: Any, sample: torch.Tensor, given: Mapping[str, Any]) -> torch.Tensor:
         """A denoiser's output in the space of `scheduler.step`, whose sample (of one branch) is `sample`."""
         if self.to_step is not None:
