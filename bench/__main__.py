@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fastguard.commands.cli import Scheduler
+from fastguard.commands.arguments import Scheduler
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 

@@ -31,7 +31,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from bench.pairs import alternating
-from fastguard.batch.generate import generate
+from fastguard.batch.task import generate
 from fastguard.files import write_json
 from fastguard.pipelines.loading import load_pipeline, quiet, resolve
 

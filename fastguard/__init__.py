@@ -11,7 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastguard.batch.generate import generate
+    from fastguard.batch.task import generate
     from fastguard.loop.report import ImageReport, Report
     from fastguard.pipelines.guard import Guard, enable
     from fastguard.policies.policy import Policy
@@ -40,7 +40,7 @@ _HOMES = {
     **dict.fromkeys(("PRESETS", "policy"), "policies.presets"),
     **dict.fromkeys(("Policy",), "policies.policy"),
     **dict.fromkeys(("ImageReport", "Report"), "loop.report"),
-    **dict.fromkeys(("generate",), "batch.generate"),
+    **dict.fromkeys(("generate",), "batch.task"),
     **dict.fromkeys(("SyncReport", "assert_sync_free", "find_syncs"), "syncs.find"),
 }
 

@@ -8,13 +8,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fastguard.batch.manifest import NAME as MANIFEST
 from fastguard.files import read_json, write_json
 
 SETTINGS, LOCK = "settings.json", ".lock"
+FORMAT = "fastguard_generate"
+"""The key of the settings that says whose they are; its value is the version of what a run writes."""
+BOOKS = {SETTINGS, MANIFEST, "rejected.jsonl", "report.json"}
 
 
 def check(out: Path, settings: dict[str, Any]) -> None:
-    """ValueError if `out` holds something else or was made with other settings (the message says which). Writes nothing."""
+    """ValueError if `out` holds something else or images of other settings (the message says which). Writes nothing."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"out={out}: is a file, must be a directory")
     for parent in out.parents:
@@ -22,15 +26,21 @@ def check(out: Path, settings: dict[str, Any]) -> None:
             if not parent.is_dir():
                 raise NotADirectoryError(20, "Not a directory", str(parent))
             break
-    if not out.exists():
+    names = [entry.name for entry in out.iterdir() if not entry.name.startswith(".")] if out.exists() else []
+    if not names:
         return
-    path = out / SETTINGS
-    if path.exists():
-        found = list(differences(read_json(path), settings))
-        if found:
-            raise ValueError(f"out={out}: was made with other settings: {'; '.join(found)}")
-    elif any(not entry.name.startswith(".") for entry in out.iterdir()):
+    if SETTINGS not in names:
         raise ValueError(f"out={out}: is not empty and has no {SETTINGS}; choose another directory")
+    there = read_json(out / SETTINGS)
+    ours = isinstance(there, dict) and FORMAT in there
+    if ours and set(names) <= BOOKS and _empty(out / MANIFEST):
+        return  # of a run that made no image: it pins nothing
+    if found := list(differences(there, settings)):
+        raise ValueError(f"out={out}: was made with other settings: {'; '.join(found)}")
+
+
+def _empty(path: Path) -> bool:
+    return not path.exists() or not path.stat().st_size
 
 
 def check_free(out: Path) -> None:
@@ -40,15 +50,6 @@ def check_free(out: Path) -> None:
             pass
 
 
-def ignores_case(out: Path) -> bool:
-    """Whether "A.png" and "a.png" are the same file in `out`: tried on the names of directories that exist."""
-    for path in (out.absolute(), *out.absolute().parents):
-        other = path.with_name(path.name.swapcase())
-        if path.exists() and path.name != other.name:
-            return other.exists() and other.samefile(path)
-    return False
-
-
 @contextmanager
 def claim(out: Path, settings: dict[str, Any]) -> Iterator[None]:
     """Make `out` this process' directory for as long as the context lasts; errors as in `check`, and if another process has it."""
@@ -56,7 +57,7 @@ def claim(out: Path, settings: dict[str, Any]) -> Iterator[None]:
     out.mkdir(parents=True, exist_ok=True)
     with _locked(out / LOCK):
         check(out, settings)
-        if not (out / SETTINGS).exists():
+        if not (out / SETTINGS).exists() or read_json(out / SETTINGS) != settings:
             write_json(out / SETTINGS, settings)
         yield
 

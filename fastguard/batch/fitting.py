@@ -10,11 +10,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fastguard.batch.prompt_files import Problem
 from fastguard.batch.request import Request
+from fastguard.batch.tables import Problem
 from fastguard.files import short
 from fastguard.pipelines.families import find
-from fastguard.pipelines.loading import distilled
+from fastguard.pipelines.loading import distilled, model_index, pipeline_class, skeleton
 from fastguard.policies.plan import limit_problem
 from fastguard.schedules.schedule import in_training_steps
 
@@ -41,34 +41,11 @@ class Limits:
     @classmethod
     def of_model(cls, model: str, scheduler: str | None = None) -> Limits:
         """Of a model by name; no weights are loaded. ValueError if there is none, or it makes no images from text alone."""
-        from fastguard.pipelines.loading import (
-            denoiser_refusal,
-            model_index,
-            pipeline_class,
-            resolve,
-            scheduler_class,
-            with_scheduler,
-        )
-
-        index = model_index(model)
         try:
-            check_class(pipeline_class(index))
-        except (TypeError, ValueError) as error:
+            check_class(pipeline_class(model_index(model)))
+        except TypeError as error:
             raise ValueError(f"model={model!r}: {error}") from None
-        entry = index.get("scheduler")
-        if not isinstance(entry, (list, tuple)) or len(entry) != 2:
-            raise ValueError(f"model={model!r}: its model_index.json names no scheduler")
-        own: Any = scheduler_class(str(entry[1]))
-        try:
-            made = own.from_pretrained(resolve(model), subfolder="scheduler")
-            reason = denoiser_refusal(model, index)
-        except OSError as error:
-            raise ValueError(f"model={model!r}: {str(error).splitlines()[0]}") from None
-        if reason is not None:
-            raise ValueError(f"model={model!r}: {reason}")
-        if scheduler is not None:
-            made = with_scheduler(scheduler, made.config, find(pipeline_class(index)))
-        return cls(8, made)
+        return cls.of_pipeline(skeleton(model, scheduler=scheduler))
 
     def problems(self, requests: Iterable[Request]) -> list[Problem]:
         """One for each request that the model cannot make."""

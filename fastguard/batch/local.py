@@ -1,4 +1,4 @@
-"""The local engine: one process, one pipeline."""
+"""engine="local": one process, one pipeline."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 
 from PIL import Image
 
-from fastguard.batch.overlap import Engine, Failed
+from fastguard.batch.options import Options
+from fastguard.batch.overlap import Conveyor, Failed
 from fastguard.batch.pictures import Picture
 from fastguard.batch.planning import Batch
 from fastguard.batch.request import Request
@@ -16,41 +17,37 @@ from fastguard.batch.store import Made
 
 
 class LocalRunner:
-    """Makes images with `pipe` in this process. settings: of the model, for the records; workers: threads that encode and write."""
+    """Makes images in this process, with the pipeline that `load` gives. settings: of the model, for the records."""
 
-    def __init__(
-        self,
-        pipe: Any,
-        *,
-        settings: dict[str, Any],
-        picture: Picture,
-        workers: int | None = None,
-        keep_going: bool = False,
-    ) -> None:
-        self.pipe, self.settings, self.picture = pipe, settings, picture
-        self.workers, self.keep_going = workers, keep_going
+    phase = ""
+
+    def __init__(self, load: Callable[[], Any], *, settings: dict[str, Any], options: Options) -> None:
+        self.load, self.settings, self.options = load, settings, options
         self._stages: Stages | None = None
-        self._engine: Engine | None = None
+        self._conveyor: Conveyor | None = None
 
     def start(self, requests: Sequence[Request]) -> None:
-        self._stages = Stages(self.pipe, requests, self.settings)
+        self._stages = Stages(self.load(), requests, self.settings)
 
     def run(
         self, batches: Sequence[Batch], prepare: Callable[[Made], Made]
     ) -> Generator[list[Made | Failed], None, None]:
         """The images of `batches` in groups; `prepare` is called in the pool, with each of them."""
+        picture = Picture.of(self.options)
 
         def finish(request: Request, image: Image.Image, record: dict[str, Any]) -> Made:
-            return prepare(Made(request, record, self.picture.encode(image, record)))
+            return prepare(Made(request, record, picture.encode(image, record)))
 
         if self._stages is None:
             raise RuntimeError("the runner was not started")
-        self._engine = Engine(self._stages, finish, workers=self.workers, keep_going=self.keep_going)
-        yield from self._engine.run(batches)
+        self._conveyor = Conveyor(
+            self._stages, finish, workers=self.options.workers, keep_going=self.options.keep_going
+        )
+        yield from self._conveyor.run(batches)
 
     def stop(self) -> None:
-        if self._engine is not None:
-            self._engine.stop()
+        if self._conveyor is not None:
+            self._conveyor.stop()
 
     def close(self) -> None:
         if self._stages is not None:

@@ -70,7 +70,7 @@ def finished(work: Callable[[], Made], request: Request, keep_going: bool) -> Ma
         return Failed.of(request, error)
 
 
-class Engine:
+class Conveyor:
     """Runs batches through `stages`.
 
     finish      called in a pool, once per image, with its request, pixels and record

@@ -12,10 +12,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from fastguard import checks
-from fastguard.batch.request import integer
+from fastguard.batch.options import FORMATS, Options
 from fastguard.files import finite
 
-FORMATS = ("png", "jpeg", "webp")
 ENDINGS = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
 CHUNK = "fastguard"  # PNG text chunk with the whole record as JSON
 _EXIF_IFD, _COMMENT, _ASCII = 0x8769, 0x9286, b"ASCII\0\0\0"
@@ -32,7 +31,11 @@ class Picture:
 
     def __post_init__(self) -> None:
         checks.choice("format", self.format, FORMATS)
-        integer("quality", self.quality, 1, 100)
+        checks.integer("quality", self.quality, 1, 100)
+
+    @classmethod
+    def of(cls, options: Options) -> Picture:
+        return cls(options.format, 95 if options.quality is None else options.quality)
 
     @property
     def ending(self) -> str:

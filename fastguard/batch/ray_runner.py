@@ -20,14 +20,14 @@ from contextlib import contextmanager
 from typing import Any
 
 from fastguard import checks
-from fastguard.batch.overlap import Engine, Failed, finished
+from fastguard.batch.options import Options
+from fastguard.batch.overlap import Conveyor, Failed, finished
 from fastguard.batch.pictures import Picture
 from fastguard.batch.planning import Batch
-from fastguard.batch.request import Request, integer
+from fastguard.batch.request import Request
 from fastguard.batch.store import Made
 
 TRIES = 4  # of a task whose actor dies, before it is taken for the cause
-SMALLEST, LARGEST = 0.0001, 10_000  # amounts of a resource, Ray counts in the former; actors
 BATCHES_PER_TASK = 4  # so that the stages of an actor have something to overlap
 
 
@@ -43,14 +43,18 @@ class Ledger:
 
 
 class Worker:
-    """An actor: a pipeline and the local engine. `load` makes the pipeline, there."""
+    """An actor: a pipeline and its conveyor. `load` makes the pipeline, there."""
 
     def __init__(
         self, load: Callable[[], Any], settings: dict[str, Any], picture: Picture, keep_going: bool, ledger: Any
     ) -> None:
         from fastguard.batch.stages import Stages
 
-        self.stages = Stages(load(), [], settings)
+        self.failure: ValueError | None = None
+        try:
+            self.stages = Stages(load(), [], settings)
+        except ValueError as error:  # an actor that raises here would be started again and again
+            self.failure = error
         self.picture, self.keep_going, self.ledger = picture, keep_going, ledger
 
     def __call__(self, table: Any) -> Iterator[Any]:
@@ -64,8 +68,11 @@ class Worker:
         def finish(request: Request, image: Any, record: dict[str, Any]) -> Made:
             return Made(request, record, self.picture.encode(image, record))
 
+        if self.failure is not None:
+            yield packed([self.failure])
+            return
         batches = [pickle.loads(data) for data in table.column("batch").to_pylist()]
-        engine = Engine(self.stages, finish, workers=1, keep_going=self.keep_going)
+        conveyor = Conveyor(self.stages, finish, workers=1, keep_going=self.keep_going)
         tries = _ray().get(self.ledger.begin.remote(batches[0][0].id))
         if tries > TRIES:
             message = f"actors died {TRIES} times over this and the other images of its task"
@@ -74,43 +81,40 @@ class Worker:
             yield packed(failed if self.keep_going else [error])
             return
         try:
-            for group in engine.run(batches):
+            for group in conveyor.run(batches):
                 yield packed(group)
         except Exception as error:
             yield packed([RuntimeError(f"{type(error).__name__}: {error}")])
 
 
 class RayRunner:
-    """Makes images on `actors` actors, each with `cpus` CPUs and `gpus` GPUs (fractions share one).
+    """Makes images on the actors that `options` ask for, each with its CPUs and GPUs (fractions share one).
 
-    load      makes the pipeline; called in the actors, so it must be picklable
-    address   of a cluster; None: the one that this process is connected to, or else a local one that ends with the job
+    load   makes the pipeline; called in the actors, so it must be picklable
+
+    Without options.ray_address: on the cluster that this process is connected to, or else on a local one that ends with the job.
     """
 
-    def __init__(
-        self,
-        load: Callable[[], Any],
-        *,
-        settings: dict[str, Any],
-        picture: Picture,
-        actors: int = 1,
-        cpus: float = 1.0,
-        gpus: float = 0.0,
-        address: str | None = None,
-        keep_going: bool = False,
-    ) -> None:
-        self.load, self.settings, self.picture = load, settings, picture
-        self.actors = integer("actors", actors, 1, LARGEST)
-        self.cpus = checks.number("cpus_per_actor", cpus, f"0, or from {SMALLEST} to {LARGEST}", _amount)
-        self.gpus = checks.number(
-            "gpus_per_actor", gpus, f"0, from {SMALLEST} to 1, or a whole number to {LARGEST}",
-            lambda value: _amount(value) and (value <= 1 or value.is_integer()),
-        )  # fmt: skip
-        self.address, self.keep_going = address, keep_going
+    def __init__(self, load: Callable[[], Any], *, settings: dict[str, Any], options: Options) -> None:
+        _ray()
+        self.load, self.settings, self.picture = load, settings, Picture.of(options)
+        self.actors = options.actors or 1
+        self.cpus = 1.0 if options.cpus_per_actor is None else options.cpus_per_actor
+        self.gpus = options.gpus_per_actor or 0.0
+        self.address, self.keep_going = options.ray_address, options.keep_going
+        self.phase = f"starting {self.actors} actor{'s' * (self.actors != 1)}"
         self._owned = self._waiting = self._stopped = False
 
     def start(self, requests: Sequence[Request]) -> None:
-        """Connect to the cluster, or start a local one. ConnectionError if there is no cluster at the address."""
+        """Connect to the cluster, or start a local one. ConnectionError if there is none at the address, ValueError if it is too small."""
+        self._connect()
+        try:
+            check_resources(_ray().nodes(), self.actors, self.cpus, self.gpus)
+        except ValueError:
+            self.close()
+            raise
+
+    def _connect(self) -> None:
         ray = _ray()
         if ray.is_initialized():
             return
@@ -205,8 +209,25 @@ class _Stop(BaseException):
     pass
 
 
-def _amount(value: float) -> bool:
-    return value == 0 or SMALLEST <= value <= LARGEST
+def check_resources(nodes: Sequence[dict[str, Any]], actors: int, cpus: float, gpus: float) -> None:
+    """ValueError if the machines of a cluster cannot hold the actors: Ray would wait for others for ever, without a word.
+
+    nodes  as `ray.nodes()` lists them
+    """
+    resources = [node["Resources"] for node in nodes if node["Alive"]]
+    wanted = {name: amount for name, amount in (("CPU", cpus), ("GPU", gpus)) if amount}
+    held = sum(
+        int(min((node.get(name, 0) / amount + 1e-9 for name, amount in wanted.items()), default=actors))
+        for node in resources
+    )
+    if held >= actors:
+        return
+    there = " and ".join(f"{sum(node.get(name, 0) for node in resources):g} {name}s" for name in wanted)
+    options = f"cpus_per_actor={cpus:g}, gpus_per_actor={gpus:g}"
+    raise ValueError(
+        f"actors={actors}, {options}: the cluster of {len(resources)} machine{'s' * (len(resources) != 1)} has {there},"
+        f" enough for {held} of the actors"
+    )
 
 
 def _reach(address: str) -> None:
@@ -221,11 +242,8 @@ def _reach(address: str) -> None:
 
 
 def _ray() -> Any:
-    try:
-        import ray
-        import ray.data
-    except ImportError as error:
-        raise ValueError(f"engine='ray': needs Ray; pip install 'diffusers-fastguard[ray]' ({error})") from None
+    ray = checks.extra("ray", "ray", "engine='ray'")
+    checks.extra("ray.data", "ray", "engine='ray'")
     return ray
 
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastguard import checks
+from fastguard.batch.options import Options
 from fastguard.files import is_unicode, short
 from fastguard.policies.fields import MOST_STEPS, RANGES
 from fastguard.policies.policy import Policy
@@ -24,11 +26,12 @@ FIELDS = (
 LONGEST_ID = 200  # characters; a file name with its ending has to fit 255 bytes
 LONGEST_TEXT = 5000  # characters; no text encoder reads more, and a JPEG's metadata has to hold it
 LARGEST_SIDE = 16376  # pixels; WebP holds no more than 16383, and models make multiples of 8
-MOST_PER_PROMPT = 100_000
+SEEDS = 2**32
+"""Seeds that differ: torch's generator on the CPU, which makes the noise, reads the lower 32 bits of a seed and no more."""
 _ID = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9._-]{{0,{LONGEST_ID - 1}}}")
 _DEVICES = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?")  # never files on Windows
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
-_INTEGER = re.compile(r"[+-]?[0-9]{1,30}")
+_INTEGER = re.compile(r"[+-]?[0-9]{1,30}(\.0*)?")
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
 
 
@@ -74,77 +77,65 @@ class Request:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Defaults:
-    """What a row gets that does not say otherwise. Image n of a prompt takes seed + n.
+def checked(options: Options) -> Options:
+    """`options` with their gate in their policy, checked as what a row gets that does not say otherwise.
 
-    gate: for `policy`, and for every row's policy that has a transition and no gate of its own.
-    ValueError names the argument that is not allowed.
+    `options.policy` is a Policy here. ValueError names the argument that is not allowed.
     """
-
-    policy: Policy
-    gate: float | None = None
-    negative_prompt: str | None = None
-    seed: int = 0
-    steps: int = 50
-    guidance_scale: float | None = None
-    width: int | None = None
-    height: int | None = None
-    images_per_prompt: int = 1
-
-    def __post_init__(self) -> None:
-        integer("images_per_prompt", self.images_per_prompt, 1, MOST_PER_PROMPT)
-        if self.gate is not None:
-            object.__setattr__(self, "policy", make_policy(self.policy, gate=self.gate))
-        parse({"prompt": "x"}, self, 0)
+    if options.gate is not None:
+        options = dataclasses.replace(options, policy=make_policy(options.policy, gate=options.gate))
+    parse({"prompt": "x"}, options, 0)
+    return options
 
 
 def parse(
-    row: Mapping[str, Any], defaults: Defaults, index: int, *, line: int | None = None, base: Path = Path()
+    row: Mapping[str, Any], options: Options, index: int, *, line: int | None = None, base: Path = Path()
 ) -> list[Request]:
-    """The `defaults.images_per_prompt` images of one row. ValueError if a field is unknown or a value is not allowed.
+    """The `options.images_per_prompt` images of one row: image n takes seed + n. ValueError if a field is unknown or a value is not allowed.
 
-    row    field -> value; None and missing take the default. Text is taken for a number where a number is needed.
+    row    field -> value; None and missing take the option of the same name. Text is taken for a number where a number is needed.
+           `options.gate` is for every row's policy that has a transition and no gate of its own, too
     index  position of the row, from 0: a row without id is called by it and its seed, e.g. 00003-0
     base   directory from which paths of policy files are resolved
     """
     unknown = [key for key in row if key not in FIELDS]
     if unknown:
-        raise ValueError(f"unknown field {short(unknown[0])}: allowed are {', '.join(FIELDS)}")
-    given = {key: value for key, value in row.items() if value is not None}
+        near = checks.meant(unknown[0], FIELDS)
+        raise ValueError(f"unknown field {short(unknown[0])}: allowed are {', '.join(FIELDS)}{near}")
+    given = {key: _plain(value) for key, value in row.items() if value is not None}
     prompt = _text("prompt", given.get("prompt"))
     if not prompt:
         raise ValueError(f"prompt={short(given.get('prompt'))}: must be text that is not empty")
-    negative = given.get("negative_prompt", defaults.negative_prompt)
-    first = _count("seed", given.get("seed", defaults.seed), 0, 2**63 - defaults.images_per_prompt)
-    chosen, scale = _policy_and_scale(given, defaults, base)
+    negative = given.get("negative_prompt", options.negative_prompt)
+    first = _count("seed", given.get("seed", options.seed), 0, SEEDS - options.images_per_prompt)
+    chosen, scale = _policy_and_scale(given, options, base)
     shared = Request(
         id="0",
         prompt=prompt,
         policy=chosen,
         negative_prompt=None if negative is None else _text("negative_prompt", negative),
-        steps=_count("steps", given.get("steps", defaults.steps), 1, MOST_STEPS),
+        steps=_count("steps", given.get("steps", options.steps), 1, MOST_STEPS),
         guidance_scale=scale,
-        width=_side("width", given.get("width", defaults.width)),
-        height=_side("height", given.get("height", defaults.height)),
+        width=_side("width", given.get("width", options.width)),
+        height=_side("height", given.get("height", options.height)),
         line=line,
     )
     name = _id(given["id"]) if "id" in given else f"{index:05d}"
     requests = []
-    for seed in range(first, first + defaults.images_per_prompt):
-        numbered = "id" not in given or defaults.images_per_prompt > 1
+    for seed in range(first, first + options.images_per_prompt):
+        numbered = "id" not in given or options.images_per_prompt > 1
         own = _id(f"{name}-{seed}") if numbered else name
         requests.append(dataclasses.replace(shared, id=own, seed=seed))
     return requests
 
 
-def _policy_and_scale(given: Mapping[str, Any], defaults: Defaults, base: Path) -> tuple[Policy, float | None]:
-    chosen = _policy(given["policy"], defaults.gate, base) if "policy" in given else defaults.policy
+def _policy_and_scale(given: Mapping[str, Any], options: Options, base: Path) -> tuple[Policy, float | None]:
+    chosen = _policy(given["policy"], options.gate, base) if "policy" in given else options.policy
     if chosen.images is not None:
         raise ValueError(f"policy {short(chosen.name)} holds per-image lists: must be for one image")
     scale = given.get("guidance_scale")
     if scale is None and ("policy" not in given or chosen.guidance_scale is None):
-        scale = defaults.guidance_scale
+        scale = options.guidance_scale
     if scale is None:
         return chosen, None
     scale = _number("guidance_scale", scale)
@@ -216,16 +207,18 @@ def _id(value: Any) -> str:
     return name
 
 
-def integer(name: str, value: Any, lowest: int, highest: int) -> int:
-    """`value` as an int from `lowest` to `highest`. Neither a bool nor a float is an integer."""
-    if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value <= highest:
-        raise ValueError(f"{name}={short(value)}: must be an integer from {lowest} to {highest}")
-    return value
+def _plain(value: Any) -> Any:
+    """A scalar of NumPy or torch as Python's own."""
+    return value.item() if hasattr(value, "item") and getattr(value, "shape", None) == () else value
 
 
 def _count(name: str, value: Any, lowest: int, highest: int) -> int:
-    digits = isinstance(value, str) and _INTEGER.fullmatch(value.strip())
-    return integer(name, int(value) if digits else value, lowest, highest)
+    """Text and floats are taken for the integer that they are: tables write a column with gaps as 7.0."""
+    if isinstance(value, str) and _INTEGER.fullmatch(value.strip()):
+        value = int(value.partition(".")[0])
+    elif isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return checks.integer(name, value, lowest, highest)
 
 
 def _side(name: str, value: Any) -> int | None:
@@ -236,6 +229,4 @@ def _number(name: str, value: Any) -> float:
     if isinstance(value, str) and _NUMBER.fullmatch(value.strip()):
         value = float(value)
     lowest, highest = RANGES[name]
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not lowest <= value <= highest:
-        raise ValueError(f"{name}={short(value)}: must be a number from {lowest:g} to {highest:g}")
-    return float(value)
+    return checks.number(name, value, f"a number from {lowest:g} to {highest:g}", lambda x: lowest <= x <= highest)

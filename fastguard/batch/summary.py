@@ -10,6 +10,7 @@ from typing import Any
 
 from fastguard.batch.manifest import Manifest
 from fastguard.batch.request import Request
+from fastguard.batch.tables import Problem
 from fastguard.files import write_atomic
 
 REPORT = "report.json"
@@ -37,7 +38,13 @@ class Summary:
 
 
 def summarize(
-    out: Path, requests: Sequence[Request], manifest: Manifest, settings: Mapping[str, Any], *, made: int, rejected: int
+    out: Path,
+    requests: Sequence[Request],
+    manifest: Manifest,
+    settings: Mapping[str, Any],
+    *,
+    made: int,
+    problems: Sequence[Problem],
 ) -> Summary:
     """Write report.json: the settings, the counts and, of small jobs, the manifest's lines in the order of the requests."""
     wanted = {request.id for request in requests}
@@ -48,7 +55,7 @@ def summarize(
             lines[line["id"]] = line if small else {key: line[key] for key in ("gate", "transition_step", "forced")}
     counts = {
         "total": len(lines),
-        "rejected": rejected,
+        "rejected": len(problems),
         "caught": sum(1 for line in lines.values() if line["gate"] and line["gate"]["caught"]),
         "transitions": sum(1 for line in lines.values() if line["transition_step"] is not None),
         "forced": sum(1 for line in lines.values() if line["forced"]),

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import inspect
-import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from fastguard.kernels.layout import NEVER, Row, Rule
 from fastguard.pipelines.families import Family, find
 from fastguard.pipelines.loading import (
-    denoiser_refusal,
+    distilled,
     model_index,
+    own_scheduler,
     pipeline_class,
-    resolve,
-    scheduler_class,
+    skeleton,
     with_scheduler,
 )
 from fastguard.pipelines.scheduler import expected_arguments
@@ -127,15 +126,18 @@ def inspect_model(
     except TypeError as error:
         refusal = str(error)
 
-    made = _scheduler(model, index, scheduler, known)
-    if known is not None:
-        refusal = denoiser_refusal(model, index)
+    if known is None:
+        made = own_scheduler(model, index)
+        made = made if scheduler is None else with_scheduler(scheduler, made.config, None)
+    else:
+        built = skeleton(model, scheduler=scheduler)
+        made, refusal = built.scheduler, distilled(getattr(getattr(built, "unet", None), "config", {}))
     # A schedule that shifts with the image's size has its largest shift at 1024 x 1024, these models' default.
     shift = made.config.get("use_dynamic_shifting")
     try:
         made.set_timesteps(count, **({"mu": made.config.max_shift} if shift else {}))
         schedule = compile_schedule(made, step_kwargs=expected_arguments(made, defaults))
-    except (ValueError, IndexError, ZeroDivisionError) as error:
+    except Exception as error:  # each scheduler refuses in its own way
         raise ValueError(f"steps={count}: {type(made).__name__} refuses: {error}") from None
     body = schedule.rows[:-1]
     (sample,) = policy.samples(1)
@@ -187,17 +189,3 @@ def inspect_model(
         plain_rows=2 * len(rows),
         rows=rows,
     )
-
-
-def _scheduler(model: str, index: Any, name: str | None, family: Family | None) -> Any:
-    """The model's scheduler, or the named one in its place with the same configuration."""
-    entry = index.get("scheduler")
-    if not isinstance(entry, (list, tuple)) or len(entry) != 2:
-        raise ValueError(f"model={model!r}: its model_index.json names no scheduler")
-    kind: Any = scheduler_class(str(entry[1]))
-    subfolder = "scheduler"
-    where = resolve(model)
-    if os.path.isdir(where) and not os.path.isdir(os.path.join(where, subfolder)):
-        raise ValueError(f"model={model!r}: has no {subfolder} directory")
-    own = kind.from_pretrained(where, subfolder=subfolder)
-    return own if name is None else with_scheduler(name, own.config, family)

@@ -1,29 +1,61 @@
-"""Models by name for the command line: checked without their weights, then loaded."""
+"""Models by name: checked without their weights, then loaded; and the policy and scale of one that has its own."""
 
 from __future__ import annotations
 
 import inspect
+import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastguard import checks
+from fastguard.files import read_json
+from fastguard.policies.policy import Policy
+from fastguard.policies.presets import DEFAULT, policy
 
 if TYPE_CHECKING:
     from fastguard.pipelines.families import Family
 
 DTYPES = ("float32", "float16", "bfloat16")
 TESTBED = "testbed"  # the embedded model
+EMBEDDED = Path(__file__).parents[1] / "testbed"  # its folder: model/, and policy.json, which was calibrated for it
 
 
 def resolve(model: str) -> str:
     """Where the model is: the embedded one for "testbed", otherwise a directory or a hub id as given."""
-    if model != TESTBED:
-        return model
-    from fastguard import testbed
+    return str(EMBEDDED / "model") if model == TESTBED else model
 
-    return str(testbed.path())
+
+def is_embedded(model: Any) -> bool:
+    """Whether a name, a path or a pipeline is that of the embedded model."""
+    name = model if isinstance(model, (str, os.PathLike)) else getattr(model, "name_or_path", "")
+    return name == TESTBED or (bool(name) and Path(name).absolute() == EMBEDDED / "model")
+
+
+def policy_source(model: Any, given: Any = None) -> Any:
+    """`given`, or what stands for it where nothing is given: the embedded model's own policy file, else the default preset.
+
+    ValueError for an empty name.
+    """
+    if isinstance(given, str) and not given.strip():
+        raise ValueError(f"policy={given!r}: is empty (an unset shell variable?); leave it out for the default")
+    if given is not None:
+        return given
+    return str(EMBEDDED / "policy.json") if is_embedded(model) else DEFAULT
+
+
+def chosen_policy(model: Any, given: Any = None, gate: float | None = None) -> Policy:
+    """The policy of `policy_source`, with `gate` in place of its own if one is given. Errors are those of `policy`."""
+    source = policy_source(model, given)
+    return policy(source) if gate is None else policy(source, gate=gate)
+
+
+def chosen_scale(model: Any, given: float | None, chosen: Policy) -> float | None:
+    """The guidance scale given, or that at which the embedded model's policy was tuned. None: the policy's or the pipeline's own."""
+    if given is not None or chosen.guidance_scale is not None or not is_embedded(model):
+        return given
+    return float(read_json(EMBEDDED / "policy.json")["provenance"]["guidance_scale"])
 
 
 def model_index(model: str) -> Mapping[str, Any]:
@@ -37,7 +69,7 @@ def model_index(model: str) -> Mapping[str, Any]:
     try:
         return DiffusionPipeline.load_config(where)
     except (OSError, ValueError) as error:
-        raise ValueError(f"model={model!r}: no pipeline there ({str(error).splitlines()[0]})") from error
+        raise ValueError(f"model={model!r}: no pipeline there ({_line(error)})") from error
 
 
 def pipeline_class(index: Mapping[str, Any]) -> type:
@@ -56,13 +88,6 @@ def distilled(config: Mapping[str, Any]) -> str | None:
     if config.get("time_cond_proj_dim") is None:
         return None
     return "its UNet takes the guidance scale as an input (time_cond_proj_dim, as in LCM-distilled models): there is no unconditional branch"
-
-
-def denoiser_refusal(model: str, index: Mapping[str, Any]) -> str | None:
-    """Why the model's denoiser cannot be guarded, from its configuration alone; None if it can."""
-    from diffusers import UNet2DConditionModel
-
-    return distilled(UNet2DConditionModel.load_config(resolve(model), subfolder="unet")) if "unet" in index else None
 
 
 def family_of(kind: type) -> Family | None:
@@ -91,7 +116,8 @@ def scheduler_class(name: str) -> type:
     for candidate, found in usable.items():
         if key(candidate) == key(name):
             return found
-    raise ValueError(f"scheduler={name!r}: allowed are {', '.join(n.removesuffix('Scheduler') for n in usable)}")
+    allowed = [n.removesuffix("Scheduler") for n in usable]
+    raise ValueError(f"scheduler={name!r}: allowed are {', '.join(allowed)}{checks.meant(name, allowed)}")
 
 
 def with_scheduler(name: str, config: Any, family: Family | None) -> Any:
@@ -102,10 +128,9 @@ def with_scheduler(name: str, config: Any, family: Family | None) -> Any:
     kind: Any = scheduler_class(name)
     try:
         made = kind.from_config(config)
-    except (TypeError, ImportError) as error:
-        raise ValueError(
-            f"scheduler={name!r}: cannot be made from this model's configuration ({' '.join(str(error).split())})"
-        ) from None
+    except Exception as error:  # each scheduler refuses in its own way: NotImplementedError, KeyError, ImportError, ...
+        why = " ".join(str(error).split())
+        raise ValueError(f"scheduler={name!r}: cannot be made from this model's configuration ({why})") from None
     if family is not None and family.scales_input:
         missing = [
             attribute
@@ -136,25 +161,119 @@ def prepare(device: str, dtype: str) -> tuple[str, str]:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        raise ValueError(f"device={device!r}: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"device={device!r}: {_line(error)}") from None
     if dtype == "auto":
         dtype = "float16" if torch.device(device).type == "cuda" else "float32"
     return device, checks.choice("dtype", dtype, DTYPES)
 
 
-def load_pipeline(model: str, *, dtype: str = "float32", device: str = "cpu", scheduler: str | None = None) -> Any:
-    """The text-to-image pipeline of `model`, quiet (no progress bars of its own)."""
+def load_pipeline(
+    model: str,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    scheduler: str | None = None,
+    variant: str | None = None,
+) -> Any:
+    """The text-to-image pipeline of `model`, quiet (no progress bars of its own). ValueError, in one line, if it cannot be loaded."""
     import torch
     from diffusers import AutoPipelineForText2Image
 
+    try:
+        with warnings.catch_warnings():
+            # torch_dtype is the name that every supported diffusers knows; new ones call it deprecated.
+            warnings.simplefilter("ignore", FutureWarning)
+            pipe = AutoPipelineForText2Image.from_pretrained(
+                resolve(model), torch_dtype=getattr(torch, dtype), variant=variant
+            )
+        if scheduler is not None:
+            pipe.scheduler = with_scheduler(scheduler, pipe.scheduler.config, family_of(type(pipe)))
+        pipe.set_progress_bar_config(disable=True)
+        return pipe.to(device)
+    except Exception as error:  # files that are missing, cut, of other shapes: each library raises errors of its own
+        if isinstance(error, ValueError) and str(error).startswith("scheduler="):
+            raise
+        raise ValueError(f"model={model!r}: cannot be loaded: {_line(error)}{_variant_hint(model, variant)}") from error
+
+
+def _variant_hint(model: str, variant: str | None) -> str:
+    """Which variant to ask for, where a directory has weights of one alone."""
+    names = [path.name for path in Path(resolve(model)).glob("*/*.safetensors")]
+    found = sorted({name.split(".")[-2] for name in names if name.count(".") > 1 and "-of-" not in name})
+    plain = any(name.count(".") == 1 for name in names)
+    return (
+        f" (there are weights of variant {found[0]!r} alone: give variant)"
+        if found and not plain and variant != found[0]
+        else ""
+    )
+
+
+def skeleton(model: str, *, scheduler: str | None = None) -> Any:
+    """The pipeline as its class builds it, without weights: its scheduler, its denoiser and autoencoder as structures, nothing else.
+
+    Pipelines repair outdated configurations when they are built, so this and not the files is what will run. ValueError if the model
+    has no such parts, or the scheduler cannot be made from its configuration.
+    """
+    import diffusers
+    import torch
+
+    index = model_index(model)
+    kind: Any = pipeline_class(index)
+    parts: dict[str, Any] = {}
+    for name, parameter in inspect.signature(kind.__init__).parameters.items():
+        entry = index.get(name)
+        if name == "scheduler":
+            parts[name] = own_scheduler(model, index)
+        elif name in ("unet", "transformer", "vae", "controlnet") and isinstance(entry, (list, tuple)) and entry[1]:
+            made: Any = getattr(diffusers, entry[1])
+            with torch.device("meta"), _reading(model, name):
+                config = made.load_config(resolve(model), subfolder=name)
+                parts[name] = torch.nn.Module.to(made.from_config(config), torch.float16)
+        elif name == "requires_safety_checker":
+            parts[name] = False
+        elif isinstance(entry, (bool, int, float, str)):
+            parts[name] = entry
+        elif parameter.default is inspect.Parameter.empty and name != "self":
+            parts[name] = None
     with warnings.catch_warnings():
-        # torch_dtype is the name that every supported diffusers knows; new ones call it deprecated.
-        warnings.simplefilter("ignore", FutureWarning)
-        pipe = AutoPipelineForText2Image.from_pretrained(resolve(model), torch_dtype=getattr(torch, dtype))
+        warnings.simplefilter("ignore", FutureWarning)  # of what is repaired
+        pipe = kind(**parts)
     if scheduler is not None:
-        pipe.scheduler = with_scheduler(scheduler, pipe.scheduler.config, family_of(type(pipe)))
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
+        pipe.scheduler = with_scheduler(scheduler, pipe.scheduler.config, family_of(kind))
+    return pipe
+
+
+def own_scheduler(model: str, index: Mapping[str, Any]) -> Any:
+    """The model's scheduler as its files have it. ValueError if there is none."""
+    entry = index.get("scheduler")
+    if not isinstance(entry, (list, tuple)) or len(entry) != 2:
+        raise ValueError(f"model={model!r}: its model_index.json names no scheduler")
+    kind: Any = scheduler_class(str(entry[1]))
+    where = resolve(model)
+    if Path(where).is_dir() and not (Path(where) / "scheduler").is_dir():
+        raise ValueError(f"model={model!r}: has no scheduler directory")
+    with _reading(model, "scheduler"):
+        return kind.from_pretrained(where, subfolder="scheduler")
+
+
+class _reading:
+    """Turn what goes wrong with a part's configuration into a ValueError that names the model and the part."""
+
+    def __init__(self, model: str, part: str) -> None:
+        self.model, self.part = model, part
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, Exception):
+            raise ValueError(f"model={self.model!r}: its {self.part} cannot be read: {_line(error)}") from None
+
+
+def _line(error: BaseException) -> str:
+    """The first line that an error says."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def quiet() -> None:

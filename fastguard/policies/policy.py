@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
+from fastguard import checks
 from fastguard.files import read_json, short, write_json
 from fastguard.policies.fields import checked, common_length
 
@@ -183,7 +184,8 @@ def refuse_unknown(given: Mapping[str, Any]) -> None:
     known = [field.name for field in dataclasses.fields(Policy)]
     unknown = [key for key in given if key not in known]
     if unknown:
-        raise ValueError(f"unknown policy field {short(unknown[0])}: allowed are {', '.join(known)}")
+        near = checks.meant(unknown[0], known)
+        raise ValueError(f"unknown policy field {short(unknown[0])}: allowed are {', '.join(known)}{near}")
 
 
 def _pick(values: Mapping[str, Any], index: int) -> dict[str, Any]:

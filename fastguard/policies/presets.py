@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
+from fastguard import checks
 from fastguard.files import short
 from fastguard.policies.policy import SUFFIX, Policy, refuse_unknown
 
@@ -59,6 +60,7 @@ def policy(source: Source | Sequence[Source], **overrides: Any) -> Policy:
     else:
         raise ValueError(
             f"policy={short(source)}: allowed are {', '.join(PRESETS)}, a Policy, a path ending in {SUFFIX}, or a list of them"
+            + checks.meant(source, PRESETS)
         )
     refuse_unknown(overrides)
     return dataclasses.replace(base, **overrides)

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from fastguard.batch.generate import generate
 from fastguard.batch.stages import Stages
+from fastguard.batch.task import generate
 from tests import pipelines
 from tests.batch.jobs import OPTIONS, ROWS
 

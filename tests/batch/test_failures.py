@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from fastguard.batch import store
-from fastguard.batch.generate import Interrupted, generate
 from fastguard.batch.growing import Growing
 from fastguard.batch.pictures import Picture
 from fastguard.batch.stages import Stages
+from fastguard.batch.task import Interrupted, generate
 from tests.batch.jobs import OPTIONS, ROWS, check_complete, lines, pixels, stamps
 
 ROOT = Path(__file__).parents[2]
@@ -295,7 +295,7 @@ def test_killed_at_any_moment(model, tmp_path, whole):
     """SIGKILL, three times: no image is lost, damaged or made twice. (`python -m bench.batches` does it 20 times to 1,000 rows.)"""
     out = tmp_path / "out"
     program = (
-        "import json, sys\nfrom fastguard.batch.generate import generate\n"
+        "import json, sys\nfrom fastguard.batch.task import generate\n"
         f"generate({model!r}, {ROWS!r}, {str(out)!r}, policy='stp', steps=2, batch_size=1, device='cpu', progress=False)"
     )
     known: dict[str, int] = {}

@@ -13,8 +13,8 @@ import torch
 import webdataset
 from PIL import Image
 
-from fastguard.batch.generate import generate
 from fastguard.batch.pictures import Picture, read_record
+from fastguard.batch.task import generate
 from fastguard.policies.policy import Policy
 from fastguard.policies.presets import policy
 from tests.batch.jobs import OPTIONS, ROWS, lines, pixels

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import webdataset
 
-from fastguard.batch.generate import BadRows, generate, prepare
+from fastguard.batch.task import BadRows, generate, prepare
 from tests.batch.jobs import OPTIONS, ROWS, check_complete, lines, pixels, stamps
 
 ROOT = Path(__file__).parents[2]

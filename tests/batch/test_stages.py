@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import fastguard
+from fastguard.batch.options import Options
 from fastguard.batch.planning import plan, shape
 from fastguard.batch.prompt_files import load
-from fastguard.batch.request import Defaults
 from fastguard.batch.stages import Stages
 from fastguard.batch.text import CHUNK
 from fastguard.policies.presets import policy
@@ -19,7 +19,7 @@ SETTINGS = {"model": "tiny", "dtype": "float32", "scheduler": None}
 
 
 def requests(*rows, **defaults):
-    return load(rows, Defaults(**{"policy": policy("cfg"), "steps": 3, **defaults}))[0]
+    return load(rows, Options(**{"policy": policy("cfg"), "steps": 3, **defaults}))[0]
 
 
 def through(stages, batch):

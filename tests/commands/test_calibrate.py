@@ -7,12 +7,14 @@ import sys
 from pathlib import Path
 
 import diffusers
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 import fastguard
 from fastguard import testbed
-from fastguard.commands import cli
-from fastguard.commands.prompts import read_jsonl
+from fastguard.commands.calibrate import draws
+from fastguard.pipelines.loading import chosen_policy, chosen_scale
 from fastguard.policies.policy import Policy
 from fastguard.policies.presets import policy
 from tests import pipelines
@@ -28,7 +30,7 @@ def test_calibrate(model, tmp_path):
     """The file it writes is the policy with the gate that the library finds from the same prompts, and says how it was found."""
     prompts, out = ordinary(tmp_path / "ordinary.jsonl", 8), tmp_path / "guard.json"
     result = invoke(
-        "calibrate", "--model", model, "--prompts", prompts, "--out", out, "--policy", "stp", "--fpr", 0.4, "--confidence", 0.9,
+        "calibrate", model, "--prompts", prompts, "--out", out, "--policy", "stp", "--fpr", 0.4, "--confidence", 0.9,
         "--seeds", 2, "--steps", 3, "--guidance-scale", 4,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
@@ -72,14 +74,14 @@ BAD_CALIBRATIONS = [
 @pytest.mark.parametrize(("arguments", "message"), BAD_CALIBRATIONS, ids=[" ".join(a) for a, _ in BAD_CALIBRATIONS])
 def test_bad_calibrations(model, no_model, tmp_path, arguments, message):
     prompts, out = ordinary(tmp_path / "ordinary.jsonl", 8), tmp_path / "guard.json"
-    assert message in refused("calibrate", "--model", model, "--prompts", prompts, "--out", out, *arguments)
+    assert message in refused("calibrate", model, "--prompts", prompts, "--out", out, *arguments)
     assert not out.exists()
 
 
 def test_a_directory_is_no_policy_file(model, no_model, tmp_path):
     prompts, out = ordinary(tmp_path / "ordinary.jsonl", 8), tmp_path / "guard.json"
     out.mkdir()
-    message = refused("calibrate", "--model", model, "--prompts", prompts, "--out", out, "--fpr", 0.5)
+    message = refused("calibrate", model, "--prompts", prompts, "--out", out, "--fpr", 0.5)
     assert f"out='{out}': must be a .json file in an existing directory" in message
 
 
@@ -90,23 +92,21 @@ def test_a_line_ends_at_a_line_feed_alone(tmp_path, end):
     prompts = ["a\u2028cat", "a\u0085dog", "a\u2029bird", "a fish"]
     text = end.join(json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in prompts).replace(": ", ":\r") + end
     file.write_bytes(text.encode())
-    assert read_jsonl(file) == (prompts, None)
+    assert draws(file) == (prompts, None)
 
 
 @pytest.mark.parametrize("line", ["a cat", '{"text": "a cat"}', '{"prompt": ""}', '["a"]', '{"prompt": 3}'])
 def test_bad_jsonl(model, no_model, tmp_path, line):
     file = tmp_path / "ordinary.jsonl"
     file.write_text('{"prompt": "a"}\n' + line + "\n")
-    assert "line 2 is not" in refused(
-        "calibrate", "--model", model, "--prompts", file, "--out", tmp_path / "guard.json"
-    )
+    assert "line 2: " in refused("calibrate", model, "--prompts", file, "--out", tmp_path / "guard.json")
 
 
 def test_calibration_by_groups(model, no_model, tmp_path):
     """Eight prompts of four things are four units: too few for what eight would prove."""
     file = tmp_path / "ordinary.jsonl"
     file.write_text("".join(json.dumps({"prompt": f"a {i}", "group": f"thing {i // 2}"}) + "\n" for i in range(8)))
-    options = ("calibrate", "--model", model, "--prompts", file, "--out", tmp_path / "guard.json", "--fpr", 0.4)
+    options = ("calibrate", model, "--prompts", file, "--out", tmp_path / "guard.json", "--fpr", 0.4)
     assert "4 ordinary groups of prompts in" in refused(*options)
     for line in (
         {"prompt": "a", "group": "a"},
@@ -124,7 +124,7 @@ def lines(path: Path, *values: dict) -> Path:
 
 
 def test_spaces_make_neither_another_prompt_nor_another_group(model, no_model, tmp_path):
-    options = ("calibrate", "--model", model, "--out", tmp_path / "guard.json", "--fpr", 0.4, "--prompts")
+    options = ("calibrate", model, "--out", tmp_path / "guard.json", "--fpr", 0.4, "--prompts")
     spaced = ({"prompt": "a" + " " * (n + 1) + "dog"} for n in range(299))
     assert "line 2 repeats line 1" in refused(*options, lines(tmp_path / "spaced.jsonl", *spaced))
     assert "line 2 repeats line 1" in refused(
@@ -137,11 +137,32 @@ def test_spaces_make_neither_another_prompt_nor_another_group(model, no_model, t
     assert "1 ordinary groups of prompts in" in refused(*options, grouped)
 
 
-@pytest.mark.parametrize("field", ["groups", "Group", "caption", "negative_prompt"])
-def test_unknown_fields(model, no_model, tmp_path, field):
-    file = lines(tmp_path / "ordinary.jsonl", {"prompt": "a"}, {"prompt": "b", field: "c"})
-    message = refused("calibrate", "--model", model, "--prompts", file, "--out", tmp_path / "guard.json")
-    assert f"line 2 has the field '{field}': allowed are prompt, group" in message
+@pytest.mark.parametrize("name", ["p.jsonl", "p.csv", "p.parquet", "p.txt"])
+def test_every_file_that_generate_reads(tmp_path, name):
+    """Their other columns are ignored, whatever is in them."""
+    file = tmp_path / name
+    prompts, seeds, groups = ["a cat", "a dog", "a cow"], ["x", "-1", ""], ["pet", "pet", "cattle"]
+    if name == "p.txt":
+        file.write_text("a cat\n\na dog\na cow\n")
+    elif name == "p.csv":
+        file.write_text(
+            "seed,prompt,group,colour\n"
+            + "".join(f"{s},{p},{g},red\n" for s, p, g in zip(seeds, prompts, groups, strict=True))
+        )
+    elif name == "p.jsonl":
+        lines(file, *({"prompt": p, "group": g, "seed": s} for s, p, g in zip(seeds, prompts, groups, strict=True)))
+    else:
+        parquet.write_table(pa.table({"seed": seeds, "prompt": prompts, "group": groups}), file)
+    assert draws(file) == (prompts, None if name == "p.txt" else groups)
+
+
+def test_no_policy_file_is_overwritten(model, no_model, tmp_path):
+    prompts, out = ordinary(tmp_path / "ordinary.jsonl", 8), tmp_path / "guard.json"
+    out.write_text("mine")
+    assert "is there already, and is not overwritten" in refused(
+        "calibrate", model, "--prompts", prompts, "--out", out, "--fpr", 0.5
+    )
+    assert out.read_text() == "mine"
 
 
 def test_prompts_of_the_same_tokens_are_one_draw(model, tmp_path, monkeypatch):
@@ -149,7 +170,6 @@ def test_prompts_of_the_same_tokens_are_one_draw(model, tmp_path, monkeypatch):
     monkeypatch.setattr("fastguard.policies.gate.collect_gate_statistics", None)
     options = (
         "calibrate",
-        "--model",
         model,
         "--out",
         tmp_path / "guard.json",
@@ -161,7 +181,7 @@ def test_prompts_of_the_same_tokens_are_one_draw(model, tmp_path, monkeypatch):
     )
     for second, third in (("b", "A Cat"), ("a cat" + " b" * 20, "a cat" + " b" * 20 + " c")):
         file = lines(tmp_path / "ordinary.jsonl", {"prompt": "a cat"}, {"prompt": second}, {"prompt": third})
-        assert f"line 3 has the tokens of line {1 if second == 'b' else 2}" in refused(*options, file)
+        assert f"prompt 3 has the tokens of prompt {1 if second == 'b' else 2}" in refused(*options, file)
 
 
 def test_demo(monkeypatch, tmp_path):
@@ -176,7 +196,10 @@ def test_demo(monkeypatch, tmp_path):
 
 def test_the_embedded_model_has_a_guidance_scale_of_its_own():
     plain, scaled = policy("dtp", gate=0.1), policy("dtp", gate=0.1, guidance_scale=5.0)
-    assert cli._scale(None, plain, "testbed") == testbed.GUIDANCE_SCALE == 3.0
-    assert cli._scale(2.0, plain, "testbed") == 2.0
-    assert cli._scale(None, scaled, "testbed") is None  # the policy says it
-    assert cli._scale(None, plain, "owner/name") is None
+    for model in ("testbed", testbed.path(), testbed.load()):
+        assert chosen_scale(model, None, plain) == testbed.GUIDANCE_SCALE == 3.0
+        assert chosen_scale(model, 2.0, plain) == 2.0
+        assert chosen_scale(model, None, scaled) is None  # the policy says it
+        assert chosen_policy(model) == policy(testbed.policy_path())
+    assert chosen_scale("owner/name", None, plain) is None
+    assert chosen_policy("owner/name") == policy("dtp")

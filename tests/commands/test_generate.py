@@ -138,7 +138,7 @@ def test_killed_run_is_resumed(model, tmp_path):
         "--prompt",
         "a dog",
         "--steps",
-        4,
+        25,
         "--images-per-prompt",
         6,
         "--policy",

@@ -9,7 +9,7 @@ import signal
 
 import pytest
 
-from fastguard.batch.generate import Interrupted
+from fastguard.batch.task import Interrupted
 from fastguard.policies.policy import Policy
 from fastguard.policies.presets import policy
 from tests.commands.invoking import invoke, refused
@@ -24,10 +24,10 @@ def test_exit_codes(model, tmp_path, monkeypatch):
     }
     for code, error in errors.items():
 
-        def run(self, error=error):
+        def run(self, progress, error=error):
             raise error
 
-        monkeypatch.setattr("fastguard.batch.generate.Task.run", run)
+        monkeypatch.setattr("fastguard.batch.task.Task.run", run)
         result = invoke(*command)
         assert result.exit_code == code
         assert "resumes" in result.stderr
@@ -79,7 +79,7 @@ def test_bad_input_is_refused_before_the_model_is_loaded(model, no_model, tmp_pa
     ("content", "message"),
     [
         (b"", "there is no prompt in it"),
-        (b"a\n\nb\n", "line 2: prompt='': must be text that is not empty"),
+        (b"\n \n", "there is no prompt in it"),
         (b"a\n\xff\n", "line 2: prompt='\\udcff': is not UTF-8 text"),
     ],
 )
@@ -148,9 +148,7 @@ def test_a_distilled_unet_is_refused_before_work(model, no_model, tmp_path):
     assert "path       refused: its UNet takes the guidance scale" in invoke("inspect", other).stdout
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(f'{{"prompt": "{i} cats"}}\n' for i in range(300)))
-    assert "time_cond_proj_dim" in refused(
-        "calibrate", "--model", other, "--prompts", prompts, "--out", tmp_path / "policy.json"
-    )
+    assert "time_cond_proj_dim" in refused("calibrate", other, "--prompts", prompts, "--out", tmp_path / "policy.json")
 
 
 def test_other_settings_are_refused(model, tmp_path):

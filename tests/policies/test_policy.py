@@ -303,5 +303,5 @@ def test_warning_names_each_ungated_policy_once():
 
 
 def test_a_number_beyond_every_float_is_refused_by_name():
-    with pytest.raises(ValueError, match="gate: a number of 401 digits; must be"):
+    with pytest.raises(ValueError, match=r"gate=1000.*: must be None or a finite number above 0"):
         Policy(transition="dynamic", gate=10**400)

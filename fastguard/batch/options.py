@@ -1,0 +1,105 @@
+# ruff: noqa: RUF009  (a call per field: what it gives is a field, and not shared)
+"""All options of `generate`, once: keyword arguments of Python, the command line and docs/generate.md are made of this table."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fastguard import checks
+
+FORMATS = ("png", "jpeg", "webp")
+METADATA = ("full", "id", "none")
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+ENGINES = ("local", "ray")
+MOST_PER_PROMPT = 100_000
+MOST_WORKERS = 1000
+MOST_ACTORS = 10_000
+SMALLEST = 0.0001  # amount of a resource, Ray counts in it
+
+
+def _option(default: Any, text: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Checked on construction: ValueError for a value that is not allowed, and for one that would have no effect."""
+
+    policy: Any = _option(None, "Preset, or path of a policy file; dtp unless given, and for testbed its own.")
+    gate: float | None = _option(None, "Guard only images whose RMS(c - u) reaches this at the first steps.")
+    negative_prompt: str | None = _option(None, "What the images shall not show.")
+    seed: int = _option(0, "Image n of a prompt is made from seed + n.")
+    steps: int = _option(50, "Denoising steps.")
+    guidance_scale: float | None = _option(
+        None, "Guidance scale; unless given the pipeline's default, and for testbed 3."
+    )
+    width: int | None = _option(None, "Pixels; the model's own size unless given.")
+    height: int | None = _option(None, "Pixels; the model's own size unless given.")
+    images_per_prompt: int = _option(1, "Images per prompt.")
+    batch_size: int = _option(8, "Images per call of the pipeline; halved if memory is short.")
+    format: str = _option("png", "png, jpeg or webp.")
+    quality: int | None = _option(None, "Of jpeg and webp, 1 to 100; 95 unless given.")
+    metadata: str = _option("full", "What an image file says of itself: full, its id alone, or none.")
+    shard_size: int | None = _option(None, "Write WebDataset shards of so many images instead of a file per image.")
+    sheet: bool = _option(False, "Also write sheet.png, a contact sheet of the images.")
+    keep_going: bool = _option(False, "Leave out what is bad or fails, and list it in rejected.jsonl.")
+    dtype: str = _option("auto", "float32, float16 or bfloat16; auto: float16 on a GPU, else float32.")
+    device: str = _option("auto", "Torch device; auto: a GPU if there is one.")
+    scheduler: str | None = _option(None, "Diffusers scheduler in place of the model's own, e.g. DDIM.")
+    variant: str | None = _option(None, "Of the weights' files, e.g. fp16.")
+    workers: int | None = _option(None, "Threads that encode and write images.")
+    engine: str = _option("local", "local, or ray: several processes on one machine or many.")
+    actors: int | None = _option(None, "ray: processes with a model each; 1 unless given.")
+    cpus_per_actor: float | None = _option(None, "ray: CPUs of each; 1 unless given.")
+    gpus_per_actor: float | None = _option(None, "ray: GPUs of each, a fraction shares one; 0 unless given.")
+    ray_address: str | None = _option(None, "ray: address of a cluster; a local one is started unless given.")
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Options:
+        """From keyword arguments. TypeError for one that is not there, with the name that may have been meant."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        for name in values:
+            if name not in names:
+                raise TypeError(f"generate: there is no option {name!r}{checks.meant(name, names)}")
+        return cls(**values)
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("format", FORMATS), ("metadata", METADATA), ("dtype", DTYPES), ("engine", ENGINES)):
+            checks.choice(name, getattr(self, name), allowed)
+        limits = {
+            "images_per_prompt": (1, MOST_PER_PROMPT), "batch_size": (1, None), "quality": (1, 100), "shard_size": (1, None),
+            "workers": (1, MOST_WORKERS), "actors": (1, MOST_ACTORS),
+        }  # fmt: skip
+        for name, (lowest, highest) in limits.items():
+            if getattr(self, name) is not None:
+                self._set(name, checks.integer(name, getattr(self, name), lowest, highest))
+        if self.cpus_per_actor is not None:
+            allowed = f"0, or from {SMALLEST} to {MOST_ACTORS}"
+            self._set("cpus_per_actor", checks.number("cpus_per_actor", self.cpus_per_actor, allowed, _amount))
+        if self.gpus_per_actor is not None:
+            allowed = f"0, from {SMALLEST} to 1, or a whole number to {MOST_ACTORS}"
+            self._set("gpus_per_actor", checks.number("gpus_per_actor", self.gpus_per_actor, allowed, _whole_amount))
+        needs = {
+            "quality": (self.format != "png", "format='jpeg' or 'webp'"),
+            **dict.fromkeys(
+                ("actors", "cpus_per_actor", "gpus_per_actor", "ray_address"), (self.engine == "ray", "engine='ray'")
+            ),
+            "workers": (self.engine == "local", "engine='local'"),
+        }
+        for name, (met, need) in needs.items():
+            if getattr(self, name) is not None and not met:
+                raise ValueError(f"{name}={getattr(self, name)!r}: has no effect without {need}")
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+
+def _amount(value: float) -> bool:
+    return value == 0 or SMALLEST <= value <= MOST_ACTORS
+
+
+def _whole_amount(value: float) -> bool:
+    return _amount(value) and (value <= 1 or value.is_integer())

@@ -1,0 +1,37 @@
+"""`fastguard inspect`: what would run on a model, and why."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from fastguard.commands.arguments import Gate, Model, PolicyName, Scale, Scheduler, Steps, note_on_gate, refusing
+
+
+def inspect(
+    model: Model,
+    policy: PolicyName = None,
+    gate: Gate = None,
+    steps: Steps = None,
+    guidance_scale: Scale = None,
+    scheduler: Scheduler = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Show what would run and why: the path, the scheduler's table, and what each step costs. Loads no weights."""
+    with refusing():
+        from fastguard import checks
+        from fastguard.commands.inspection import inspect_model
+        from fastguard.pipelines.loading import chosen_policy, chosen_scale
+
+        if steps is not None:
+            checks.integer("steps", steps, 1)
+        if guidance_scale is not None:
+            checks.number("guidance_scale", guidance_scale, "a finite number")
+        chosen = chosen_policy(model, policy, gate)
+        scale = chosen_scale(model, guidance_scale, chosen)
+        found = inspect_model(model, chosen, steps=steps, guidance_scale=scale, scheduler=scheduler)
+        if gate is None and chosen.gate is not None:
+            note_on_gate(policy, model, found.steps, scheduler)
+    typer.echo(json.dumps(found.to_dict(), indent=2, allow_nan=False) if as_json else str(found))
