@@ -9,10 +9,13 @@ planning      requests to batches of one shape; what is left of them after a cra
 stages        text encoding (text), denoising and decoding (decoding) of one batch by a guarded pipeline
 overlap       the stages overlapped in threads; memory: what to do when it is short
 local         runs them in this process, ray_runner on the actors of a Ray cluster
+cuts          what of a prompt no text encoder reads
 pictures      PNG, JPEG and WebP bytes with the record of the image inside
+sheet         contact sheet
 store         a directory of images, or WebDataset shards; growing: files that only grow
 manifest      the append-only list of what is done
-claim         an output directory belongs to one job
+claim         an output directory belongs to one job; names: ids that would be one file
+signals       SIGTERM and SIGINT end a run in good order
 job           all of it: refuse, resume, run, commit, summarize
 task          `fastguard.generate`, and the job that it prepares
 """

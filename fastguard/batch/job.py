@@ -17,6 +17,7 @@ from fastguard.batch.pictures import Picture, read_record
 from fastguard.batch.planning import Batch, plan
 from fastguard.batch.prompt_files import BadRows, Source
 from fastguard.batch.request import Request
+from fastguard.batch.sheet import MOST, write_sheet
 from fastguard.batch.signals import Interrupted, interrupting
 from fastguard.batch.store import Directory, Made, Shards
 from fastguard.batch.summary import Summary, summarize
@@ -126,7 +127,8 @@ class Job:
 
     def _other_values(self, request: Request, line: dict[str, Any]) -> Problem:
         own = {key: value for key, value in (request.identity() | self.settings).items() if value is not None}
-        what = "; ".join(differences({key: line.get(key) for key in own}, own))
+        there = {key: line.get(key) for key in own} | {"policy": json.loads(line.get("policy_json") or "null")}
+        what = "; ".join(differences(there, own))
         what = what or "another negative_prompt, guidance_scale, width or height"
         return Problem(request.line or 0, f"id={request.id!r}: was made in {self.out} from other values: {what}")
 
@@ -159,7 +161,15 @@ class Job:
                 self._make(runner, done, bar)
         self.store.close()
         made = len(done) - before
+        if self.options.sheet:
+            write_sheet(self.out, self._lines(), self.store.read)
         return summarize(self.out, self.requests, self.manifest, self._all_settings, made=made, problems=self.problems)
+
+    def _lines(self) -> Iterator[dict[str, Any]]:
+        """The manifest's last line of each image, in the order of the requests."""
+        wanted = {request.id for request in self.requests[:MOST]}
+        lines = {line["id"]: line for line in self.manifest.lines() if line["id"] in wanted}
+        return (lines[request.id] for request in self.requests[:MOST] if request.id in lines)
 
     def _make(self, runner: Runner, done: set[str], bar: Any) -> None:
         """Make what is not in `done`; whatever gets into the manifest gets into `done` too."""

@@ -29,6 +29,7 @@ from typing import Any, TypeVar
 import torch
 from PIL import Image
 
+from fastguard.batch.decoding import Decoded
 from fastguard.batch.memory import free, out_of_memory
 from fastguard.batch.planning import Batch
 from fastguard.batch.request import Request
@@ -184,21 +185,21 @@ class Conveyor:
             yield output
 
     def _decode(self, item: Denoised) -> Iterator[Any]:
-        for index, image in enumerate(self._images(item)):
-            if isinstance(image, Failed):
-                yield image
+        for index, decoded in enumerate(self._images(item)):
+            if isinstance(decoded, Failed):
+                yield decoded
                 continue
-            record = self.stages.record(item, index, image)
+            record = self.stages.record(item, index, decoded)
             while not self._slots.acquire(timeout=0.1):
                 if self._abandon.is_set():
                     return
             request = item.batch[index]
-            work = functools.partial(self.finish, request, image, record)
+            work = functools.partial(self.finish, request, decoded.image, record)
             future = self._pool.submit(finished, work, request, self.keep_going)
             future.add_done_callback(lambda _: self._slots.release())
             yield future
 
-    def _images(self, item: Denoised) -> list[Image.Image | Failed]:
+    def _images(self, item: Denoised) -> list[Decoded | Failed]:
         """Decoded, or one by one where that fails and the run keeps going."""
         try:
             return list(self.stages.decode(item))

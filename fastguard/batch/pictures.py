@@ -12,11 +12,12 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from fastguard import checks
-from fastguard.batch.options import FORMATS, Options
+from fastguard.batch.options import FORMATS, METADATA, Options
 from fastguard.files import finite
 
 ENDINGS = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
 CHUNK = "fastguard"  # PNG text chunk with the whole record as JSON
+PARAMETERS = "parameters"  # PNG text chunk of web UIs; others, say "prompt", have meanings of their own in node editors
 _EXIF_IFD, _COMMENT, _ASCII = 0x8769, 0x9286, b"ASCII\0\0\0"
 _LARGEST_COMMENT = 65_000  # bytes: a JPEG segment holds 65,533
 _BULKY = ("d_curve", "timesteps")
@@ -24,18 +25,23 @@ _BULKY = ("d_curve", "timesteps")
 
 @dataclass(frozen=True)
 class Picture:
-    """How images are encoded. quality: of jpeg and webp, 1 to 100; png is lossless."""
+    """How images are encoded. quality: of jpeg and webp, 1 to 100; png is lossless.
+
+    metadata: "full", the whole record is in the file; "id", the image's id and its request's digest alone; "none".
+    """
 
     format: str = "png"
     quality: int = 95
+    metadata: str = "full"
 
     def __post_init__(self) -> None:
         checks.choice("format", self.format, FORMATS)
         checks.integer("quality", self.quality, 1, 100)
+        checks.choice("metadata", self.metadata, METADATA)
 
     @classmethod
     def of(cls, options: Options) -> Picture:
-        return cls(options.format, 95 if options.quality is None else options.quality)
+        return cls(options.format, 95 if options.quality is None else options.quality, options.metadata)
 
     @property
     def ending(self) -> str:
@@ -44,12 +50,19 @@ class Picture:
     def encode(self, image: Image.Image, record: dict[str, Any]) -> bytes:
         """The file's bytes. A JPEG whose record is too long for it is left without the curve, and in the end without a record."""
         buffer = io.BytesIO()
+        name = {"id": record.get("id"), "request": record.get("request")}
+        if self.metadata == "id":
+            record = name
         if self.format == "png":
-            image.save(buffer, format="PNG", pnginfo=_png_text(record))
+            text = None if self.metadata == "none" else _png_text(record)
+            image.save(buffer, format="PNG", pnginfo=text)
+            return buffer.getvalue()
+        if self.metadata == "none":
+            image.convert("RGB").save(buffer, format=self.format.upper(), quality=self.quality)
             return buffer.getvalue()
         exif = Image.Exif()
         short = {key: value for key, value in record.items() if key not in _BULKY}
-        for candidate in (record, short, {"id": record.get("id"), "request": record.get("request")}):
+        for candidate in (record, short, name):
             comment = _ASCII + json.dumps(finite(candidate), allow_nan=False).encode("ascii")
             if self.format == "webp" or len(comment) <= _LARGEST_COMMENT:
                 break
@@ -59,19 +72,38 @@ class Picture:
 
 
 def _png_text(record: dict[str, Any]) -> PngInfo:
-    policy, gate = record.get("policy"), record.get("gate_text")
-    texts = {
-        **{key: record.get(key) for key in ("prompt", "negative_prompt", "seed", "model", "steps", "scheduler")},
-        "guidance_scale": record.get("guidance_scale"),
-        "policy": policy.get("name") if isinstance(policy, dict) else policy,
-        "gate": gate or "none",
-        "transition": record.get("transition_text") or "none",
-        CHUNK: json.dumps(finite(record), allow_nan=False),
-    }
     info = PngInfo()
-    for key, text in texts.items():
-        info.add_itxt(key, "" if text is None else str(text))
+    if "prompt" in record:
+        info.add_itxt(PARAMETERS, parameters(record))
+    info.add_itxt(CHUNK, json.dumps(finite(record), allow_nan=False))
     return info
+
+
+def parameters(record: dict[str, Any]) -> str:
+    """The record as web UIs write it: the prompt, a line with the negative one, a line of "Name: value" with commas between them."""
+    values = {
+        "Steps": record["steps"],
+        "Sampler": str(record["scheduler"]).removesuffix("Scheduler"),
+        "CFG scale": record["guidance_scale"],
+        "Seed": record["seed"],
+        "Size": f"{record['width']}x{record['height']}",
+        "Model": record["model"],
+        "Guard": record["policy"],
+        "Guard gate": record["gate_text"],
+        "Guard transition": record["transition_text"],
+    }
+    lines = [
+        record["prompt"],
+        *([f"Negative prompt: {record['negative_prompt']}"] if record["negative_prompt"] else []),
+    ]
+    return "\n".join(
+        [*lines, ", ".join(f"{name}: {_quoted(value)}" for name, value in values.items() if value not in (None, ""))]
+    )
+
+
+def _quoted(value: Any) -> str:
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if any(mark in text for mark in ",:\n") else text
 
 
 def read_record(source: str | os.PathLike[str] | io.BytesIO) -> dict[str, Any] | None:

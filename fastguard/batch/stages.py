@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -11,10 +12,10 @@ from typing import Any
 
 import diffusers
 import torch
-from PIL import Image
 
 import fastguard
-from fastguard.batch.decoding import decoder
+from fastguard.batch.cuts import Cuts
+from fastguard.batch.decoding import Decoded, decoder, of_call
 from fastguard.batch.fitting import guard_disabled
 from fastguard.batch.memory import halving
 from fastguard.batch.request import Request
@@ -32,7 +33,7 @@ class Denoised:
 
     batch: Sequence[Request]
     latents: torch.Tensor | None
-    images: list[Image.Image] | None
+    images: list[Decoded] | None
     report: Report | None  # none if the guard is disabled
     seconds: Callable[[], float]
     ready: Any = None  # event after which another stream may read the latents
@@ -59,6 +60,7 @@ class Stages:
         # A CPU convolves faster so. Offloaded models are left alone.
         modules = pipe.components.values() if on_cpu and self._decode is not None else ()
         self._relaid = [m for m in modules if isinstance(m, torch.nn.Module) and _to_channels_last(m)]
+        self._cuts = Cuts(pipe)
         self._text = None if self._decode is None else TextStage(pipe, requests, self.device)
         self._scale = inspect.signature(type(pipe).__call__).parameters["guidance_scale"].default
         self._disabled = guard_disabled()
@@ -84,12 +86,16 @@ class Stages:
     def encode(self, batch: Sequence[Request]) -> dict[str, Any]:
         """The text as arguments of the pipeline; plain prompts where it must encode them itself."""
         if self._text is not None:
+            self._read_cuts(batch)
             with self._no_grad():
                 return self._text.encode(batch)
         arguments: dict[str, Any] = {"prompt": [request.prompt for request in batch]}
         if any(request.negative_prompt is not None for request in batch):
             arguments["negative_prompt"] = [request.negative_prompt or "" for request in batch]
         return arguments
+
+    def _read_cuts(self, batch: Sequence[Request]) -> None:
+        self._cuts.read(text for request in batch for text in (request.prompt, request.negative_prompt))
 
     def denoise(self, batch: Sequence[Request], text: dict[str, Any]) -> Denoised:
         """One call of the pipeline for images of one shape, each with its own seed, scale and policy."""
@@ -99,6 +105,8 @@ class Stages:
         same = all(policy == policies[0] for policy in policies)
         self.guard.policy = policies[0] if same else Policy.stack(policies)
         scale = first.stock_scale if self._disabled or not first.guided else None  # else the policies have them
+        if self._text is None:  # the pipeline tokenizes in this thread
+            self._read_cuts(batch)
         watch = _Watch(self.device)
         with self._no_grad():
             result = self.pipe(
@@ -107,15 +115,15 @@ class Stages:
                 num_inference_steps=first.steps,
                 # On the host: the same noise on every device, and for an image whatever batch it is in.
                 generator=[torch.Generator("cpu").manual_seed(request.seed) for request in batch],
-                output_type="pil" if self._decode is None else "latent",
+                output_type="pt" if self._decode is None else "latent",
                 **({} if scale is None else {"guidance_scale": scale}),
-            ).images
+            )
         watch.stop()
         report = None if self._disabled else self.guard.report
-        latents, images = (None, result) if self._decode is None else (result, None)
+        latents, images = (None, of_call(self.pipe, result)) if self._decode is None else (result.images, None)
         return Denoised(batch, latents, images, report, watch.seconds, watch.end)
 
-    def decode(self, denoised: Denoised) -> list[Image.Image]:
+    def decode(self, denoised: Denoised) -> list[Decoded]:
         """The images; beside the next batch's loop, on a stream of its own where the device has streams."""
         if denoised.images is not None:
             return denoised.images
@@ -123,7 +131,7 @@ class Stages:
         if latents is None or work is None:
             raise RuntimeError("nothing to decode")
 
-        def part(rows: Sequence[torch.Tensor]) -> list[Image.Image]:
+        def part(rows: Sequence[torch.Tensor]) -> list[Decoded]:
             return work(self.pipe, torch.stack(list(rows)))
 
         with self._no_grad():
@@ -137,8 +145,8 @@ class Stages:
                     parts = halving(part, list(latents))
         return [image for images in parts for image in images]
 
-    def record(self, denoised: Denoised, index: int, image: Image.Image) -> dict[str, Any]:
-        """All that is known of an image: the manifest's line, and what its file says about itself."""
+    def record(self, denoised: Denoised, index: int, decoded: Decoded) -> dict[str, Any]:
+        """All that is known of an image: the manifest's line, and what its file says about itself. A field has one type in all images."""
         request: Request = denoised.batch[index]
         own: Any = request.policy.guidance_scale
         return {
@@ -148,13 +156,21 @@ class Stages:
             "negative_prompt": request.negative_prompt,
             "seed": request.seed,
             "steps": request.steps,
-            "guidance_scale": next(s for s in (request.guidance_scale, own, self._scale) if s is not None),
-            "policy": request.policy.to_dict(),
-            "width": image.width,
-            "height": image.height,
+            # None if the policy has one per row
+            "guidance_scale": None
+            if isinstance(own, tuple)
+            else float(next(s for s in (request.guidance_scale, own, self._scale) if s is not None)),
+            "policy": request.policy.name,
+            "policy_json": json.dumps(request.policy.to_dict()),
+            "width": decoded.image.width,
+            "height": decoded.image.height,
             **self.settings,
             "scheduler": type(self.pipe.scheduler).__name__,
             **_reported(None if denoised.report is None else denoised.report.images[index]),
+            "prompt_cut": self._cuts[request.prompt],
+            "negative_prompt_cut": self._cuts[request.negative_prompt],
+            "blacked": decoded.blacked,
+            "vae_non_finite": not decoded.finite,
             "batch": len(denoised.batch),
             "seconds": round(denoised.seconds() / len(denoised.batch), 6),
             "device": str(self.device),

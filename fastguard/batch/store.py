@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import tarfile
@@ -56,6 +57,10 @@ class Directory:
             ).hexdigest() == line.get("sha256")
         except OSError:
             return False
+
+    def read(self, line: Mapping[str, Any]) -> bytes:
+        """The image's file, of a manifest line."""
+        return (self.out / line["file"]).read_bytes()
 
     def path(self, request: Request) -> Path:
         return self.out / (request.id + self.picture.ending)
@@ -115,6 +120,14 @@ class Shards:
     def holds(self, line: Mapping[str, Any]) -> bool:
         """Whether the sample of a manifest line was whole when the shards were opened."""
         return (line["file"], line["offset"]) not in self._damaged
+
+    def read(self, line: Mapping[str, Any]) -> bytes:
+        """The image's file, of a manifest line."""
+        with (self.out / line["file"]).open("rb") as shard:
+            shard.seek(line["offset"])
+            sample = io.BytesIO(shard.read(line["bytes"]))
+        with tarfile.open(fileobj=sample) as tar:
+            return tar.extractfile(f"{line['id']}{self.picture.ending}").read()  # type: ignore[union-attr]
 
     def path(self, request: Request) -> None:
         """No image can be found by its name."""

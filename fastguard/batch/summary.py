@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,26 +15,54 @@ from fastguard.files import write_atomic
 
 REPORT = "report.json"
 LISTED = 10_000  # images that report.json lists; beyond, the manifest is the list
+NAMED = 20  # rejected images that the summary names
+
+COUNTS: dict[str, tuple[str, Callable[[Mapping[str, Any]], Any]]] = {
+    "caught": ("caught by the gate", lambda line: line.get("gate") and line["gate"]["caught"]),
+    "transitions": ("transitions", lambda line: line.get("transition_step") is not None),
+    "forced": ("of them forced by the deadline", lambda line: line.get("forced")),
+    "suspect": ("suspect of being copies", lambda line: line.get("suspect")),
+    "blacked": ("blacked by the safety checker", lambda line: line.get("blacked")),
+    "non_finite": ("NOT FINITE", lambda line: line.get("non_finite") is not None or line.get("vae_non_finite")),
+    "cut": (
+        "whose prompt was cut at the encoder's length",
+        lambda line: line.get("prompt_cut") or line.get("negative_prompt_cut"),
+    ),
+}
+"""What is counted of a job's images: the words of the summary, and whether an image's line in the manifest says so."""
+
+_ALWAYS = ("caught", "transitions", "forced")  # in the summary's text even if there are none
 
 
 @dataclass(frozen=True)
 class Summary:
-    """total: images of the job that are there; made: of them by this run; rejected: rows that could not be made."""
+    """total: images of the job that are there; made: of them by this run; counts: see `COUNTS`; rejected: rows that could not be made.
+
+    rejected_ids: of the images and rows that were rejected, as far as they had one.
+    """
 
     total: int
     made: int
+    counts: dict[str, int]
     rejected: int
-    caught: int
-    transitions: int
-    forced: int
+    rejected_ids: tuple[str, ...]
     report: Path
 
+    def __getattr__(self, name: str) -> int:
+        """`summary.caught` and the like."""
+        try:
+            return self.__dict__["counts"][name]
+        except KeyError:
+            raise AttributeError(name) from None
+
     def __str__(self) -> str:
-        text = (
-            f"{self.total} images, {self.made} of them made now; caught by the gate: {self.caught}, transitions: "
-            f"{self.transitions}, of them forced by the deadline: {self.forced}"
-        )
-        return f"{text}; rejected rows: {self.rejected}" if self.rejected else text
+        told = [f"{COUNTS[name][0]}: {n}" for name, n in self.counts.items() if n or name in _ALWAYS]
+        text = f"{self.total} images, {self.made} of them made now; {', '.join(told)}"
+        if not self.rejected:
+            return text
+        more = ", ..." if len(self.rejected_ids) > NAMED else ""
+        names = f" ({', '.join(self.rejected_ids[:NAMED])}{more})" if self.rejected_ids else ""
+        return f"{text}; rejected rows: {self.rejected}{names}"
 
 
 def summarize(
@@ -50,24 +78,27 @@ def summarize(
     wanted = {request.id for request in requests}
     small = len(wanted) <= LISTED
     lines: dict[str, dict[str, Any]] = {}
+    flags: dict[str, list[str]] = {}
     for line in manifest.lines():
         if line["id"] in wanted:
-            lines[line["id"]] = line if small else {key: line[key] for key in ("gate", "transition_step", "forced")}
-    counts = {
-        "total": len(lines),
-        "rejected": len(problems),
-        "caught": sum(1 for line in lines.values() if line["gate"] and line["gate"]["caught"]),
-        "transitions": sum(1 for line in lines.values() if line["transition_step"] is not None),
-        "forced": sum(1 for line in lines.values() if line["forced"]),
-    }
+            flags[line["id"]] = [name for name, (_, holds) in COUNTS.items() if holds(line)]
+            if small:
+                lines[line["id"]] = line
+    counts = {name: sum(name in own for own in flags.values()) for name in COUNTS}
+    values = [problem.values for problem in problems]
+    ids = tuple(str(row["id"]) for row in values if isinstance(row, Mapping) and row.get("id") is not None)
     report = {
-        "fastguard_generate": 1,
+        "fastguard_generate": 2,
         "settings": dict(settings),
+        "total": len(flags),
+        "rejected": len(problems),
+        "rejected_ids": list(ids[:LISTED]),
         **counts,
         "manifest": manifest.path.name,
     }
     images = [lines[request.id] for request in requests if request.id in lines] if small else None
-    return Summary(made=made, report=write_atomic(out / REPORT, _text(report, images)), **counts)
+    written = write_atomic(out / REPORT, _text(report, images))
+    return Summary(len(flags), made, counts, len(problems), ids, written)
 
 
 def _text(report: Mapping[str, Any], images: Sequence[Mapping[str, Any]] | None) -> str:

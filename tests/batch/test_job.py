@@ -27,7 +27,8 @@ def test_manifest_and_report(whole):
     assert sorted(line["id"] for line in found) == sorted(row["id"] for row in ROWS)
     line = next(line for line in found if line["id"] == "r7")
     assert (line["prompt"], line["seed"], line["steps"], line["file"]) == ("cat 2", 7, 2, "r7.png")
-    assert Policy.from_dict(line["policy"]) == policy("stp")
+    assert line["policy"] == "stp"
+    assert Policy.from_dict(json.loads(line["policy_json"])) == policy("stp")
     assert line["transition_step"] == 1
     assert line["d_curve"][0] is None  # the conditional branch did not run
     assert line["d_curve"][1] > 0
@@ -55,8 +56,11 @@ def test_record_is_in_the_image(pipe, tmp_path, format):
     if format == "png":
         with Image.open(path) as image:
             image.load()
-            assert image.text["policy"] == "dtp"
-            assert image.text["transition"].startswith(("transition at row", "forced at row", "no transition"))
+            assert set(image.text) == {"parameters", "fastguard"}
+            first, negative, rest = image.text["parameters"].split("\n")
+            assert (first, negative) == ("caf\u00e9 \u263a", "Negative prompt: ugly")
+            assert rest.startswith("Steps: 3, Sampler: DDIM, CFG scale: 7.5, Seed: 0, Size: 32x32, Model: ")
+            assert "Guard: dtp, Guard transition: " in rest
 
 
 def test_jpeg_whose_record_is_too_long():

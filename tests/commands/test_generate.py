@@ -68,11 +68,11 @@ def test_generate(model, tmp_path):
         assert np.abs(pixels(out / name).astype(int) - np.asarray(image).astype(int)).max() <= 1
 
     text = texts(out / "00001-8.png")
-    assert text["prompt"] == "two dogs"
-    assert text["negative_prompt"] == "ugly"
-    assert (text["seed"], text["steps"], text["policy"]) == ("8", "3", "og+dtp")
-    assert text["gate"].startswith("caught at row 0")
-    assert text["scheduler"] == "EulerDiscreteScheduler"
+    assert set(text) == {"parameters", "fastguard"}
+    assert text["parameters"].startswith(
+        "two dogs\nNegative prompt: ugly\nSteps: 3, Sampler: EulerDiscrete, CFG scale: 4.0, Seed: 8, "
+    )
+    assert "Guard: og+dtp, Guard gate: caught at row 0" in text["parameters"]
     report = json.loads((out / "report.json").read_text())
     assert [entry["file"] for entry in report["images"]] == names
     entry = report["images"][3]
@@ -80,7 +80,7 @@ def test_generate(model, tmp_path):
     assert json.loads(text["fastguard"]) == record
     assert entry["gate"]["caught"] is True
     assert len(entry["d_curve"]) == 3
-    assert Policy.from_dict(entry["policy"]) == policy("og+dtp", gate=1e-6, guidance_scale=4.0)
+    assert Policy.from_dict(json.loads(entry["policy_json"])) == policy("og+dtp", gate=1e-6, guidance_scale=4.0)
 
 
 def test_unicode_prompt(model, tmp_path):
@@ -99,7 +99,7 @@ def test_unicode_prompt(model, tmp_path):
         ).exit_code
         == 0
     )
-    assert texts(tmp_path / "00000-0.png")["prompt"] == "café ☺"
+    assert texts(tmp_path / "00000-0.png")["parameters"].startswith("café ☺\n")
     assert json.loads((tmp_path / "report.json").read_text())["images"][0]["prompt"] == "café ☺"
 
 
