@@ -34,7 +34,8 @@ def write_sheet(out: Path, lines: Iterable[Mapping[str, Any]], read: Any) -> Pat
         draw.rectangle((x, y, x + TILE - 1, y + TILE - 1), fill=frame(line))
         with Image.open(io.BytesIO(read(line))) as image:
             small = image.convert("RGB")
-        small.thumbnail((TILE - 2 * FRAME, TILE - 2 * FRAME))
+        scale = (TILE - 2 * FRAME) / max(small.size)
+        small = small.resize((max(1, round(small.width * scale)), max(1, round(small.height * scale))))
         sheet.paste(small, (x + (TILE - small.width) // 2, y + (TILE - small.height) // 2))
         draw.text((x + FRAME, y + TILE), line["id"][-20:], fill="black")
     data = io.BytesIO()

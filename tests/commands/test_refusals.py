@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 
 import pytest
 
@@ -177,3 +178,48 @@ def test_bad_directories(model, no_model, tmp_path):
 def test_unwritable_directory(model, no_model, tmp_path):
     tmp_path.chmod(0o500)
     assert "Permission denied" in refused("generate", model, "--prompt", "a cat", "--out", tmp_path / "out")
+
+
+def test_rejected_rows_have_an_exit_code_of_their_own(model, tmp_path):
+    """What was made is summed up, and what was not is named."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "id": "good"}\n{"prompt": "", "id": "bad"}\n{"prompt": "b", "seed": -1}\n')
+    command = ("generate", model, "--prompts", rows, "--out", tmp_path / "out", "--steps", 1, "--policy", "cfg")
+    assert "2 bad rows, nothing was done" in refused(*command)
+    result = invoke(*command, "--keep-going", "-q")
+    assert result.exit_code == 3, result.output
+    assert "1 images, 1 of them made now" in result.stdout
+    assert "rejected rows: 2 (bad)" in result.stdout
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert (report["rejected"], report["rejected_ids"]) == (2, ["bad"])
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "arguments"),
+    [
+        ("ray", "ray", ("--engine", "ray")),
+        ("parquet", "pyarrow", ("--prompts", "p.parquet")),
+    ],
+)
+def test_missing_extras(model, no_model, tmp_path, monkeypatch, name, module, arguments):
+    """One line with the command that installs them, before any work."""
+    monkeypatch.setitem(sys.modules, module, None)
+    prompt = () if "--prompts" in arguments else ("--prompt", "a")
+    message = refused("generate", model, *prompt, "--out", tmp_path / "out", "--policy", "cfg", *arguments)
+    assert message.endswith(f"needs {module}; pip install 'diffusers-fastguard[{name}]'")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_demo_needs_matplotlib(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    message = refused("demo", "--out", tmp_path / "demo")
+    assert message == "error: demo: needs matplotlib; pip install 'diffusers-fastguard[plot]'"
+    assert not (tmp_path / "demo").exists()
+
+
+def test_messages(model, tmp_path):
+    """Of our logger alone, and of none with -q."""
+    command = ("generate", model, "--prompt", "a", "--steps", 1, "--policy", "stp", "--device", "cpu", "--out")
+    assert invoke(*command, tmp_path / "loud").stderr.startswith("WARNING: policy 'stp' has no gate")
+    result = invoke(*command, tmp_path / "quiet", "--quiet")
+    assert (result.exit_code, result.stderr) == (0, "")
