@@ -14,6 +14,7 @@ from fastguard.batch.request import Request
 from fastguard.batch.tables import Problem
 from fastguard.files import short
 from fastguard.pipelines.families import find
+from fastguard.pipelines.guard import Guard
 from fastguard.pipelines.loading import distilled, model_index, pipeline_class, skeleton
 from fastguard.policies.plan import limit_problem
 from fastguard.schedules.schedule import in_training_steps
@@ -31,7 +32,9 @@ class Limits:
     @classmethod
     def of_pipeline(cls, pipe: Any) -> Limits:
         """ValueError if it makes no images from text alone."""
-        check_class(type(pipe))
+        check_class(
+            type(pipe) if Guard.of(pipe) is None else type(pipe).__mro__[1]
+        )  # a guarded one has a class of its own
         if (reason := distilled(getattr(getattr(pipe, "unet", None), "config", {}))) is not None:
             raise ValueError(f"model: {reason}")
         factor = int(getattr(pipe, "vae_scale_factor", 8))

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from fastguard.batch.claim import FORMAT, check, check_free, claim, differences
 from fastguard.batch.manifest import Manifest
 from fastguard.batch.names import clashes, ignores_case
-from fastguard.batch.options import Options
+from fastguard.batch.options import JobOptions
 from fastguard.batch.overlap import Failed
 from fastguard.batch.pictures import Picture, read_record
 from fastguard.batch.planning import Batch, plan
@@ -59,7 +59,7 @@ class Job:
         *,
         settings: dict[str, Any],
         source: Source,
-        options: Options,
+        options: JobOptions,
     ) -> None:
         self.requests, self.problems, self.out = list(requests), list(problems), out
         self.settings, self.source, self.options = settings, source, options

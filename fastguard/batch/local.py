@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from fastguard.batch.options import Options
+from fastguard.batch.options import JobOptions
 from fastguard.batch.overlap import Conveyor, Failed
 from fastguard.batch.pictures import Picture
 from fastguard.batch.planning import Batch
@@ -21,7 +21,7 @@ class LocalRunner:
 
     phase = ""
 
-    def __init__(self, load: Callable[[], Any], *, settings: dict[str, Any], options: Options) -> None:
+    def __init__(self, load: Callable[[], Any], *, settings: dict[str, Any], options: JobOptions) -> None:
         self.load, self.settings, self.options = load, settings, options
         self._stages: Stages | None = None
         self._conveyor: Conveyor | None = None

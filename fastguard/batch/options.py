@@ -25,7 +25,7 @@ def _option(default: Any, text: str) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class JobOptions:
     """Checked on construction: ValueError for a value that is not allowed, and for one that would have no effect."""
 
     policy: Any = _option(None, "Preset, or path of a policy file; dtp unless given, and for testbed its own.")
@@ -58,7 +58,7 @@ class Options:
     ray_address: str | None = _option(None, "ray: address of a cluster; a local one is started unless given.")
 
     @classmethod
-    def of(cls, values: Mapping[str, Any]) -> Options:
+    def of(cls, values: Mapping[str, Any]) -> JobOptions:
         """From keyword arguments. TypeError for one that is not there, with the name that may have been meant."""
         names = [field.name for field in dataclasses.fields(cls)]
         for name in values:

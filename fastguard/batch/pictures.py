@@ -12,7 +12,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from fastguard import checks
-from fastguard.batch.options import FORMATS, METADATA, Options
+from fastguard.batch.options import FORMATS, METADATA, JobOptions
 from fastguard.files import finite
 
 ENDINGS = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
@@ -40,7 +40,7 @@ class Picture:
         checks.choice("metadata", self.metadata, METADATA)
 
     @classmethod
-    def of(cls, options: Options) -> Picture:
+    def of(cls, options: JobOptions) -> Picture:
         return cls(options.format, 95 if options.quality is None else options.quality, options.metadata)
 
     @property

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from fastguard.batch.options import Options
+from fastguard.batch.options import JobOptions
 from fastguard.batch.request import FIELDS, Request, named_policy, parse
 from fastguard.batch.tables import Problem, Prompts, rows
 
@@ -39,7 +39,7 @@ class BadRows(ValueError):
         super().__init__("\n  ".join([f"{source.name}: {count}, nothing was done", *lines]))
 
 
-def load(prompts: Prompts, options: Options) -> tuple[list[Request], list[Problem]]:
+def load(prompts: Prompts, options: JobOptions) -> tuple[list[Request], list[Problem]]:
     """The images of `prompts` (see `fastguard.batch.tables.rows`) under `checked` options, and the rows that are bad.
 
     BadRows if there are any and not `options.keep_going`, or if no good row is left; ValueError if the prompts as a whole cannot be

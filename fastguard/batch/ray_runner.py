@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from fastguard import checks
-from fastguard.batch.options import Options
+from fastguard.batch.options import JobOptions
 from fastguard.batch.overlap import Conveyor, Failed, finished
 from fastguard.batch.pictures import Picture
 from fastguard.batch.planning import Batch
@@ -95,7 +95,7 @@ class RayRunner:
     Without options.ray_address: on the cluster that this process is connected to, or else on a local one that ends with the job.
     """
 
-    def __init__(self, load: Callable[[], Any], *, settings: dict[str, Any], options: Options) -> None:
+    def __init__(self, load: Callable[[], Any], *, settings: dict[str, Any], options: JobOptions) -> None:
         _ray()
         self.load, self.settings, self.picture = load, settings, Picture.of(options)
         self.actors = options.actors or 1

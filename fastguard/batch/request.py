@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fastguard import checks
-from fastguard.batch.options import Options
+from fastguard.batch.options import JobOptions
 from fastguard.files import is_unicode, short
 from fastguard.policies.fields import MOST_STEPS, RANGES
 from fastguard.policies.policy import Policy
@@ -77,7 +77,7 @@ class Request:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def checked(options: Options) -> Options:
+def checked(options: JobOptions) -> JobOptions:
     """`options` with their gate in their policy, checked as what a row gets that does not say otherwise.
 
     `options.policy` is a Policy here. ValueError names the argument that is not allowed.
@@ -89,7 +89,7 @@ def checked(options: Options) -> Options:
 
 
 def parse(
-    row: Mapping[str, Any], options: Options, index: int, *, line: int | None = None, base: Path = Path()
+    row: Mapping[str, Any], options: JobOptions, index: int, *, line: int | None = None, base: Path = Path()
 ) -> list[Request]:
     """The `options.images_per_prompt` images of one row: image n takes seed + n. ValueError if a field is unknown or a value is not allowed.
 
@@ -129,7 +129,7 @@ def parse(
     return requests
 
 
-def _policy_and_scale(given: Mapping[str, Any], options: Options, base: Path) -> tuple[Policy, float | None]:
+def _policy_and_scale(given: Mapping[str, Any], options: JobOptions, base: Path) -> tuple[Policy, float | None]:
     chosen = _policy(given["policy"], options.gate, base) if "policy" in given else options.policy
     if chosen.images is not None:
         raise ValueError(f"policy {short(chosen.name)} holds per-image lists: must be for one image")

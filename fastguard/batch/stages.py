@@ -21,7 +21,7 @@ from fastguard.batch.memory import halving
 from fastguard.batch.request import Request
 from fastguard.batch.text import TextStage
 from fastguard.loop.report import ImageReport, Report
-from fastguard.pipelines.guard import enable
+from fastguard.pipelines.guard import Guard, enable
 from fastguard.policies.policy import Policy
 
 VERSIONS = {"fastguard": fastguard.__version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
@@ -48,7 +48,7 @@ class Stages:
     """
 
     def __init__(self, pipe: Any, requests: Iterable[Request], settings: dict[str, Any]) -> None:
-        before = pipe.__dict__.get("_fastguard_guard")
+        before = Guard.of(pipe)
         self._policy_before = None if before is None else before.policy
         self.pipe, self.settings = pipe, settings
         self.guard = enable(pipe, "cfg")

@@ -22,7 +22,7 @@ from typing import Any
 from fastguard.batch.fitting import Limits, guard_disabled
 from fastguard.batch.job import Interrupted, Job, Runner
 from fastguard.batch.local import LocalRunner
-from fastguard.batch.options import Options
+from fastguard.batch.options import JobOptions
 from fastguard.batch.prompt_files import BadRows, Source, load
 from fastguard.batch.request import FIELDS, Request, checked
 from fastguard.batch.summary import Summary
@@ -34,7 +34,7 @@ __all__ = [
     "FIELDS",
     "BadRows",
     "Interrupted",
-    "Options",
+    "JobOptions",
     "Problem",
     "Request",
     "Summary",
@@ -53,7 +53,7 @@ def generate(
 
     model     directory or hub id of a text-to-image pipeline; a pipeline (local only), used as it is
     prompts   file (.txt, .csv, .jsonl, .parquet); list of prompts or of mappings with the fields `FIELDS`; DataFrame, dataset
-    options   of `fastguard.batch.options.Options`: policy, gate, seed, steps, batch_size, ...
+    options   of `fastguard.batch.options.JobOptions`: policy, gate, seed, steps, batch_size, ...
 
     Before anything is written: BadRows (a ValueError; `problems` has the lines) for bad rows, ValueError for another argument that is
     not allowed or a model that cannot be loaded, OSError for a file that cannot be read, TypeError for an unknown option or a pipeline
@@ -69,7 +69,7 @@ def prepare(model: Any, prompts: Prompts, out: str | os.PathLike[str], **options
 
     Arguments and errors are those of `generate`.
     """
-    given = Options.of(options)
+    given = JobOptions.of(options)
     chosen = models.chosen_policy(model, given.policy)
     scale = models.chosen_scale(model, given.guidance_scale, chosen)
     wanted = checked(dataclasses.replace(given, policy=chosen, guidance_scale=scale))
@@ -121,11 +121,11 @@ class Task:
             self._runner.close()
 
 
-def _model(model: Any, options: Options) -> tuple[dict[str, Any], Callable[[], Any], Limits]:
+def _model(model: Any, options: JobOptions) -> tuple[dict[str, Any], Callable[[], Any], Limits]:
     """The settings that records name, how to get the pipeline, and what it allows."""
     if not isinstance(model, (str, os.PathLike)):
         for name in ("engine", "dtype", "device", "scheduler", "variant"):
-            if getattr(options, name) != getattr(Options, name):
+            if getattr(options, name) != getattr(JobOptions, name):
                 value = getattr(options, name)
                 raise ValueError(f"{name}={value!r}: needs a model given by name, this one is a pipeline already")
         settings = {

@@ -8,13 +8,13 @@ from typing import Annotated, Any
 
 import typer
 
-from fastguard.batch.options import Options
+from fastguard.batch.options import JobOptions
 from fastguard.commands.arguments import Model, Quiet, Verbose, fields_of, note_on_gate, refusing, settle
 
 REJECTIONS = 3  # exit code: done but for what rejected.jsonl lists
 
 
-@fields_of(Options)
+@fields_of(JobOptions)
 def generate(
     model: Model,
     out: Annotated[

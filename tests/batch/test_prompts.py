@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from fastguard.batch.options import Options
+from fastguard.batch.options import JobOptions
 from fastguard.batch.prompt_files import load
 from fastguard.batch.request import FIELDS, checked
 from fastguard.batch.task import BadRows, prepare
@@ -18,7 +18,7 @@ from fastguard.policies.policy import Policy
 from fastguard.policies.presets import policy
 from tests import pipelines
 
-DEFAULTS = Options(policy=policy("cfg"), steps=9, seed=3, guidance_scale=4.0)
+DEFAULTS = JobOptions(policy=policy("cfg"), steps=9, seed=3, guidance_scale=4.0)
 KEEP_GOING = dataclasses.replace(DEFAULTS, keep_going=True)
 
 
@@ -321,7 +321,7 @@ def test_a_line_ends_at_a_line_feed_alone(tmp_path):
 
 
 def test_images_per_prompt():
-    defaults = Options(policy=policy("cfg"), seed=2, images_per_prompt=2)
+    defaults = JobOptions(policy=policy("cfg"), seed=2, images_per_prompt=2)
     found, _ = load([{"prompt": "a", "id": "x"}, "b", {"prompt": "c", "seed": 7}], defaults)
     assert [(r.id, r.seed) for r in found] == [
         ("x-2", 2), ("x-3", 3), ("00001-2", 2), ("00001-3", 3), ("00002-7", 7), ("00002-8", 8),
@@ -329,7 +329,7 @@ def test_images_per_prompt():
 
 
 def test_gate_is_for_guarded_policies_without_one():
-    defaults = checked(Options(policy=policy("og+dtp"), gate=0.5))
+    defaults = checked(JobOptions(policy=policy("og+dtp"), gate=0.5))
     own = policy("dtp", gate=0.1)
     found, _ = load(
         [

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from fastguard.batch.options import Options
+from fastguard.batch.options import JobOptions
 from fastguard.batch.overlap import Failed
 from fastguard.batch.pictures import Picture, read_record
 from fastguard.batch.prompt_files import load
@@ -122,7 +122,7 @@ def test_sigterm_ends_the_job_in_good_order(model, tmp_path):
 
 
 def runner(**options) -> RayRunner:
-    return RayRunner(None, settings={}, options=Options(engine="ray", **options))
+    return RayRunner(None, settings={}, options=JobOptions(engine="ray", **options))
 
 
 def test_address_is_passed_on(monkeypatch):
@@ -262,7 +262,7 @@ def test_resources_that_cannot_be(model, tmp_path, name, value):
 @pytest.mark.parametrize("keep_going", [True, False])
 def test_picture_that_the_driver_cannot_write(monkeypatch, keep_going):
     """The others of its group are kept either way."""
-    requests = load(["a", "b", "c"], Options(policy=policy("cfg"), steps=1))[0]
+    requests = load(["a", "b", "c"], JobOptions(policy=policy("cfg"), steps=1))[0]
     packed = pickle.dumps([Made(request, {}) for request in requests])
     table = pyarrow.table({"group": pyarrow.array([packed], pyarrow.large_binary())})
     made = runner(keep_going=keep_going)
@@ -294,7 +294,7 @@ def test_retries_have_an_end(model, tmp_path, monkeypatch):
     ledger = Ledger()
     remote = SimpleNamespace(begin=SimpleNamespace(remote=ledger.begin))  # without a cluster
     monkeypatch.setattr(ray, "get", lambda value: value)
-    batch = load(["a cat", "a dog"], Options(policy=policy("cfg"), steps=1))[0]
+    batch = load(["a cat", "a dog"], JobOptions(policy=policy("cfg"), steps=1))[0]
     table = pyarrow.table({"batch": pyarrow.array([pickle.dumps(batch)], pyarrow.large_binary())})
     worker = Worker(pipelines.sd, {}, Picture(), True, remote)
 

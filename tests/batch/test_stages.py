@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fastguard
-from fastguard.batch.options import Options
+from fastguard.batch.options import JobOptions
 from fastguard.batch.planning import plan, shape
 from fastguard.batch.prompt_files import load
 from fastguard.batch.stages import Stages
@@ -19,7 +19,7 @@ SETTINGS = {"model": "tiny", "dtype": "float32", "scheduler": None}
 
 
 def requests(*rows, **defaults):
-    return load(rows, Options(**{"policy": policy("cfg"), "steps": 3, **defaults}))[0]
+    return load(rows, JobOptions(**{"policy": policy("cfg"), "steps": 3, **defaults}))[0]
 
 
 def through(stages, batch):

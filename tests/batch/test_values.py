@@ -12,13 +12,13 @@ import torch
 from pyarrow import parquet
 
 import fastguard
-from fastguard.batch.options import Options
+from fastguard.batch.options import JobOptions
 from fastguard.batch.prompt_files import BadRows, load
 from fastguard.batch.task import generate, prepare
 from fastguard.policies.presets import policy
 from tests.batch.jobs import OPTIONS
 
-DEFAULTS = Options(policy=policy("cfg"), steps=9, seed=3)
+DEFAULTS = JobOptions(policy=policy("cfg"), steps=9, seed=3)
 
 
 def test_generate_is_the_function():
@@ -34,7 +34,7 @@ def test_seeds_that_the_generator_tells_apart():
     assert load([{"prompt": "a", "seed": 2**32 - 1}], DEFAULTS)[0][0].seed == 2**32 - 1
     with pytest.raises(BadRows, match="seed=4294967296: must be an integer from 0 to 4294967295"):
         load([{"prompt": "a", "seed": 2**32}], DEFAULTS)
-    two = Options(policy=policy("cfg"), images_per_prompt=2)
+    two = JobOptions(policy=policy("cfg"), images_per_prompt=2)
     with pytest.raises(BadRows, match="from 0 to 4294967294"):
         load([{"prompt": "a", "seed": 2**32 - 1}], two)
 
@@ -75,12 +75,12 @@ def test_scalars_of_numpy():
     (found,) = load([row], DEFAULTS)[0]
     assert (found.seed, found.steps, found.guidance_scale, found.width) == (7, 4, 2.5, 64)
     assert all(type(v) in (int, float) for v in (found.seed, found.steps, found.guidance_scale, found.width))
-    options = Options(policy=policy("cfg"), batch_size=np.int32(3), seed=np.int64(5), steps=np.int64(2))
+    options = JobOptions(policy=policy("cfg"), batch_size=np.int32(3), seed=np.int64(5), steps=np.int64(2))
     assert options.batch_size == 3
     (found,) = load(["a"], options)[0]
     assert json.dumps(found.identity())  # Python's own numbers
     with pytest.raises(ValueError, match="batch_size="):
-        Options(batch_size=np.float64(3.0))
+        JobOptions(batch_size=np.float64(3.0))
 
 
 @pytest.mark.parametrize("text", ["7.0", "7", "7."])
@@ -108,7 +108,7 @@ def test_a_cell_beyond_the_limit_of_csv(tmp_path):
     with pytest.raises(BadRows, match="line 3: prompt has 200000 characters") as error:
         load(tmp_path / "p.csv", DEFAULTS)
     assert [p.line for p in error.value.problems] == [3]
-    found, problems = load(tmp_path / "p.csv", Options(policy=policy("cfg"), keep_going=True))
+    found, problems = load(tmp_path / "p.csv", JobOptions(policy=policy("cfg"), keep_going=True))
     assert [r.prompt for r in found] == ["a", "b"]
     assert len(problems) == 1
 
