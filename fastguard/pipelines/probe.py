@@ -34,6 +34,7 @@ class ProbedRow:
     """cond, uncond: the weights a, b of the branches in e, None in a row with one branch; scale: the declared effective one.
 
     residual: largest |e - a c - b u|, relative to the largest |e|; narrow: e has fewer bits than float32.
+    direction: the same for e and the declared combination, both of norm 1 along the family's `norm`; None where it has none.
     """
 
     scale: float
@@ -41,6 +42,7 @@ class ProbedRow:
     uncond: float | None = None
     residual: float = 0.0
     narrow: bool = False
+    direction: float | None = None
 
     @property
     def linear(self) -> bool:
@@ -76,6 +78,8 @@ class Probe:
             return None if right else f"{found}, where {expected}"
         if not self.family.nonlinear:
             return f"{found}: not linear, where {expected}"
+        if row.direction is not None:
+            return None if row.direction <= tolerance else f"{found}, where a multiple of {expected}"
         return None if _same_ratio(row, RATIO * max(abs(row.scale), 1.0)) else f"{found}, where about {expected}"
 
     def __str__(self) -> str:
@@ -145,8 +149,16 @@ class _Probing(OwnCombination):
         if uncond is None or cond is None:
             self.rows.append(ProbedRow(scale))
         else:
-            self.rows.append(ProbedRow(scale, *_fitted(own[0], cond[0], uncond[0]), narrow))
+            direction = self._direction(own[0], uncond[0] + scale * (cond[0] - uncond[0]))
+            self.rows.append(ProbedRow(scale, *_fitted(own[0], cond[0], uncond[0]), narrow, direction))
         return combined
+
+    def _direction(self, e: torch.Tensor, declared: torch.Tensor) -> float | None:
+        if self.family.norm is None:
+            return None
+        dim = self.family.norm if self.family.norm < 0 else self.family.norm - 1  # of one image
+        pair = (tensor.double() / tensor.double().norm(dim=dim, keepdim=True) for tensor in (e, declared))
+        return torch.sub(*pair).abs().max().item()
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         result = super().step(*args, **kwargs)

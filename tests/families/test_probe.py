@@ -11,17 +11,18 @@ import torch
 from fastguard.pipelines.families import find
 from fastguard.pipelines.families.own import OwnFamily
 from fastguard.pipelines.probe import infer, probe
-from tests.families.tiny import CASES, euler, parts
+from tests.families.more import EVERY, PARAMS
+from tests.families.tiny import euler, parts
 
 
 @functools.lru_cache(maxsize=1)
 def _pipe(name):
-    return CASES[name].make()
+    return EVERY[name].make()
 
 
-@pytest.fixture(params=CASES)
+@pytest.fixture(params=PARAMS)
 def case(request):
-    return CASES[request.param], _pipe(request.param)
+    return EVERY[request.param], _pipe(request.param)
 
 
 def _arguments(tiny, **changes):
@@ -59,23 +60,23 @@ def test_no_second_branch_is_told(case):
 
 def test_a_linear_family_is_inferred():
     for name in ("flux", "wan", "sana", "hidream", "krea 2"):
-        if name not in CASES:
+        if name not in EVERY:
             continue
-        tiny, pipe = CASES[name], CASES[name].make()
+        tiny, pipe = EVERY[name], EVERY[name].make()
         declared, found = find(type(pipe)), infer(pipe, _arguments(tiny))
         same = ("calls", "order", "sign", "scale", "offset")
         assert [getattr(found, one) for one in same] == [getattr(declared, one) for one in same]
 
 
 def test_a_family_that_is_not_linear_is_not_inferred():
-    tiny, pipe = CASES["qwen"], CASES["qwen"].make()
+    tiny, pipe = EVERY["qwen"], EVERY["qwen"].make()
     with pytest.raises(TypeError, match="residual"):
         infer(pipe, _arguments(tiny))
 
 
 def test_scales_of_rows_are_found():
     """Wan 2.2's boundary: the second transformer has a scale of its own."""
-    tiny, pipe = CASES["wan 2.2"], CASES["wan 2.2"].make()
+    tiny, pipe = EVERY["wan 2.2"], EVERY["wan 2.2"].make()
     found = probe(pipe, _arguments(tiny, num_inference_steps=8), find(type(pipe)))
     assert [round(row.cond, 3) for row in found.rows] == [4.0] * 3 + [3.0] * 5
 

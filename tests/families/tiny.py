@@ -17,8 +17,8 @@ class Tiny:
     make: the pipeline.
     branch: seed -> the embeddings of one branch; those of the other have the same names after "negative_".
     on, off: the arguments with which the second branch runs, and does not.
-    fixed: the other arguments; images: how many come of them.
-    elements: of one image's latent at scheduler.step.
+    fixed: the other arguments; images: how many come of a call.
+    elements: of one image's latent at scheduler.step; kept: the tokens of the denoiser's output that reach it.
     bends: whether its combination is not linear in the two branches.
     full_rows: rows that run both branches where only one is needed: the first of each denoiser.
     exact: whether one branch alone has the bits that it has in a batch of both.
@@ -34,6 +34,8 @@ class Tiny:
     exact: bool = True
     steps: int = 4
     full_rows: int = 1
+    images: int = 2
+    kept: tuple[int, int | None] = (0, None)
 
     def guided(self, **changes: Any) -> dict[str, Any]:
         negative = {f"negative_{name}": value for name, value in self.branch(2).items() if name not in self.shared}
@@ -51,7 +53,7 @@ def run(tiny: Tiny, pipe: Any, arguments: dict[str, Any], **changes: Any) -> tor
         "num_inference_steps": tiny.steps,
         "output_type": "latent",
         "return_dict": False,
-        "generator": [torch.Generator().manual_seed(seed) for seed in (5, 6)],
+        "generator": [torch.Generator().manual_seed(seed) for seed in (5, 6)][: tiny.images],
         **arguments,
         **changes,
     }

@@ -27,6 +27,7 @@ class OwnFamily:
     scale: the argument that holds the guidance scale s; of each denoiser, where they differ (`scales`).
     live: whether the loop reads the scale from the pipeline at every row, where a callback can change it.
     offset: the effective scale, g in u + g (c - u), is s + offset.
+    norm: the dimension along which the combination gets another norm than u + g (c - u) has, where it does.
     nonlinear: what the family does besides, where its combination is not u + g (c - u); unguarded images keep it.
     skippable: whether a call whose branch no image needs may be left out.
     second_branch: what the caller must pass so that the second branch runs.
@@ -45,6 +46,7 @@ class OwnFamily:
     scales: Mapping[str, str] | None = None
     live: bool = False
     offset: float = 0.0
+    norm: int | None = None
     nonlinear: str | None = None
     skippable: bool = True
     second_branch: str = "pass guidance_scale above 1"

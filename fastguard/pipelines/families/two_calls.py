@@ -51,6 +51,7 @@ TWO_CALLS: tuple[OwnFamily, ...] = (
         "QwenImageEditPlusPipeline",
         "QwenImageLayeredPipeline",
         scale="true_cfg_scale",
+        norm=-1,
         nonlinear=RENORMALISED,
         second_branch=TRUE_CFG,
     ),
@@ -83,17 +84,19 @@ TWO_CALLS: tuple[OwnFamily, ...] = (
         "LongCatImagePipeline",
         "LongCatImageEditPipeline",
         live=True,
+        norm=-1,
         nonlinear="enable_cfg_renorm: the norm is pulled to the conditional one's, token by token",
     ),
-    _two("lumina 2", "Lumina2Pipeline", sign=-1, nonlinear="cfg_normalization: the conditional output's norm"),
+    _two("lumina 2", "Lumina2Pipeline", sign=-1, norm=-1, nonlinear="cfg_normalization: the conditional output's norm"),
     _two(
         "nucleus",
         "NucleusMoEImagePipeline",
         sign=-1,
+        norm=-1,
         nonlinear=RENORMALISED,
         second_branch=NEGATIVE,
     ),
-    _two("krea 2", "Krea2Pipeline", offset=1.0, second_branch="pass guidance_scale above 0"),
+    _two("krea 2", "Krea2Pipeline", offset=1.0, second_branch="pass guidance_scale above 0", refused=_distilled),
     _two(
         "kandinsky 5",
         "Kandinsky5T2VPipeline",
@@ -107,5 +110,5 @@ TWO_CALLS: tuple[OwnFamily, ...] = (
         to_step=lambda pipe, output, given: output[:, 1:],  # the first frame is the user's
         second_branch=NEGATIVE,
     ),
-    _two("joy-image edit", "JoyImageEditPipeline", live=True, nonlinear="the conditional output's norm"),
+    _two("joy-image edit", "JoyImageEditPipeline", live=True, norm=2, nonlinear="the conditional output's norm"),
 )

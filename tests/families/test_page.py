@@ -1,0 +1,39 @@
+"""docs/pipelines.md and loops.json are what their commands write; an entry called tested has an instance here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import diffusers
+
+from fastguard.pipelines.families import FAMILIES, OWN_FAMILIES
+from fastguard.pipelines.families.catalogue import INSTANCES, markdown
+from fastguard.pipelines.families.loops import fingerprint
+from fastguard.pipelines.families.refused import REASONS
+from tests.families.more import EVERY
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_page_is_what_the_command_writes():
+    assert (ROOT / "docs" / "pipelines.md").read_text() == markdown()
+
+
+def test_every_class_stands_in_one_place():
+    names = [name for family in (*FAMILIES, *OWN_FAMILIES) for name in family.pipelines] + list(REASONS)
+    assert len(names) == len(set(names))
+    assert [name for name in names if not hasattr(diffusers, name)] == []
+
+
+def test_instances_are_those_of_these_tests():
+    made = {type(tiny.make()).__name__ for tiny in EVERY.values()}
+    guided = {name for family in OWN_FAMILIES if family.name.startswith("guider") for name in family.pipelines}
+    assert made == INSTANCES - guided
+
+
+def test_loops_are_those_of_the_installed_diffusers():
+    known = json.loads((ROOT / "fastguard" / "pipelines" / "families" / "loops.json").read_text())
+    if known["diffusers"] == diffusers.__version__:
+        names = [name for family in (*FAMILIES, *OWN_FAMILIES) for name in family.pipelines]
+        assert known["loops"] == {name: mark for name in names if (mark := fingerprint(getattr(diffusers, name)))}
