@@ -35,7 +35,7 @@ from bench.gpu_benchmarks import BENCHMARKS, SIZED, Benchmark
 from fastguard.files import finite, write_atomic
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("fastguard", "torch", "triton", "diffusers", "transformers", "accelerate", "numpy")
+PACKAGES = ("diffusers-fastguard", "torch", "triton", "diffusers", "transformers", "accelerate", "numpy")
 
 
 def device() -> dict[str, Any] | None:
