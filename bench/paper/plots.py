@@ -35,6 +35,35 @@ def d_curves(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path | None:
     return path
 
 
+def first_prediction(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path | None:
+    """Shares of first conditional predictions by similarity, a colour a kind of prompt: to their own training image, else to the nearest one."""
+    groups: dict[str, list[float]] = {}
+    for row in rows:
+        own = row.get("similarity") is not None
+        if (value := row["similarity" if own else "similarity_set"]) is not None:
+            groups.setdefault(f"{row['kind']}: {'own' if own else 'nearest'} training image", []).append(value)
+    if not groups:
+        return None
+    figure = Figure(figsize=(7.5, 3.6), layout="constrained")
+    axis = figure.add_subplot()
+    for place, (name, values) in enumerate(groups.items()):
+        style = {
+            "bins": np.linspace(-0.5, 1, 46),
+            "weights": np.full(len(values), 1 / len(values)),
+            "color": f"C{place}",
+        }
+        axis.hist(values, histtype="step", lw=1.6, label=f"{name} ({len(values)} noises)", **style)
+        axis.axvline(float(np.median(values)), color=f"C{place}", lw=0.8, ls="--")
+    axis.set(
+        xlabel="similarity of x0(c) at the first row",
+        ylabel="share",
+        title="first conditional predictions; dashed: medians",
+    )
+    axis.legend(fontsize=8)
+    figure.savefig(path, metadata={"Date": None})
+    return path
+
+
 def grid(
     path: Path,
     prompts: Sequence[str],

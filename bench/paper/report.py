@@ -250,5 +250,11 @@ def _figures(
     drawn = plots.d_curves(store.out / "d-curves.svg", rows)
     if drawn is not None:
         figures.append(("RMS(c - u) by timestep. Network: the model's own denoiser.", drawn))
+    looked = [r for r in store.rows if r["method"] == WATCHED and r["scale"] == amount.scale]
+    drawn = plots.first_prediction(store.out / "first-prediction.svg", looked)
+    if drawn is not None:
+        figures.append(("Does the first conditional prediction show the picture?", drawn))
     text = f"A row a prompt, the same noise in every column; guidance scale {amount.scale:g}."
+    if looked:
+        methods, text = [WATCHED, *methods], f"{text} {WATCHED}: the first conditional prediction."
     return figures + [(text, grid) for grid in picture_grids(store, items, methods, amount.scale, training)]

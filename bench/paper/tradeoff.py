@@ -27,6 +27,7 @@ COLOURS = (
 )
 DASHES = ("-", "--", ":")
 GAP = 0.034  # least distance of two labels, as a share of the axis
+ROOM = 0.25  # for them, as a share of the width
 
 
 def tradeoff(
@@ -43,22 +44,22 @@ def tradeoff(
     names = [PLAIN, *focus, *(name for name in curves if name not in (PLAIN, *focus))]
     style = {name: (COLOURS[k % len(COLOURS)], DASHES[k // len(COLOURS) % len(DASHES)]) for k, name in enumerate(names)}
     style[PLAIN] = ("black", "-")
+    shown_left = [name for name in names if name in curves and (name in ours or name == PLAIN)]
+    shown_right = [name for name in names if name in curves and (name in focus or name not in ours)]
     for panel, shown, title in (
-        (left, [n for n in names if n in ours or n == PLAIN], "plain guidance (none) and ours"),
-        (
-            right,
-            [n for n in names if n in focus or n not in ours],
-            "plain guidance, published peers, and ours that ship",
-        ),
+        (left, shown_left, "plain guidance (none) and ours"),
+        (right, shown_right, "plain guidance, published peers, and ours that ship"),
     ):
         for name in shown:
-            if name in curves:
-                line(panel, curves[name], *style[name], strong=name in (PLAIN, *focus))
-        panel.set_xlim(right=panel.get_xlim()[1] + 0.22 * np.ptp(panel.get_xlim()))
-        label(panel, {name: curves[name] for name in shown if name in curves}, style)
+            line(panel, curves[name], *style[name], strong=name in (PLAIN, *focus))
         panel.axvline(0.5, color="0.85", zorder=0)
         panel.set_xlabel(f"{axis} (lower is better)")
         panel.set_title(title)
+    low, high = left.get_xlim()
+    left.set_xlim(low, high + ROOM * (high - low))
+    left.set_xticks([tick for tick in left.get_xticks() if low <= tick <= high])
+    for panel, shown in ((left, shown_left), (right, shown_right)):
+        label(panel, {name: curves[name] for name in shown}, style)
     left.set_ylabel(f"faithful and not blown up (higher is better)\n{faithful}", fontsize=9)
     figure.savefig(path, metadata={"Date": None})
     return path
@@ -79,12 +80,12 @@ def label(panel: Any, curves: Mapping[str, Sequence[Mapping[str, Any]]], style: 
     """Names at the right edge, as high as each curve ends there, moved apart, a thin line to the end."""
     ends = {name: (points[-1]["x"]["mean"], points[-1]["y"]["mean"]) for name, points in curves.items()}
     (low, high), edge = panel.get_ylim(), panel.get_xlim()[1]
-    heights = apart([ends[name][1] for name in ends], GAP * (high - low))
+    heights = apart([ends[name][1] for name in ends], GAP * (high - low), high - GAP * (high - low))
     for (name, end), height in zip(ends.items(), heights, strict=True):
         panel.annotate(
             name,
             end,
-            xytext=(edge - 0.19 * np.ptp(panel.get_xlim()), height),
+            xytext=(edge - 0.8 * ROOM / (1 + ROOM) * np.ptp(panel.get_xlim()), height),
             va="center",
             size=8,
             color=style[name][0],
@@ -92,14 +93,16 @@ def label(panel: Any, curves: Mapping[str, Sequence[Mapping[str, Any]]], style: 
         )
 
 
-def apart(heights: Sequence[float], gap: float) -> list[float]:
-    """The heights moved so that no two are nearer than `gap`, their order and middle kept."""
+def apart(heights: Sequence[float], gap: float, most: float) -> list[float]:
+    """The heights moved so that no two are nearer than `gap` and none is above `most`, their order kept and, if it can be, their middle."""
     order = np.argsort(heights, kind="stable")
     wanted = np.asarray(heights, float)[order]
     placed = wanted.copy()
     for k in range(1, len(placed)):
         placed[k] = max(placed[k], placed[k - 1] + gap)
-    placed -= (placed - wanted).mean() if len(placed) else 0
+    if len(placed):
+        placed -= (placed - wanted).mean()
+        placed -= max(0.0, placed[-1] - most)
     result = np.empty(len(placed))
     result[order] = placed
     return result.tolist()

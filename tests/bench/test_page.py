@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from bench.paper import report, tables
 from bench.paper.inputs import Item, TrainingSet
 from bench.paper.store import Store
+from bench.paper.tradeoff import apart
 from bench.paper.work import Amount
 
 SCALES = (2.0, 5.0)
@@ -192,3 +194,10 @@ def test_published_rows_say_which_of_ours_stands_there() -> None:
     # Theirs starts guidance at 700 or 600, our stp at 500.
     assert ours(short)["S2 guidance from 700"] == ours(short)["S2 guidance from 600"] == "-"
     assert ours(short)["S1 STP"] == "stp 0.250 (-75%)"
+
+
+def test_labels_are_apart_and_in_their_order() -> None:
+    placed = apart([0.5, 0.5, 0.1, 0.52, 1.0], 0.1, 0.95)
+    assert sorted(placed) == [placed[2], placed[0], placed[1], placed[3], placed[4]]
+    assert np.diff(sorted(placed)).min() >= 0.1 - 1e-9 and max(placed) <= 0.95 + 1e-9
+    assert apart([0.2, 0.8], 0.1, 1.0) == [0.2, 0.8] and apart([], 0.1, 1.0) == []
