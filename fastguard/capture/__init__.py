@@ -6,7 +6,7 @@
 | `runner` | runs the bodies of one generation eagerly or as graphs, and makes the graphs' keys |
 | `fingerprint`, `switches`, `obstacles` | what a replay cannot notice: in the model, in torch's switches; what must not be recorded |
 | `static_inputs` | arguments at fixed addresses |
-| `graphs` | memory, order and failure of recorded bodies |
+| `graphs`, `program` | memory, order and failure of recorded bodies; their nouns |
 | `cuda_graphs` | every call of torch.cuda |
 | `attention`, `torch_compile` | attention backends; torch.compile |
 | `tune` | gain against memory, measured |

@@ -7,37 +7,23 @@ key (`fastguard.capture.runner`) answers for it, this file answers for memory, o
 
 from __future__ import annotations
 
-import hashlib
 import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from fastguard.capture import cuda_graphs
+from fastguard.capture.program import Content, Program, Recorder, Workspace, error_text, first_error, name
 
 MODES = ("off", "step", "loop", "auto")
 BUDGET = 4 << 30  # bytes of pool and workspaces together
 LIMIT = 32  # graphs; the driver's own memory for nodes (980 a forward of SD 1.5's UNet, 2,980 of SDXL's) cannot be asked for
 CLEARED = "the graphs were given up while this call was running"
-
-Body = Callable[[], None]
-
-
-class Recorder(Protocol):
-    """What records on a device: `cuda_graphs.Recorder`, or the simulator of the tests. It has locks of its own, and calls nobody's."""
-
-    def record(self, body: Body, warm_up: Body, keeps: Sequence[torch.Tensor]) -> Any: ...
-    def replay(self, graph: Any) -> None: ...
-    def release(self, graph: Any) -> None: ...
-    def join(self, tensors: Iterable[torch.Tensor] = ()) -> None: ...
-    def pool_bytes(self) -> int: ...
-    def new_pool(self) -> None: ...
-
 
 # The one place that chooses what records on which type of device; tests add the simulator here.
 RECORDERS: dict[str, Callable[[torch.device], Recorder]] = {"cuda": cuda_graphs.Recorder}
@@ -51,47 +37,6 @@ def records(device: torch.device) -> bool:
 def holds(tensor: torch.Tensor) -> bool:
     """Whether a graph can hold the tensor: not a fake one, nor one that somebody watches."""
     return type(tensor) is torch.Tensor
-
-
-class Content(Protocol):
-    """The tensors of a workspace, whatever they are."""
-
-    @property
-    def tensors(self) -> list[torch.Tensor]: ...
-    @property
-    def changed(self) -> list[torch.Tensor]: ...  # those that a body writes
-    @property
-    def nbytes(self) -> int: ...
-
-
-@dataclass(eq=False)
-class Workspace:
-    key: Hashable
-    content: Any
-    recorder: Recorder
-    busy: bool = True
-    graphs: int = 0
-    cleared: bool = False  # since it was leased: nothing is recorded over it any more
-    crowded: dict[Hashable, str] = field(default_factory=dict)  # for which there is no room during this lease
-
-
-@dataclass(eq=False)
-class Program:
-    """A body and the tensors it works on beside the workspace's.
-
-    inputs   whatever the caller loads before a run
-    keeps    tensors that the body changes and that a run of `warm_up` must leave as they were
-    warm_up  shows the device everything that the body uses; the body itself unless given
-    watch    called before the body runs for the first time; what it gives says afterwards why a replay would not do the same
-    nbytes   of the inputs
-    """
-
-    body: Body
-    inputs: Any = None
-    keeps: Sequence[torch.Tensor] = ()
-    warm_up: Body | None = None
-    watch: Callable[[], Callable[[], str | None]] = lambda: lambda: None
-    nbytes: int = 0
 
 
 @dataclass(eq=False)
@@ -186,9 +131,9 @@ class Graphs:
         *,
         begun: int | None = None,
     ) -> Workspace | None:
-        """Tensors for this key that nobody else uses until `give_back`; None if somebody does. Made by `make` the first time.
+        """Tensors for this key, for one call until its `give_back`; what `make` gives the first time.
 
-        begun: `clears` when the call began; None, too, if there was one since.
+        begun: `clears` when the call began; None if there was one since.
         """
         with self._lock:
             if begun is not None and begun != self.clears:
@@ -202,10 +147,7 @@ class Graphs:
             if workspace is None:
                 with torch.inference_mode(False):  # so that calls in either mode may write to them
                     workspace = self._workspaces[key] = Workspace(key, make(), self._recorder)
-            elif workspace.busy:
-                return None
-            workspace.busy = True
-            workspace.crowded.clear()
+            workspace.leased = True
             self._recorder.join()
             return workspace
 
@@ -213,7 +155,7 @@ class Graphs:
         """Everything that the caller wants to keep is copied; a workspace over which there is no graph is dropped."""
         with self._lock:
             workspace.recorder.join(workspace.content.tensors)
-            workspace.busy = False
+            workspace.leased = False
             self._drop_if_unused(workspace)
             # Looked at when somebody has set them: asking for the pool's size takes a while.
             if self._bounds != (self.budget, self.limit):
@@ -223,7 +165,7 @@ class Graphs:
 
     def _drop_if_unused(self, workspace: Workspace) -> None:
         mine = self._workspaces.get(workspace.key) is workspace
-        if mine and not workspace.busy and not workspace.graphs:
+        if mine and not workspace.leased and not workspace.graphs:
             del self._workspaces[workspace.key]
 
     # Running ---------------------------------------------------------------------------------------------------------------
@@ -232,8 +174,7 @@ class Graphs:
         """Why nothing would be recorded under this key."""
         if workspace.cleared:
             return CLEARED
-        whole = (workspace.key, key)
-        return self.failure or self._refused.get(whole) or workspace.crowded.get(whole)
+        return self.failure or self._refused.get((workspace.key, key))
 
     def program(self, workspace: Workspace, key: Hashable, make: Callable[[], Program]) -> Program:
         """The program recorded under this key, else a new one."""
@@ -285,8 +226,7 @@ class Graphs:
         # What this graph needs alone: nobody knows the whole of it before it is recorded.
         own = workspace.content.nbytes + program.nbytes
         for _ in range(2 if own <= self.budget else 0):
-            if not self._make_room(workspace, graphs=1, nbytes=program.nbytes):
-                break
+            self._make_room(graphs=1, nbytes=program.nbytes)
             before, start = recorder.pool_bytes(), time.perf_counter()
             try:
                 recorded = recorder.record(program.body, program.warm_up or program.body, program.keeps)
@@ -296,40 +236,31 @@ class Graphs:
             grown = recorder.pool_bytes() - before
             self._graphs[key] = _Graph(recorded, workspace, program, grown, seconds)
             workspace.graphs += 1
-            if self._make_room(workspace, but=key):
+            if self._make_room(but=key):
                 return None
             own = workspace.content.nbytes + program.nbytes + grown
             self._evict(key)
             # Blocks of graphs that are gone stay in the pool while a graph is left in it: once more, in an empty pool.
             if not before or self._graphs:
                 break
-        if own > self.budget:
-            return self._refuse(
-                key, f"a graph would need {own:,} bytes or more, guard.graphs.budget is {self.budget:,}"
-            )
-        workspace.crowded[key] = (
-            "other calls that are running leave no room for a graph in guard.graphs.budget and .limit"
-        )
-        return workspace.crowded[key]
+        return self._refuse(key, f"a graph would need {own:,} bytes or more, guard.graphs.budget is {self.budget:,}")
 
-    def _make_room(self, workspace: Workspace, *, graphs: int = 0, nbytes: int = 0, but: Hashable = None) -> bool:
-        """Whether so much more is within the bounds, when those went that no other call is using: the least recently used first."""
+    def _make_room(self, *, graphs: int = 0, nbytes: int = 0, but: Hashable = None) -> bool:
+        """Whether so much more is within the bounds, when others went for it, the least recently used first."""
         while len(self._graphs) + graphs > self.limit or self.bytes + nbytes > self.budget:
-            idle = (
-                k for k, g in self._graphs.items() if k != but and (g.workspace is workspace or not g.workspace.busy)
-            )
-            if (oldest := next(idle, None)) is None:
+            oldest = next((key for key in self._graphs if key != but), None)
+            if oldest is None:
                 return False
             self._evict(oldest)
         return True
 
     def _failed(self, key: Hashable, error: Exception) -> str:
         """Whatever a model does that no capture allows is the last capture's end; a lack of memory is this graph's alone."""
-        if isinstance(_first(error), torch.OutOfMemoryError):
+        if isinstance(first_error(error), torch.OutOfMemoryError):
             if not self._graphs and self._recorder is not None:
                 self._recorder.new_pool()  # whatever the failed capture left in the old one
-            return self._refuse(key, f"a graph could not be recorded: {_text(error)}")
-        self.failure = f"capture failed, everything runs eagerly from here on: {_text(error)}"
+            return self._refuse(key, f"a graph could not be recorded: {error_text(error)}")
+        self.failure = f"capture failed, everything runs eagerly from here on: {error_text(error)}"
         self._evict_all()  # nobody would replay them
         return self.failure
 
@@ -347,22 +278,3 @@ class Graphs:
         self._drop_if_unused(graph.workspace)
         if not self._graphs:  # torch asserts that nothing is captured into a pool whose graphs are all gone
             recorder.new_pool()
-
-
-def name(key: Hashable) -> str:
-    """A short name of a key, for people."""
-    return hashlib.sha256(repr(key).encode()).hexdigest()[:12]
-
-
-def _first(error: BaseException) -> BaseException:
-    """The error that began it: ending a capture that the body broke raises an error of its own over it."""
-    while error.__context__ is not None and not error.__suppress_context__:
-        error = error.__context__
-    return error
-
-
-def _text(error: BaseException) -> str:
-    """An error in a line, with the one that began it."""
-    first = _first(error)
-    said = [f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'no message'}" for e in (first, error)]
-    return said[0] if first is error else f"{said[0]} (then {said[1]})"

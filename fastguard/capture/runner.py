@@ -18,7 +18,8 @@ import torch
 
 from fastguard.capture import graphs
 from fastguard.capture.fingerprint import Fingerprint
-from fastguard.capture.graphs import Graphs, Program, Workspace
+from fastguard.capture.graphs import Graphs
+from fastguard.capture.program import Program, Workspace
 from fastguard.capture.static_inputs import StaticInputs, signature, unhashable
 from fastguard.capture.switches import surroundings
 
@@ -85,8 +86,7 @@ class Runner:
         begun = self._capturing.begun
         self._workspace = self._graphs.lease(key, like.device, make, begun=begun)
         if self._workspace is None:
-            since = begun is not None and begun != self._graphs.clears
-            self.reason = graphs.CLEARED if since else "another call of this shape is using the graphs' tensors"
+            self.reason = graphs.CLEARED
             return None
         return self._workspace.content
 

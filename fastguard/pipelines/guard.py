@@ -275,7 +275,7 @@ def _enabled_class(base: Any) -> type:
     def __setattr__(self, name, value):
         super(enabled, self).__setattr__(name, value)
         guard = Guard.of(self)
-        if guard is not None and isinstance(value, (torch.nn.Module, type(None))):
+        if guard is not None and name in guard.family.denoisers:
             guard.graphs.clear()  # nothing here keeps a denoiser that the pipeline has given up
 
     def components(self):

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from fastguard.capture import cuda_graphs
-from fastguard.capture.graphs import Graphs, Program, records
+from fastguard.capture.graphs import Graphs, records
+from fastguard.capture.program import Program
 from tests.capture.fake_cuda import DEVICE, Cuda
 
 

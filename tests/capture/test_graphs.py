@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from fastguard.capture import graphs
-from fastguard.capture.graphs import Graphs, Program
+from fastguard.capture.graphs import Graphs
+from fastguard.capture.program import Program
 from tests.capture import simulator
 
 CPU = torch.device("cpu")
@@ -206,39 +207,6 @@ def test_what_changes_outside_its_tensors_runs_once_and_eagerly(when, recorders)
     assert run(graphs, w, "k", body, keeps=[x], watch=watch) is None and x.tolist() == [2] * 4
 
 
-def test_room_that_other_calls_take_is_lacking_for_as_long_as_they_run():
-    graphs = Graphs(budget=1000)
-    large, small = lease(graphs, "large", 225), lease(graphs, "small", 25)
-
-    def ask(w):
-        return run(graphs, w, "k", lambda x=w.content.x: x.add_(x * 2), keeps=[w.content.x])
-
-    reason = ask(small)
-    assert "other calls that are running leave no room" in reason and "bytes or more" not in reason
-    assert ask(small) == reason
-    graphs.give_back(small)
-    graphs.give_back(large)
-    small = lease(graphs, "small", 25)
-    assert ask(small) is None and graphs.bytes == 200
-
-
-def test_calls_that_run_do_not_take_each_others_graphs(recorders):
-    """Two whose graphs do not fit together would otherwise record by turns, row after row."""
-    graphs = Graphs(budget=1000)
-    first, second = lease(graphs, "first", 70), lease(graphs, "second", 60)  # 8 bytes an element
-
-    def ask(w):
-        return run(graphs, w, "k", lambda x=w.content.x: x.add_(x * 2), keeps=[w.content.x])
-
-    reasons = {ask(w) for w in [second, first] * 3}
-    assert len(reasons) == 2 and None in reasons and recorders[0].recorded == 2, "tried once"
-    assert [info.replays for info in graphs()] == [3]
-    graphs.give_back(second)
-    graphs.give_back(first)
-    first = lease(graphs, "first", 70)
-    assert ask(first) is None and [info.replays for info in graphs()] == [1], "now it goes"
-
-
 def test_count_and_bytes_are_bounded(recorders):
     graphs = Graphs(limit=3, budget=10_000)
     for size in range(1, 30):
@@ -308,12 +276,13 @@ def test_least_recently_used_goes_first():
     assert replays == [2, 1], "b went, a had been used since"
 
 
-def test_one_lease_at_a_time():
+def test_a_workspace_lasts_as_long_as_its_graphs():
     graphs = Graphs()
     w = lease(graphs)
-    assert lease(graphs) is None
-    assert lease(graphs, "another shape") is not None
-    run(graphs, w, "k", lambda: w.content.x.add_(1), keeps=[w.content.x])
+    graphs.give_back(w)
+    assert lease(graphs) is not w, "nothing was recorded over it"
+    w = lease(graphs)
+    assert run(graphs, w, "k", lambda: w.content.x.add_(1), keeps=[w.content.x]) is None
     graphs.give_back(w)
     assert lease(graphs) is w, "kept, because a graph holds its addresses"
 

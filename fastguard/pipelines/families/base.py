@@ -28,6 +28,10 @@ class Family:
     rewrites_latents: bool = False
     scales_input: bool = True
 
+    @property
+    def denoisers(self) -> tuple[str, ...]:
+        return (self.denoiser,)
+
     def guided(self, pipe: Any, arguments: Arguments) -> bool:
         """Whether the pipeline runs both branches right now. Callbacks may change it in the middle of a call."""
         return bool(pipe.do_classifier_free_guidance)
