@@ -235,7 +235,7 @@ class OwnCombination:
 
 def first_denoiser(pipe: Any, family: Family | OwnFamily) -> Any:
     """The pipeline's denoiser; the first that it has where a family knows several."""
-    return next(part for name in family.denoisers if (part := getattr(pipe, name, None)) is not None)
+    return next((part for name in family.denoisers if (part := getattr(pipe, name, None)) is not None), None)
 
 
 def tensor_of(result: Any) -> Any:

