@@ -17,14 +17,14 @@ from typing import Any
 import torch
 
 from fastguard.capture.obstacles import watched
-from fastguard.capture.runner import Capturing, Runner
+from fastguard.capture.runner import Arguments, Capturing, Runner
 from fastguard.loop.report import Report
 from fastguard.pipelines.families import Family
 from fastguard.pipelines.generation import Generation
 from fastguard.pipelines.guidance import Guidance
 from fastguard.pipelines.outputs import Output, placeholder, select_branch
 from fastguard.pipelines.scheduler import Scheduling, Step
-from fastguard.pipelines.shadow import shadow
+from fastguard.pipelines.shadow import stand_in
 from fastguard.policies.policy import Policy
 
 
@@ -61,17 +61,6 @@ class Call:
         self._stepped: torch.Tensor | None = None  # what the scheduler's own step() gave last, where it runs
 
     def _stand_in(self, pipe: Any) -> Any:
-        steps = {
-            "step": self.step,
-            "scale_model_input": self.scale_model_input,
-            "set_timesteps": self.scheduling.set_timesteps,
-        }
-        name = self.family.denoiser
-        parts = {
-            "scheduler": shadow(pipe.scheduler, steps),
-            name: shadow(getattr(pipe, name), {"__call__": self.denoise}),
-        }
-
         def progress_bar(*args: Any, **kwargs: Any) -> Any:  # made when everything is prepared
             self.begin()
             return pipe.progress_bar(*args, **kwargs)
@@ -81,13 +70,13 @@ class Call:
             self._prepared = result[0] if isinstance(result, tuple) else result
             return result
 
-        methods = {
-            "progress_bar": progress_bar,
-            "prepare_latents": prepare_latents,
-            # Offloading replaces the pipeline's hooks at the end of a call: they belong to the original.
-            "maybe_free_model_hooks": pipe.maybe_free_model_hooks,
+        steps = {
+            "step": self.step,
+            "scale_model_input": self.scale_model_input,
+            "set_timesteps": self.scheduling.set_timesteps,
         }
-        return shadow(pipe, methods, parts)
+        methods = {"progress_bar": progress_bar, "prepare_latents": prepare_latents}
+        return stand_in(pipe, steps, {self.family.denoiser: self.denoise}, methods)
 
     # The loop begins -------------------------------------------------------------------------------------------------------
 
@@ -139,19 +128,20 @@ class Call:
     def scale_model_input(self, sample: torch.Tensor, timestep: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
         generation = self._begun(sample, timestep)
         if generation.schedule.linear:
-            self._input = self._model_input(generation, sample)
+            # The first one of a row: a ControlNet in guess mode has its own input scaled, too, of the conditional branch alone.
+            self._input = self._model_input(generation, sample, first=self._input is None)
         else:
             self._input = self.scheduling.scheduler.scale_model_input(sample, timestep, *args, **kwargs)
         return self._input
 
-    def _model_input(self, generation: Generation, shown: torch.Tensor) -> torch.Tensor:
+    def _model_input(self, generation: Generation, shown: torch.Tensor, first: bool = True) -> torch.Tensor:
         """Of the next row, whose latents the pipeline shows as a batch of B or 2B rows."""
         ready = generation.loop.model_input
         if generation.over:
             return shown
         linear = generation.schedule.linear
-        if linear and (self.open or generation.row == 0):
-            generation.take(shown[:, : generation.loop.x.shape[1]])
+        if linear and first and (self.open or generation.row == 0):
+            generation.take(shown[:, : generation.loop.x.shape[1]], 2 if self.guidance.on else 1)
         if not linear or self.open or generation.row == 0 or ready.shape != shown.shape:
             ready = generation.model_input(shown)
         return ready.clone() if self.watched else ready
@@ -169,32 +159,31 @@ class Call:
             )
         generation = self._begun(shown, timestep)
         self._input, self._ran = None, True
-        if not generation.over:
-            self.scheduling.check_unchanged()
-            if self.guidance.changed():
-                generation.loop.load_plan(self.guidance.plan)
-            if not self.family.scales_input:
-                shown = self._model_input(generation, shown)
-                args, kwargs = ((shown, *args[1:]), kwargs) if args else (args, {**kwargs, name: shown})
-            self._run(generation, args, kwargs)
-        return Output((placeholder(generation.loop.model_input, len(shown)),))
-
-    def _run(self, generation: Generation, args: tuple, kwargs: dict) -> None:
-        row, loop = generation.row, generation.loop
-        guided = self.guidance.check(row, generation.schedule)
+        if generation.over:
+            return Output((placeholder(generation.loop.model_input, len(shown)),))
+        plan = self._follow(generation)
+        if not self.family.scales_input:
+            shown = self._model_input(generation, shown)
+            args, kwargs = ((shown, *args[1:]), kwargs) if args else (args, {**kwargs, name: shown})
+        arguments: Arguments = args, kwargs
         generator = self.arguments.get("generator") if self.scheduling.passes_generator(self.stand_in) else None
         if generation.whole:
-            plan = self.guidance.plan.branches if guided else ("cond",) * len(generation.schedule.timesteps)
-            generation.run_all((args, kwargs), plan, generator)
-            return
-        branches = self.guidance.branches(row) if guided else "cond"
-        if guided and branches != "both":
-            args, kwargs = (select_branch(tree, branches, len(loop.x)) for tree in (args, kwargs))
-        if self.guidance.rescale > 0.0:
-            self.runner.reason = "guidance_rescale reads the conditional output, which stays inside a graph"
-            self._cond = generation.run_row_open((args, kwargs), branches, generator)
+            generation.run_all(arguments, plan, generator)
         else:
-            generation.run_row((args, kwargs), branches, generator, look_again=self.open)
+            branches, batch = plan[generation.row], len(generation.loop.x)
+            if branches != "both" and len(shown) == 2 * batch:
+                arguments = select_branch(arguments, branches, batch)
+            keeps = self.guidance.rescale > 0.0
+            self._cond = generation.run_row(arguments, branches, generator, look_again=self.open, keeps_cond=keeps)
+        return Output((placeholder(generation.loop.model_input, len(shown)),))
+
+    def _follow(self, generation: Generation) -> tuple[str, ...]:
+        """What the caller's code may have changed since the last row; the branches of all rows, as things are now."""
+        self.scheduling.check_unchanged()
+        if self.guidance.changed():
+            generation.loop.load_plan(self.guidance.plan)
+        guided = self.guidance.check(generation.row, generation.schedule)
+        return self.guidance.branches if guided else ("cond",) * len(generation.schedule.timesteps)
 
     def step(self, model_output: Any, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if not self._ran:

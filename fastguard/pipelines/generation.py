@@ -53,20 +53,23 @@ class Generation:
         """All rows have run."""
         return self.row == len(self.schedule.timesteps)
 
-    def run_row(self, arguments: Arguments, branches: str, generator: Any, *, look_again: bool) -> None:
-        """The next row. `arguments` are the denoiser's, of the branches to run."""
-        self._draw(self.row, 0, generator)
-        body = row_body(self.denoiser, self.loop, branches, 0)
-        self.runner.run(("step", branches, self.loop.x.shape[1]), body, arguments, look_again=look_again)
-        self._count(branches)
+    def run_row(
+        self, arguments: Arguments, branches: str, generator: Any, *, look_again: bool, keeps_cond: bool = False
+    ) -> torch.Tensor | None:
+        """The next row. `arguments` are the denoiser's, of the branches to run.
 
-    def run_row_open(self, arguments: Arguments, branches: str, generator: Any) -> torch.Tensor | None:
-        """The same, never as a graph; returns the conditional output, which a graph would keep to itself."""
+        keeps_cond: return the conditional output, which a graph would keep to itself: such a row is never one.
+        """
         self._draw(self.row, 0, generator)
-        seen: list[torch.Tensor | None] = []
-        row_body(self.denoiser, self.loop, branches, 0, seen)(arguments)
+        seen: list[torch.Tensor | None] | None = [] if keeps_cond else None
+        body = row_body(self.denoiser, self.loop, branches, 0, seen)
+        if keeps_cond:
+            self.runner.reason = "guidance_rescale reads the conditional output, which stays inside a graph"
+            body(arguments)
+        else:
+            self.runner.run(("step", branches, self.loop.x.shape[1]), body, arguments, look_again=look_again)
         self._count(branches)
-        return seen[0]
+        return seen[0] if seen else None
 
     def run_all(self, arguments: Arguments, plan: tuple[str, ...], generator: Any) -> None:
         """All rows in one launch. `plan`: the branches of each row; `arguments` hold those of the whole batch."""
@@ -106,16 +109,15 @@ class Generation:
         self.row += 1
         self.rows_run += 2 if branches == "both" else 1
 
-    def take(self, shown: torch.Tensor) -> None:
-        """Begin the next row from the latents that the pipeline shows: its first ones, or what somebody made of the last step's.
+    def take(self, shown: torch.Tensor, halves: int) -> None:
+        """Begin the next row from the latents that the pipeline shows `halves` times: its first, or what somebody made of the last.
 
         ValueError if they are not of the loop's shape any more: what is known of an image lies in its place in the batch.
         """
         x = self.loop.x
-        rows = len(shown)
-        if shown.shape[1:] != x.shape[1:] or rows not in (len(x), 2 * len(x)):
+        if shown.shape != (halves * len(x), *x.shape[1:]):
             raise ValueError(
-                f"latents became {list(shown.shape)} in a guarded call that began with {list(x.shape)} (a callback changed their "
+                f"latents became {[len(shown) // halves, *shown.shape[1:]]} in a guarded call that began with {list(x.shape)} (a callback changed their "
                 f"size or dropped an image): the guard keeps state per image and cannot follow; disable it for such a call"
             )
         self.loop.load_latents(shown[: len(x)])
@@ -149,8 +151,4 @@ def row_body(
 
 
 def _on_branch(body: Body, branches: str, batch: int) -> Body:
-    def cut(arguments: Arguments) -> None:
-        args, kwargs = arguments
-        body((select_branch(args, branches, batch), select_branch(kwargs, branches, batch)))
-
-    return cut
+    return lambda arguments: body(select_branch(arguments, branches, batch))

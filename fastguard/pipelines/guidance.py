@@ -72,9 +72,10 @@ class Guidance:
         self.plan = self._lower()
         return True
 
-    def branches(self, row: int) -> str:
-        """What a guided row runs. Rescaling needs the conditional output even where guidance does not."""
-        return "both" if self.rescale > 0.0 else self.plan.branches[row]
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """What each guided row runs. Rescaling needs the conditional output even where guidance does not."""
+        return ("both",) * len(self.plan.branches) if self.rescale > 0.0 else self.plan.branches
 
     def check(self, row: int, schedule: Schedule) -> bool:
         """`on` at this row; warns if guidance ends before the guard does."""

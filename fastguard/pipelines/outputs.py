@@ -18,6 +18,11 @@ UNBRANCHED = ("ip_adapter_masks",)  # one per adapter, whatever their number
 IMAGES = ("image_embeds",)  # added_cond_kwargs of an IP-Adapter
 BRANCHED = ("ip_adapter_image_embeds",)  # put among the caller's own by Stable Diffusion 3
 _LIBRARIES = ("torch", "diffusers", "peft", "accelerate", "bitsandbytes", "torchao", "optimum")
+HARMLESS_HOOKS = {
+    "group_offloading",
+    "lazy_prefetch_group_offloading",
+    "layerwise_casting",
+}  # of diffusers, which move weights
 _BY_HALVES = ("PAG", "CrossFrame")  # in the names of diffusers' processors that treat parts of the batch differently
 
 
@@ -78,11 +83,12 @@ def _rows_differ(denoiser: Any) -> str | None:
     """
     for module in denoiser.modules() if isinstance(denoiser, torch.nn.Module) else ():
         name = type(module).__name__
-        if (registry := getattr(module, "_diffusers_hook", None)) is not None and registry.hooks:
-            return f"the hook {next(iter(registry.hooks))} on {name} may keep features from row to row"
+        registry = getattr(module, "_diffusers_hook", None)
+        if registry is not None and (found := set(registry.hooks) - HARMLESS_HOOKS):
+            return f"the hook {min(found)} on {name} may keep features from row to row"
         if module is not denoiser and (module._forward_hooks or module._forward_pre_hooks):
             return f"a forward hook on {name} may keep features from row to row"
-        if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
+        if "forward" in vars(module) and not hasattr(module, "_hf_hook") and registry is None:
             return f"forward() is replaced on a {name}"
         if type(module).__module__.split(".")[0] not in _LIBRARIES:
             return f"{type(module).__module__}.{name} is not one of the libraries' own layers"

@@ -24,14 +24,14 @@ from fastguard.loop.guide import Guide
 from fastguard.loop.report import Report
 from fastguard.pipelines.families.base import Family
 from fastguard.pipelines.families.own import OwnFamily
+from fastguard.pipelines.outputs import HARMLESS_HOOKS
 from fastguard.pipelines.scheduler import Scheduling
-from fastguard.pipelines.shadow import shadow
+from fastguard.pipelines.shadow import stand_in
 from fastguard.policies.plan import of_images, unfit_guards
 from fastguard.policies.policy import Policy
 
 REASON = "the pipeline combines the branches itself"
 _PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
-_HARMLESS_HOOKS = {"group_offloading", "lazy_prefetch_group_offloading", "layerwise_casting"}
 
 
 class Output(NamedTuple):
@@ -77,15 +77,8 @@ class OwnCombination:
         self._last: torch.Tensor | None = None
 
     def _stand_in(self, pipe: Any) -> Any:
-        """What the stock loop runs on."""
-        steps = {"step": self.step, "set_timesteps": self.scheduling.set_timesteps}
-        parts = {
-            name: shadow(part, {"__call__": functools.partial(self.denoise, name)})
-            for name, part in self.denoisers.items()
-        }
-        parts["scheduler"] = shadow(pipe.scheduler, steps)
-        # Offloading replaces the pipeline's hooks at the end of a call: they belong to the original.
-        return shadow(pipe, {"maybe_free_model_hooks": pipe.maybe_free_model_hooks}, parts)
+        calls = {name: functools.partial(self.denoise, name) for name in self.denoisers}
+        return stand_in(pipe, {"step": self.step, "set_timesteps": self.scheduling.set_timesteps}, calls)
 
     # What the shadows call -------------------------------------------------------------------------------------------------
 
@@ -249,5 +242,5 @@ def _keeps_state(denoiser: Any) -> bool:
     """Whether a cache hangs on the denoiser, which keeps a state for each branch."""
     registries = (getattr(module, "_diffusers_hook", None) for module in denoiser.modules())
     return getattr(denoiser, "is_cache_enabled", False) or any(
-        set(registry.hooks) - _HARMLESS_HOOKS for registry in registries if registry is not None
+        set(registry.hooks) - HARMLESS_HOOKS for registry in registries if registry is not None
     )

@@ -10,7 +10,7 @@ what a callback changes on it or on the original is seen by both.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 
@@ -86,3 +86,16 @@ def original_of(shown: Any) -> Any:
 def _function(method: Callable) -> Callable:
     """A function around a bound method, which itself takes no attributes."""
     return lambda *args, **kwargs: method(*args, **kwargs)
+
+
+def stand_in(
+    pipe: Any,
+    scheduler: Mapping[str, Callable],
+    denoisers: Mapping[str, Callable],
+    methods: Mapping[str, Callable] | None = None,
+) -> Any:
+    """A pipeline for one stock loop: methods of its scheduler, the calls of its denoisers, and some methods of its own are replaced."""
+    parts = {name: shadow(getattr(pipe, name), {"__call__": call}) for name, call in denoisers.items()}
+    parts["scheduler"] = shadow(pipe.scheduler, dict(scheduler))
+    # Offloading replaces the pipeline's hooks at the end of a call: they belong to the original.
+    return shadow(pipe, {"maybe_free_model_hooks": pipe.maybe_free_model_hooks, **(methods or {})}, parts)
