@@ -21,9 +21,9 @@ setup: .venv/.dev
 demo: .venv/.demo
 	$(BIN)/fastguard demo --out demo
 
-# The library's core: at most 5 minutes on 2 cores.
+# The library's core (bench/ is in `make check`): at most 5 minutes on 2 cores.
 test: setup
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow" --ignore=tests/bench
 
 # Everything, at most 20 minutes on 2 cores, and the distributions with their metadata.
 check: setup package

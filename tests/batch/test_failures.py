@@ -291,6 +291,7 @@ def test_signal_ends_the_run_in_good_order(pipe, tmp_path, whole, number):
     check_complete(tmp_path, whole)
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment(model, tmp_path, whole):
     """SIGKILL, three times: no image is lost, damaged or made twice. (`python -m bench.batches` does it 20 times to 1,000 rows.)"""
     out = tmp_path / "out"

@@ -33,6 +33,8 @@ from fastguard.policies.presets import policy
 from tests import pipelines
 from tests.batch.test_docs import examples
 
+pytestmark = pytest.mark.slow
+
 ray = pytest.importorskip("ray")
 pytest.importorskip("ray.data")
 

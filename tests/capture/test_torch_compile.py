@@ -12,7 +12,7 @@ from tests.capture import simulator
 from tests.capture.calls import call, check
 from tests.capture.test_stale import lora_scale, moved, stale, with_lora
 
-pytestmark = pytest.mark.usefixtures("recorders")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("recorders")]
 
 
 class Compiler:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import diffusers
 import numpy as np
+import pytest
 from PIL import Image
 
 import fastguard
@@ -130,6 +131,7 @@ def test_finished_images_are_kept_and_damaged_ones_made_again(model, tmp_path, m
     assert (tmp_path / "report.json").exists()
 
 
+@pytest.mark.slow
 def test_killed_run_is_resumed(model, tmp_path):
     """SIGKILL at any moment: no image is lost, damaged or made twice, and the end is that of an uninterrupted run."""
     arguments = [

@@ -10,6 +10,8 @@ from . import cases, interpreted
 
 pytest.importorskip("triton")
 
+pytestmark = pytest.mark.slow
+
 if not interpreted.HERE:
 
     def test_kernels_in_the_interpreter():

@@ -17,7 +17,7 @@ from fastguard.kernels import triton_step as kernels
 
 from . import cases, interpreted
 
-pytestmark = pytest.mark.skipif(interpreted.HERE, reason="needs the compiler, not the interpreter")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(interpreted.HERE, reason="needs the compiler, not the interpreter")]
 
 STEP = Configuration("step", "one launch", "fp16")
 # Every value of every property occurs; the fullest kernels of both launch schemes are among them.

@@ -16,6 +16,8 @@ import torch
 from . import cases, interpreted
 
 pytest.importorskip("triton")
+
+pytestmark = pytest.mark.slow
 tilelens = pytest.importorskip("tilelens")
 
 if not interpreted.HERE:

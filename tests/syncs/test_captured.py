@@ -18,6 +18,8 @@ from fastguard.syncs import probe
 from fastguard.syncs.stream import TO_DEVICE
 from tests import schedulers
 
+pytestmark = pytest.mark.slow
+
 STEPS = 4
 
 

@@ -15,6 +15,8 @@ from fastguard.syncs import probe
 from fastguard.syncs.stream import TO_DEVICE, WAIT
 from tests import schedulers
 
+pytestmark = pytest.mark.slow
+
 STEPS = 4
 
 

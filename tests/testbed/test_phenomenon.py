@@ -7,6 +7,8 @@ from fastguard import policy
 from fastguard.testbed import prompts
 from fastguard.testbed.sampling import generate
 
+pytestmark = pytest.mark.slow
+
 D = sorted(prompts("D", "tuning"), key=lambda p: -p.factor)[:6]
 ORDINARY = prompts("ordinary", "tuning")[:6]
 

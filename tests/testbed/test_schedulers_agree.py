@@ -16,6 +16,8 @@ import torch
 import fastguard
 from fastguard.testbed import load, policy_path, prompts
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = [p.prompt for p in prompts("D", "test")]
 FEW = len(PROMPTS) // 10
 # All on DDIM's timesteps, so that an observation of one is an observation of the others.
