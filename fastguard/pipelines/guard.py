@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import html
 import inspect
 import logging
 import os
@@ -124,6 +125,17 @@ class Guard:
     def report(self) -> Report | None:
         """What happened, per image, in the last call made by this thread (or, if it made none, by any)."""
         return getattr(self._thread, "last", None) or self._last
+
+    def __repr__(self) -> str:
+        attached = "" if Guard.of(self._pipe) is self else ", disabled"
+        options = f"capture={self.options.capture!r}, unguided={self.unguided!r}"
+        return f"Guard of a {_stock_class(type(self._pipe)).__name__} ({self.family.name}){attached}: policy {self.policy.name!r}, {options}"
+
+    def _repr_html_(self) -> str:
+        report = self.report
+        return f"<p>{html.escape(repr(self))}</p>" + (
+            "" if report is None else f"<pre>{html.escape(repr(report))}</pre>"
+        )
 
     def use(self, options: Options) -> None:
         """Run the denoiser in another way from the next call on. Graphs are kept: their keys hold these options."""

@@ -94,7 +94,7 @@ These run the scheduler's own `step()` on the guided output, outside the fused o
 NAMES = {"epsilon": "e", "x0": "x0", "converted": "converted e", "free": "from the coefficients"}
 
 
-def compiled() -> Iterator[tuple[str, Schedule]]:
+def schedules() -> Iterator[tuple[str, Schedule]]:
     for what, name, options, step in SCHEDULERS:
         betas = {} if name.startswith(("Flow", "EDM", "IPNDM")) else SD
         scheduler = getattr(diffusers, name + "Scheduler")(**{**betas, **options})
@@ -104,7 +104,7 @@ def compiled() -> Iterator[tuple[str, Schedule]]:
 
 def markdown() -> str:
     fused, own = [HEADER], [REFUSED]
-    for what, s in compiled():
+    for what, s in schedules():
         if s.linear:
             noise = "yes" if any(s.draws) else ""
             cells = (what, NAMES[s.form], s.history, noise, *_x0(s), f"{s.residual:.0e}", f"{s.rounding:.1e}")

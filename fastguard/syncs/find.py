@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import torch
 
+from fastguard.pipelines.guard import Guard
 from fastguard.syncs import probe
 from fastguard.syncs.stream import TO_DEVICE, TO_HOST, WAIT, Op, Real, Stream, innermost_line
 
@@ -102,7 +103,7 @@ def find_syncs(pipe: Any, *, steps: int = 4, technique: Technique = "auto", **ar
     """
     if technique not in _ALLOWED:
         raise ValueError(f"technique={technique!r}: must be one of {', '.join(_ALLOWED)}")
-    guarded = "_fastguard_guard" in pipe.__dict__
+    guarded = Guard.of(pipe) is not None
     on_gpu = technique == "auto" and torch.device(pipe.device).type == "cuda"
     given, arguments = arguments, arguments or probe.example_arguments(pipe)
     arguments = {"output_type": "latent", "num_inference_steps": steps, **arguments}
@@ -155,11 +156,11 @@ def _on_gpu(pipe: Any, arguments: Mapping[str, Any]) -> Stream:
     device = torch.device(pipe.device)
     moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
     stream = Stream()
-    twin = probe.copy_of(pipe, stream, None)
-    twin(**moved)
+    copied = probe.copy_of(pipe, stream, None)
+    copied(**moved)
     stream.forget()
-    with Real(stream), _sync_debug(stream), probe.counted(twin, stream):
-        twin(**moved)
+    with Real(stream), _sync_debug(stream), probe.counted(copied, stream):
+        copied(**moved)
     return stream
 
 

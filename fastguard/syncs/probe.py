@@ -20,7 +20,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
-from fastguard.pipelines.guard import enable
+from fastguard.pipelines.guard import Guard, enable
 from fastguard.syncs.pretend import DEVICE, Labelled, Pretend
 from fastguard.syncs.stream import Op, Stream
 
@@ -39,8 +39,8 @@ class Memory:
     def copy(self, model: Any, pretend: Pretend) -> tuple[Any, Any]:
         """The model's fake copy and its forward."""
         if id(model) not in self.models:
-            twin = pretend.module(model)
-            self.models[id(model)] = model, twin, twin.forward  # the original, too, so that its id stays its own
+            copied = pretend.module(model)
+            self.models[id(model)] = model, copied, copied.forward  # the original, too, so that its id stays its own
         return self.models[id(model)][1:]
 
 
@@ -66,19 +66,19 @@ def run(pipe: Any, arguments: Mapping[str, Any], *, values: bool) -> tuple[Strea
     stream = Stream()
     memory = _memory.get() or Memory()
     pretend = Pretend(stream, values=values, fake=memory.fake)
-    twin = copy_of(pipe, stream, DEVICE)
-    _with_values_in_set_timesteps(twin.scheduler)
+    copied = copy_of(pipe, stream, DEVICE)
+    _with_values_in_set_timesteps(copied.scheduler)
     for name in _MODELS:
-        model = getattr(twin, name, None)
+        model = getattr(copied, name, None)
         if isinstance(model, torch.nn.Module):
-            twin.__dict__[name], forward = memory.copy(model, pretend)
+            copied.__dict__[name], forward = memory.copy(model, pretend)
             if name in _DENOISERS:
                 listening = _listening(forward, id(model), memory, pretend, stream)
-                twin.__dict__[name].forward = listening
+                copied.__dict__[name].forward = listening
     moved = tree_map_only(torch.Tensor, pretend.tensor, dict(arguments))
     with pretend, torch.no_grad(), _running(pretend):
         try:
-            twin(**moved)
+            copied(**moved)
         except Exception as error:
             if not stream.started:
                 raise
@@ -127,7 +127,7 @@ def copy_of(pipe: Any, stream: Stream, device: torch.device | None) -> Any:
 
     device  where it believes to be; None: where it is
     """
-    guard = pipe.__dict__.get("_fastguard_guard")
+    guard = Guard.of(pipe)
     base = type(pipe).__dict__.get("_fastguard_stock", type(pipe))
 
     @contextmanager
@@ -143,20 +143,19 @@ def copy_of(pipe: Any, stream: Stream, device: torch.device | None) -> Any:
     namespace: dict[str, Any] = {"progress_bar": progress_bar, "__module__": base.__module__}
     if device is not None:
         namespace["device"] = namespace["_execution_device"] = property(lambda self: device)
-    twin = object.__new__(type(base)(base.__name__, (base,), namespace))
-    twin.__dict__.update(pipe.__dict__)
-    twin.__dict__.pop("_fastguard_guard", None)
-    twin.__dict__["scheduler"] = copy.copy(pipe.scheduler)
-    twin.__dict__["_progress_bar_config"] = {"disable": True}
-    twin.__dict__["_all_hooks"] = []
+    copied = object.__new__(type(base)(base.__name__, (base,), namespace))
+    copied.__dict__.update({name: value for name, value in vars(pipe).items() if guard is None or value is not guard})
+    copied.__dict__["scheduler"] = copy.copy(pipe.scheduler)
+    copied.__dict__["_progress_bar_config"] = {"disable": True}
+    copied.__dict__["_all_hooks"] = []
     if guard is not None:
         options = guard.options
         # A denoiser that is not there cannot be compiled, nor an attention kernel tried on it; what is captured is the same.
         real = (
             {"attention_backend": options.attention_backend, "compile": options.compile or False} if not device else {}
         )
-        enable(twin, guard.policy, unguided=guard.unguided, capture=options.capture, **real)
-    return twin
+        enable(copied, guard.policy, unguided=guard.unguided, capture=options.capture, **real)
+    return copied
 
 
 @contextmanager

@@ -36,7 +36,7 @@ def squared_norm(uncond: np.ndarray, cond: np.ndarray) -> float:
 
 
 def decide(state: np.ndarray, rule: np.ndarray, row: np.ndarray, d: float | None) -> tuple[np.ndarray, int]:
-    """New state and the guidance column, from the description in ALGORITHMS.md section 3. d is None where one branch ran."""
+    """New state and the guidance column, from the description in docs/policies.md. d is None where one branch ran."""
     s = {name: float(state[column]) for name, column in State.__members__.items()}
     k = s["STEP"]
     if d is not None:

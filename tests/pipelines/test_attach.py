@@ -113,3 +113,17 @@ def test_ungated_policy_warns_once(sd, caplog):
     with fastguard.enable(sd, "dtp", gate=0.1):
         pass
     assert not caplog.records
+
+
+def test_a_guard_says_what_it_is(sd):
+    guard = fastguard.enable(sd, "dtp", gate=0.1, capture="off")
+    try:
+        assert (
+            repr(guard)
+            == "Guard of a StableDiffusionPipeline (text-to-image): policy 'dtp', capture='off', unguided='raise'"
+        )
+        call(sd)
+        assert "2 images, fused path" in guard._repr_html_() and "&#x27;dtp&#x27;" in guard._repr_html_()
+    finally:
+        guard.disable()
+    assert "disabled" in repr(guard)

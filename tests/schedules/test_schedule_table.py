@@ -23,6 +23,6 @@ def test_page_is_current():
 
 
 def test_every_documented_scheduler_keeps_the_promise():
-    schedules = dict(schedule_table.compiled())
+    schedules = dict(schedule_table.schedules())
     assert sum(s.linear for s in schedules.values()) == 30
     assert all(s.residual < 1e-13 and s.rounding < 3e-7 for s in schedules.values() if s.linear)
