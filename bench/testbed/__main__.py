@@ -78,6 +78,32 @@ def tune(work: Work = WORK, out: Path = RESULTS) -> None:
     module.tune(work, out)
 
 
+@app.command("harder")
+def train_harder(work: Work = WORK, out: Path | None = None) -> None:
+    """Train the second model, which memorizes harder, on from the shipped one; continues where it was interrupted."""
+    from . import harder
+
+    harder.train(work, out or harder.HERE)
+
+
+@app.command()
+def anchored(
+    out: Path = RESULTS, form: Annotated[list[str] | None, typer.Option(help="name; all unless given")] = None
+) -> None:
+    """Forms of anchored guidance on the tuning halves of both models; writes anchored-tuning.json."""
+    from . import anchored as module
+
+    module.tune(out, form)
+
+
+@app.command()
+def anchored_test(work: Work = WORK, out: Path = RESULTS) -> None:
+    """Anchored guidance and the paper's rules on the test halves of both models; writes anchored-test.json. Resumable."""
+    from . import anchored_test as module
+
+    module.test(work, out)
+
+
 def main() -> None:
     """Run a command; what it lacks, or cannot read or write, is one line, not a traceback."""
     from .data import Unavailable

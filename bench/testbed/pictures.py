@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,23 +49,23 @@ class Pictures:
         ]
 
 
-def build(work: Path) -> Pictures:
-    """Augment everything (cached in `work`)."""
+def build(work: Path, split: Sequence[dict] | None = None, seed: int = SEED, file: str = "pictures.npz") -> Pictures:
+    """Augment everything (cached in `work` as `file`). split: the memorized entries, the shipped model's unless given."""
     drawn = np.load(data.build(work))
     rgba, concept, style = drawn["rgba"], drawn["concept"], drawn["style"]
     names = list(concepts())
-    split = make()["memorized"]
+    split = make()["memorized"] if split is None else split
     taken = []
     for entry in split:
         hit = (concept == names.index(entry["concept"])) & (style == entry["set"])
         taken.append(int(np.flatnonzero(hit)[0]))
     rest = [i for i in range(len(rgba)) if i not in set(taken)]
 
-    target = work / "pictures.npz"
+    target = work / file
     if not target.exists():
         jobs = [(i, 10_000) for i in taken] + [(i, k) for i in rest for k in range(VARIANTS)]
         bar = tqdm(jobs, desc="pictures", unit="picture", mininterval=2)
-        images = np.stack([data.augment(rgba[i], (SEED, i, k)) for i, k in bar])
+        images = np.stack([data.augment(rgba[i], (seed, i, k)) for i, k in bar])
         part = target.with_suffix(".part.npz")
         np.savez(part, images=images)
         part.replace(target)

@@ -1,0 +1,148 @@
+"""`python -m bench.testbed anchored`: forms of anchored guidance on the TUNING halves of both models, in the plain loop.
+
+Which form ships was chosen from these rows (docs/anchored.md). Shipped model: D 28 prompts x 2 seeds, T 2 x 2, and the 79 of 780 ordinary
+images (65 things in 12 phrases) with the largest first difference, what a gate at 10% catches. The harder one: D 8 x 2, T 1 x 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastguard.files import write_json
+from fastguard.testbed import Prompt, load, prompts
+from fastguard.testbed.measures import Judge
+from fastguard.testbed.sampling import Job, generator
+
+from . import harder
+from .anchored_loop import Form, sample
+from .run import jobs
+from .split import TEMPLATES
+
+BATCH = 64
+CAUGHT = 0.1
+SEEDS = 2
+OLD = {"faint": 0.0, "sharp": 0.0, "push": 0.0, "drift": "advance"}
+SCALED = {"bound": None}  # the strength scales what is taken out, whatever the scale
+FORMS: dict[str, Form | None] = {
+    "plain guidance": None,
+    "1.1 g of the share": Form(faint=0, sharp=0, eta=0),
+    "rho_0 .3, feedback on advance": Form(**OLD, least=0.3, eta=0.3, allowed=0.1),
+    "refreshed over 4 rows, feedback on advance": Form(
+        **OLD, least=0.15, eta=0.5, allowed=0, refreshes=4, weight=1, alike=0.85
+    ),
+    "0.8 g of the share": Form(faint=0, sharp=0, push=-0.2, eta=0),
+    "0.8 g, refreshed over 4 rows": Form(faint=0, sharp=0, push=-0.2, eta=0, refreshes=4, weight=1),
+    "0.8 g, feedback on likeness, eta 2": Form(faint=0, sharp=0, push=-0.2, eta=2),
+    "strength .3 to .6, all scaled, eta 1": Form(**SCALED, eta=1),
+    "strength .1 to .45, all scaled, eta 2": Form(**SCALED, faint=0.1, sharp=0.45, eta=2),
+    "shipped, eta 2": Form(eta=2),
+    "shipped, eta 2, half refreshed": Form(eta=2, refreshes=4, weight=0.5),
+    "shipped": Form(),
+}
+
+
+def denoiser(pipe: Any, texts: Sequence[str]) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """(model input, t) -> (u, c), the prompts encoded once."""
+    with torch.inference_mode():
+        ids = pipe.tokenizer([*texts, ""], padding="max_length", truncation=True, return_tensors="pt").input_ids
+        text = pipe.text_encoder(ids).last_hidden_state
+        both = torch.cat([text[-1:].expand_as(text[:-1]), text[:-1]])
+
+    def denoise(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        u, c = pipe.unet(torch.cat([x, x]), t, both).sample.chunk(2)
+        return u, c
+
+    return denoise
+
+
+def noise(batch: Sequence[Job]) -> Tensor:
+    """The first latents, the same as the library's runs have."""
+    return torch.cat([torch.randn((1, 8, 8, 8), generator=generator(job)) for job in batch])
+
+
+def latents(pipe: Any, work: Sequence[Job], scale: float, form: Form | None, steps: int = 50) -> Tensor:
+    """Latents of all jobs under a form."""
+    done = []
+    for start in range(0, len(work), BATCH):
+        batch = work[start : start + BATCH]
+        denoise = denoiser(pipe, [job.prompt.prompt for job in batch])
+        done.append(sample(denoise, pipe.scheduler, noise(batch), steps, scale, form)[0])
+    return torch.cat(done)
+
+
+@torch.inference_mode()
+def first_differences(pipe: Any, work: Sequence[Job]) -> Tensor:
+    """RMS(c - u) at the first of 50 rows, one a job."""
+    pipe.scheduler.set_timesteps(50)
+    found = []
+    for start in range(0, len(work), BATCH):
+        batch = work[start : start + BATCH]
+        u, c = denoiser(pipe, [job.prompt.prompt for job in batch])(noise(batch), pipe.scheduler.timesteps[0])
+        found.append((c - u).square().flatten(1).mean(1).sqrt())
+    return torch.cat(found)
+
+
+def caught(pipe: Any) -> tuple[list[Job], float]:
+    """The ordinary tuning images that a gate at 10% catches, and that gate: between the last of them and the next."""
+    things = prompts("ordinary", "tuning")
+    work = [
+        Job(Prompt(t.format(x=p.concept), p.concept, "ordinary", "tuning", 1, None), 0)
+        for p in things
+        for t in TEMPLATES
+    ]
+    found = first_differences(pipe, work)
+    order, count = found.argsort(descending=True), int(len(work) * CAUGHT) + 1
+    gate = (found[order[count - 1]] + found[order[count]]) / 2
+    return [work[i] for i in order[:count]], float(gate)
+
+
+def summary(judge: Judge, work: Sequence[Job], z: Tensor) -> dict[str, dict[str, float]]:
+    """By kind of prompt: shares of copies, of useful images (no copy, faithful, not blown up), faithfulness, similarity."""
+    rows, kinds = judge(z, [job.prompt for job in work]), np.array([job.prompt.kind for job in work])
+    result = {}
+    for kind in dict.fromkeys(kinds):
+        here = kinds == kind
+        faithful, blown = (np.array(rows[key], float)[here] for key in ("faithful", "blown"))
+        cell = {"images": int(here.sum()), "faithful": faithful.mean(), "blown": blown.mean()}
+        if kind != "ordinary":
+            copy, near = (np.array(rows[key], float)[here] for key in ("copy", "similarity"))
+            free = faithful[copy == 0]
+            cell |= {
+                "copies": copy.mean(),
+                "similarity": near.mean(),
+                "p95": np.percentile(near, 95),
+                "useful": ((copy == 0) & (faithful == 1) & (blown == 0)).mean(),
+                "faithful, no copies": free.mean() if len(free) else None,
+            }
+        result[str(kind)] = {k: v if v is None else round(float(v), 4) for k, v in cell.items()}
+    return result
+
+
+def tune(out: Path, names: Sequence[str] | None = None) -> dict[str, Any]:
+    """Every form on both tuning halves: scale 3, and 7.5 for the memorized prompts. Writes anchored-tuning.json in `out`."""
+    shipped, other = load(), harder.load_harder()
+    memorized = jobs(prompts("D", "tuning"), SEEDS) + jobs(prompts("T", "tuning"), SEEDS)
+    ordinary, gate = caught(shipped)
+    second = [job for kind in "DT" for job in jobs(harder.prompts(kind, "tuning"), SEEDS)]
+    models = {"shipped": (shipped, Judge(shipped)), "harder": (other, harder.judge(other))}
+    result: dict[str, Any] = {"gate": gate, "forms": {}}
+    for name in names or FORMS:
+        cells = {}
+        for model, scale, work in (
+            ("shipped", 3.0, memorized + ordinary),
+            ("shipped", 7.5, memorized),
+            ("harder", 3.0, second),
+            ("harder", 7.5, second),
+        ):
+            pipe, judge = models[model]
+            cells[f"{model}, scale {scale:g}"] = summary(judge, work, latents(pipe, work, scale, FORMS[name]))
+            print(name, model, scale, cells[f"{model}, scale {scale:g}"], flush=True)
+        result["forms"][name] = cells
+        write_json(out / "anchored-tuning.json", result)
+    return result
