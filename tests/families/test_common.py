@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 
@@ -129,3 +130,22 @@ def test_a_wrong_order_does_not_pass(case, monkeypatch):
     ours, _ = _guarded(tiny, pipe, t_star=0)
     expected = run(tiny, pipe, tiny.alone(2))
     assert (ours - expected).abs().max() > 1e-5 * expected.abs().max()
+
+
+def test_unguarded_images_keep_stocks_bits_in_bfloat16(case):
+    """Pipelines combine in the model's dtype or in float32; what the guard lets through has the combination's own."""
+    tiny, pipe, _ = case
+    copied = copy.deepcopy(pipe).to(torch.bfloat16)
+    arguments = {name: _narrow(value) for name, value in tiny.guided().items()}
+    stock = run(tiny, copied, arguments)
+    policies = [fastguard.policy("stp", monitor=True), "cfg"][-tiny.images :]
+    with fastguard.enable(copied, policies) as guard:
+        ours = run(tiny, copied, arguments)
+    assert ours.dtype == stock.dtype and torch.equal(ours[-1], stock[-1])
+    assert all(d is not None for image in guard.report for d in image.d_curve)
+
+
+def _narrow(value):
+    if isinstance(value, torch.Tensor) and value.dtype == torch.float32:
+        return value.bfloat16()
+    return [_narrow(one) for one in value] if isinstance(value, list) else value
