@@ -75,10 +75,22 @@ class OwnCombination:
         self._skip_until = 0  # row from which on some image is not guarded
         self._both = True  # the row before had both branches
         self._last: torch.Tensor | None = None
+        self._prepared: Any = None  # what the pipeline's prepare_latents gave
 
     def _stand_in(self, pipe: Any) -> Any:
         calls = {name: functools.partial(self.denoise, name) for name in self.denoisers}
-        return stand_in(pipe, {"step": self.step, "set_timesteps": self.scheduling.set_timesteps}, calls)
+
+        def progress_bar(*args: Any, **kwargs: Any) -> Any:  # made when everything is prepared
+            self._begin_early()
+            return pipe.progress_bar(*args, **kwargs)
+
+        def prepare_latents(*args: Any, **kwargs: Any) -> Any:
+            result = pipe.prepare_latents(*args, **kwargs)
+            self._prepared = result[0] if isinstance(result, tuple) else result
+            return result
+
+        steps = {"step": self.step, "set_timesteps": self.scheduling.set_timesteps}
+        return stand_in(pipe, steps, calls, {"progress_bar": progress_bar, "prepare_latents": prepare_latents})
 
     # What the shadows call -------------------------------------------------------------------------------------------------
 
@@ -120,7 +132,7 @@ class OwnCombination:
         own = combined[:, :channels] if combined.shape[1] > channels else combined
         uncond, cond = self._branches(own)
         scale = self.family.guidance_scale(self.stand_in, self.arguments, self._outputs[0].denoiser)
-        if self.guide is None:
+        if self.guide is None or self.guide.loop.x.shape != sample.shape:
             self.guide = self._begin(sample, timestep, scale)
         self._check(uncond is not None and cond is not None)
         self.guide.follow(scale)
@@ -175,6 +187,15 @@ class OwnCombination:
         assert self.guide is not None
         return self.guide.plan.branches[self.row] not in ("both", branch)
 
+    def _begin_early(self) -> None:
+        """The loop is about to start: bring the tables to the device before it, where latents and first row are known already."""
+        begin = self.scheduling.begin_index
+        late = hasattr(self.stand_in, "get_timesteps") and begin is None
+        timesteps = self.scheduling.scheduler.timesteps
+        if isinstance(self._prepared, torch.Tensor) and not late and (begin or 0) < len(timesteps):
+            scale = self.family.guidance_scale(self.stand_in, self.arguments, next(iter(self.denoisers)))
+            self.guide = self._begin(self._prepared, timesteps[begin or 0], scale)
+
     def _begin(self, sample: torch.Tensor, timestep: Any, scale: float) -> Guide:
         schedule = self.scheduling.compile(self.scheduling.begin_at(timestep), REASON, self.stand_in)
         per_prompt = next((self.arguments[name] for name in _PER_PROMPT if self.arguments.get(name)), 1)
@@ -221,7 +242,7 @@ class OwnCombination:
 
     def report(self) -> Report | None:
         """What happened, or None if the loop never ran. Reads nothing from the device yet."""
-        if self.guide is None:
+        if self.guide is None or self.row == 0:
             return None
         return self.guide.report(path="own combination", latents=self._last)
 

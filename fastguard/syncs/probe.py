@@ -24,7 +24,7 @@ from fastguard.pipelines.guard import Guard, enable
 from fastguard.syncs.pretend import DEVICE, Labelled, Pretend
 from fastguard.syncs.stream import Op, Stream
 
-_DENOISERS = ("unet", "transformer")
+_DENOISERS = ("unet", "transformer", "transformer_2")
 _MODELS = (*_DENOISERS, "controlnet", "vae")
 
 
