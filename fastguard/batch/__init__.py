@@ -4,6 +4,7 @@ options       all options of `generate`, once
 request       one image to make: the fields of a prompt file, checked
 tables        txt, csv, jsonl, parquet, lists and DataFrames to rows
 prompt_files  rows to requests, with the line of what is wrong
+screening     what a model has memorized: a statistic per prompt
 fitting       what a model allows a request to be
 planning      requests to batches of one shape; what is left of them after a crash
 stages        text encoding (text), denoising and decoding (decoding) of one batch by a guarded pipeline

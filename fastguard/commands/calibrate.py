@@ -26,6 +26,10 @@ def calibrate(
     fpr: Annotated[float, typer.Option(help="Share of ordinary prompts (or groups) that may be caught.")] = 0.01,
     confidence: Annotated[float, typer.Option(help="That it is no more than that.")] = 0.95,
     seeds: Annotated[int, typer.Option(help="Images per prompt; the largest counts.")] = 1,
+    noises: Annotated[int, typer.Option(help="Also bound the mean over so many noises, for screen; 0: do not.")] = 4,
+    negative_prompt: Annotated[str | None, typer.Option(help="As the images will have it.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels; the model's own size unless given.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels; the model's own size unless given.")] = None,
     steps: Annotated[int, typer.Option(help="Denoising steps, as the policy will be used.")] = 50,
     guidance_scale: Scale = None,
     batch_size: Annotated[int, typer.Option(help="Images per call of the pipeline.")] = 8,
@@ -39,6 +43,7 @@ def calibrate(
     """Choose the gate from ordinary prompts, with a guarantee on how many of them it may catch, and write a policy file."""
     with refusing():
         from fastguard import checks
+        from fastguard.batch.screening import statistics
         from fastguard.commands.inspection import inspect_model
         from fastguard.pipelines.loading import chosen_policy, chosen_scale, load_pipeline, prepare
         from fastguard.policies.gate import calibrate as choose
@@ -50,6 +55,7 @@ def calibrate(
         check_sample(units[0], fpr, confidence, f"{units[1]} in {str(prompts)!r}")
         for name, value in (("seeds", seeds), ("steps", steps), ("batch_size", batch_size)):
             checks.integer(name, value, 1)
+        checks.integer("noises", noises, 0, 1000)
         device, dtype = prepare(device, dtype)
         if out.suffix != ".json" or not out.parent.is_dir() or out.is_dir():
             raise ValueError(f"out={str(out)!r}: must be a .json file in an existing directory")
@@ -60,7 +66,8 @@ def calibrate(
         settle(quiet, verbose)
         pipe = load_pipeline(model, dtype=dtype, device=device, scheduler=scheduler, variant=variant)
         check_tokens(pipe, found, prompts)
-    call: dict[str, Any] = {} if scale is None else {"guidance_scale": scale}
+    given = {"guidance_scale": scale, "width": width, "height": height}
+    call: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     values = collect_gate_statistics(
         pipe,
         found,
@@ -69,11 +76,27 @@ def calibrate(
         batch_size=batch_size,
         progress=not quiet,
         num_inference_steps=steps,
+        **({} if negative_prompt is None else {"negative_prompt": negative_prompt}),
         **call,
     )
     result = choose(values, fpr, confidence, groups=groups)
-    used = {"model": model, "steps": steps, "seeds": seeds, "dtype": dtype, "scheduler": type(pipe.scheduler).__name__}
-    chosen_policy(model, policy, result.threshold).save(out, provenance={**result.to_dict(), **used, **call})
+    used = {
+        "model": model, "steps": steps, "seeds": seeds, "dtype": dtype, "scheduler": type(pipe.scheduler).__name__,
+        "negative_prompt": negative_prompt, **call,
+    }  # fmt: skip
+    if noises:
+        each = statistics(
+            pipe,
+            found,
+            noises=noises,
+            batch_size=batch_size,
+            num_inference_steps=steps,
+            negative_prompt=negative_prompt,
+            **call,
+        )
+        mean = choose([sum(own) / noises for own in each], fpr, confidence, groups=groups)
+        used["screen"] = {"noises": noises, "threshold": mean.threshold, "exceeding": mean.exceeding}
+    chosen_policy(model, policy, result.threshold).save(out, provenance={**result.to_dict(), **used})
     typer.echo(f"gate {result.threshold:.6g}. {result.statement}.\n{out}")
 
 

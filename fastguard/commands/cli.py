@@ -11,6 +11,7 @@ from fastguard.commands.demo import demo
 from fastguard.commands.doctor import doctor
 from fastguard.commands.generate import generate
 from fastguard.commands.inspect import inspect
+from fastguard.commands.screen import screen
 
 app = typer.Typer(
     help="Memorization guard and accelerator for diffusers pipelines.",
@@ -37,5 +38,5 @@ def main(
     pass
 
 
-for verb in (generate, inspect, calibrate, demo, doctor):
+for verb in (generate, inspect, calibrate, screen, demo, doctor):
     app.command()(verb)

@@ -156,7 +156,7 @@ def collect_gate_statistics(
 ) -> list[float]:
     """Per prompt, the largest RMS(c - u) over `seeds` seeds and the first `gate_steps` observations, as the gate itself compares it.
 
-    The pipeline is called as it will be used (`call`: num_inference_steps, guidance_scale, height ...), under plain guidance, and
+    The pipeline is called as it will be used (`call`: num_inference_steps, guidance_scale, height, negative_prompt, which is one text for all ...), under plain guidance, and
     interrupted once it has observed enough. Image i uses the generator seeded with seed + i. A guard that was on is replaced for the
     time and then enabled again with its policy. ValueError for empty prompts or numbers below 1.
     """
@@ -175,6 +175,7 @@ def collect_gate_statistics(
             f"guidance_scale={call['guidance_scale']!r}: must be above 1, else there is no second branch to compare with"
         )
 
+    negative = call.pop("negative_prompt", None)
     levels: set[float] = set()
 
     def stop(pipeline: Any, step: int, timestep: Any, values: dict) -> dict:
@@ -197,6 +198,7 @@ def collect_gate_statistics(
                     generator=generators,
                     output_type="latent",
                     callback_on_step_end=stop,
+                    **({} if negative is None else {"negative_prompt": [negative] * len(batch)}),
                     **call,
                 )
                 for i, image in enumerate(guard.report or ()):
