@@ -169,7 +169,7 @@ def paper(request: Request) -> dict[str, Any] | None:
     measures, show = measuring(request, pipe, sscd, clip, training)
     networks = {name: network for measure in measures for name, network in measure.networks.items()}
     wanted = {
-        "model": model if request.lora is None else f"{model} with the LoRA {request.lora}",
+        "model": model if request.lora is None else f"{model} with the LoRA {request.lora.name}",
         "weights": settings.weights_hash(pipe),
         "scheduler": type(pipe.scheduler).__name__,
         "configurations": settings.configurations(pipe),
