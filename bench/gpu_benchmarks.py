@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import fastguard
-from bench import accounts, real_size
+from bench import accounts, gpu_own, real_size
 from bench.test_guided_step import STEPS as ROWS
 from bench.test_guided_step import Guided, Stock, same
 from fastguard.syncs import probe
@@ -281,12 +281,22 @@ def synchronisations() -> Results:
             yield {"scheduler": name, **fastguard.find_syncs(pipe).to_dict()}
 
 
+def own_combination() -> Results:
+    """Wan 2.1 at its size, random weights, bfloat16: stock and guarded, seconds of a call; values first."""
+    works = gpu_own.ways(gpu_own.transformer("cuda"))
+    if (found := gpu_own.difference(works)) > CLOSE:
+        raise WrongValues(f"latents differ from stock's by {found:.2g} of the largest value, allowed: {CLOSE:g}")
+    where = {**gpu_own.VIDEO, "steps": gpu_own.STEPS, "difference": found}
+    yield {"model": "Wan 2.1 1.3B", **where, "times": rounds(works, most=6, seconds=30)}
+
+
 Benchmark = Callable[..., Results]
 BENCHMARKS: dict[str, Benchmark] = {
     "guided_step": guided_steps,
     "generations": generations,
     "captures": captures,
     "compiled": compiled,
+    "own_combination": own_combination,
     "synchronisations": synchronisations,
 }
 SIZED = ("captures", "compiled")  # those that take sizes and batches

@@ -1,0 +1,68 @@
+"""A pipeline that combines the branches itself, at real size: Wan 2.1's 1.3 billion parameters, random weights, text to video."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import diffusers
+import torch
+
+import fastguard
+
+# As published: Wan-AI/Wan2.1-T2V-1.3B-Diffusers, transformer/config.json.
+WAN: dict[str, Any] = {
+    "num_attention_heads": 12,
+    "attention_head_dim": 128,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": 4096,
+    "freq_dim": 256,
+    "ffn_dim": 8960,
+    "num_layers": 30,
+}
+VIDEO = {"height": 480, "width": 832, "num_frames": 17}
+TEXT = 512  # tokens
+STEPS = 6
+GUARDS = {"guarded, plain guidance": "cfg", "guarded, dtp": "dtp"}
+
+
+def transformer(device: str) -> Any:
+    """The model made on the device (its tables of rotations are buffers, which an empty model would not have), bfloat16."""
+    with torch.device(device):
+        model = diffusers.WanTransformer3DModel(**WAN)
+    return model.to(torch.bfloat16).eval().requires_grad_(False)
+
+
+def pipeline(model: Any) -> Any:
+    """Text to video up to the latents: pass embeddings. `model` is a WanTransformer3DModel."""
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    pipe = diffusers.WanPipeline(tokenizer=None, text_encoder=None, vae=None, transformer=model, scheduler=scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def ways(model: Any, video: Mapping[str, int] = VIDEO, steps: int = STEPS) -> Mapping[str, Callable[[], torch.Tensor]]:
+    """Stock, and the same with a guard that leaves everything alone and with one that decides: latents of one call from the same noise."""
+    device, dtype = model.device, model.dtype
+    draw = torch.Generator().manual_seed(0)
+    c, u = (torch.randn(1, TEXT, model.config.text_dim, generator=draw).to(device, dtype) for _ in range(2))
+    arguments = {"prompt_embeds": c, "negative_prompt_embeds": u, "guidance_scale": 5.0, "output_type": "latent"}
+
+    def call(pipe: Any) -> torch.Tensor:
+        generator = torch.Generator(device).manual_seed(0)
+        return pipe(**arguments, **video, num_inference_steps=steps, generator=generator).frames
+
+    made = {"stock": partial(call, pipeline(model))}
+    for name, policy in GUARDS.items():
+        pipe = pipeline(model)
+        fastguard.enable(pipe, policy)
+        made[name] = partial(call, pipe)
+    return made
+
+
+def difference(works: Mapping[str, Callable[[], torch.Tensor]]) -> float:
+    """Of plain guidance under the guard from stock, relative to the largest value: the combination is the pipeline's own, so 0."""
+    stock, guarded = (works[name]().float() for name in ("stock", "guarded, plain guidance"))
+    return ((guarded - stock).abs().max() / stock.abs().max()).item()
