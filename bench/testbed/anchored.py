@@ -102,7 +102,7 @@ def caught(pipe: Any) -> tuple[list[Job], float]:
     return [work[i] for i in order[:count]], float(gate)
 
 
-def summary(judge: Judge, work: Sequence[Job], z: Tensor) -> dict[str, dict[str, float]]:
+def summary(judge: Judge, work: Sequence[Job], z: Tensor) -> dict[str, dict[str, float | None]]:
     """By kind of prompt: shares of copies, of useful images (no copy, faithful, not blown up), faithfulness, similarity."""
     rows, kinds = judge(z, [job.prompt for job in work]), np.array([job.prompt.kind for job in work])
     result = {}

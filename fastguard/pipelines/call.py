@@ -70,7 +70,7 @@ class Call:
             self._prepared = result[0] if isinstance(result, tuple) else result
             return result
 
-        steps = {
+        steps: dict[str, Callable] = {
             "step": self.step,
             "scale_model_input": self.scale_model_input,
             "set_timesteps": self.scheduling.set_timesteps,

@@ -102,7 +102,7 @@ _Settings = tuple[Policy, Options, str]
 class Guard:
     """The guard of one pipeline: its policy, the report of the last call, and the way back."""
 
-    def __init__(self, pipe: Any, family: Family, policy: Policy, options: Options) -> None:
+    def __init__(self, pipe: Any, family: Family | OwnFamily, policy: Policy, options: Options) -> None:
         self.policy = policy
         self.family = family
         self.options = options
@@ -281,8 +281,7 @@ def _enabled_class(base: Any) -> type:
             "gradients through a guarded call are not supported; disable the guard to call what it wraps"
         )
 
-    __call__.__signature__ = inspect.signature(base.__call__)
-    __call__.__wrapped__ = without_no_grad
+    vars(__call__).update(__signature__=inspect.signature(base.__call__), __wrapped__=without_no_grad)
 
     def __setattr__(self, name, value):
         super(enabled, self).__setattr__(name, value)

@@ -139,7 +139,7 @@ class OwnCombination:
         if uncond is not None and cond is not None:
             e = self.guide(uncond, cond, combined=own)
         elif self._outputs[-1].tensor is None or self._outputs[0].tensor is None:  # one branch left out
-            only = self._left_over(own) if uncond is None and cond is None else uncond if cond is None else cond
+            only: Any = self._left_over(own) if uncond is None and cond is None else uncond if cond is None else cond
             e = self.guide(only, None).to(own.dtype)
         else:
             e = self.guide(own, None, combined=own)
@@ -151,7 +151,7 @@ class OwnCombination:
         if self.family.calls == 1:
             tensor = self._in_step(self._outputs[0], own)
             if len(tensor) == 2 * len(own):
-                found = dict(zip(self.family.order, tensor.chunk(2), strict=True))
+                found |= dict(zip(self.family.order, tensor.chunk(2), strict=True))
             elif len(tensor) == len(own):
                 found["cond"] = tensor
             else:
@@ -160,12 +160,14 @@ class OwnCombination:
                 )
         else:
             branches = self.family.order if len(self._outputs) == 2 else ("cond",)
-            for branch, output in zip(branches, self._outputs, strict=True):
-                found[branch] = None if output.tensor is None else self._in_step(output, own)
-        for branch, tensor in found.items():
-            if tensor is not None and tensor.shape != own.shape:
+            found |= {
+                branch: None if output.tensor is None else self._in_step(output, own)
+                for branch, output in zip(branches, self._outputs, strict=True)
+            }
+        for branch, given in found.items():
+            if given is not None and given.shape != own.shape:
                 raise RuntimeError(
-                    f"{type(self.stand_in).__name__}: the {branch} output is {list(tensor.shape)} where scheduler.step gets "
+                    f"{type(self.stand_in).__name__}: the {branch} output is {list(given.shape)} where scheduler.step gets "
                     f"{list(own.shape)}; this is not the loop that the guard knows, call the pipeline without it"
                 )
         return found["uncond"], found["cond"]

@@ -199,7 +199,8 @@ def probe(
     finally:
         for hook in getattr(pipe, "_all_hooks", ()):
             hook.offload()
-        for part in (getattr(pipe, name, None) for name in family.denoisers):
+        for name in family.denoisers:
+            part: Any = getattr(pipe, name, None)
             if hasattr(part, "_reset_stateful_cache") and "_diffusers_hook" in vars(part):
                 part._reset_stateful_cache()
     return Probe(family, tuple(call.rows), problem)

@@ -151,7 +151,7 @@ def copy_of(pipe: Any, stream: Stream, device: torch.device | None) -> Any:
     if guard is not None:
         options = guard.options
         # A denoiser that is not there cannot be compiled, nor an attention kernel tried on it; what is captured is the same.
-        real = (
+        real: dict[str, Any] = (
             {"attention_backend": options.attention_backend, "compile": options.compile or False} if not device else {}
         )
         enable(copied, guard.policy, unguided=guard.unguided, capture=options.capture, **real)

@@ -44,7 +44,8 @@ OWN_FAMILIES: tuple[OwnFamily, ...] = (*TWO_CALLS, *ONE_BATCH, *GUIDERS)
 
 def find(pipeline_class: type) -> Any:
     """The Family or OwnFamily of a pipeline class, or TypeError with why it is not supported."""
-    for family in (*FAMILIES, *OWN_FAMILIES):
+    families: tuple[Family | OwnFamily, ...] = (*FAMILIES, *OWN_FAMILIES)
+    for family in families:
         for name in family.pipelines:
             known: Any = getattr(diffusers, name, None)
             if known is not None and pipeline_class.__call__ is known.__call__:

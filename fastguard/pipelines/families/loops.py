@@ -40,7 +40,8 @@ def main() -> None:
 
     from fastguard.pipelines.families import FAMILIES, OWN_FAMILIES
 
-    names = sorted(name for family in (*FAMILIES, *OWN_FAMILIES) for name in family.pipelines)
+    pipelines = [*(family.pipelines for family in FAMILIES), *(family.pipelines for family in OWN_FAMILIES)]
+    names = sorted(name for some in pipelines for name in some)
     loops = {name: mark for name in names if (mark := fingerprint(getattr(diffusers, name, None)))}
     _FILE.write_text(json.dumps({"diffusers": diffusers.__version__, "loops": loops}, indent=1) + "\n")
 
