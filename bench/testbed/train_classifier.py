@@ -45,9 +45,8 @@ def train(work: Path, out: Path) -> dict:
     torch.manual_seed(1)
     set_, blurred = pictures.build(work), reconstructions(work)
     ordinary = np.arange(len(set_.images)) >= set_.memorized  # memorized pictures are not used
-    out = held_out(set_.drawing[ordinary], set_.concept[ordinary])
-    index = np.flatnonzero(ordinary)
-    seen = torch.from_numpy(index[~out])
+    held = held_out(set_.drawing[ordinary], set_.concept[ordinary])
+    seen = torch.from_numpy(np.flatnonzero(ordinary)[~held])
     labels = torch.from_numpy(set_.concept)
     model = Classifier(len(concepts())).to(memory_format=torch.channels_last)
     optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=5e-2)

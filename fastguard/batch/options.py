@@ -77,11 +77,11 @@ class JobOptions:
             if getattr(self, name) is not None:
                 self._set(name, checks.integer(name, getattr(self, name), lowest, highest))
         if self.cpus_per_actor is not None:
-            allowed = f"0, or from {SMALLEST} to {MOST_ACTORS}"
-            self._set("cpus_per_actor", checks.number("cpus_per_actor", self.cpus_per_actor, allowed, _amount))
+            amount = f"0, or from {SMALLEST} to {MOST_ACTORS}"
+            self._set("cpus_per_actor", checks.number("cpus_per_actor", self.cpus_per_actor, amount, _amount))
         if self.gpus_per_actor is not None:
-            allowed = f"0, from {SMALLEST} to 1, or a whole number to {MOST_ACTORS}"
-            self._set("gpus_per_actor", checks.number("gpus_per_actor", self.gpus_per_actor, allowed, _whole_amount))
+            amount = f"0, from {SMALLEST} to 1, or a whole number to {MOST_ACTORS}"
+            self._set("gpus_per_actor", checks.number("gpus_per_actor", self.gpus_per_actor, amount, _whole_amount))
         needs = {
             "quality": (self.format != "png", "format='jpeg' or 'webp'"),
             **dict.fromkeys(

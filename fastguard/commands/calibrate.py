@@ -66,17 +66,16 @@ def calibrate(
         settle(quiet, verbose)
         pipe = load_pipeline(model, dtype=dtype, device=device, scheduler=scheduler, variant=variant)
         check_tokens(pipe, found, prompts)
-    given = {"guidance_scale": scale, "width": width, "height": height}
+    given = {"guidance_scale": scale, "width": width, "height": height, "negative_prompt": negative_prompt}
     call: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     values = collect_gate_statistics(
         pipe,
         found,
         seeds=seeds,
-        gate_steps=chosen.gate_steps,
+        gate_steps=int(chosen.gate_steps),  # type: ignore[arg-type]  # lists were refused
         batch_size=batch_size,
         progress=not quiet,
         num_inference_steps=steps,
-        **({} if negative_prompt is None else {"negative_prompt": negative_prompt}),
         **call,
     )
     result = choose(values, fpr, confidence, groups=groups)

@@ -89,7 +89,7 @@ def screen(
 
 def ranked(values: dict[str, list[float]], bound: float | None) -> list[dict[str, Any]]:
     """A line per prompt, by falling mean. flagged: whether the mean reaches the bound; None without one."""
-    lines = [
+    lines: list[dict[str, Any]] = [
         {"prompt": prompt, "mean": sum(own) / len(own), "largest": max(own), "values": own}
         for prompt, own in values.items()
     ]

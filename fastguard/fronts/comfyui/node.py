@@ -23,7 +23,7 @@ class MemorizationGuard:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        gate = {"default": 0.0, "min": 0.0, "max": LARGEST_SCALE, "step": 0.0001, "round": False}
+        gate: dict[str, Any] = {"default": 0.0, "min": 0.0, "max": LARGEST_SCALE, "step": 0.0001, "round": False}
         gate["tooltip"] = (
             "RMS of (cond - uncond) from which a prompt is guarded, in epsilon (flow models: velocity); 0: every prompt"
         )
