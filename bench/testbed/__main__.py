@@ -97,6 +97,17 @@ def anchored(
 
 
 @app.command()
+def anchored_plot(
+    results: Path = Path("docs/testbed/anchored-search.json"), out: Path = RESULTS / "anchored-tradeoff.png"
+) -> None:
+    """Draw what the search found."""
+    from . import anchored_plot as module
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    module.plot(results, out)
+
+
+@app.command()
 def anchored_test(work: Work = WORK, out: Path = RESULTS) -> None:
     """Anchored guidance and the paper's rules on the test halves of both models; writes anchored-test.json. Resumable."""
     from . import anchored_test as module
