@@ -4,7 +4,7 @@
 
 `stp` skips the conditional branch before t* = 500, a quarter of the denoiser's rows; `dtp` needs both branches throughout. Before
 anything is timed the guarded pipeline under `cfg` is checked against stock's latents. Half of the rows take more than half of the time where
-a denoiser is as small as the embedded one: that is measured, too, as the guard runs it (in inference mode), and what that leaves for
+a denoiser is as small as the embedded one: that is measured, too, and what that leaves for
 `stp` at best, were everything else free.
 """
 
@@ -69,13 +69,12 @@ def denoiser_alone(model: Path | None, batch: int, rows: int, pairs: int) -> Rat
     sample = torch.randn(2 * batch, c.in_channels, c.sample_size, c.sample_size)
     embeds, _ = pipe.encode_prompt("a red apple", "cpu", 2 * batch, False)
 
-    def run(mode: type, rows: int) -> None:
-        with mode():
-            for _ in range(10):
-                pipe.unet(sample[:rows], 500, encoder_hidden_states=embeds[:rows])
+    @torch.no_grad()
+    def run(rows: int) -> None:
+        for _ in range(10):
+            pipe.unet(sample[:rows], 500, encoder_hidden_states=embeds[:rows])
 
-    ours, stock = partial(run, torch.inference_mode, rows), partial(run, torch.no_grad, 2 * batch)
-    return alternating(ours, stock, pairs=pairs, progress=f"denoiser, {rows} rows")
+    return alternating(partial(run, rows), partial(run, 2 * batch), pairs=pairs, progress=f"denoiser, {rows} rows")
 
 
 def _load(model: Path | None, make) -> diffusers.StableDiffusionPipeline:
