@@ -72,6 +72,7 @@ def _blank(in_steps: bool) -> Schedule:
     rows[:, [Row.Q, Row.B, Row.S]] = 1.0
     rows[:, Row.STORE] = -1.0
     rows[:-1, Row.ACTIVE] = 1.0
+    rows[:, Row.X : Row.E + 1] = torch.nan  # no map to x0 is known
     reason = "no scheduler is known"
     none = (0,) * ROWS
     return Schedule(rows, rows[:-1, Row.TIMESTEP], 0, none, torch.nan, "own step", False, reason, in_steps=in_steps)
