@@ -392,6 +392,7 @@ MORE: dict[str, Tiny] = {
         lambda seed: embeds(seed, prompt_embeds=(2, 6, 16), prompt_embeds_pooled=(2, 1, 16)),
         fixed={"height": 128, "width": 128},
         elements=16 * 3 * 3,
+        counts_steps=False,
         exact=False,
         **GUIDED,
     ),

@@ -29,9 +29,16 @@ def case(request):
     return EVERY[request.param], pipe, stock
 
 
-def _guarded(tiny, pipe, policy="stp", **overrides):
-    with fastguard.enable(pipe, policy, **overrides) as guard:
+def _guarded(tiny, pipe, policy):
+    with fastguard.enable(pipe, policy) as guard:
         return run(tiny, pipe, tiny.guided()), guard.report
+
+
+def _held(tiny, **overrides):
+    """A policy that holds an image to the end."""
+    if tiny.counts_steps:
+        return fastguard.policy("stp", t_star=0, **overrides)
+    return fastguard.policy("paper-dtp", min_step=100, **overrides)
 
 
 def _assert_same(ours, expected, exact):
@@ -50,7 +57,7 @@ def test_unguarded_images_keep_stocks_bits(case):
 
 def test_zero_is_stock_on_the_negative_prompt(case):
     tiny, pipe, stock = case
-    ours, report = _guarded(tiny, pipe, t_star=0)
+    ours, report = _guarded(tiny, pipe, _held(tiny))
     expected = run(tiny, pipe, tiny.alone(2))
     assert (expected - stock).abs().max() > 1e-5 * stock.abs().max()
     _assert_same(ours, expected, tiny.exact)
@@ -61,7 +68,7 @@ def test_zero_is_stock_on_the_negative_prompt(case):
 
 def test_conditional_is_stock_without_guidance(case):
     tiny, pipe, _ = case
-    ours, _ = _guarded(tiny, pipe, t_star=0, before="conditional")
+    ours, _ = _guarded(tiny, pipe, _held(tiny, before="conditional"))
     _assert_same(ours, run(tiny, pipe, tiny.alone(1)), tiny.exact)
 
 
@@ -89,8 +96,8 @@ def test_a_mixed_batch_equals_single_policies(case):
     tiny, pipe, stock = case
     if tiny.images == 1:
         pytest.skip("it makes one image a call")
-    guarded, _ = _guarded(tiny, pipe, t_star=0, monitor=True)
-    ours, _ = _guarded(tiny, pipe, [fastguard.policy("stp", t_star=0, monitor=True), "cfg"])
+    guarded, _ = _guarded(tiny, pipe, _held(tiny, monitor=True))
+    ours, _ = _guarded(tiny, pipe, [_held(tiny, monitor=True), "cfg"])
     assert torch.equal(ours[0], guarded[0]) and torch.equal(ours[1], stock[1])
     scaled, _ = _guarded(tiny, pipe, fastguard.policy("cfg", guidance_scale=2.0))
     ours, _ = _guarded(tiny, pipe, ["cfg", fastguard.policy("cfg", guidance_scale=2.0)])
@@ -115,7 +122,7 @@ def test_a_callback_interrupts_and_changes_latents(case):
 
 def test_a_call_without_a_second_branch_is_refused(case):
     tiny, pipe, _ = case
-    with fastguard.enable(pipe, "stp"), pytest.raises(ValueError, match="no second") as error:
+    with fastguard.enable(pipe, _held(tiny)), pytest.raises(ValueError, match="no second") as error:
         run(tiny, pipe, tiny.alone(1))
     assert guards.find(type(pipe)).scale in str(error.value)
     with fastguard.enable(pipe, "cfg"):
@@ -127,7 +134,7 @@ def test_a_wrong_order_does_not_pass(case, monkeypatch):
     family = guards.find(type(pipe))
     wrong = dataclasses.replace(family, order=family.order[::-1])
     monkeypatch.setattr(guards, "find", lambda _: wrong)
-    ours, _ = _guarded(tiny, pipe, t_star=0)
+    ours, _ = _guarded(tiny, pipe, _held(tiny))
     expected = run(tiny, pipe, tiny.alone(2))
     assert (ours - expected).abs().max() > 1e-5 * expected.abs().max()
 
@@ -138,11 +145,11 @@ def test_unguarded_images_keep_stocks_bits_in_bfloat16(case):
     copied = copy.deepcopy(pipe).to(torch.bfloat16)
     arguments = {name: _narrow(value) for name, value in tiny.guided().items()}
     stock = run(tiny, copied, arguments)
-    policies = [fastguard.policy("stp", monitor=True), "cfg"][-tiny.images :]
+    policies = [_held(tiny, monitor=True), "cfg"][-tiny.images :]
     with fastguard.enable(copied, policies) as guard:
         ours = run(tiny, copied, arguments)
     assert ours.dtype == stock.dtype and torch.equal(ours[-1], stock[-1])
-    assert all(d is not None for image in guard.report for d in image.d_curve)
+    assert all(d is not None for image in guard.report for d in image.d_curve[: tiny.steps])
 
 
 def _narrow(value):

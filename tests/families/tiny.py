@@ -19,6 +19,7 @@ class Tiny:
     on, off: the arguments with which the second branch runs, and does not.
     fixed: the other arguments; images: how many come of a call.
     elements: of one image's latent at scheduler.step; kept: the tokens of the denoiser's output that reach it.
+    counts_steps: whether its scheduler's timesteps are training steps, in which t_star counts.
     bends: whether its combination is not linear in the two branches.
     full_rows: rows that run both branches where only one is needed: the first of each denoiser.
     exact: whether one branch alone has the bits that it has in a batch of both.
@@ -35,6 +36,7 @@ class Tiny:
     steps: int = 4
     full_rows: int = 1
     images: int = 2
+    counts_steps: bool = True
     kept: tuple[int, int | None] = (0, None)
 
     def guided(self, **changes: Any) -> dict[str, Any]:

@@ -66,6 +66,14 @@ REASONS: dict[str, str] = {
         ),
         "its denoiser does not run in torch",
     ),
+    **dict.fromkeys(
+        (
+            "PRXPixelPipeline", "SanaWMPipeline", "StableDiffusionLatentUpscalePipeline", "Cosmos2_5_PredictBasePipeline",
+            "Cosmos2TextToImagePipeline", "Cosmos2VideoToWorldPipeline", "HunyuanVideoImageToVideoPipeline", "Ideogram4Pipeline",
+            "QwenImage21Pipeline", "ShapEPipeline", "ShapEImg2ImgPipeline", "JoyImageEditPlusPipeline",
+        ),
+        "how its model's output becomes what the scheduler's step gets is not declared",
+    ),
     "DiTPipeline": "its scheduler steps both branches' rows",
     "LuminaPipeline": "it guides three of its four latent channels",
 }  # fmt: skip
