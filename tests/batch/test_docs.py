@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shlex
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from typer.testing import CliRunner
 
+from fastguard.batch.options import JobOptions
 from fastguard.batch.request import FIELDS
 from fastguard.commands.cli import app
 
@@ -24,9 +26,11 @@ def test_generate(model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("fastguard.pipelines.loading.resolve", lambda name: model if name == "testbed" else name)
     (table,) = examples("generate.md", "csv")
     Path("prompts.csv").write_text(table)
-    (command,) = examples("generate.md", "console")
+    command, screening = examples("generate.md", "console")
     result = CliRunner().invoke(app, shlex.split(command.removeprefix("$ fastguard ")))
     assert result.exit_code == 0, result.output
+    result = CliRunner().invoke(app, shlex.split(screening.removeprefix("$ fastguard ")))
+    assert "2 prompts" in result.output, result.output
     assert sorted(path.stem for path in Path("images").glob("*.png")) == ["plain-1", "poster-1", "poster-2"]
     assert {path.name for path in Path("images").glob("*.json*")} == {"manifest.jsonl", "report.json", "settings.json"}
 
@@ -44,5 +48,9 @@ def test_pages_name_every_field_and_option():
     page = (DOCS / "generate.md").read_text()
     for field in FIELDS:
         assert f"`{field}`" in page
+    for field in dataclasses.fields(JobOptions):
+        flag, default = f"--{field.name.replace('_', '-')}", field.default
+        shown = "" if default is None or default is False else default
+        assert f"| `{flag}` | {shown} | {field.metadata['help']} |\n" in page
     for option in ("actors", "gpus-per-actor", "cpus-per-actor", "ray-address"):
         assert f"`--{option}`" in (DOCS / "ray.md").read_text()
