@@ -54,6 +54,7 @@ class Configuration:
     model_input: bool = True
     timestep: str | None = "fp32"
     combined: str | None = None
+    anchored: bool = False
     aligned: bool = True
 
     def source(self) -> ASTSource:
@@ -62,6 +63,8 @@ class Configuration:
             "u_ptr": self.model,
             "c_ptr": self.model if self.both else None,
             "w_ptr": self.combined,
+            "m_ptr": "fp32" if self.anchored else None,
+            "shares_ptr": "fp32" if self.anchored else None,
             "x_ptr": "fp32",
             "history_ptr": "fp32",
             "y_ptr": self.model if self.model_input else None,
@@ -105,13 +108,17 @@ class Configuration:
     def tile_bytes(self) -> dict[str, int]:
         """Bytes of latents that the kernel's text reads and writes per element, each access counted once."""
         w, both = WIDTH[self.model], int(self.both)
+        own = WIDTH[self.combined] if self.combined else 0
         norm = 2 * w * both
+        held = self.anchored and self.both
+        norm += held * (2 * w + 4 + 8 + own)  # u, c, x, m, mu
         if self.kernel == "norm":
             return {"loads": norm, "stores": 0}
         loads = w + w * both + 4 + 4 * SLOTS + (WIDTH[self.noise] if self.noise else 0)
         loads += WIDTH[self.combined] if self.combined else 0
         loads += norm if self.launches == "one launch" else 0
-        return {"loads": loads, "stores": 8 + (2 * w if self.model_input else 0)}
+        loads += 4 * held  # m
+        return {"loads": loads, "stores": 8 + 8 * held + (2 * w if self.model_input else 0)}
 
     def paper_bytes(self) -> int:
         """Bytes of latents that one sample's step must move through this kernel."""
@@ -231,23 +238,28 @@ def configurations() -> Iterator[Configuration]:
     models = ("fp16", "bf16", "fp32")
     for model, both, aligned in itertools.product(models, (True, False), (True, False)):
         yield Configuration("norm", "two launches", model, both, aligned=aligned)
+        for combined in (None, "fp32", model):
+            yield Configuration("norm", "two launches", model, both, combined=combined, anchored=True, aligned=aligned)
         narrow = (None, *sorted({"fp32", model}))
-        for launches, noise, model_input, timestep, combined in itertools.product(
-            SIZES, narrow, (True, False), (None, "fp32", "i64"), narrow
+        for launches, noise, model_input, timestep, combined, anchored in itertools.product(
+            SIZES, narrow, (True, False), (None, "fp32", "i64"), narrow, (False, True)
         ):
-            yield Configuration("step", launches, model, both, noise, model_input, timestep, combined, aligned)
+            yield Configuration(
+                "step", launches, model, both, noise, model_input, timestep, combined, anchored, aligned
+            )
 
 
 def typical() -> list[Configuration]:
     """Those that pipelines run: everything is there; with noise, without, and with one branch."""
     chosen = []
     for model in ("fp16", "bf16", "fp32"):
-        chosen.append(Configuration("norm", "two launches", model))
+        chosen += [Configuration("norm", "two launches", model, anchored=anchored) for anchored in (False, True)]
         for launches in SIZES:
             chosen += [
                 Configuration("step", launches, model),
                 Configuration("step", launches, model, noise="fp32"),
                 Configuration("step", launches, model, both=False),
+                Configuration("step", launches, model, anchored=True),
             ]
     return chosen
 
@@ -265,8 +277,8 @@ def markdown(chosen: list[Configuration]) -> str:
         "*paper* = latents alone. Spills: none (stack, local memory, vector registers). Scalar registers that gfx942 keeps in lanes of a vector register (*parked*) are shown and",
         "not counted as spills, as they touch no memory. Every access to latents is 16 bytes wide where the latent's size divides by 16, else as narrow as one element.",
         "",
-        "| target | kernel | launches | model dtype | noise | branches | registers | parked | shared bytes | 16-byte loads | 16-byte stores | counted bytes | paper bytes |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| target | kernel | launches | model dtype | noise | branches | anchored | registers | parked | shared bytes | 16-byte loads | 16-byte stores | counted bytes | paper bytes |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for target, configuration in tqdm(list(itertools.product(TARGETS, chosen)), desc="compile"):
         code = configuration.compile(target)
@@ -281,6 +293,7 @@ def markdown(chosen: list[Configuration]) -> str:
             configuration.model,
             configuration.noise or "none",
             "both" if configuration.both else "one",
+            "yes" if configuration.anchored else "",
             code.registers,
             code.parked,
             code.shared,

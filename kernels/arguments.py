@@ -30,6 +30,8 @@ class Operands(NamedTuple):
     guidance: Tensor
     noise: Tensor | None
     timestep_out: Tensor | None
+    anchor: Tensor | None
+    shares: Tensor | None
     scratch: Tensor | None
 
 
@@ -59,9 +61,8 @@ def memory_format(latents: Tensor) -> torch.memory_format:
 
 def check(operands: Operands) -> None:
     """ValueError for what `guided_step` does not take."""
-    uncond, cond, combined, x, history, model_input, trace, state, rows, rules, guidance, noise, timestep_out, _ = (
-        operands
-    )
+    uncond, cond, combined, x, history, model_input, trace, state, rows, rules, guidance, noise = operands[:12]
+    timestep_out, anchor, shares, _ = operands[12:]
     shape, batch = x.shape, x.shape[0]
     batches = (batch, 2 * batch)
     if x.dtype != torch.float32 or not x.numel() or not x.is_contiguous(memory_format=memory_format(x)):
@@ -92,6 +93,16 @@ def check(operands: Operands) -> None:
             model_input,
             f"float16, bfloat16 or float32 [B or 2B, *{list(shape[1:])}] in x's memory format",
         )
+    if anchor is not None and (
+        anchor.dtype != torch.float32 or anchor.shape != (2, *shape) or not dense_like(anchor[0], x)
+    ):
+        _refuse("anchor", anchor, f"float32 {[2, *shape]} in x's memory format, see history_for")
+    if shares is not None and (
+        shares.dtype != torch.float32 or shares.shape != trace.shape or not shares.is_contiguous()
+    ):
+        _refuse("shares", shares, f"contiguous float32 {list(trace.shape)} as trace")
+    if (anchor is None) != (shares is None):
+        raise ValueError("anchor and shares: both or none")
     if trace.dtype != torch.float32 or trace.dim() != 2 or trace.shape[1] != batch or not trace.is_contiguous():
         _refuse("trace", trace, f"contiguous float32 [steps, {batch}]")
     if state.dtype != torch.float64 or state.shape != (batch, len(State)) or not state.is_contiguous():

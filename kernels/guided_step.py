@@ -4,7 +4,8 @@ For every sample b of the batch, with k = state[b, STEP], row r = rows[state[b, 
 
     d = ||delta||^2                                            trace[k, b] = d
     g = guidance[b, k, 0 before the transition | 1 otherwise]  (`decide`: the transition of Jain et al., CVPR 2025, arXiv 2411.16738)
-    e = u + g delta                                            or `combined`, same bits, where that is given and the sample unguarded
+    e = u + g delta - f a                                      f = 0 but for anchored samples (`anchor.push`);
+                                                               or `combined`, same bits, where that is given and the sample unguarded
     m = P x + Q e
     x = A x + B m + sum_j H_j history[j] + N noise             history[STORE] = m
     model_input = S_next x                                     timestep_out = TIMESTEP_next,  state[b, STEP] = k + 1
@@ -46,6 +47,8 @@ def guided_step(
     guidance: Tensor,
     noise: Tensor | None = None,
     timestep_out: Tensor | None = None,
+    anchor: Tensor | None = None,
+    shares: Tensor | None = None,
     scratch: Tensor | None = None,
     backend: str | None = None,
 ) -> None:
@@ -64,6 +67,9 @@ def guided_step(
         guidance: float32 [B, >= steps, 2], g before the transition and after it.
         noise: [B, C, *S] of any of the three dtypes, read where N != 0.
         timestep_out: [B or 2B], any number dtype, the next row's timestep.
+        anchor: float32 [2, B, C, *S] in x's memory format: m and mu of `anchor.push`, written at an anchored sample's first row with both
+            branches; None: no sample is anchored (Rule.ANCHORED is not looked at then).
+        shares: float32, as trace: share p of an anchored sample at every row, NaN of all others.
         scratch: workspace from `scratch_for(x)`, reused between calls; None: allocated by this call.
         backend: "triton" or "torch"; None: triton on CUDA and ROCm, torch elsewhere, unless the environment variable FASTGUARD_BACKEND
             names one.
@@ -85,6 +91,8 @@ def guided_step(
         guidance,
         noise,
         timestep_out,
+        anchor,
+        shares,
         scratch,
     )
     check(operands)
@@ -110,7 +118,9 @@ def choose_backend(x: Tensor, backend: str | None = None) -> str:
 def scratch_for(x: Tensor) -> Tensor:
     """Workspace that `guided_step` can reuse for every step on latents like x: float32, one dimension, contents irrelevant."""
     size = x.numel() // x.shape[0]
-    return x.new_empty(x.shape[0] * max(2 * torch_step.width(size), 2 * len(State) + -(-2 * size // triton_step.BLOCK)))
+    return x.new_empty(
+        x.shape[0] * max(2 * torch_step.width(size), 2 * len(State) + 5 * -(-2 * size // triton_step.BLOCK))
+    )
 
 
 def history_for(x: Tensor, slots: int) -> Tensor:
@@ -147,7 +157,8 @@ def _fake(*_: Any) -> None:
 _library = torch.library.Library("fastguard", "FRAGMENT")
 _library.define(
     "guided_step(Tensor uncond, Tensor? cond, Tensor? combined, Tensor(a!) x, Tensor(b!) history, Tensor(c!)? model_input, Tensor(d!) trace, "
-    "Tensor(e!) state, Tensor rows, Tensor rules, Tensor guidance, Tensor? noise, Tensor(f!)? timestep_out, Tensor(g!)? scratch, "
+    "Tensor(e!) state, Tensor rows, Tensor rules, Tensor guidance, Tensor? noise, Tensor(f!)? timestep_out, Tensor(g!)? anchor, Tensor(h!)? shares, "
+    "Tensor(i!)? scratch, "
     "str backend) -> ()",
     tags=(torch.Tag.pt2_compliant_tag,),
 )

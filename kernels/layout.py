@@ -54,6 +54,13 @@ class Rule(IntEnum):
     RHO = 6  # drop rule: fires below RHO * maximum so far
     MAGNITUDE = 7  # Magnitude
     COMBINED = 8  # 1: while unguarded the caller's own combination is the output, where there is one; 0: the policy has its own scale
+    ANCHORED = 9  # 1: guarded by its anchor (`anchor.push`, which has the formulas of the columns that follow)
+    FAINT = 10  # norm of m - mu at which the strength begins
+    SHARP = 11  # norm at which it is 1
+    BACK = 12
+    ETA = 13
+    DRIFT = 14
+    MOST = 15
 
 
 class State(IntEnum):
@@ -74,6 +81,15 @@ class State(IntEnum):
     GATE_D = 12  # largest d among the gate's observations; -inf before
     FORCED = 13  # 1 if a dynamic rule was overruled by SWITCH_ROW
     NON_FINITE = 14  # first row with a non-finite d
+    STRENGTH = 15  # s of the anchor
+    RHO = 16  # push of the drift
+    ANCHOR = 17  # Anchor
+
+
+class Anchor(IntEnum):
+    UNWRITTEN = 0
+    WRITTEN = 1
+    BROKEN = 2  # a sum over it was not finite
 
 
 class RuleKind(IntEnum):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import codes
+from .anchor import push
 from .arguments import Operands
 from .decide import decide
 
@@ -24,7 +25,8 @@ def guided_step_torch(operands: Operands) -> None:
     Every tensor operation rounds once (no addcmul, no alpha): torch's kernels may use a fused multiply-add in their vectorised
     body and not in its tail, and which of the two an element meets depends on the batch.
     """
-    u, c, own, x, history, model_input, trace, state, rows, rules, guidance, noise, timestep_out, scratch = operands
+    u, c, own, x, history, model_input, trace, state, rows, rules, guidance, noise = operands[:12]
+    timestep_out, anchor, shares, scratch = operands[12:]
     assert scratch is not None
     batch, size = x.shape[0], x.numel() // x.shape[0]
     padded = width(size)
@@ -42,24 +44,23 @@ def guided_step_torch(operands: Operands) -> None:
             torch.sub(c, u, out=e)
         else:  # torch subtracts in the inputs' dtype, d is defined on values cast to float32
             e.copy_(c).sub_(u)
-        torch.mul(delta, delta, out=work)
-        parts = work if padded <= PART else work.view(batch, -1, PART).sum(2)
-        # Of all operations on just 32,768 elements (8 small latents) torch starts threads for the sum alone; it is not worth it.
-        split = parts.numel() == 2 * PART and torch.get_num_threads() > 1
-        halves = parts.chunk(2) if split else (parts,)
-        d = [value for half in halves for value in half.sum(1).tolist()]
+        d = _sums(torch.mul(delta, delta, out=work))
 
     on_host = x.device.type == "cpu"
+    own = None if own is None else _flat(own, size)
+    held = None if anchor is None or c is None else _held(anchor, u, c, own, latents, e, state, rows, size)
     tables = (state, trace, rows, rules, guidance)
     host = [t.numpy() if on_host else t.cpu().numpy() for t in tables]  # on the CPU these are views
-    plan = _decide_on_host(d, c is not None, own is not None, *host)
+    pasts = None if shares is None else shares.numpy() if on_host else shares.cpu().numpy()
+    plan = _decide_on_host(d, c is not None, own is not None, held, pasts, *host)
     if not on_host:
         state.copy_(torch.from_numpy(host[0]))
         trace.copy_(torch.from_numpy(host[1]))
+        if shares is not None:
+            shares.copy_(torch.from_numpy(pasts))
 
     slots = [_flat(slot, size) for slot in history.unbind()]
     z = None if noise is None else _flat(noise, size)
-    own = None if own is None else _flat(own, size)
     y = None if model_input is None else _flat(model_input, size).view(-1, batch, size)
     times = None if timestep_out is None else timestep_out.view(-1, batch)
     for form, run in _runs(plan.forms):
@@ -71,13 +72,18 @@ def guided_step_torch(operands: Operands) -> None:
             return tensor if whole else tensor.narrow(dim, run.start, run.stop - run.start)
 
         table = torch.from_numpy(plan.table[:, run])
-        g, *values, scale = (table if on_host else table.to(x.device)).unbind()
+        g, *values, scale, f = (table if on_host else table.to(x.device)).unbind()
         p, q, a, b, *h, n = map(_Term, form.kinds, values)
         m, latent, product = part(e), part(latents), part(work if padded == size else work[:, :size])
         if own is not None and form.combined:
             m.copy_(part(own))
         elif c is not None:
             m.mul_(g).add_(part(u))
+        if held is not None and form.pushed:
+            m.sub_(torch.mul(part(held.a), f, out=product))
+        if held is not None and form.written:
+            for half, fresh in zip(held.anchor, held.fresh, strict=True):
+                part(half).copy_(part(fresh))
         q.multiply(m)
         p.add_to(m, latent, product)
         a.multiply(latent)
@@ -104,11 +110,60 @@ class _Form(NamedTuple):
     store: int
     unscaled: bool  # S of the next row is 1
     combined: bool = False  # e is the caller's own combination
+    pushed: bool = False  # f is not 0
+    written: bool = False  # the anchor is
+
+
+class _Held(NamedTuple):
+    """Anchored guidance of a row, before it is decided."""
+
+    a: Tensor  # [B, size]: m - x0(u)
+    sums: list[tuple[float, ...]]  # per sample, as `anchor.push` takes them
+    anchor: tuple[Tensor, Tensor]  # m and mu, [B, size] each
+    fresh: tuple[Tensor, Tensor]  # x0(c) and x0(u)
+
+
+def _held(
+    anchor: Tensor,
+    u: Tensor,
+    c: Tensor,
+    own: Tensor | None,
+    x: Tensor,
+    delta: Tensor,
+    state: Tensor,
+    rows: Tensor,
+    size: int,
+) -> _Held:
+    """a and the sums over it; of a sample whose anchor is not written yet, with the one that this row would write."""
+    row = rows[(state[:, codes.BASE] + state[:, codes.STEP]).long()]
+    on_x, on_e = (row[:, column, None].float() for column in (codes.X, codes.E))
+    fresh = tuple(x.mul(on_x).add_(output.to(torch.float32, copy=True).mul_(on_e)) for output in (c, u))
+    m, mu = _flat(anchor[0], size), _flat(anchor[1], size)
+    first = state[:, codes.ANCHOR, None] == codes.UNWRITTEN
+    a = torch.where(first, delta.mul(on_e), m.sub(fresh[1]))
+    spread = fresh[1].sub(mu).square_().add_(m.sub(mu).square_())
+    beside = torch.zeros_like(a) if own is None else own.to(torch.float32, copy=True).sub_(u).mul_(a)
+    products = (a.square(), delta.mul(a), torch.where(first, 0.0, spread), beside)
+    return _Held(a, list(zip(*(_sums(_padded(one)) for one in products), strict=True)), (m, mu), fresh)
+
+
+def _sums(products: Tensor) -> list[float]:
+    """Per sample the sum of its [B, padded] products, in an order that depends on their number alone."""
+    parts = products if products.shape[1] <= PART else products.view(len(products), -1, PART).sum(2)
+    # Of all operations on just 32,768 elements (8 small latents) torch starts threads for the sum alone; it is not worth it.
+    split = parts.numel() == 2 * PART and torch.get_num_threads() > 1
+    halves = parts.chunk(2) if split else (parts,)
+    return [value for half in halves for value in half.sum(1).tolist()]
+
+
+def _padded(products: Tensor) -> Tensor:
+    size = products.shape[1]
+    return products if width(size) == size else torch.nn.functional.pad(products, (0, width(size) - size))
 
 
 class _HostPlan(NamedTuple):
     forms: list[_Form | None]  # per sample; None: inactive
-    table: np.ndarray  # float32 [10, B, 1]: g, P, Q, A, B, H0 to H2, N, S of the next row
+    table: np.ndarray  # float32 [11, B, 1]: g, P, Q, A, B, H0 to H2, N, S of the next row, f
     times: np.ndarray  # float64 [B]: timestep of the next row
 
 
@@ -116,6 +171,8 @@ def _decide_on_host(
     d: list[float],
     both: bool,
     combines: bool,
+    held: _Held | None,
+    shares: np.ndarray | None,
     state: np.ndarray,
     trace: np.ndarray,
     rows: np.ndarray,
@@ -126,7 +183,7 @@ def _decide_on_host(
     `decide` has 60, a sample on Python floats costs a few."""
     forms: list[_Form | None] = []
     known: dict[int, tuple[list[float], _Form | None]] = {}
-    states, r, k, column = state.tolist(), [], [], []
+    states, r, numbers = state.tolist(), [], []
     last = -1
     for b, rule in enumerate(rules.tolist()):
         old = states[b]
@@ -137,26 +194,40 @@ def _decide_on_host(
                 row = rows[at].tolist()
                 known[at] = row, _form(row, rows[at + 1, codes.S]) if row[codes.ACTIVE] else None
             (row, form), last = known[at], at
-        before = as_it_is = False
+        g = f = 0.0
         if form is not None:
-            states[b], before, as_it_is = decide(_where, old, rule, row, d[b], both)
+            new, before, combined = decide(_where, old[: codes.DECIDED], rule[: codes.RULED], row, d[b], both)
+            g, share = float(guidance[b, step, 0 if before else 1]), math.nan
+            tail = [new[codes.NON_FINITE], *old[codes.DECIDED :]]
+            if held is not None and rule[codes.ANCHORED]:
+                tail, share, f, g, combined = push(
+                    _where, math.sqrt, tail, new[codes.PHASE], step, rule[codes.RULED :], row, held.sums[b], g, float(combined and combines)
+                )  # fmt: skip
+            states[b] = [*new[: codes.NON_FINITE], *tail]
             trace[step, b] = d[b]
-        else:
-            step = 0  # there may be no guidance for it
-        forms.append(form._replace(combined=True) if form and as_it_is and combines else form)
+            if shares is not None:
+                shares[step, b] = share
+            fresh = (
+                held is not None
+                and rule[codes.ANCHORED]
+                and old[codes.ANCHOR] == codes.UNWRITTEN
+                and old[codes.PHASE] != codes.PLAIN
+            )
+            if (combined and combines) or f or fresh:
+                form = form._replace(combined=bool(combined and combines), pushed=f != 0.0, written=bool(fresh))
+                last = -1  # the next sample has a form of its own
+        forms.append(form)
         r.append(at)
-        k.append(step)
-        column.append(0 if before else 1)
+        numbers.append((g, f))
     state[:] = states
 
-    table = np.empty((10, len(forms), 1), dtype=np.float32)
-    if len(known) == 1 and k.count(step) == len(k):
-        table[0, :, 0] = [pair[i] for pair, i in zip(guidance[:, step].tolist(), column, strict=True)]
+    table = np.empty((11, len(forms), 1), dtype=np.float32)
+    table[[0, 10], :, 0] = np.array(numbers).T
+    if len(known) == 1:
         following = rows[min(at + 1, len(rows) - 1)].tolist()
         table[1:9] = rows[at, codes.P : codes.N + 1, None, None]
         times = np.full(len(forms), following[codes.TIMESTEP])
     else:
-        table[0, :, 0] = guidance[range(len(forms)), k, column]
         following = rows[np.minimum(np.array(r) + 1, len(rows) - 1)].T
         table[1:9, :, 0] = rows[r, codes.P : codes.N + 1].T
         times = following[codes.TIMESTEP]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from . import codes
+from .anchor import push
 from .arguments import Operands
 from .decide import decide
 
@@ -41,7 +42,13 @@ def _where(condition, yes, no):
     return tl.where(condition, yes, no)
 
 
+@_jit
+def _root(value):
+    return tl.sqrt(value)
+
+
 _decide = _jit(decide)
+_push = _jit(push)
 
 
 # Columns one by one: TileLens takes even a static_range for a loop at run time, and then knows no column's value.
@@ -64,6 +71,23 @@ def _load_15(ptr):
         tl.load(ptr + 8), tl.load(ptr + 9), tl.load(ptr + 10), tl.load(ptr + 11), tl.load(ptr + 12), tl.load(ptr + 13),
         tl.load(ptr + 14),
     )  # fmt: skip
+
+
+@_jit
+def _load_17(ptr):
+    return _load_15(ptr) + (tl.load(ptr + 15), tl.load(ptr + 16))  # noqa: RUF005 - Triton cannot unpack
+
+
+@_jit
+def _load_7(ptr):
+    return (
+        tl.load(ptr), tl.load(ptr + 1), tl.load(ptr + 2), tl.load(ptr + 3), tl.load(ptr + 4), tl.load(ptr + 5), tl.load(ptr + 6),
+    )  # fmt: skip
+
+
+@_jit
+def _load_3(ptr):
+    return tl.load(ptr), tl.load(ptr + 1), tl.load(ptr + 2)
 
 
 @_jit
@@ -93,6 +117,71 @@ def _weigh(p, x, q, e):
 
 
 @_jit
+def _anchor_terms(u_ptr, c_ptr, w_ptr, x_ptr, m_ptr, half, start, n, known, row, BLOCK: tl.constexpr):
+    """<a, a>, <delta, a>, <U, U> + <M, M> and <combined - u, a> of `anchor.push`, element by element.
+
+    half: elements from m to mu. known: n where the anchor is written; 0 where it is this row that writes it, or none is read.
+    """
+    offs = start + tl.arange(0, BLOCK)
+    mask = offs < n
+    u = tl.load(u_ptr + offs, mask, other=0.0).to(tl.float32)
+    delta = tl.load(c_ptr + offs, mask, other=0.0).to(tl.float32) - u
+    scale = row[codes.E].to(tl.float32)
+    u0 = row[codes.X].to(tl.float32) * tl.load(x_ptr + offs, mask, other=0.0) + scale * u
+    m = tl.load(m_ptr + offs, offs < known, other=0.0)
+    mu = tl.load(m_ptr + half + offs, offs < known, other=0.0)
+    a = tl.where(known > 0, m - u0, scale * delta)
+    spread = tl.where(known > 0, (u0 - mu) * (u0 - mu) + (m - mu) * (m - mu), 0.0)
+    beside = a
+    if w_ptr is not None:
+        beside = (tl.load(w_ptr + offs, mask, other=0.0).to(tl.float32) - u) * a
+    return tl.where(mask, a * a, 0.0), delta * a, tl.where(mask, spread, 0.0), beside
+
+
+@_jit
+def _added_up(partials_ptr, kind, b, parts, PARTIALS: tl.constexpr):
+    """Sum of a sample's partial sums, always in the same order."""
+    partials_ptr += (kind * tl.num_programs(1).to(tl.int64) + b) * parts
+    sums = tl.zeros([PARTIALS], tl.float32)
+    for start in range(0, parts, PARTIALS):
+        offs = start + tl.arange(0, PARTIALS)
+        sums += tl.load(partials_ptr + offs, offs < parts, other=0.0)
+    return tl.sum(sums)
+
+
+@_jit
+def _anchor_sums(
+    u_ptr, c_ptr, w_ptr, x_ptr, m_ptr, partials_ptr, snapshot_ptr, b, half, n, known, row, BLOCK: tl.constexpr, PARTIALS: tl.constexpr
+):  # fmt: skip
+    """The sums of `_anchor_terms` over a sample, in float64: of all of it here (no snapshot), or of what `_norm_kernel` left."""
+    if snapshot_ptr is None:
+        aa = tl.zeros([BLOCK], tl.float32)
+        da, spread, wa = aa, aa, aa
+        for start in range(0, n, BLOCK):
+            terms = _anchor_terms(u_ptr, c_ptr, w_ptr, x_ptr, m_ptr, half, start, n, known, row, BLOCK)
+            aa += terms[0]
+            da += terms[1]
+            spread += terms[2]
+            wa += terms[3]
+        aa, da, spread, wa = tl.sum(aa), tl.sum(da), tl.sum(spread), tl.sum(wa)
+    else:
+        parts = tl.num_programs(0)
+        aa, da = _added_up(partials_ptr, 1, b, parts, PARTIALS), _added_up(partials_ptr, 2, b, parts, PARTIALS)
+        spread = _added_up(partials_ptr, 3, b, parts, PARTIALS)
+        wa = da if w_ptr is None else _added_up(partials_ptr, 4, b, parts, PARTIALS)
+    return aa.to(tl.float64), da.to(tl.float64), spread.to(tl.float64), wa.to(tl.float64)
+
+
+@_jit
+def _known(rules_ptr, state_ptr, b, n):
+    """(n or 0, n or 0): elements of the sample's anchor to be read, and to be written."""
+    live = tl.where(tl.load(rules_ptr + b * codes.RULE_WIDTH + codes.ANCHORED) != 0, n, 0)
+    live = tl.where(tl.load(state_ptr + b * codes.STATE_WIDTH + codes.PHASE) != codes.PLAIN, live, 0)
+    written = tl.load(state_ptr + b * codes.STATE_WIDTH + codes.ANCHOR) != codes.UNWRITTEN
+    return tl.where(written, live, 0), tl.where(written, 0, live)
+
+
+@_jit
 def _add_term(total, weight, exists, ptr, offs, mask):
     """total + weight * ptr[offs]; under a weight of 0 nothing is read."""
     weight = weight.to(tl.float32)
@@ -113,19 +202,28 @@ def _squares(u_ptr, c_ptr, start, n, BLOCK: tl.constexpr):
 
 @_jit
 def _advance(
-    u_ptr, c_ptr, w_ptr, x_ptr, history_ptr, y_ptr, z_ptr, start, n, slot_stride, y_stride, y_halves, g, as_it_is, row, scale,
-    slots, BLOCK: tl.constexpr,
+    u_ptr, c_ptr, w_ptr, x_ptr, history_ptr, y_ptr, z_ptr, m_ptr, start, n, slot_stride, y_stride, y_halves, g, as_it_is, f,
+    known, fresh, row, scale, slots, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Elements start to start + BLOCK of one sample, to whose first element the pointers point."""
     offs = start + tl.arange(0, BLOCK)
     mask = offs < n
-    e = tl.load(u_ptr + offs, mask, other=0.0).to(tl.float32)
+    u = tl.load(u_ptr + offs, mask, other=0.0).to(tl.float32)
+    e = u
     if c_ptr is not None:
-        e += g * (tl.load(c_ptr + offs, mask, other=0.0).to(tl.float32) - e)
+        c = tl.load(c_ptr + offs, mask, other=0.0).to(tl.float32)
+        e = u + g * (c - u)
     if w_ptr is not None:
         own = tl.load(w_ptr + offs, mask, other=0.0).to(tl.float32)
         e = tl.where(as_it_is != 0, own, e)
     x = tl.load(x_ptr + offs, mask, other=0.0)
+    if m_ptr is not None and c_ptr is not None:
+        on_x, on_e = row[codes.X].to(tl.float32) * x, row[codes.E].to(tl.float32)
+        m = tl.load(m_ptr + offs, offs < known, other=0.0)
+        a = tl.where(known > 0, m - (on_x + on_e * u), on_e * (c - u))
+        e = tl.where(f != 0, e - f * a, e)
+        tl.store(m_ptr + offs, on_x + on_e * c, offs < fresh)
+        tl.store(m_ptr + y_stride + offs, on_x + on_e * u, offs < fresh)
     m = _weigh(row[codes.P], x, row[codes.Q], e)
     x = _weigh(row[codes.A], x, row[codes.B], m)
     x = _add_term(x, row[codes.H0], slots > 0, history_ptr, offs, mask)
@@ -147,25 +245,43 @@ def _advance(
 
 @_jit
 def _norm_kernel(
-    u_ptr, c_ptr, state_ptr, snapshot_ptr, partials_ptr, n, u_stride, c_stride, UNIT: tl.constexpr, BLOCK: tl.constexpr
+    u_ptr, c_ptr, w_ptr, x_ptr, m_ptr, state_ptr, rows_ptr, rules_ptr, snapshot_ptr, partials_ptr,
+    n, u_stride, c_stride, w_stride, UNIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums of d, one program per block and sample; the first block's copies the state."""
+    """Partial sums of d (and over the anchor), one program per block and sample; the first block's copies the state."""
     b = tl.program_id(1).to(tl.int64)
     part = tl.program_id(0)
     if part == 0:
-        columns = tl.arange(0, 16)
+        columns = tl.arange(0, 32)
         at = b * codes.STATE_WIDTH + columns
         mask = columns < codes.STATE_WIDTH
         tl.store(snapshot_ptr + at, tl.load(state_ptr + at, mask, other=0.0), mask)
     if c_ptr is not None:
         squares = _squares(u_ptr + b * u_stride * UNIT, c_ptr + b * c_stride * UNIT, part * BLOCK, n * UNIT, BLOCK)
-        tl.store(partials_ptr + b * tl.num_programs(0) + part, tl.sum(squares))
+        parts = tl.num_programs(0)
+        tl.store(partials_ptr + b * parts + part, tl.sum(squares))
+        if m_ptr is not None:
+            kind = tl.num_programs(1).to(tl.int64) * parts
+            n = n * UNIT
+            state = state_ptr + b * codes.STATE_WIDTH
+            row = _load_17(rows_ptr + (tl.load(state) + tl.load(state + codes.BASE)).to(tl.int64) * codes.ROW_WIDTH)
+            known, _ = _known(rules_ptr, state_ptr, b, n)
+            aa, da, spread, wa = _anchor_terms(
+                u_ptr + b * u_stride * UNIT, c_ptr + b * c_stride * UNIT, None if w_ptr is None else w_ptr + b * w_stride * UNIT,
+                x_ptr + b * n, m_ptr + b * n, tl.num_programs(1) * n.to(tl.int64), part * BLOCK, n, known, row, BLOCK,
+            )  # fmt: skip
+            partials_ptr += b * parts + part
+            tl.store(partials_ptr + kind, tl.sum(aa))
+            tl.store(partials_ptr + 2 * kind, tl.sum(da))
+            tl.store(partials_ptr + 3 * kind, tl.sum(spread))
+            if w_ptr is not None:
+                tl.store(partials_ptr + 4 * kind, tl.sum(wa))
 
 
 @_jit
 def _step_kernel(
     u_ptr, c_ptr, w_ptr, x_ptr, history_ptr, y_ptr, trace_ptr, state_ptr, rows_ptr, rules_ptr, guidance_ptr, z_ptr, times_ptr,
-    snapshot_ptr, partials_ptr,
+    m_ptr, shares_ptr, snapshot_ptr, partials_ptr,
     n, u_stride, c_stride, w_stride, slot_stride, slots, steps, y_halves, t_halves,
     UNIT: tl.constexpr, BLOCK: tl.constexpr, PARTIALS: tl.constexpr,
 ):  # fmt: skip
@@ -182,10 +298,11 @@ def _step_kernel(
         w_ptr += b * w_stride * UNIT
     first = tl.program_id(0) * BLOCK
     end = n if snapshot_ptr is None else first + BLOCK
-    state = _load_15((state_ptr if snapshot_ptr is None else snapshot_ptr) + b * codes.STATE_WIDTH)
+    old_ptr = (state_ptr if snapshot_ptr is None else snapshot_ptr) + b * codes.STATE_WIDTH
+    state = _load_15(old_ptr)
     k = state[codes.STEP].to(tl.int64)
     rows_ptr += (k + state[codes.BASE].to(tl.int64)) * codes.ROW_WIDTH
-    row = _load_15(rows_ptr)
+    row = _load_17(rows_ptr)
     if row[codes.ACTIVE] != 0:
         if c_ptr is None:
             d = tl.full([], float("nan"), tl.float32)
@@ -195,33 +312,54 @@ def _step_kernel(
                 squares += _squares(u_ptr, c_ptr, start, n, BLOCK)
             d = tl.sum(squares)
         else:
-            sums = tl.zeros([PARTIALS], tl.float32)
-            parts = tl.num_programs(0)
-            for start in range(0, parts, PARTIALS):
-                offs = start + tl.arange(0, PARTIALS)
-                sums += tl.load(partials_ptr + b * parts + offs, offs < parts, other=0.0)
-            d = tl.sum(sums)
+            d = _added_up(partials_ptr, 0, b, tl.num_programs(0), PARTIALS)
         rule = _load_9(rules_ptr + b * codes.RULE_WIDTH)
         new_state, before, as_it_is = _decide(_where, state, rule, row, d.to(tl.float64), c_ptr is not None)
+        guidance_ptr += (b * steps + k) * 2
+        g = tl.where(before, tl.load(guidance_ptr), tl.load(guidance_ptr + 1))
+        f, known, fresh = 0.0, 0, 0
+        if m_ptr is not None:
+            m_ptr += b * n
+            tail = _load_3(old_ptr + codes.DECIDED)
+            share = tl.full([], float("nan"), tl.float64)
+            non_finite = new_state[codes.NON_FINITE]
+            strength, rho, written = tail[0], tail[1], tail[2]
+            if c_ptr is not None:
+                known, fresh = _known(rules_ptr, state_ptr if snapshot_ptr is None else snapshot_ptr, b, n)
+                aa, da, spread, wa = _anchor_sums(
+                    u_ptr, c_ptr, w_ptr, x_ptr + b * n, m_ptr, partials_ptr, snapshot_ptr, b, batch * n.to(tl.int64), n, known,
+                    _load_17(rows_ptr), BLOCK, PARTIALS,
+                )  # fmt: skip
+                tail, share, f, scaled, as_it_is = _push(
+                    _where, _root, (non_finite, strength, rho, written), new_state[codes.PHASE], state[codes.STEP],
+                    _load_7(rules_ptr + b * codes.RULE_WIDTH + codes.RULED), _load_17(rows_ptr), (aa, da, spread, wa), g.to(tl.float64),
+                    as_it_is if w_ptr is not None else 0.0,
+                )  # fmt: skip
+                non_finite, strength, rho, written = tail
+                g, f = scaled.to(tl.float32), f.to(tl.float32)
         next_row_ptr = rows_ptr + codes.ROW_WIDTH
         if first == 0:
             tl.debug_barrier()  # every thread has read the state that is overwritten here
             _store_state(state_ptr + b * codes.STATE_WIDTH, new_state)
+            if m_ptr is not None:
+                tl.store(state_ptr + b * codes.STATE_WIDTH + codes.NON_FINITE, non_finite)
+                tl.store(state_ptr + b * codes.STATE_WIDTH + codes.DECIDED, strength)
+                tl.store(state_ptr + b * codes.STATE_WIDTH + codes.DECIDED + 1, rho)
+                tl.store(state_ptr + b * codes.STATE_WIDTH + codes.DECIDED + 2, written)
+                tl.store(shares_ptr + k * batch + b, share)
             tl.store(trace_ptr + k * batch + b, d)
             if times_ptr is not None:
                 time = tl.load(next_row_ptr + codes.TIMESTEP)
                 tl.store(times_ptr + b, time)
                 if t_halves > 1:
                     tl.store(times_ptr + batch + b, time)
-        row = _load_15(rows_ptr)  # again: held across the decision, 15 doubles would spill on gfx942
+        row = _load_17(rows_ptr)  # again: held across the decision, 15 doubles would spill on gfx942
         scale = tl.load(next_row_ptr + codes.S)
-        guidance_ptr += (b * steps + k) * 2
-        g = tl.where(before, tl.load(guidance_ptr), tl.load(guidance_ptr + 1))
         for start in range(first, end, BLOCK):
             _advance(
                 u_ptr, c_ptr, w_ptr, x_ptr + b * n, history_ptr + b * n, None if y_ptr is None else y_ptr + b * n,
-                None if z_ptr is None else z_ptr + b * n, start, n, slot_stride.to(tl.int64) * UNIT, batch * n.to(tl.int64), y_halves,
-                g, as_it_is, row, scale, slots, BLOCK,
+                None if z_ptr is None else z_ptr + b * n, m_ptr, start, n, slot_stride.to(tl.int64) * UNIT, batch * n.to(tl.int64), y_halves,
+                g, as_it_is, f, known, fresh, row, scale, slots, BLOCK,
             )  # fmt: skip
 
 
@@ -242,11 +380,12 @@ def launch_shape(
 
 
 def guided_step_triton(operands: Operands) -> None:
-    u, c, w, x, history, model_input, trace, state, rows, rules, guidance, z, timestep_out, scratch = operands
+    u, c, w, x, history, model_input, trace, state, rows, rules, guidance, z = operands[:12]
+    timestep_out, anchor, shares, scratch = operands[12:]
     assert scratch is not None
     batch = x.shape[0]
     size = x.numel() // batch
-    latents = [t for t in (u, c, w, x, history, model_input, z) if t is not None]
+    latents = [t for t in (u, c, w, x, history, model_input, z, anchor) if t is not None]
     strides = [0 if t is None or t.shape[0] == 1 else t.stride(0) for t in (u, c, w, history)]
     aligned = all(number % 16 == 0 for number in (size, *strides)) and all(t.data_ptr() % 16 == 0 for t in latents)
     unit = 16 if aligned else 1
@@ -257,10 +396,11 @@ def guided_step_triton(operands: Operands) -> None:
         snapshot = scratch[: 2 * state.numel()].view(torch.float64)
         partials = scratch[2 * state.numel() :]
         _norm_kernel[(parts, batch)](
-            u, c, state, snapshot, partials, n, u_stride, c_stride, UNIT=unit, BLOCK=block, **options
+            u, c, w, x, anchor, state, rows, rules, snapshot, partials, n, u_stride, c_stride, w_stride,
+            UNIT=unit, BLOCK=block, **options,
         )  # fmt: skip
     _step_kernel[(parts, batch)](
-        u, c, w, x, history, model_input, trace, state, rows, rules, guidance, z, timestep_out, snapshot, partials,
+        u, c, w, x, history, model_input, trace, state, rows, rules, guidance, z, timestep_out, anchor, shares, snapshot, partials,
         n, u_stride, c_stride, w_stride, slot_stride, history.shape[0], guidance.shape[1],
         0 if model_input is None else model_input.shape[0] // batch,
         0 if timestep_out is None else timestep_out.shape[0] // batch,

@@ -65,6 +65,7 @@ def make(
     both: bool = True,
     noise: torch.dtype | None = None,
     combined: torch.dtype | None = None,
+    anchored: bool = False,
     halves: int | None = 2,
     channels_last: bool = False,
     extra_channels: int = 0,
@@ -110,9 +111,17 @@ def make(
     rules[:, Rule.RHO] = 0.3
     rules[:, Rule.MAGNITUDE] = rng.choice([int(magnitude) for magnitude in Magnitude], batch)
     rules[:, Rule.COMBINED] = rng.choice([0.0, 1.0], batch)
+    state[:, [State.STRENGTH, State.RHO, State.ANCHOR]] = 0
+    if anchored:
+        _anchor(rng, state, rules, elements)
     guidance = rng.choice([0.0, 1.0, -7.5, 7.5], (batch, steps, 2)).astype(np.float32)
 
     x = _tensor(rng, shape, torch.float32, channels_last)
+    anchor = history_for(x, 2).fill_(math.nan) if anchored else None
+    if anchor is not None:
+        read = (rules[:, Rule.ANCHORED] != 0) & (state[:, State.PHASE] != Phase.PLAIN) & (state[:, State.ANCHOR] != 0)
+        for b in np.flatnonzero(read):
+            anchor[:, b] = torch.from_numpy(rng.standard_normal((2, *shape[1:])))
     own = None if combined is None else _tensor(rng, shape, combined, channels_last)
     if own is not None:
         own[torch.from_numpy(rules[:, Rule.COMBINED] == 0)] = math.nan
@@ -149,8 +158,21 @@ def make(
             "guidance": torch.from_numpy(guidance),
             "noise": z,
             "timestep_out": times,
+            "anchor": anchor,
+            "shares": torch.full((steps, batch), 77.0) if anchored else None,
         },
     )
+
+
+def _anchor(rng: np.random.Generator, state: np.ndarray, rules: np.ndarray, elements: int) -> None:
+    """Some samples are anchored, some of them from an earlier row on."""
+    batch = len(state)
+    rules[:, Rule.ANCHORED] = rng.choice([0.0, 1.0, 1.0], batch)
+    rules[:, Rule.FAINT], rules[:, Rule.SHARP] = elements**0.5 * np.array([0.5, 2.0])[:, None]
+    rules[:, Rule.BACK], rules[:, Rule.ETA] = rng.choice([0.0, 0.1], batch), rng.choice([0.0, 2.0], batch)
+    rules[:, Rule.DRIFT], rules[:, Rule.MOST] = rng.choice([-0.5, 0.2], batch), 4.0
+    state[:, State.STRENGTH], state[:, State.RHO] = rng.uniform(0, 1, batch), rng.uniform(0, 1, batch)
+    state[:, State.ANCHOR] = rng.choice([0.0, 1.0, 1.0], batch)
 
 
 def _rows(rng: np.random.Generator, schedules: int, steps: int, slots: int, noise: bool) -> np.ndarray:
@@ -171,6 +193,7 @@ def _rows(rng: np.random.Generator, schedules: int, steps: int, slots: int, nois
         live[:, Row.STORE] = rng.integers(-1, slots, steps)
         live[:, Row.W_EPSILON : Row.W_X0 + 1] = rng.uniform(0.1, 3, (steps, 2))
         live[:, Row.ACTIVE] = 1
+        live[:, Row.X], live[:, Row.E] = rng.uniform(0.1, 3, steps), rng.choice([-3.0, -0.4, 1.0, 0.7], steps)
         rows[steps, Row.S], rows[steps, Row.STORE] = 1.0, -1
         table.append(rows)
     return np.concatenate(table)
@@ -194,6 +217,7 @@ def check(before: Case, after: Case, *, interpreted: bool = False) -> None:
     cond = None if before.cond is None else before.cond.float().numpy()
     expected_trace = old["trace"].copy()
     expected_history = old["history"].copy()
+    expected_shares = None if old["shares"] is None else old["shares"].copy()
     batch = uncond.shape[0]
     for b in range(batch):
         at = f"sample {b}"
@@ -206,9 +230,12 @@ def check(before: Case, after: Case, *, interpreted: bool = False) -> None:
             expected_trace[k, b] = d
         want = reference.step(
             b, uncond, cond, d=d,
-            **{name: old[name] for name in ("x", "history", "state", "rows", "rules", "guidance", "noise", "combined")},
+            **{name: old[name] for name in ("x", "history", "state", "rows", "rules", "guidance", "noise", "combined", "anchor")},
         )  # fmt: skip
-        np.testing.assert_array_equal(new["state"][b].numpy(), want.state, err_msg=f"state of {at}")
+        decided = State.STRENGTH
+        np.testing.assert_array_equal(new["state"][b, :decided].numpy(), want.state[:decided], err_msg=f"state of {at}")
+        tail = new["state"][b, decided:].numpy()
+        np.testing.assert_allclose(tail, want.state[decided:], rtol=1e-5, atol=1e-5, err_msg=f"anchor's state of {at}")
         outputs = [] if new["model_input"] is None else list(new["model_input"][b::batch])
         times = [] if new["timestep_out"] is None else new["timestep_out"][b::batch].tolist()
         if not want.active:
@@ -217,6 +244,15 @@ def check(before: Case, after: Case, *, interpreted: bool = False) -> None:
                 assert y.isnan().all(), f"model input of inactive {at} was written"
             assert all(time != time or time == -1 for time in times), f"timestep of inactive {at} was written"
             continue
+        if new["shares"] is not None:
+            np.testing.assert_allclose(new["shares"][k, b], want.share, rtol=1e-4, atol=1e-4, err_msg=f"share of {at}")
+            expected_shares[k, b] = new["shares"][k, b]
+            kept = old["anchor"][:, b] if want.anchor is None else np.stack(want.anchor)
+            released = (
+                want.state[State.PHASE] == Phase.PLAIN != old["state"][b, State.PHASE]
+            )  # nobody reads it any more
+            if not released:
+                np.testing.assert_allclose(new["anchor"][:, b], kept, rtol=1e-5, atol=1e-5, err_msg=f"anchor of {at}")
         _close(new["x"][b], want.x, want.x_size, 0.0, 0.0, f"x of {at}")
         if want.store >= 0:
             _close(new["history"][want.store, b], want.m, want.m_size, 0.0, 0.0, f"m of {at}")
@@ -230,6 +266,8 @@ def check(before: Case, after: Case, *, interpreted: bool = False) -> None:
             rounded = torch.tensor(want.timestep).to(new["timestep_out"].dtype).item()
             assert time == rounded, f"timestep of {at}"
     np.testing.assert_array_equal(new["trace"].numpy(), expected_trace, err_msg="trace elsewhere")
+    if expected_shares is not None:
+        np.testing.assert_array_equal(new["shares"].numpy(), expected_shares, err_msg="shares elsewhere")
     np.testing.assert_array_equal(new["history"].numpy(), expected_history, err_msg="history elsewhere")
     for name in ("rows", "rules", "guidance", "noise", "combined"):
         if old[name] is not None:
@@ -253,7 +291,7 @@ def alone(case: Case, b: int) -> Case:
     """Sample b of a case as a batch of one."""
     batch = case.uncond.shape[0]
     halves = {name: slice(b, None, batch) for name in ("model_input", "timestep_out")}
-    columns = {"trace", "history"}
+    columns = {"trace", "history", "anchor", "shares"}
     taken = {}
     for name, tensor in case.arguments.items():
         if tensor is None or name == "rows":
@@ -262,8 +300,11 @@ def alone(case: Case, b: int) -> Case:
             taken[name] = clone(tensor[:, b : b + 1])
         else:
             taken[name] = tensor[halves.get(name, slice(b, b + 1))].clone()
-    taken["trace"] = taken["trace"].contiguous()
-    taken["history"] = history_for(taken["x"], len(case.arguments["history"])).copy_(taken["history"])
+    for name in ("trace", "shares"):
+        taken[name] = None if taken[name] is None else taken[name].contiguous()
+    for name in ("history", "anchor"):
+        if taken[name] is not None:
+            taken[name] = history_for(taken["x"], len(case.arguments[name])).copy_(taken[name])
     cond = None if case.cond is None else case.cond[b : b + 1].clone()
     return Case(case.uncond[b : b + 1].clone(), cond, taken)
 
@@ -276,9 +317,9 @@ def permuted(case: Case, order: list[int]) -> Case:
     for name, tensor in case.arguments.items():
         if tensor is None or name == "rows":
             taken[name] = tensor
-        elif name == "trace":
+        elif name in ("trace", "shares"):
             taken[name] = tensor[:, order].contiguous()
-        elif name == "history":
+        elif name in ("history", "anchor"):
             taken[name] = history_for(case.arguments["x"], len(tensor)).copy_(tensor[:, order])
         else:
             taken[name] = tensor[both[: len(tensor)]]

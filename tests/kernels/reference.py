@@ -26,6 +26,8 @@ class Expected:
     x_size: np.ndarray | None = None
     m_size: np.ndarray | None = None
     y_size: np.ndarray | None = None
+    share: float = math.nan
+    anchor: tuple | None = None  # m and mu, if this row writes them
     store: int = -1
     timestep: float = math.nan
 
@@ -78,6 +80,45 @@ def decide(state: np.ndarray, rule: np.ndarray, row: np.ndarray, d: float | None
     return np.array([float(s[name]) for name in State.__members__]), column
 
 
+def anchored(
+    s: dict, rule: np.ndarray, row: np.ndarray, k: int, g: float, output: np.ndarray, combined: np.ndarray | None,
+    u: np.ndarray, c: np.ndarray, x: np.ndarray, m: np.ndarray, mu: np.ndarray,
+):  # fmt: skip
+    """What anchored guidance makes of `output` = u + g (c - u), or of the caller's own combination: in x0 space, as it is described.
+
+    s is the state after the decision, by column, and is changed. Returns (output, its rounding beyond output's own, share, anchor to write).
+    """
+    X, E = float(row[Row.X]), float(row[Row.E])
+    u0, c0 = X * x + E * u, X * x + E * c
+    write = None
+    if s["ANCHOR"] == 0:
+        m, mu, write = c0, u0, (c0, u0)
+        length = math.sqrt(((c0 - u0) ** 2).sum())
+        s["STRENGTH"] = min(max((length - rule[Rule.FAINT]) / (rule[Rule.SHARP] - rule[Rule.FAINT]), 0), 1)
+    elif row[Row.OBSERVE] and s["ANCHOR"] == 1:
+        U, M = u0 - mu, m - mu
+        v = 2 * float((U * M).sum()) / float((U**2).sum() + (M**2).sum())
+        s["RHO"] = min(max(s["RHO"] + rule[Rule.ETA] * (v - rule[Rule.DRIFT]), 0), rule[Rule.MOST])
+    a, d0 = m - u0, c0 - u0
+    p = float((d0 * a).sum() / (a**2).sum())
+    if not np.isfinite(a).all() or s["ANCHOR"] == 2:
+        if s["NON_FINITE"] < 0:
+            s["NON_FINITE"] = k
+        s["ANCHOR"] = 2
+        return (output if s["PHASE"] == Phase.UNDECIDED else u), np.abs(u), math.nan if math.isnan(p) else p, write
+    s["ANCHOR"] = 1
+    if s["PHASE"] == Phase.UNDECIDED:
+        return output, 0 * u, p, write
+    g_a = (1 - s["STRENGTH"]) - rule[Rule.BACK] * max(g, 0) * s["STRENGTH"] - s["RHO"]
+    along = float(((output - u) * E * a).sum() / (a**2).sum()) if combined is not None else g * p  # in x0
+    f = max(along - g_a * p, 0) if p > 0 else 0.0
+    error = (abs(g) + abs(g_a)) * np.abs(d0 * a).sum() / (a**2).sum() + abs(f)
+    if combined is not None:
+        error += np.abs((output - u) * E * a).sum() / (a**2).sum()
+    a_size = np.abs(m) + np.abs(X * x) + np.abs(E * u)
+    return output - f / E * a, 40 * (error * np.abs(a) + (f + error * 1e-3) * a_size) / abs(E), p, write
+
+
 def step(
     b: int,
     uncond: np.ndarray,
@@ -91,6 +132,7 @@ def step(
     guidance: np.ndarray,
     noise: np.ndarray | None,
     combined: np.ndarray | None = None,
+    anchor: np.ndarray | None = None,
     d: float | None,
 ) -> Expected:
     """Sample b of a batch, all arrays as before the step. `d` is the float32 d that the implementation found, so that its rounding
@@ -111,6 +153,18 @@ def step(
     if combined is not None and column == 1 and rules[b, Rule.COMBINED]:
         e = combined[b].astype(np.float64)
         e_size = np.abs(e)
+    else:
+        combined = None
+    share, written = math.nan, None
+    s = {name: float(new_state[at]) for name, at in State.__members__.items()}
+    if anchor is not None and cond is not None and rules[b, Rule.ANCHORED] and s["PHASE"] != Phase.PLAIN:
+        own = None if combined is None else e
+        e, more, share, written = anchored(
+            s, rules[b], row, int(state[b, State.STEP]), float(guidance[b, int(state[b, State.STEP]), column]), e, own,
+            u, cond[b].astype(np.float64), latent, anchor[0, b].astype(np.float64), anchor[1, b].astype(np.float64),
+        )  # fmt: skip
+        e_size = e_size + more
+        new_state = np.array([s[name] for name in State.__members__])
 
     total_m, total_m_size = _weigh([(row[Row.P], latent, np.abs(latent)), (row[Row.Q], e, e_size)])
     terms = [(row[Row.A], latent, np.abs(latent)), (row[Row.B], total_m, total_m_size)]
@@ -128,6 +182,8 @@ def step(
         x_size=total_x_size,
         m_size=total_m_size,
         y_size=np.abs(scale) * total_x_size,
+        share=share,
+        anchor=written,
         store=int(row[Row.STORE]),
         timestep=float(following[Row.TIMESTEP]),
     )

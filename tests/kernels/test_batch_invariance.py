@@ -21,8 +21,9 @@ def threads(request):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_torch(shape, threads):
-    cases.check_batch_invariance(shape, backend="torch")
+@pytest.mark.parametrize("anchored", [False, True])
+def test_torch(shape, threads, anchored):
+    cases.check_batch_invariance(shape, backend="torch", anchored=anchored)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -70,6 +70,10 @@ else:
             {"extra_channels": 4, "slots": 0},
             {"uniform": True, "noise": torch.float32, "slots": 3},
             {"combined": torch.float32},
+            {"anchored": True},
+            {"anchored": True, "combined": torch.float32, "noise": torch.float32},
+            {"anchored": True, "dtype": torch.float16, "channels_last": True, "extra_channels": 4},
+            {"anchored": True, "both": False},
             {"combined": torch.float16, "dtype": torch.float16, "both": False, "channels_last": True},
         ],
         ids=str,
@@ -78,8 +82,9 @@ else:
         for seed in range(2):
             run_and_check(ONE_LAUNCH, seed, **options)
 
-    def test_bits_do_not_depend_on_the_batch(launches):
-        cases.check_batch_invariance((32, 4, 3, 5), backend="triton", dtype=torch.float16, every=5)
+    @pytest.mark.parametrize("anchored", [False, True])
+    def test_bits_do_not_depend_on_the_batch(launches, anchored):
+        cases.check_batch_invariance((32, 4, 3, 5), backend="triton", dtype=torch.float16, anchored=anchored, every=5)
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
     def test_the_callers_combination_keeps_its_bits(dtype, launches):

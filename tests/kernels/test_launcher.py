@@ -58,7 +58,17 @@ def launched(monkeypatch, shape, *, change=lambda case: None, **options) -> list
     return notes
 
 
-@pytest.mark.parametrize("options", [{}, {"both": False}, {"noise": torch.float16}, {"halves": 1, "slots": 3}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"anchored": True, "combined": torch.float16},
+        {"both": False},
+        {"noise": torch.float16},
+        {"halves": 1, "slots": 3},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize(
     ("shape", "kernels"), [(SD, ["_step_kernel"]), (SDXL, ["_norm_kernel", "_step_kernel"])], ids=["SD", "SDXL"]
 )

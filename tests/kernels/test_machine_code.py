@@ -30,6 +30,11 @@ COVERING = [
     Configuration("step", "two launches", "bf16", model_input=False),
     Configuration("step", "two launches", "fp16", noise="fp32", combined="fp32"),
     Configuration("step", "one launch", "bf16", combined="bf16"),
+    Configuration("step", "one launch", "fp32", noise="fp32", combined="fp32", anchored=True),
+    Configuration("step", "one launch", "fp16", anchored=True, aligned=False),
+    Configuration("step", "two launches", "fp16", noise="fp32", anchored=True),
+    Configuration("step", "two launches", "fp16", both=False, anchored=True),
+    Configuration("norm", "two launches", "fp32", combined="fp32", anchored=True),
     Configuration("step", "one launch", "fp16", combined="fp16", aligned=False),
     Configuration("step", "two launches", "fp16", noise="fp16", aligned=False),
     Configuration("norm", "two launches", "fp16"),
@@ -117,20 +122,28 @@ class Recorder:
 @pytest.mark.parametrize("launches", SIZES)
 @pytest.mark.parametrize("aligned", [True, False])
 @pytest.mark.parametrize(
-    ("dtype", "noise", "both", "halves", "timestep", "combined"),
+    ("dtype", "noise", "both", "halves", "timestep", "combined", "anchored"),
     [
-        (torch.float16, None, True, 2, torch.float32, None),
-        (torch.bfloat16, torch.float32, True, 1, torch.int64, torch.bfloat16),
-        (torch.float32, torch.float32, False, None, None, torch.float32),
+        (torch.float16, None, True, 2, torch.float32, None, True),
+        (torch.bfloat16, torch.float32, True, 1, torch.int64, torch.bfloat16, True),
+        (torch.float32, torch.float32, False, None, None, torch.float32, False),
     ],
 )
 def test_the_launcher_launches_what_is_compiled_here(
-    monkeypatch, launches, aligned, dtype, noise, both, halves, timestep, combined
+    monkeypatch, launches, aligned, dtype, noise, both, halves, timestep, combined, anchored
 ):
     width = {"one launch": 64, "two launches": 128}[launches]
     shape = (2, 4, width, width) if aligned else (2, 1, width - 1, 4 * width - 1)
     case = cases.make(
-        0, shape, dtype=dtype, noise=noise, both=both, halves=halves, timestep=timestep, combined=combined
+        0,
+        shape,
+        dtype=dtype,
+        noise=noise,
+        both=both,
+        halves=halves,
+        timestep=timestep,
+        combined=combined,
+        anchored=anchored,
     )
     recorders = {"norm": Recorder(kernels._norm_kernel), "step": Recorder(kernels._step_kernel)}
     for name, recorder in recorders.items():
@@ -157,6 +170,7 @@ def test_the_launcher_launches_what_is_compiled_here(
             halves is not None,
             short.get(timestep),
             short.get(combined),
+            anchored,
             aligned,
         )
         source = configuration.source()

@@ -54,7 +54,12 @@ else:
                 (None, 2, None, 3),
             ],
         )
-    ] + [{"dtype": torch.float16, "combined": dtype} for dtype in (torch.float16, torch.float32)]
+    ]
+    CONFIGURATIONS += [{"dtype": torch.float16, "combined": dtype} for dtype in (torch.float16, torch.float32)]
+    CONFIGURATIONS += [
+        {"anchored": True, "both": both, "combined": own}
+        for both, own in ((True, None), (False, None), (True, torch.float32))
+    ]
 
     MAKE = cases.make
 
@@ -124,7 +129,7 @@ else:
         run(kernel, SHAPE, **configuration)
 
     @pytest.mark.parametrize("phase", list(Phase), ids=str)
-    @pytest.mark.parametrize("configuration", CONFIGURATIONS[:4], ids=str)
+    @pytest.mark.parametrize("configuration", [*CONFIGURATIONS[:4], CONFIGURATIONS[-1]], ids=str)
     def test_in_bounds_in_the_last_row(configuration, phase, launches, monkeypatch):
         traced(lambda: Sanitizer(abort_on_error=True), kernel, monkeypatch)
         monkeypatch.setattr(cases, "make", in_phase(phase))

@@ -25,6 +25,8 @@ def operands(case, backend="torch"):
         "guidance",
         "noise",
         "timestep_out",
+        "anchor",
+        "shares",
     ]
     return (
         case.uncond,
