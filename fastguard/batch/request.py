@@ -142,7 +142,7 @@ def _policy_and_scale(given: Mapping[str, Any], options: JobOptions, base: Path)
     if chosen.guidance_scale is not None:
         raise ValueError(f"guidance_scale={scale:g}: policy {short(chosen.name)} sets its own; give one of the two")
     if scale <= 1:
-        if chosen.transition is not None:
+        if chosen.guarded:
             raise ValueError(
                 f"guidance_scale={scale:g}: must be above 1 under policy {short(chosen.name)}"
                 " (at or below 1 pipelines run no unconditional branch, so there is nothing to guard)"
@@ -172,7 +172,7 @@ def _policy(value: Any, gate: float | None, base: Path) -> Policy:
         found = named_policy(value, base)
     else:
         raise ValueError(f"policy={short(value)}: must be a preset, a path ending in .json, or a policy")
-    gated = gate is not None and found.transition is not None and found.gate is None
+    gated = gate is not None and found.guarded and found.gate is None
     return dataclasses.replace(found, gate=gate) if gated else found
 
 

@@ -141,7 +141,7 @@ def inspect_model(
         raise ValueError(f"steps={count}: {type(made).__name__} refuses: {error}") from None
     body = schedule.rows[:-1]
     (sample,) = policy.samples(1)
-    guarded = sample.transition is not None
+    guarded = sample.guarded
     if scale <= 1 and guarded:
         raise ValueError(
             f"guidance_scale={scale:g}: must be above 1 under policy {sample.name!r} (at or below 1 pipelines run no unconditional branch)"

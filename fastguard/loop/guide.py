@@ -43,7 +43,7 @@ class Guide:
         self.schedule = replace(schedule, rows=rows)
         self._policies, self._elements, self._scale = tuple(policies), latents[0].numel(), guidance_scale
         self.plan = self._lower()
-        self.loop = Loop(self.schedule, self.plan, latents, LoopShape.of(self.schedule, latents, halves=1))
+        self.loop = Loop(self.schedule, self.plan, latents, LoopShape.of(self.schedule, self.plan, latents, halves=1))
         self.row = self._rows_run = 0
 
     def __call__(
@@ -90,6 +90,7 @@ class Guide:
             self.so_far(),
             path=path,
             reason=reason,
+            shares=self.loop.shares,
             latents=latents,
             steps=self.row,
             rows_run=self._rows_run,

@@ -23,6 +23,7 @@ class LoopShape(NamedTuple):
     history         slots that the scheduler needs
     draws           noise tensors kept at once
     rows            capacity in denoiser evaluations
+    anchored        whether some image needs an anchor
     """
 
     shape: tuple[int, ...]
@@ -35,9 +36,10 @@ class LoopShape(NamedTuple):
     noise_dtype: torch.dtype
     timestep_dtype: torch.dtype
     rows: int
+    anchored: bool
 
     @classmethod
-    def of(cls, schedule: Schedule, latents: torch.Tensor, *, halves: int = 2, draws: int = 1) -> LoopShape:
+    def of(cls, schedule: Schedule, plan: Plan, latents: torch.Tensor, *, halves: int = 2, draws: int = 1) -> LoopShape:
         """draws: at most so many, and no more than the schedule makes."""
         return cls(
             tuple(latents.shape),
@@ -50,6 +52,7 @@ class LoopShape(NamedTuple):
             schedule.noise_dtype or latents.dtype,
             schedule.timesteps.dtype,
             -(-len(schedule.timesteps) // _GRAIN) * _GRAIN,
+            plan.anchored,
         )
 
 
@@ -63,13 +66,15 @@ class Loop:
     noise        [draws, B, C, *S]: what the scheduler adds, to be drawn before the rows that need it
     trace        float32 [rows, B]: d = ||cond - uncond||^2 of every row, NaN where one branch did not run
     state        float64 [B, len(State)]
+    anchor       float32 [2, B, C, *S]: the first predictions x0(c) and x0(u) of anchored images; None if there are none
+    shares       as trace: how much of the guidance leads to the anchor; None without one
 
     All of them keep their addresses, also when another generation is loaded, and the step counter lies in `state`: one body serves
     every step of every generation of the same `LoopShape`.
     """
 
     def __init__(self, schedule: Schedule, plan: Plan, latents: torch.Tensor, shape: LoopShape | None = None) -> None:
-        shape = shape or LoopShape.of(schedule, latents)
+        shape = shape or LoopShape.of(schedule, plan, latents)
         batch, device, layout = latents.shape[0], latents.device, memory_format(latents)
         self.dtype = latents.dtype
         self.x = torch.empty_like(latents, dtype=torch.float32, memory_format=layout)
@@ -80,6 +85,8 @@ class Loop:
         self.timestep = torch.empty(shape.halves * batch, dtype=shape.timestep_dtype, device=device)
         self.noise = torch.empty((shape.draws, *latents.shape), dtype=shape.noise_dtype, device=device)
         self.trace = torch.empty(shape.rows, batch, dtype=torch.float32, device=device)
+        self.anchor = history_for(self.x, 2) if shape.anchored else None
+        self.shares = torch.empty_like(self.trace) if shape.anchored else None
         self.rows = torch.zeros(shape.rows + 1, len(Row), dtype=torch.float64, device=device)
         self.state = torch.empty(batch, len(State), dtype=torch.float64, device=device)
         self.rules = torch.empty(batch, len(Rule), dtype=torch.float64, device=device)
@@ -92,13 +99,19 @@ class Loop:
         self.model_input.unflatten(0, (-1, len(latents))).copy_(latents)
         self.history.zero_()
         self.trace.fill_(float("nan"))
+        if self.shares is not None:
+            self.shares.fill_(float("nan"))
         self.rows[: len(schedule.rows)].copy_(schedule.rows, non_blocking=True)
         self.state.copy_(plan.state, non_blocking=True)
         self.timestep.fill_(float(schedule.rows[0, Row.TIMESTEP]))
         self.load_plan(plan)
 
     def load_plan(self, plan: Plan) -> None:
-        """Take new guidance and rules (a callback changed the guidance scale); counters and history stay."""
+        """Take new guidance and rules (a callback changed the guidance scale); counters, history and anchors stay."""
+        if plan.anchored and self.anchor is None:
+            raise ValueError(
+                "the plan has anchored images, but this loop was made for one without: it has no anchor buffers"
+            )
         self.rules.copy_(plan.rules, non_blocking=True)
         self.guidance[:, : plan.guidance.shape[1]].copy_(plan.guidance, non_blocking=True)
 
@@ -133,6 +146,8 @@ class Loop:
             guidance=self.guidance,
             noise=noise,
             timestep_out=self.timestep,
+            anchor=self.anchor,
+            shares=self.shares,
             scratch=self.scratch,
         )
 
@@ -143,7 +158,8 @@ class Loop:
     @property
     def changed(self) -> list[torch.Tensor]:
         """What a step writes."""
-        return [self.x, self.history, self.model_input, self.trace, self.state, self.timestep]
+        held = [tensor for tensor in (self.anchor, self.shares) if tensor is not None]
+        return [self.x, self.history, self.model_input, self.trace, self.state, self.timestep, *held]
 
     @property
     def tensors(self) -> list[torch.Tensor]:

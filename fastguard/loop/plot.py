@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def plot_curves(images: Sequence[ImageReport], path: str | os.PathLike[str] | None = None) -> Any:
     """RMS(c - u) = sqrt(d / elements) over the timestep, one line per image, on a logarithmic axis.
 
-    A dot marks the transition (hollow: forced by the deadline), a triangle the minimum that fired it, a dashed line the gate's threshold.
+    Of anchored images the share of the guidance that leads to the anchor, dashed, on an axis of its own to the right. A dot marks the transition (hollow: forced by the deadline), a triangle the minimum that fired it, a dashed line the gate's threshold.
     Returns the matplotlib Figure; saves it to `path` if one is given. ImportError without matplotlib.
     """
     try:
@@ -50,6 +50,7 @@ def plot_curves(images: Sequence[ImageReport], path: str | os.PathLike[str] | No
     if any(r for image in images for r in image.rms_curve):
         axes.set_yscale("log")
     axes.invert_xaxis()
+    _plot_shares(axes, images)
     axes.set(
         xlabel="timestep t",
         ylabel="RMS(c - u)",
@@ -62,6 +63,16 @@ def plot_curves(images: Sequence[ImageReport], path: str | os.PathLike[str] | No
         figure.savefig(buffer, format=Path(path).suffix[1:] or "png", dpi=150)
         write_atomic(path, buffer.getvalue())
     return figure
+
+
+def _plot_shares(axes: Any, images: Sequence[ImageReport]) -> None:
+    if all(share is None for image in images for share in image.share_curve):
+        return
+    right = axes.twinx()
+    right.set_ylabel("share of the guidance that leads to the anchor (dashed)")
+    for b, image in enumerate(images):
+        heights = [float("nan") if share is None else share for share in image.share_curve]
+        right.plot(image.timesteps, heights, ls="--", lw=1, color=f"C{b % 10}")
 
 
 def _mark(

@@ -33,7 +33,10 @@ class ImageReport:
     """One image. Rows count denoiser evaluations from 0; a value is None if the thing did not happen.
 
     d_curve              per row d = ||c - u||_2^2; None where one of the branches, or the whole row, was not run
+    share_curve          per row the share p of the guidance that leads to the anchor: 1 at the first row for any prompt, about 0 once the image
+                         has left it; None where the image is not anchored
     timesteps            per row
+    policy_hash          of what the policy does (`Policy.hash`)
     transition_step      first row with the guidance scale that follows the transition, and its timestep
     minimum_step         row of the local minimum that fired the rule, and its timestep
     margin               how far the minimum lies below its smaller neighbour (drop rule: the statistic below its threshold), relative:
@@ -47,8 +50,10 @@ class ImageReport:
     """
 
     policy: Policy
+    policy_hash: str
     timesteps: tuple[float, ...]
     d_curve: tuple[float | None, ...]
+    share_curve: tuple[float | None, ...]
     elements: int
     transition_step: int | None
     transition_timestep: float | None
@@ -67,14 +72,29 @@ class ImageReport:
         """RMS(c - u) = sqrt(d / elements) per row: the gate's unit, independent of the latent's size."""
         return tuple(None if d is None else math.sqrt(d / self.elements) for d in self.d_curve)
 
+    @property
+    def collapse(self) -> float | None:
+        """d at mid-run over d at the first row: small where the guidance vanishes, as it does on the way to a memorized picture."""
+        first, middle = self.d_curve[0], self.d_curve[len(self.d_curve) // 2]
+        return middle / first if first and middle is not None else None
+
+    @property
+    def suspect(self) -> bool | None:
+        """Whether `collapse` lies below the policy's bound; None without a bound or a curve."""
+        bound, collapse = self.policy.suspect, self.collapse
+        return None if bound is None or collapse is None else collapse < float(bound)  # type: ignore[arg-type] - one image's
+
     def to_dict(self) -> dict[str, Any]:
         """JSON values; what is not finite becomes None."""
         values = {name: value for name, value in vars(self).items() if name != "policy"}
-        return finite({"policy": self.policy.to_dict(), **values})
+        judged = {"collapse": self.collapse, "suspect": self.suspect}
+        return finite({"policy": self.policy.to_dict(), **values, **judged})
 
     def __str__(self) -> str:
         gate = f"gate: {self.gate_text()}" if self.gate else ""
         parts = [str(self.policy.name), gate, self.transition_text()]
+        if self.suspect:
+            parts.append(f"SUSPECT (collapse {self.collapse:.3g} < {self.policy.suspect:g})")
         if self.non_finite is not None:
             parts.append(f"NOT FINITE from row {self.non_finite}")
         return "  ".join(part for part in [*parts, f"{self.denoiser_rows} denoiser rows"] if part)
@@ -93,7 +113,8 @@ class ImageReport:
     def transition_text(self) -> str:
         """When the guard ended, in words; empty for images that the gate released."""
         if self.policy.transition is None:
-            return "plain guidance"
+            caught = self.policy.anchored and (self.gate is None or self.gate["caught"])
+            return "anchored" if caught else "plain guidance"
         if self.transition_step is None:
             return "no transition" if self.gate is None or self.gate["caught"] else ""
         details = []
@@ -110,7 +131,7 @@ class Report(Sequence[ImageReport]):
     """A sequence of `ImageReport`, one per image of a call. The device is read once, when the report is first looked at."""
 
     def __init__(self, plan: Plan, numbers: torch.Tensor, denoiser_rows: int, path: str, reason: str | None) -> None:
-        """Use `Report.read`. numbers: float64 [len(State) + 1 + K, B] on any device."""
+        """Use `Report.read`. numbers: float64 [len(State) + 1 + 2 K, B] on any device."""
         self.path, self.reason = path, reason
         self._plan, self._numbers, self._denoiser_rows = plan, numbers, denoiser_rows
         self._ready = (
@@ -128,6 +149,7 @@ class Report(Sequence[ImageReport]):
         plan: Plan,
         *,
         path: str,
+        shares: torch.Tensor | None = None,
         latents: torch.Tensor | None = None,
         reason: str | None = None,
         steps: int | None = None,
@@ -137,13 +159,16 @@ class Report(Sequence[ImageReport]):
 
         state     float64 [>= B, len(State)] and trace float32 [>= K, >= B], as `guided_step` left them
         plan      as `lower` made it
+        shares    as trace; None if no image is anchored
         latents   [>= B, ...] at the end: whether they are finite
         steps     rows that ran; all K unless given
         rows_run  denoiser rows per image; what the plan asked for in those steps unless given
         """
         rows, batch = len(plan.timesteps), len(plan.policies)
         finite = state.new_ones(batch) if latents is None else latents[:batch].flatten(1).isfinite().all(1)
-        numbers = torch.cat([state[:batch].double().T, finite.double()[None], trace[:rows, :batch].double()])
+        curves = [trace, torch.full_like(trace, math.nan) if shares is None else shares]
+        traced = [curve[:rows, :batch].double() for curve in curves]
+        numbers = torch.cat([state[:batch].double().T, finite.double()[None], *traced])
         if rows_run is None:
             rows_run = sum(2 if branch == "both" else 1 for branch in plan.branches[:steps])
         return cls(plan, numbers, rows_run, path, reason)
@@ -176,15 +201,17 @@ class Report(Sequence[ImageReport]):
             gate = Gate(caught=caught is not None, rms=rms, threshold=policy.gate, step=caught)
         return ImageReport(
             policy=policy,
+            policy_hash=policy.hash,
             timesteps=times,
+            share_curve=tuple(None if math.isnan(share) else share for share in trace[len(times) :]),
             # NaN is what a row leaves that did not run both branches, unless the op says that d itself was not finite.
             d_curve=tuple(
                 None if math.isnan(d) and not 0 <= state[State.NON_FINITE] <= k < state[State.STEP] else d
-                for k, d in enumerate(trace)
+                for k, d in enumerate(trace[: len(times)])
             ),
             elements=elements,
-            transition_step=row(State.TRANSITION_STEP),
-            transition_timestep=timestep(State.TRANSITION_STEP),
+            transition_step=row(State.TRANSITION_STEP) if policy.transition else None,
+            transition_timestep=timestep(State.TRANSITION_STEP) if policy.transition else None,
             minimum_step=row(State.MINIMUM_STEP),
             minimum_timestep=timestep(State.MINIMUM_STEP),
             margin=None if math.isnan(state[State.MARGIN]) else state[State.MARGIN],

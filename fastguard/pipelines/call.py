@@ -216,6 +216,7 @@ class Call:
             state=generation.loop.state,
             trace=generation.loop.trace,
             plan=self.guidance.plan,
+            shares=generation.loop.shares,
             latents=generation.loop.x if self._stepped is None else self._stepped,
             rows_run=generation.rows_run,
             steps=generation.row,

@@ -35,7 +35,7 @@ class Generation:
         whole: bool,
     ) -> None:
         self.schedule, self.denoiser, self.runner = schedule, denoiser, runner
-        shape = LoopShape.of(schedule, latents, halves=halves, draws=len(schedule.draws) if whole else 1)
+        shape = LoopShape.of(schedule, plan, latents, halves=halves, draws=len(schedule.draws) if whole else 1)
 
         def make() -> Loop:
             return Loop(schedule, plan, latents, shape)

@@ -105,6 +105,10 @@ _FIELDS: dict[str, Callable[[str, Any], Any]] = {
     "min_drop": lambda name, value: number(name, value, "a number from 0 to below 1", lambda drop: 0 <= drop < 1),
     "opposite_steps": lambda name, value: None if value is None else integer(name, value, 0),
     "monitor": _flag,
+    "anchored": _flag,
+    "suspect": lambda name, value: (
+        None if value is None else number(name, value, "None or a number above 0", lambda x: x > 0)
+    ),
     "guidance_scale": _guidance_scale,
     "name": _name,
 }
@@ -113,6 +117,7 @@ _FIELDS: dict[str, Callable[[str, Any], Any]] = {
 def _combination(v: Mapping[str, Any]) -> None:
     """Refuse what would have no effect: it is a mistake that nobody would notice."""
     dynamic = v["transition"] == "dynamic"
+    guarded = v["transition"] is not None or v["anchored"]
     negative = v["before"] == "opposite" or (isinstance(v["before"], float) and v["before"] < 0)
     if v["transition"] == "static" and v["t_star"] is None:
         raise ValueError("t_star=None: transition='static' needs a timestep >= 0")
@@ -130,7 +135,7 @@ def _combination(v: Mapping[str, Any]) -> None:
             "transition='dynamic' with rule='minimum'",
         ),
         ("rho", 0.3, dynamic and v["rule"] == "drop", "transition='dynamic' with rule='drop'"),
-        ("gate", None, v["transition"] is not None, "a transition ('static' or 'dynamic')"),
+        ("gate", None, guarded, "a transition ('static' or 'dynamic') or anchored=True"),
         ("gate_steps", 1, v["gate"] is not None, "a gate"),
         (
             "opposite_steps",

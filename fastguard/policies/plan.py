@@ -16,6 +16,13 @@ from fastguard.kernels.layout import NEVER, Magnitude, Phase, Row, Rule, RuleKin
 from fastguard.policies.policy import Policy
 from fastguard.schedules.schedule import Schedule
 
+# Anchored guidance (kernels/anchor.py), chosen on the tuning halves of two models (docs/anchored.md); strengths are RMS of m - mu.
+FAINT, SHARP = 0.3, 0.6
+BACK = 0.1
+ETA = 4.0  # of a full schedule of 50 observations
+DRIFT = 0.2
+MOST = 4.0
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -35,6 +42,13 @@ class Plan:
     policies: tuple[Policy, ...]
     timesteps: tuple[float, ...]
     elements: int
+    late: bool = False
+    """The run begins in the midst of its schedule (image-to-image)."""
+
+    @property
+    def anchored(self) -> bool:
+        """Whether some image needs an anchor."""
+        return bool(self.rules[:, Rule.ANCHORED].any())
 
 
 def lower(policies: Sequence[Policy], schedule: Schedule, guidance_scale: float, elements: int) -> Plan:
@@ -45,7 +59,7 @@ def lower(policies: Sequence[Policy], schedule: Schedule, guidance_scale: float,
     elements         of one image's latent (channels x height x width)
 
     ValueError if a policy still holds per-image lists, a per-step guidance_scale is not as long as the rows, or a policy has a t_star
-    or deadline where the schedule's timesteps count something else than training steps.
+    or deadline where the schedule's timesteps count something else than training steps, or is anchored where the rows do not say what x0 is.
     """
     body = schedule.rows[:-1]
     times, observed = tuple(body[:, Row.TIMESTEP].tolist()), body[:, Row.OBSERVE].bool().tolist()
@@ -60,15 +74,29 @@ def lower(policies: Sequence[Policy], schedule: Schedule, guidance_scale: float,
             raise ValueError(f"policies[{b}] holds per-image lists: pass policy.samples(batch)")
         if not schedule.in_steps and (problem := limit_problem(policy)) is not None:
             raise ValueError(problem)
+        if policy.anchored and (problem := anchor_problem(policy, schedule)) is not None:
+            raise ValueError(problem)
         switch_row = _switch_row(policy, times, observed)
         rules[b] = torch.tensor(_rule(policy, switch_row, elements), dtype=torch.float64)
+        if policy.anchored:
+            observations = sum(observed) * schedule.full / len(times)
+            rules[b, Rule.ANCHORED :] = torch.tensor(_anchor_rule(elements, observations), dtype=torch.float64)
         after = _after(policy, len(times), scale)
         guidance[b, :, 0] = torch.tensor(_before(policy, after), dtype=torch.float32)
         guidance[b, :, 1] = torch.tensor(after, dtype=torch.float32)
         for row, branch in zip(needed, _branches(policy, switch_row, guidance[b].tolist()), strict=True):
             row.add(branch)
     branches = tuple(row.pop() if len(row) == 1 else "both" for row in needed)
-    return Plan(rules, guidance, _initial_state(policies), branches, tuple(policies), times, elements)
+    return Plan(
+        rules,
+        guidance,
+        _initial_state(policies),
+        branches,
+        tuple(policies),
+        times,
+        elements,
+        schedule.full > len(times),
+    )
 
 
 def limit(policy: Any) -> float | None:
@@ -93,6 +121,17 @@ def limit_problem(policy: Any) -> str | None:
     )
 
 
+def anchor_problem(policy: Policy, schedule: Schedule) -> str | None:
+    """Why a policy cannot be anchored under this schedule; None if it can."""
+    body = schedule.rows[:-1]
+    unknown = body[:, [Row.X, Row.E]].isnan().any(1).nonzero().flatten().tolist()
+    if not unknown:
+        return None
+    t = float(body[unknown[0], Row.TIMESTEP])
+    why = schedule.no_x0 or f"at row {unknown[0]}, t = {t:g}, no x0 follows from the output (alpha is 0 there)"
+    return f"policy {short(policy.name)} is anchored, which needs the x0-prediction of every row: {why}; use another scheduler"
+
+
 def unfit_guards(plan: Plan, rows: int) -> list[str]:
     """One sentence for each policy whose limit lies outside of the timesteps of a call of `rows` rows.
 
@@ -102,6 +141,10 @@ def unfit_guards(plan: Plan, rows: int) -> list[str]:
     found: dict[Policy, str] = {}
     first, last = plan.timesteps[0], plan.timesteps[max(rows, 1) - 1]
     for policy, switch_row in zip(plan.policies, plan.rules[:, Rule.SWITCH_ROW].tolist(), strict=True):
+        if policy.anchored and plan.late:
+            found[policy] = (
+                "is anchored in a call that begins late (image-to-image): its anchor shows the given image, too, which was never measured"
+            )
         if not policy.transition:
             continue
         if switch_row == 0:
@@ -137,6 +180,8 @@ def gate_threshold(tau: float, elements: int) -> float:
 
 def _switch_row(policy: Any, times: Sequence[float], observed: Sequence[bool]) -> int:
     """First observing row at or below t_star (static) or the deadline (dynamic)."""
+    if policy.transition is None and policy.anchored:
+        return 0  # no guidance before a transition: guarded at its own scale from the catch on
     if (last := limit(policy)) is None:
         return NEVER
     return next((k for k, t in enumerate(times) if observed[k] and t <= last), NEVER)
@@ -154,6 +199,12 @@ def _rule(policy: Any, switch_row: int, elements: int) -> list[float]:
     row[Rule.MAGNITUDE] = Magnitude[policy.magnitude.upper()]
     row[Rule.COMBINED] = policy.guidance_scale is None
     return row
+
+
+def _anchor_rule(elements: int, observations: float) -> list[float]:
+    """Columns from ANCHORED on; norms for RMS."""
+    side = math.sqrt(elements)
+    return [1.0, FAINT * side, SHARP * side, BACK, ETA * 50 / observations, DRIFT, MOST]
 
 
 def _after(policy: Any, rows: int, scale: float) -> list[float]:
@@ -179,7 +230,7 @@ def _before(policy: Any, after: Sequence[float]) -> list[float]:
 
 def _branches(policy: Any, switch_row: int, guidance: Sequence[Sequence[float]]) -> list[str]:
     """Per row: "uncond" where g is surely 0, "cond" where it is surely 1, else "both". A dynamic rule, a gate and monitor need d."""
-    if policy.monitor or policy.transition == "dynamic" or policy.gate is not None:
+    if policy.monitor or policy.anchored or policy.transition == "dynamic" or policy.gate is not None:
         return ["both"] * len(guidance)
     before_until = switch_row if policy.transition == "static" else 0
     sure = [pair[0 if k < before_until else 1] for k, pair in enumerate(guidance)]
@@ -190,7 +241,7 @@ def _initial_state(policies: Sequence[Any]) -> torch.Tensor:
     state = torch.zeros(len(policies), len(State), dtype=torch.float64)
     for b, policy in enumerate(policies):
         gated = Phase.BEFORE if policy.gate is None else Phase.UNDECIDED
-        state[b, State.PHASE] = Phase.PLAIN if policy.transition is None else gated
+        state[b, State.PHASE] = gated if policy.guarded else Phase.PLAIN
     for column in (State.LAST, State.BEFORE_LAST, State.MARGIN):
         state[:, column] = math.nan
     for column in (State.MAXIMUM, State.GATE_D):

@@ -12,6 +12,8 @@ the numbers that the kernel reads.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -49,8 +51,13 @@ class Policy:
     opposite_steps  opposite guidance (`before` = "opposite" or a negative number) holds for at most this many first rows, zero
                     guidance after them until the transition; None: no limit
     monitor         run both branches also where the guidance needs only one, so that the report's curve has no holes
+    anchored        take out of the guidance what leads to the picture that the model's own first prediction shows (kernels/anchor.py), with or
+                    without a transition, which sets the scale. Both branches run at every row
+    suspect         bound on d at mid-run over d at the first row: an image below it is `suspect` in the report; None: no verdict
     guidance_scale  None: the pipeline's own. A number, or a tuple with one value per denoiser row
     name            shown in reports; at most 200 characters
+    provenance      how gate and suspect were found, and what they belong to (model, scheduler, steps, dtype): JSON values, the same for all
+                    images, no part of a comparison
 
     `RANGES` has the limits of the numbers. A value that is not allowed, or that would have no effect (a deadline without a dynamic
     transition, ...), raises ValueError with the argument's name, the value and what is allowed.
@@ -69,8 +76,11 @@ class Policy:
     min_drop: PerSample[Number] = 0.0
     opposite_steps: PerSample[int | None] = None
     monitor: PerSample[bool] = False
+    anchored: PerSample[bool] = False
+    suspect: PerSample[Number | None] = None
     guidance_scale: PerSample[Number | tuple[Number, ...] | None] = None
     name: PerSample[str] = "custom"
+    provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         values = self._values()
@@ -84,7 +94,7 @@ class Policy:
             object.__setattr__(self, key, value)
 
     def _values(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: getattr(self, name) for name in FIELDS}
 
     @property
     def images(self) -> int | None:
@@ -94,7 +104,17 @@ class Policy:
     @property
     def guarded(self) -> bool:
         """True if some image may get other than plain guidance."""
-        return any(kind is not None for kind in _as_list(self.transition))
+        return any(kind is not None for kind in _as_list(self.transition)) or any(_as_list(self.anchored))
+
+    @property
+    def hash(self) -> str:
+        """Of what the policy does, in 16 hexadecimal digits: fields that have their defaults, the name and the provenance leave it alone."""
+        told = {
+            key: _encode(value)
+            for key, value in self._values().items()
+            if key != "name" and value != getattr(Policy, key)
+        }
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
     def sets_scale(self) -> bool:
@@ -104,7 +124,7 @@ class Policy:
     def ungated_warning(self) -> str | None:
         """What to tell the user once on enabling this policy: None unless images are guarded whatever their prompt."""
         samples = self.samples(self.images or 1)
-        ungated = [s.name for s in samples if s.transition is not None and s.gate is None]
+        ungated = [s.name for s in samples if s.guarded and s.gate is None]
         if not ungated:
             return None
         return (
@@ -122,11 +142,14 @@ class Policy:
                 f"policy {self.name!r} has per-image lists of {length} values, but the batch has {batch} images; values per denoiser row "
                 "are a tuple"
             )
-        return [Policy(**_pick(self._values(), i)) for i in range(length)]
+        return [Policy(**_pick(self._values(), i), provenance=self.provenance) for i in range(length)]
 
     @classmethod
     def stack(cls, policies: Sequence[Policy]) -> Policy:
-        """One policy for a batch, image b under policies[b]. ValueError if there are none or one holds per-image lists already."""
+        """One policy for a batch, image b under policies[b]. ValueError if there are none or one holds per-image lists already.
+
+        It keeps a provenance that they have in common.
+        """
         if not policies:
             raise ValueError("policies=[]: must hold at least one policy")
         for b, one in enumerate(policies):
@@ -135,10 +158,11 @@ class Policy:
                     f"policies[{b}] already holds per-image lists of {one.images} values: must be for one image"
                 )
         each = [one._values() for one in policies]
-        return cls(**{key: [values[key] for values in each] for key in each[0]})
+        common = policies[0].provenance if all(one.provenance == policies[0].provenance for one in policies) else {}
+        return cls(**{key: [values[key] for values in each] for key in each[0]}, provenance=common)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as JSON values: a list is per image, {"per_step": [...]} is per denoiser row."""
+        """All fields, without the provenance, as JSON values: a list is per image, {"per_step": [...]} is per denoiser row."""
         return {"fastguard_policy": FORMAT} | {key: _encode(value) for key, value in self._values().items()}
 
     @classmethod
@@ -152,17 +176,21 @@ class Policy:
             raise ValueError(f'not a fastguard policy: expected an object with "fastguard_policy": {FORMAT}')
         given = {key: value for key, value in values.items() if key not in ("fastguard_policy", "provenance")}
         refuse_unknown(given)
-        return cls(**{key: _decode(key, value) for key, value in given.items()})
+        note = values.get("provenance")
+        return cls(
+            **{key: _decode(key, value) for key, value in given.items()},
+            provenance=note if isinstance(note, dict) else {},
+        )
 
     def save(self, path: str | os.PathLike[str], *, provenance: Mapping[str, Any] | None = None) -> Path:
-        """Write the policy as JSON, atomically. `provenance` (how the values were found) is kept in the file and ignored on loading.
+        """Write the policy as JSON, atomically, with its provenance or the one given here.
 
         ValueError for a path that `policy` would not take for a file's.
         """
         if not os.fspath(path).endswith(SUFFIX):
             raise ValueError(f"path={short(os.fspath(path))}: must end in {SUFFIX}")
-        extra = {} if provenance is None else {"provenance": dict(provenance)}
-        return write_json(path, self.to_dict() | extra)
+        note = dict(self.provenance if provenance is None else provenance)
+        return write_json(path, self.to_dict() | ({"provenance": note} if note else {}))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Policy:
@@ -174,18 +202,14 @@ class Policy:
             raise ValueError(f"{os.fspath(path)}: {error}") from None
 
 
-def provenance(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What `Policy.save` kept in a policy file of how its values were found; empty if there is nothing."""
-    found = read_json(path).get("provenance")
-    return found if isinstance(found, dict) else {}
+FIELDS = tuple(field.name for field in dataclasses.fields(Policy) if field.name != "provenance")
 
 
 def refuse_unknown(given: Mapping[str, Any]) -> None:
-    known = [field.name for field in dataclasses.fields(Policy)]
-    unknown = [key for key in given if key not in known]
+    unknown = [key for key in given if key not in FIELDS]
     if unknown:
-        near = checks.meant(unknown[0], known)
-        raise ValueError(f"unknown policy field {short(unknown[0])}: allowed are {', '.join(known)}{near}")
+        near = checks.meant(unknown[0], FIELDS)
+        raise ValueError(f"unknown policy field {short(unknown[0])}: allowed are {', '.join(FIELDS)}{near}")
 
 
 def _pick(values: Mapping[str, Any], index: int) -> dict[str, Any]:

@@ -32,11 +32,13 @@ _FIELDS: dict[str, dict[str, Any]] = {
     "paper-dtp": {"before": "zero", **_BARE},
     "paper-og+dtp": {"before": "opposite", **_BARE},
     "released-dtp": {"before": "conditional", **_BARE},
+    "anchored": {"anchored": True},
 }
 
 PRESETS = {name: Policy(name=name, **fields) for name, fields in _FIELDS.items()}
 """`cfg` plain guidance; the paper's methods (`stp`, `dtp`, with opposite guidance `og+`); `paper-` without
-the deadline; `released-dtp` what the authors' released script really runs (g = 1 before the transition)."""
+the deadline; `released-dtp` what the authors' released script really runs (g = 1 before the transition); `anchored` our own, from the model's first
+prediction, without a transition."""
 
 
 Source: TypeAlias = str | os.PathLike[str] | Policy
@@ -63,6 +65,8 @@ def policy(source: Source | Sequence[Source], **overrides: Any) -> Policy:
             + checks.meant(source, PRESETS)
         )
     refuse_unknown(overrides)
+    if "gate" in overrides or "suspect" in overrides:  # what is known of the base's belongs to those
+        overrides["provenance"] = {}
     return dataclasses.replace(base, **overrides)
 
 

@@ -72,6 +72,9 @@ def _compile(scheduler: Any, arguments: Mapping[str, Any], begin: int) -> Schedu
     timesteps = scheduler.timesteps[begin:].detach().to("cpu", copy=True)
     with on_cpu():
         rows = _rows_without_update(scheduler, recorded, timesteps)
+        no_x0 = unknown(scheduler, timesteps, recorded.sigma, recorded.starts)
+    if no_x0 is not None:
+        rows[:-1, Row.X : Row.E + 1] = float("nan")
     own = Schedule(
         rows=rows,
         timesteps=timesteps,
@@ -82,6 +85,8 @@ def _compile(scheduler: Any, arguments: Mapping[str, Any], begin: int) -> Schedu
         linear=False,
         reason=_known_reason(scheduler, arguments) or recorded.problem,
         in_steps=in_training_steps(scheduler),
+        no_x0=no_x0,
+        full=len(scheduler.timesteps),
     )
     if own.reason is not None:
         return own
@@ -163,9 +168,7 @@ def _rows_without_update(scheduler: Any, recorded: Trace, timesteps: torch.Tenso
     body[:, Row.TIMESTEP] = timesteps.double()
     space = predictions(scheduler, recorded.sigma)
     body[:, Row.W_EPSILON], body[:, Row.W_X0] = torch.from_numpy(space.n**2), torch.from_numpy(space.e**2)
-    body[:, Row.X : Row.E + 1] = float("nan")
-    if unknown(scheduler, timesteps, recorded.sigma, recorded.starts) is None:
-        body[:, Row.X], body[:, Row.E] = torch.from_numpy(space.x), torch.from_numpy(space.e)
+    body[:, Row.X], body[:, Row.E] = torch.from_numpy(space.x), torch.from_numpy(space.e)
     seen: set[float] = set()
     for k, (level, starts) in enumerate(zip(recorded.sigma.tolist(), recorded.starts.tolist(), strict=True)):
         body[k, Row.OBSERVE] = float(starts and level not in seen)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,8 @@ class Schedule:
     rounding     like residual, but with the table and its arithmetic in float32, against stock in float64
     looks_back   whether a row is true only where x is what the row before gave: stock goes back to an older sample there, and to
                  whatever somebody made of it in between
+    no_x0        why X and E of the rows are unknown; None where they are known (NaN in a row where x0 does not exist)
+    full         rows of the schedule that this run is the end of (image-to-image begins late)
     in_steps     whether timesteps count training steps; some schedulers' are logarithms or angles of the noise level
     """
 
@@ -45,6 +47,11 @@ class Schedule:
     rounding: float = float("nan")
     in_steps: bool = True
     looks_back: bool = False
+    no_x0: str | None = None
+    full: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "full", max(self.full, len(self.timesteps)))
 
     def with_own_step(self, reason: str) -> Schedule:
         """The same rows without an update: x' = e, for callers that must run the scheduler's own step() on the guided output."""
@@ -55,7 +62,11 @@ class Schedule:
         rows[:, [Row.Q, Row.B]] = 1.0
         rows[:, Row.STORE] = -1.0
         draws = (0,) * len(self.draws)
-        return Schedule(rows, self.timesteps, 0, draws, float("nan"), "own step", False, reason, in_steps=self.in_steps)
+        return replace(
+            Schedule(rows, self.timesteps, 0, draws, float("nan"), "own step", False, reason, in_steps=self.in_steps),
+            no_x0=self.no_x0,
+            full=self.full,
+        )
 
 
 def in_training_steps(scheduler: Any) -> bool:

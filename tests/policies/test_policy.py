@@ -140,6 +140,7 @@ def test_presets():
         "paper-dtp": ("zero", "dynamic", None, None),
         "paper-og+dtp": ("opposite", "dynamic", None, None),
         "released-dtp": ("conditional", "dynamic", None, None),
+        "anchored": ("zero", None, None, None),
     }
     found = {p.name: (p.before, p.transition, p.t_star, p.deadline) for p in PRESETS.values()}
     assert found == expected
