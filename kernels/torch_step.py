@@ -120,7 +120,7 @@ class _Held(NamedTuple):
     a: Tensor  # [B, size]: m - x0(u)
     sums: list[tuple[float, ...]]  # per sample, as `anchor.push` takes them
     anchor: tuple[Tensor, Tensor]  # m and mu, [B, size] each
-    fresh: tuple[Tensor, Tensor]  # x0(c) and x0(u)
+    fresh: tuple[Tensor, ...]  # x0(c) and x0(u)
 
 
 def _held(

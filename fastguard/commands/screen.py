@@ -100,10 +100,10 @@ def ranked(values: dict[str, list[float]], bound: float | None) -> list[dict[str
 def _bound(model: str, name: str | None, chosen: Any, noises: int) -> float | None:
     """The policy file's bound on the mean of so many noises (`fastguard calibrate`), else its gate, which is one for a single image."""
     from fastguard.pipelines.loading import policy_source
-    from fastguard.policies.policy import SUFFIX, provenance
+    from fastguard.policies.policy import SUFFIX, Policy
 
     source = policy_source(model, name)
-    known = provenance(source).get("screen", {}) if str(source).endswith(SUFFIX) else {}
+    known = Policy.load(source).provenance.get("screen", {}) if str(source).endswith(SUFFIX) else {}
     if known.get("noises") == noises:
         return float(known["threshold"])
     if chosen.gate is not None:

@@ -81,8 +81,9 @@ class ImageReport:
     @property
     def suspect(self) -> bool | None:
         """Whether `collapse` lies below the policy's bound; None without a bound or a curve."""
-        bound, collapse = self.policy.suspect, self.collapse
-        return None if bound is None or collapse is None else collapse < float(bound)  # type: ignore[arg-type] - one image's
+        bound: Any = self.policy.suspect  # one image's, no list
+        collapse = self.collapse
+        return None if bound is None or collapse is None else collapse < bound
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; what is not finite becomes None."""
@@ -166,8 +167,8 @@ class Report(Sequence[ImageReport]):
         """
         rows, batch = len(plan.timesteps), len(plan.policies)
         finite = state.new_ones(batch) if latents is None else latents[:batch].flatten(1).isfinite().all(1)
-        curves = [trace, torch.full_like(trace, math.nan) if shares is None else shares]
-        traced = [curve[:rows, :batch].double() for curve in curves]
+        d = trace[:rows, :batch].double()
+        traced = [d, torch.full_like(d, math.nan) if shares is None else shares[:rows, :batch].double()]
         numbers = torch.cat([state[:batch].double().T, finite.double()[None], *traced])
         if rows_run is None:
             rows_run = sum(2 if branch == "both" else 1 for branch in plan.branches[:steps])

@@ -13,7 +13,7 @@ import torch
 import fastguard
 from fastguard.batch import screening
 from fastguard.batch.screening import Journal, distinct_prompts
-from fastguard.policies.policy import Policy, provenance
+from fastguard.policies.policy import Policy
 from tests import pipelines
 from tests.commands.invoking import invoke, refused
 
@@ -117,10 +117,10 @@ def test_the_bound_of_a_calibrated_policy(model, rows, tmp_path):
     )
     assert result.exit_code == 0, result.output
     largest = max(float(np.mean(values)) for values in by_hand(model).values())
-    known = provenance(file)["screen"]
+    known = Policy.load(file).provenance["screen"]
     assert known["noises"] == 2
     assert known["threshold"] == pytest.approx(largest, rel=1e-4)
-    assert provenance(file)["negative_prompt"] is None
+    assert Policy.load(file).provenance["negative_prompt"] is None
     options = ("--steps", 3, "--guidance-scale", 4, "--device", "cpu", "--policy", file)
     result = invoke("screen", model, rows, "--out", tmp_path / "a.jsonl", *options, "--noises", 2)
     assert "3 prompts, 0 at or above" in result.stdout and "note" not in result.stderr

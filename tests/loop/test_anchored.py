@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastguard.kernels.layout import State
+from fastguard.kernels.layout import Rule, State
 from fastguard.loop.loop import Loop
 from fastguard.loop.report import Report
 from fastguard.policies.plan import lower
@@ -136,7 +136,7 @@ def test_a_guarded_image_leaves_the_picture_and_a_plain_one_does_not():
     x = torch.randn(2, *SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
     loop, _ = run(made, [policy("cfg"), policy("anchored")], denoise, x)
     cosines = torch.nn.functional.cosine_similarity(loop.x.flatten(1), denoise.pictures[1].float().flatten()[None])
-    assert cosines[0] > 0.9 and cosines[1] < 0.5
+    assert cosines[0] > 0.95 and cosines[1] < 0.7
 
 
 def test_rho_moves_at_observations_only():
@@ -146,6 +146,7 @@ def test_rho_moves_at_observations_only():
     x = torch.randn(1, *SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(5)) * made.init_noise_sigma
     schedule = compile_schedule(made)
     plan = lower([policy("anchored")], schedule, SCALE, ELEMENTS)
+    plan.rules[0, Rule.DRIFT] = -1.0  # so that it moves at all
     loop = Loop(schedule, plan, x.float())
     before = 0.0
     for k in range(len(schedule.timesteps)):
