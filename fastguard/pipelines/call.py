@@ -127,22 +127,29 @@ class Call:
 
     def scale_model_input(self, sample: torch.Tensor, timestep: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
         generation = self._begun(sample, timestep)
+        # Of the first one of a row: a ControlNet in guess mode has its own input scaled, too, of the conditional branch alone.
+        if self._input is None:
+            self._take(generation, sample)
         if generation.schedule.linear:
-            # The first one of a row: a ControlNet in guess mode has its own input scaled, too, of the conditional branch alone.
-            self._input = self._model_input(generation, sample, first=self._input is None)
+            self._input = self._model_input(generation, sample)
         else:
             self._input = self.scheduling.scheduler.scale_model_input(sample, timestep, *args, **kwargs)
         return self._input
 
-    def _model_input(self, generation: Generation, shown: torch.Tensor, first: bool = True) -> torch.Tensor:
+    def _take(self, generation: Generation, shown: torch.Tensor) -> None:
+        """The latents that the pipeline shows, where the loop has not got them: the first ones, those that somebody may have changed,
+        and, for anchors, those that the scheduler's own step() made."""
+        linear = generation.schedule.linear
+        wanted = self.open or generation.row == 0 if linear else generation.loop.anchor is not None
+        if wanted and not generation.over:
+            generation.take(shown[:, : generation.loop.x.shape[1]], 2 if self.guidance.on else 1)
+
+    def _model_input(self, generation: Generation, shown: torch.Tensor) -> torch.Tensor:
         """Of the next row, whose latents the pipeline shows as a batch of B or 2B rows."""
         ready = generation.loop.model_input
         if generation.over:
             return shown
-        linear = generation.schedule.linear
-        if linear and first and (self.open or generation.row == 0):
-            generation.take(shown[:, : generation.loop.x.shape[1]], 2 if self.guidance.on else 1)
-        if not linear or self.open or generation.row == 0 or ready.shape != shown.shape:
+        if not generation.schedule.linear or self.open or generation.row == 0 or ready.shape != shown.shape:
             ready = generation.model_input(shown)
         return ready.clone() if self.watched else ready
 
@@ -163,6 +170,7 @@ class Call:
             return Output((placeholder(generation.loop.model_input, len(shown)),))
         plan = self._follow(generation)
         if not self.family.scales_input:
+            self._take(generation, shown)
             shown = self._model_input(generation, shown)
             args, kwargs = ((shown, *args[1:]), kwargs) if args else (args, {**kwargs, name: shown})
         arguments: Arguments = args, kwargs

@@ -137,7 +137,8 @@ class OwnCombination:
         self._check(uncond is not None and cond is not None)
         self.guide.follow(scale)
         if uncond is not None and cond is not None:
-            e = self.guide(uncond, cond, combined=own)
+            x = None if self.guide.loop.anchor is None else sample
+            e = self.guide(uncond, cond, x, combined=own)
         elif self._outputs[-1].tensor is None or self._outputs[0].tensor is None:  # one branch left out
             only: Any = self._left_over(own) if uncond is None and cond is None else uncond if cond is None else cond
             e = self.guide(only, None).to(own.dtype)
