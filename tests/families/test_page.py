@@ -13,6 +13,7 @@ from fastguard.pipelines.families.guiders import GuiderFamily
 from fastguard.pipelines.families.loops import fingerprint
 from fastguard.pipelines.families.refused import REASONS
 from tests.families.more import EVERY
+from tests.families.tiny_guiders import CASES as GUIDED
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,6 +32,7 @@ def test_instances_are_those_of_these_tests():
     made = {type(tiny.make()).__name__ for tiny in EVERY.values()}
     guided = {name for family in OWN_FAMILIES if isinstance(family, GuiderFamily) for name in family.pipelines}
     assert made == INSTANCES - guided
+    assert {type(case.make()).__name__ for case in GUIDED.values()} == INSTANCES & guided
 
 
 def test_loops_are_those_of_the_installed_diffusers():

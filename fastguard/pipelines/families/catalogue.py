@@ -72,6 +72,7 @@ INSTANCES = frozenset(
         "HunyuanImageRefinerPipeline",
         "HunyuanVideo15Pipeline",
         "HunyuanVideo15ImageToVideoPipeline",
+        "MotifVideoPipeline",
     ]
 )
 
