@@ -54,7 +54,7 @@ class Capturing:
     moves: dict[Hashable, int] = field(default_factory=dict)
 
 
-class Runner:
+class BodyRunner:
     """Runs the bodies of one generation.
 
     replayed  launches of graphs; reason: why some or all bodies were not among them

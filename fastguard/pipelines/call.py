@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from fastguard.capture.obstacles import watched
-from fastguard.capture.runner import Arguments, Capturing, Runner
+from fastguard.capture.runner import Arguments, BodyRunner, Capturing
 from fastguard.loop.report import Report
 from fastguard.pipelines.families import Family
 from fastguard.pipelines.generation import Generation
@@ -48,7 +48,7 @@ class Call:
         # Somebody may look at, keep or change the latents between two rows.
         self.open = callback or family.rewrites_latents
         self.scheduling = Scheduling(pipe.scheduler, arguments, callback=callback, scales_input=family.scales_input)
-        self.denoiser, self.runner = denoiser, Runner(capturing)
+        self.denoiser, self.runner = denoiser, BodyRunner(capturing)
         self.stand_in = self._stand_in(pipe)
         self.guidance = Guidance(policy, family, arguments, self.stand_in, unguided)
         # Hooks may keep the model inputs that they see, of which the loop has one buffer.

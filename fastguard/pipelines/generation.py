@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fastguard.capture.runner import Arguments, Body, Runner
+from fastguard.capture.runner import Arguments, Body, BodyRunner
 from fastguard.kernels.layout import Row
 from fastguard.loop.loop import Loop, LoopShape
 from fastguard.loop.noise import Noise
@@ -29,7 +29,7 @@ class Generation:
         plan: Plan,
         latents: torch.Tensor,
         denoiser: Callable[..., Any],
-        runner: Runner,
+        runner: BodyRunner,
         *,
         halves: int,
         whole: bool,

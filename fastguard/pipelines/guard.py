@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import html
 import inspect
 import logging
-import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -19,6 +17,7 @@ from fastguard.capture.options import Options
 from fastguard.capture.tune import Tuning, tune
 from fastguard.loop.report import Report
 from fastguard.pipelines.call import Call
+from fastguard.pipelines.enabled import ATTRIBUTE, enabled_class, guard_of, stock_class
 from fastguard.pipelines.families import Family, OwnFamily, find
 from fastguard.pipelines.families.loops import changed
 from fastguard.pipelines.guidance import UNGUIDED
@@ -30,8 +29,6 @@ from fastguard.policies.presets import DEFAULT
 from fastguard.policies.presets import policy as make_policy
 
 logger = logging.getLogger("fastguard")
-
-_ATTRIBUTE = "_fastguard_guard"
 
 
 def enable(
@@ -67,7 +64,7 @@ def enable(
     what it replaced. FASTGUARD_DISABLE=1 in the environment makes every call a stock
     call. TypeError for a pipeline that is not supported, ValueError for a bad policy or an option that cannot work here.
     """
-    base = _stock_class(type(pipe))
+    base = stock_class(type(pipe))
     known = _known_family(pipe, base, family)
     chosen = make_policy(policy, **overrides)
     if unguided not in UNGUIDED:
@@ -83,10 +80,10 @@ def enable(
     if warning and not (guard and guard.policy == chosen):
         logger.warning(warning)
     if guard is None:
-        guard = pipe.__dict__[_ATTRIBUTE] = Guard(pipe, known, chosen, options)
+        guard = pipe.__dict__[ATTRIBUTE] = Guard(pipe, known, chosen, options)
         if (told := changed(base)) is not None:
             logger.warning(told)
-        pipe.__class__ = _enabled_class(base)
+        pipe.__class__ = enabled_class(base)
     else:
         guard._replaced = guard.policy, guard.options, guard.unguided
         guard.policy = chosen
@@ -110,7 +107,7 @@ class Guard:
         self.graphs = Graphs()
         self.probed = True  # False: the next call is probed first
         self._pipe = pipe
-        self._signature = inspect.signature(_stock_class(type(pipe)).__call__)
+        self._signature = inspect.signature(stock_class(type(pipe)).__call__)
         self._replaced: _Settings | None = None  # by the last `enable`
         self._outer: list[_Settings | None] = []  # what each `with` goes back to; None: the stock pipeline
         self._last: Report | None = None
@@ -119,7 +116,7 @@ class Guard:
     @staticmethod
     def of(pipe: Any) -> Guard | None:
         """The guard of a pipeline (or of the stand-in that a callback gets); None if it has none."""
-        return pipe.__dict__.get(_ATTRIBUTE)
+        return guard_of(pipe)
 
     @property
     def report(self) -> Report | None:
@@ -129,7 +126,7 @@ class Guard:
     def __repr__(self) -> str:
         attached = "" if Guard.of(self._pipe) is self else ", disabled"
         options = f"capture={self.options.capture!r}, unguided={self.unguided!r}"
-        return f"Guard of a {_stock_class(type(self._pipe)).__name__} ({self.family.name}){attached}: policy {self.policy.name!r}, {options}"
+        return f"Guard of a {stock_class(type(self._pipe)).__name__} ({self.family.name}){attached}: policy {self.policy.name!r}, {options}"
 
     def _repr_html_(self) -> str:
         report = self.report
@@ -155,8 +152,8 @@ class Guard:
         """Give the pipeline its stock class back and the graphs' memory. Nothing else was ever changed."""
         self.graphs.clear()
         if Guard.of(self._pipe) is self:  # and not a later one
-            del self._pipe.__dict__[_ATTRIBUTE]
-            self._pipe.__class__ = _stock_class(type(self._pipe))
+            del self._pipe.__dict__[ATTRIBUTE]
+            self._pipe.__class__ = stock_class(type(self._pipe))
 
     def __enter__(self) -> Guard:
         self._outer.append(self._replaced)
@@ -259,58 +256,3 @@ def _known_family(pipe: Any, base: type, family: str | None) -> Family | OwnFami
         return find(base)
     except TypeError:
         return dataclasses.replace(UNKNOWN, denoisers=denoisers_of(pipe))
-
-
-@functools.lru_cache(maxsize=256)
-def _enabled_class(base: Any) -> type:
-    """A subclass of `base` with its very name and module: model_index.json, isinstance and AutoPipeline see no difference."""
-
-    @functools.wraps(base.__call__)
-    def __call__(self, *args, **kwargs):
-        stock_call, guard = base.__call__, Guard.of(self)  # as the class has it now: somebody may patch it
-        if guard is None:
-            return stock_call(self, *args, **kwargs)
-        if os.environ.get("FASTGUARD_DISABLE", "0") not in ("", "0"):
-            logger.info("FASTGUARD_DISABLE is set: stock call")
-            guard.forget()
-            return stock_call(self, *args, **kwargs)
-        return guard.run(stock_call, args, kwargs)
-
-    def without_no_grad(self, *args, **kwargs):
-        raise RuntimeError(
-            "gradients through a guarded call are not supported; disable the guard to call what it wraps"
-        )
-
-    vars(__call__).update(__signature__=inspect.signature(base.__call__), __wrapped__=without_no_grad)
-
-    def __setattr__(self, name, value):
-        super(enabled, self).__setattr__(name, value)
-        guard = Guard.of(self)
-        if guard is not None and name in guard.family.denoisers:
-            guard.graphs.clear()  # nothing here keeps a denoiser that the pipeline has given up
-
-    def components(self):
-        # A loop's stand-in shows stand-ins of its parts: who builds another pipeline of them wants the originals.
-        return {name: vars(self).get(name, part) for name, part in base.components.fget(self).items()}
-
-    def __reduce_ex__(self, protocol):
-        # Copies and pickles are stock pipelines: a guard is never inherited silently.
-        return object.__new__, (base,), {key: value for key, value in self.__dict__.items() if key != _ATTRIBUTE}
-
-    namespace = {
-        "__call__": __call__,
-        "__setattr__": __setattr__,
-        "__reduce_ex__": __reduce_ex__,
-        "__module__": base.__module__,
-        "__qualname__": base.__qualname__,
-        "__doc__": base.__doc__,
-        "_fastguard_stock": base,
-        "components": property(components),
-    }
-    enabled = type(base)(base.__name__, (base,), namespace)
-    return enabled
-
-
-def _stock_class(cls: type) -> type:
-    """Also of the stand-in that a callback gets."""
-    return next((vars(base)["_fastguard_stock"] for base in cls.__mro__ if "_fastguard_stock" in vars(base)), cls)

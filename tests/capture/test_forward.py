@@ -12,7 +12,7 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 
 import fastguard
-from fastguard.capture.runner import Runner
+from fastguard.capture.runner import BodyRunner
 from tests import pipelines
 from tests.capture import simulator
 from tests.capture.calls import call, eager
@@ -95,7 +95,7 @@ def test_a_forward_that_changes_the_model_runs_eagerly_and_once_a_row(change, mo
     for capture in ("off", mode):
         begin(pipe, CHANGES[change])
         if blind:
-            monkeypatch.setattr(Runner, "_watch", lambda self, place: lambda: None)
+            monkeypatch.setattr(BodyRunner, "_watch", lambda self, place: lambda: None)
         with fastguard.enable(pipe, "cfg", capture=capture) as guard:
             images[capture] = [call(pipe, steps=3) for _ in range(3)]
     equal = [torch.equal(a, b) for a, b in zip(images["off"], images[mode], strict=True)]

@@ -225,9 +225,11 @@ BODIES = {  # part of the key: two calls that it tells apart, and the key withou
 def test_the_body_is_in_the_key(sd, part, blind, monkeypatch):
     first, second, without = BODIES[part]
     if blind:
-        replay = runner.Runner._replay
+        replay = runner.BodyRunner._replay
         monkeypatch.setattr(
-            runner.Runner, "_replay", lambda self, what, *args, **kwargs: replay(self, without(what), *args, **kwargs)
+            runner.BodyRunner,
+            "_replay",
+            lambda self, what, *args, **kwargs: replay(self, without(what), *args, **kwargs),
         )
     after, expected = compare(sd, first, second)
     assert (after is not None and torch.equal(after, expected)) != blind

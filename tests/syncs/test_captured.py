@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 STEPS = 4
 
 
-class Runner:
+class FakeRecorder:
     """In the place of `cuda_graphs.Recorder`: a graph is its body, a replay runs it."""
 
     def __init__(self, device):
@@ -46,7 +46,7 @@ class Runner:
         return 0
 
 
-runners: list[Runner] = []
+runners: list[FakeRecorder] = []
 
 
 def place(tensor):
@@ -59,12 +59,12 @@ def device(monkeypatch):
     """A device that records."""
     runners.clear()
     real = torch.Tensor.data_ptr
-    monkeypatch.setitem(graphs.RECORDERS, "cuda", Runner)
+    monkeypatch.setitem(graphs.RECORDERS, "cuda", FakeRecorder)
     monkeypatch.setattr(cuda_graphs, "available", lambda: True)
     monkeypatch.setattr(graphs, "holds", lambda tensor: True)
     monkeypatch.setattr(torch.Tensor, "data_ptr", lambda t: place(t) if isinstance(t, FakeTensor) else real(t))
     # A fake tensor holds its mode, on which every operation leaves something: a forward seems to change the model.
-    monkeypatch.setattr("fastguard.capture.runner.Runner._watch", lambda self, place: lambda: None)
+    monkeypatch.setattr("fastguard.capture.runner.BodyRunner._watch", lambda self, place: lambda: None)
     monkeypatch.setattr("fastguard.capture.static_inputs._storage", lambda tensor: tensor.untyped_storage()._cdata)
 
 

@@ -1,0 +1,73 @@
+"""The class that an enabled pipeline object has: its own, but for what asks the guard."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import os
+from typing import Any
+
+logger = logging.getLogger("fastguard")
+
+ATTRIBUTE = "_fastguard_guard"  # of the pipeline object
+
+
+def guard_of(pipe: Any) -> Any:
+    """The guard of a pipeline (or of the stand-in that a callback gets); None if it has none."""
+    return pipe.__dict__.get(ATTRIBUTE)
+
+
+@functools.lru_cache(maxsize=256)
+def enabled_class(base: Any) -> type:
+    """A subclass of `base` with its very name and module: model_index.json, isinstance and AutoPipeline see no difference."""
+
+    @functools.wraps(base.__call__)
+    def __call__(self, *args, **kwargs):
+        stock_call, guard = base.__call__, guard_of(self)  # as the class has it now: somebody may patch it
+        if guard is None:
+            return stock_call(self, *args, **kwargs)
+        if os.environ.get("FASTGUARD_DISABLE", "0") not in ("", "0"):
+            logger.info("FASTGUARD_DISABLE is set: stock call")
+            guard.forget()
+            return stock_call(self, *args, **kwargs)
+        return guard.run(stock_call, args, kwargs)
+
+    def without_no_grad(self, *args, **kwargs):
+        raise RuntimeError(
+            "gradients through a guarded call are not supported; disable the guard to call what it wraps"
+        )
+
+    vars(__call__).update(__signature__=inspect.signature(base.__call__), __wrapped__=without_no_grad)
+
+    def __setattr__(self, name, value):
+        super(enabled, self).__setattr__(name, value)
+        guard = guard_of(self)
+        if guard is not None and name in guard.family.denoisers:
+            guard.graphs.clear()  # nothing here keeps a denoiser that the pipeline has given up
+
+    def components(self):
+        # A loop's stand-in shows stand-ins of its parts: who builds another pipeline of them wants the originals.
+        return {name: vars(self).get(name, part) for name, part in base.components.fget(self).items()}
+
+    def __reduce_ex__(self, protocol):
+        # Copies and pickles are stock pipelines: a guard is never inherited silently.
+        return object.__new__, (base,), {key: value for key, value in self.__dict__.items() if key != ATTRIBUTE}
+
+    namespace = {
+        "__call__": __call__,
+        "__setattr__": __setattr__,
+        "__reduce_ex__": __reduce_ex__,
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "_fastguard_stock": base,
+        "components": property(components),
+    }
+    enabled = type(base)(base.__name__, (base,), namespace)
+    return enabled
+
+
+def stock_class(cls: type) -> type:
+    """Also of the stand-in that a callback gets."""
+    return next((vars(base)["_fastguard_stock"] for base in cls.__mro__ if "_fastguard_stock" in vars(base)), cls)
