@@ -7,7 +7,6 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteS
 import fastguard
 from bench.testbed.anchored import denoiser, noise
 from bench.testbed.anchored_loop import Form, sample
-from fastguard.policies.presets import PRESETS
 from fastguard.testbed import prompts
 from fastguard.testbed.sampling import Job, generator
 
@@ -15,7 +14,6 @@ STEPS, SCALE = 10, 3.0
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("anchored" not in PRESETS, reason="the library has no preset anchored yet")
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("family", [DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler])
 def test_shares_and_latents_are_those_of_the_loop(pipe, family, kind):
