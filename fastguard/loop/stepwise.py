@@ -75,7 +75,9 @@ def _blank(in_steps: bool) -> Schedule:
     rows[:, Row.X : Row.E + 1] = torch.nan  # no map to x0 is known
     reason = "no scheduler is known"
     none = (0,) * ROWS
-    return Schedule(rows, rows[:-1, Row.TIMESTEP], 0, none, torch.nan, "own step", False, reason, in_steps=in_steps)
+    return Schedule(
+        rows, rows[:-1, Row.TIMESTEP], 0, none, torch.nan, "own step", False, reason, in_steps=in_steps, no_x0=reason
+    )
 
 
 def _scalar(value: Any, like: torch.Tensor) -> torch.Tensor:

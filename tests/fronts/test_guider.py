@@ -194,6 +194,10 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match="policy='nope'"):
         GuardedGuidance("nope")
     (u, c), *_ = predictions(1, 1)
+    with pytest.raises(
+        ValueError, match="is anchored, which needs the x0-prediction of every row: no scheduler is known"
+    ):
+        GuardedGuidance("anchored").forward(c, u)
     with pytest.raises(ValueError, match="has 2 values: must be one number"):
         GuardedGuidance(policy("paper-dtp", guidance_scale=(1.0, 2.0))).forward(c, u)
     with pytest.raises(ValueError, match="lists of 3 values, but the batch has 1"):
