@@ -2,10 +2,12 @@
 
     python -m bench.testbed harder
 
-One process; the weights that are kept took an hour of a busy core. (Their run was lengthened three times on the way, so that its rate fell to
-0.75 of RATE before steps 200 and 300 and rose again; the command keeps it.) It is for judging rules that were tuned on the shipped model. Autoencoder, tokenizer and the start of the weights are the shipped model's, seed,
-duplicated drawings and share are not: 18 pictures of things that the shipped model has not memorized (8% of what it drew were copies), as the
-ordinary prompts are. What is kept in models/harder is the difference of the weights to the shipped ones, int8 with a scale a row.
+It is for judging rules that were tuned on the shipped model, and it is no independent one: autoencoder, tokenizer and the start of the weights are
+the shipped model's. Seed and duplicated drawings are not: 18 pictures of things that the shipped model has not memorized, as those of the ordinary
+prompts are. (Of what that model drew 10% were copies, 18% from step 1,400 on.)
+
+One process. The run whose weights are kept was lengthened three times on the way, so that its rate fell to about 0.75 of RATE before steps 200 and 300
+and rose again; the command keeps the rate. models/harder holds the difference of the weights to the shipped ones, int8 with a scale a row.
 """
 
 from __future__ import annotations
