@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastguard.kernels.guided_step import guided_step, history_for
-from fastguard.kernels.layout import NEVER, Magnitude, Phase, Row, RuleKind, State
+from fastguard.kernels.layout import NEVER, Magnitude, Phase, Row, Rule, RuleKind, State
 
 from . import reference
 
@@ -36,7 +36,7 @@ def generations(draw):
             draw(st.sampled_from([1.0, 0.9, 0.5, 0.0])),
             draw(st.sampled_from([0.3, 0.5, 1.0])),
             float(draw(st.sampled_from(Magnitude))),
-            0.0,
+            *[0.0] * (len(Rule) - Rule.COMBINED),
         ]
         for _ in range(batch)
     ]
@@ -99,7 +99,7 @@ def random_generation(seed, batch=16, steps=7):
             rng.choice([1.0, 0.9, 0.5], batch),
             rng.choice([0.3, 0.5], batch),
             rng.choice([float(magnitude) for magnitude in Magnitude], batch),
-            np.zeros(batch),
+            *np.zeros((len(Rule) - Rule.COMBINED, batch)),
         ],
         axis=1,
     )
