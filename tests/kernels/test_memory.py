@@ -157,7 +157,7 @@ else:
 
     @pytest.mark.parametrize("shape", [SHAPE, (2, 4, 67, 65)])
     def test_planted_out_of_bounds_is_found(shape, monkeypatch, tmp_path):
-        module = planted("mask = offs < n\n    e = ", "mask = offs < n + 1\n    e = ", tmp_path)
+        module = planted("mask = offs < n\n    u = ", "mask = offs < n + 1\n    u = ", tmp_path)
         traced(lambda: Sanitizer(abort_on_error=True), module, monkeypatch)
         with pytest.raises(SystemExit):
             run(module, shape)
