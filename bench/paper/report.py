@@ -13,6 +13,7 @@ from PIL import Image
 from bench.metrics import Fid, note
 from bench.paper import plots, seconds, tables
 from bench.paper.inputs import Images, Item, TrainingSet, read_image
+from bench.paper.published import published_table
 from bench.paper.store import Store
 from bench.paper.summary import SHIPPED, summarise
 from bench.paper.tables import Table
@@ -217,7 +218,7 @@ def _tables(
         shown.append(tables.detection_table(result["detection"]))
     if result.get("first prediction"):
         shown.append(tables.first_prediction_table(result["first prediction"], networks))
-    shown.append(tables.published_table(result["tables"]["memorized"], networks))
+    shown.append(published_table(result["tables"]["memorized"], networks))
     if result["curves"].get("similarity"):
         shown.append(tables.points_table(result["curves"]["similarity"], result["cost"], networks))
     return shown

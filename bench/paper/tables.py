@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bench.paper.curve import BELOW, affordable
-from bench.paper.published import DIFFERS, ROWS, SETTINGS
 from bench.testbed.stats import FEW
 
 
@@ -265,40 +264,4 @@ def points_table(
         ["method", "rows / plain", "guidance scale", "similarity", "faithful and not blown up", "blown up"],
         rows,
         [f"similarity: {networks['similarity']}. faithful: {networks['faithful']}. Memorized prompts."],
-    )
-
-
-def published_table(cells: Mapping[str, Mapping[str, Any]], networks: Mapping[str, str]) -> Table:
-    """The paper's numbers beside ours: the change of the 95th percentile against 'none' is what can be compared."""
-    before = {setting: value for setting, name, _, value, _, _ in ROWS if name == "none"}
-    near = {"random words": "random-words", "random numbers": "random-numbers", "Ren": "ren"}
-    p95 = {name: cell["similarity_set"]["p95"] for name, cell in cells.items() if cell.get("similarity_set")}
-    rows: list[list[str]] = []
-    instead: list[str] = []
-    for setting, theirs, ours, value, clip, fid in ROWS:
-        names = [n for n in p95 if n.startswith("wen-")] if ours == "Wen" else [near.get(ours, ours)]
-        bounded = ours.removeprefix("paper-")
-        if ours not in p95 and bounded != ours and bounded in p95:
-            names, instead = [bounded], [*instead, f"{bounded} for {ours}"]
-        here = [
-            f"{n} {p95[n]:.3f}" + (f" ({p95[n] / p95['none'] - 1:+.0%})" if n != "none" and p95["none"] else "")
-            for n in names
-            if n in p95
-        ]
-        change = "" if theirs == "none" else f" ({value / before[setting] - 1:+.0%})"
-        rows.append(
-            [setting, theirs, f"{value:.4f}{change}", number(clip, ".4f"), f"{fid:.2f}", "; ".join(here) or "-"]
-        )
-    notes = ["; ".join(f"{k}: {v}" for k, v in SETTINGS.items()) + ".", DIFFERS]
-    if "similarity_set" in networks:
-        notes.append(
-            f"Ours: {networks['similarity_set']}, maximum over the whole training set, 95th percentile; in brackets the change."
-        )
-    if instead:
-        notes.append(f"Not run, so another of ours stands there: {', '.join(instead)}.")
-    return Table(
-        "Published by Jain et al. (theirs) beside ours",
-        ["setting (theirs)", "method (theirs)", "Sim95 (theirs)", "CLIP (theirs)", "FID (theirs)", "p95 (ours)"],
-        rows,
-        notes,
     )

@@ -13,6 +13,7 @@ from PIL import Image
 
 from bench.paper import report, tables
 from bench.paper.inputs import Item, TrainingSet
+from bench.paper.published import published_table
 from bench.paper.store import Store
 from bench.paper.tradeoff import apart
 from bench.paper.work import Amount
@@ -182,7 +183,7 @@ def test_fid_does_not_keep_every_file_open(tmp_path: Path) -> None:
 def test_published_rows_say_which_of_ours_stands_there() -> None:
     def table(*names: str) -> tables.Table:
         cells = {name: {"similarity_set": {"p95": 1.0 if name == "none" else 0.25}} for name in ("none", *names)}
-        return tables.published_table(cells, {})
+        return published_table(cells, {})
 
     def ours(some: tables.Table) -> dict[str, str]:
         return {f"{row[0]} {row[1]}": row[-1] for row in some.rows}
