@@ -48,8 +48,8 @@ setup(
     include_package_data=False,
     install_requires=[
         "torch>=2.6",
-        "diffusers>=0.35",
-        "transformers>=4.55",
+        "diffusers>=0.40",
+        "transformers>=5.0",
         "accelerate>=1.0",
         "safetensors>=0.4.3",
         "numpy>=1.26",

@@ -112,7 +112,9 @@ def test_ungated_policy_warns_once(sd, caplog):
     caplog.clear()
     with fastguard.enable(sd, "dtp", gate=0.1):
         pass
-    assert not caplog.records
+    assert not [
+        r for r in caplog.records if "its loop is not the one" not in r.message
+    ]  # of another diffusers than the newest
 
 
 def test_a_guard_says_what_it_is(sd):

