@@ -76,7 +76,7 @@ def test_the_median_file_is_small():
     assert statistics.median(LINES.values()) <= 100
 
 
-@pytest.mark.xfail(reason="pipelines/probe.py is longer still", strict=False)
+@pytest.mark.xfail(reason="kernels/triton_step.py is longer since anchored guidance came in", strict=True)
 def test_the_largest_file():
     assert not (longer := {module: lines for module, lines in LINES.items() if lines > 300}), longer
 
@@ -93,7 +93,6 @@ def test_the_wheel_imports_no_bench():
     assert not found
 
 
-@pytest.mark.xfail(reason="Job: batch and testbed", strict=False)
 def test_a_class_has_one_room():
     rooms: dict[str, set[str]] = {}
     for module, tree in TREES.items():

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastguard.files import write_json
 from fastguard.testbed import Prompt, load, prompts
 from fastguard.testbed.measures import Judge
-from fastguard.testbed.sampling import Job, generator
+from fastguard.testbed.sampling import Sample, generator
 
 from . import harder
 from .anchored_loop import Form, sample
@@ -61,12 +61,12 @@ def denoiser(pipe: Any, texts: Sequence[str]) -> Callable[[Tensor, Tensor], tupl
     return denoise
 
 
-def noise(batch: Sequence[Job]) -> Tensor:
+def noise(batch: Sequence[Sample]) -> Tensor:
     """The first latents, the same as the library's runs have."""
     return torch.cat([torch.randn((1, 8, 8, 8), generator=generator(job)) for job in batch])
 
 
-def latents(pipe: Any, work: Sequence[Job], scale: float, form: Form | None, steps: int = 50) -> Tensor:
+def latents(pipe: Any, work: Sequence[Sample], scale: float, form: Form | None, steps: int = 50) -> Tensor:
     """Latents of all jobs under a form."""
     done = []
     for start in range(0, len(work), BATCH):
@@ -77,7 +77,7 @@ def latents(pipe: Any, work: Sequence[Job], scale: float, form: Form | None, ste
 
 
 @torch.inference_mode()
-def first_differences(pipe: Any, work: Sequence[Job]) -> Tensor:
+def first_differences(pipe: Any, work: Sequence[Sample]) -> Tensor:
     """RMS(c - u) at the first of 50 rows, one a job."""
     pipe.scheduler.set_timesteps(50)
     found = []
@@ -88,11 +88,11 @@ def first_differences(pipe: Any, work: Sequence[Job]) -> Tensor:
     return torch.cat(found)
 
 
-def caught(pipe: Any) -> tuple[list[Job], float]:
+def caught(pipe: Any) -> tuple[list[Sample], float]:
     """The ordinary tuning images that a gate at 10% catches, and that gate: between the last of them and the next."""
     things = prompts("ordinary", "tuning")
     work = [
-        Job(Prompt(t.format(x=p.concept), p.concept, "ordinary", "tuning", 1, None), 0)
+        Sample(Prompt(t.format(x=p.concept), p.concept, "ordinary", "tuning", 1, None), 0)
         for p in things
         for t in TEMPLATES
     ]
@@ -102,7 +102,7 @@ def caught(pipe: Any) -> tuple[list[Job], float]:
     return [work[i] for i in order[:count]], float(gate)
 
 
-def summary(judge: Judge, work: Sequence[Job], z: Tensor) -> dict[str, dict[str, float | None]]:
+def summary(judge: Judge, work: Sequence[Sample], z: Tensor) -> dict[str, dict[str, float | None]]:
     """By kind of prompt: shares of copies, of useful images (no copy, faithful, not blown up), faithfulness, similarity."""
     rows, kinds = judge(z, [job.prompt for job in work]), np.array([job.prompt.kind for job in work])
     result = {}

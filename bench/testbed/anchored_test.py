@@ -13,7 +13,7 @@ from typing import Any
 from fastguard.files import read_json, write_json
 from fastguard.testbed import load, prompts
 from fastguard.testbed.measures import Judge
-from fastguard.testbed.sampling import Job, generate
+from fastguard.testbed.sampling import Sample, generate
 
 from . import harder
 from .anchored import FORMS, first_differences, latents
@@ -27,13 +27,13 @@ BATCH = 32
 Rows = list[dict[str, Any]]
 
 
-def measured(pipe: Any, judge: Judge, work: Sequence[Job], method: str, scale: float) -> Rows:
+def measured(pipe: Any, judge: Judge, work: Sequence[Sample], method: str, scale: float) -> Rows:
     """A row per image: prompt, kind, seed and the fixed measures. method: "plain", "anchored" (the loop's) or a preset of the library."""
     rows: Rows = []
     for start in range(0, len(work), BATCH):
         batch = work[start : start + BATCH]
         if method in BASELINES:
-            z = generate(pipe, [Job(j.prompt, j.seed, method) for j in batch], guidance_scale=scale)[0]
+            z = generate(pipe, [Sample(j.prompt, j.seed, method) for j in batch], guidance_scale=scale)[0]
         else:
             z = latents(pipe, batch, scale, None if method == "plain" else FORMS["shipped"])
         found = judge(z, [job.prompt for job in batch])
@@ -62,7 +62,7 @@ class Kept:
     def __init__(self, path: Path) -> None:
         self.path, self.rows = path, read_json(path) if path.exists() else {}
 
-    def __call__(self, name: str, pipe: Any, judge: Judge, work: Sequence[Job], method: str, scale: float) -> Rows:
+    def __call__(self, name: str, pipe: Any, judge: Judge, work: Sequence[Sample], method: str, scale: float) -> Rows:
         """`measured`, unless it was."""
         if name not in self.rows:
             self.rows[name] = measured(pipe, judge, work, method, scale)

@@ -14,7 +14,7 @@ from fastguard import policy
 from fastguard.files import write_json
 from fastguard.testbed import Prompt, load, policy_path, prompts
 from fastguard.testbed.measures import Judge
-from fastguard.testbed.sampling import Job
+from fastguard.testbed.sampling import Sample
 
 from .evaluate import DEFAULT, describe, folder, make_policy
 from .run import run
@@ -25,9 +25,9 @@ FIRST_SEED = 1000  # all others measure seeds 0, 1, 2 ...
 D_SEEDS, ORDINARY_SEEDS = 8, 1
 
 
-def fresh(chosen: list[Prompt], seeds: int, one: Any) -> list[Job]:
+def fresh(chosen: list[Prompt], seeds: int, one: Any) -> list[Sample]:
     """All of `chosen` under one policy, with seeds from FIRST_SEED on."""
-    return [Job(p, FIRST_SEED + s, one) for p in chosen for s in range(seeds)]
+    return [Sample(p, FIRST_SEED + s, one) for p in chosen for s in range(seeds)]
 
 
 def other_phrases() -> list[Prompt]:
@@ -40,7 +40,7 @@ def other_phrases() -> list[Prompt]:
     ]
 
 
-def by_concept(rows: list[dict], work: list[Job]) -> list[dict]:
+def by_concept(rows: list[dict], work: list[Sample]) -> list[dict]:
     """The same rows, grouped by their concept where intervals are formed."""
     return [row | {"prompt": job.prompt.concept} for row, job in zip(rows, work, strict=True)]
 

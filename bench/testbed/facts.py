@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fastguard.policies.gate import calibrate
-from fastguard.testbed.sampling import Job, generate
+from fastguard.testbed.sampling import Sample, generate
 
 from .run import BATCH, rms
 from .stats import intraclass, over_prompts
@@ -73,7 +73,7 @@ def calibration(pipe: Any, work: Path, memorized: Sequence[dict], ordinary: Sequ
     }
 
 
-def from_stock(pipe: Any, stock: Sequence[Job], plain: Sequence[Job]) -> dict:
+def from_stock(pipe: Any, stock: Sequence[Sample], plain: Sequence[Sample]) -> dict:
     """The largest difference of a latent's element between stock diffusers and policy `cfg`, one batch."""
     a, b = (generate(pipe, some[:BATCH])[0] for some in (stock, plain))
     return {"images": len(a), "largest": float((a - b).abs().max())}

@@ -11,7 +11,7 @@ import numpy as np
 
 from fastguard.testbed import Prompt
 from fastguard.testbed.measures import Judge
-from fastguard.testbed.sampling import CALL, Job
+from fastguard.testbed.sampling import CALL, Sample
 
 from . import rules
 from .run import jobs, run
@@ -45,7 +45,7 @@ def transitions(
 
     never = curves(pipe, judge, name, prompts, seeds, cache)
     starts = timesteps(pipe)[:: rules.EVERY]
-    work = [Job(p, s, policy("stp", t_star=t)) for t in starts for p in prompts for s in range(seeds)]
+    work = [Sample(p, s, policy("stp", t_star=t)) for t in starts for p in prompts for s in range(seeds)]
     rows = run(pipe, judge, f"{name}-grid", work, cache)
     table: dict = {}
     for row in [*rows, *never]:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from fastguard.testbed import Prompt, classifier, path
 from fastguard.testbed.measures import Judge
-from fastguard.testbed.sampling import Job, generate
+from fastguard.testbed.sampling import Sample, generate
 
 BATCH = 32
 ELEMENTS = 512  # of a latent
@@ -25,9 +25,9 @@ def rms(row: dict, step: int = 0) -> float:
     return (row["d_curve"][step] / ELEMENTS) ** 0.5
 
 
-def jobs(prompts: Sequence[Prompt], seeds: int, policy: Any = None) -> list[Job]:
+def jobs(prompts: Sequence[Prompt], seeds: int, policy: Any = None) -> list[Sample]:
     """All prompts with all seed numbers 0..seeds-1 under one policy."""
-    return [Job(p, s, policy) for p in prompts for s in range(seeds)]
+    return [Sample(p, s, policy) for p in prompts for s in range(seeds)]
 
 
 def folder(work: Path, name: str, *more: bytes) -> Path:
@@ -40,7 +40,7 @@ def folder(work: Path, name: str, *more: bytes) -> Path:
     return work / f"{name}-{digest.hexdigest()[:12]}"
 
 
-def run(pipe: Any, judge: Judge, name: str, work: Sequence[Job], cache: Path, **call: Any) -> list[dict]:
+def run(pipe: Any, judge: Judge, name: str, work: Sequence[Sample], cache: Path, **call: Any) -> list[dict]:
     """Generate and measure `work`; a row of JSON values per image, kept in `cache/name.json`.
 
     An interrupted run keeps its finished batches. `cache` is a `folder`; `name` says policy and call. ValueError if the file there

@@ -23,7 +23,7 @@ from fastguard.pipelines.families.loops import changed
 from fastguard.pipelines.guidance import UNGUIDED
 from fastguard.pipelines.locks import held
 from fastguard.pipelines.own_combination import OwnCombination, first_denoiser
-from fastguard.pipelines.probe import UNKNOWN, checked, denoisers_of
+from fastguard.pipelines.verified import UNKNOWN, checked, denoisers_of
 from fastguard.policies.policy import Policy
 from fastguard.policies.presets import DEFAULT
 from fastguard.policies.presets import policy as make_policy

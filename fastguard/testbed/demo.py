@@ -18,7 +18,7 @@ import torch
 from . import Prompt, load, policy_path, prompts, training_images
 from .measures import COPY, Judge
 from .page import page, table
-from .sampling import Job, generate
+from .sampling import Sample, generate
 
 if TYPE_CHECKING:
     from fastguard import Policy
@@ -37,13 +37,13 @@ def chosen(count: Sequence[tuple[str, int]] = SHOWN) -> list[Prompt]:
     return picked
 
 
-def make_jobs(shown: Sequence[Prompt], seeds: int, own: Policy) -> list[Job]:
+def make_jobs(shown: Sequence[Prompt], seeds: int, own: Policy) -> list[Sample]:
     """Every prompt and seed under every mode, mode by mode; `own`: the embedded model's policy, with the gate of all."""
     from fastguard import policy
 
     policies = {m: policy(m, gate=own.gate) for m in MODES[1:-1]}
     policies |= {"none": policy("cfg"), "default": own}
-    return [Job(p, s, policies[m]) for m in MODES for p in shown for s in range(seeds)]
+    return [Sample(p, s, policies[m]) for m in MODES for p in shown for s in range(seeds)]
 
 
 def run_demo(out: Path = Path("demo"), *, seeds: int = 2) -> list[Path]:

@@ -23,7 +23,7 @@ REPORTED = (
 
 
 @dataclass(frozen=True)
-class Job:
+class Sample:
     """One image: a prompt, a seed number, a policy (a preset's name or a Policy; None: stock)."""
 
     prompt: Prompt
@@ -31,12 +31,12 @@ class Job:
     policy: Any = None
 
 
-def generator(job: Job) -> torch.Generator:
+def generator(job: Sample) -> torch.Generator:
     """The same noise for the same prompt and seed number, whatever the policy."""
     return torch.Generator().manual_seed(100_003 * job.seed + zlib.crc32(job.prompt.prompt.encode()))
 
 
-def generate(pipe: Any, batch: Sequence[Job], **call: Any) -> tuple[torch.Tensor, list[dict]]:
+def generate(pipe: Any, batch: Sequence[Sample], **call: Any) -> tuple[torch.Tensor, list[dict]]:
     """Latents [B, 8, 8, 8] and, per image, what the guard reports (empty without one)."""
     import fastguard
 

@@ -10,7 +10,8 @@ import torch
 
 from fastguard.pipelines.families import find
 from fastguard.pipelines.families.own import OwnFamily
-from fastguard.pipelines.probe import infer, probe
+from fastguard.pipelines.probe import probe
+from fastguard.pipelines.verified import infer
 from tests.families.more import EVERY, PARAMS
 from tests.families.tiny import euler, parts
 

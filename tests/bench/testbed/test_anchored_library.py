@@ -8,7 +8,7 @@ import fastguard
 from bench.testbed.anchored import denoiser, noise
 from bench.testbed.anchored_loop import Form, sample
 from fastguard.testbed import prompts
-from fastguard.testbed.sampling import Job, generator
+from fastguard.testbed.sampling import Sample, generator
 
 STEPS, SCALE = 10, 3.0
 
@@ -17,7 +17,7 @@ STEPS, SCALE = 10, 3.0
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("family", [DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler])
 def test_shares_and_latents_are_those_of_the_loop(pipe, family, kind):
-    batch = [Job(p, 0) for p in (*prompts("D", "tuning")[:3], *prompts("ordinary", "tuning")[:1])]
+    batch = [Sample(p, 0) for p in (*prompts("D", "tuning")[:3], *prompts("ordinary", "tuning")[:1])]
     texts = [job.prompt.prompt for job in batch]
     kept, pipe.scheduler = pipe.scheduler, family.from_config(pipe.scheduler.config, prediction_type=kind)
     try:

@@ -9,7 +9,7 @@ from bench.testbed import grid, rules
 from bench.testbed.run import run
 from fastguard import policy
 from fastguard.testbed import prompts
-from fastguard.testbed.sampling import Job
+from fastguard.testbed.sampling import Sample
 
 FLAT = {"prompt": "a", "seed": 0, "d_curve": [1.0] * 50}
 
@@ -64,7 +64,7 @@ def test_a_replayed_image_is_the_real_one(pipe, judge, timesteps, tmp_path, monk
     replayed = [rules.outcome(rule, never, images)[0] for rule in static]
     ends = [policy("stp", t_star=t) for t in (981, 21)]
     policies = [ends[0], *map(rules.as_policy, static), ends[1]]
-    real = run(pipe, judge, "real", [Job(prompt, 0, one) for one in policies], tmp_path)[1:-1]
+    real = run(pipe, judge, "real", [Sample(prompt, 0, one) for one in policies], tmp_path)[1:-1]
     assert [r["transition_timestep"] for r in replayed] == [741, 501, 261]
     assert [r["hash"] for r in replayed] == [r["hash"] for r in real]
     assert len({r["hash"] for r in real}) == 3
