@@ -203,6 +203,8 @@ def drawing(*rows):
     """A DDIM that draws noise in these rows alone."""
 
     class Drawing(diffusers.DDIMScheduler):
+        fastguard_linear = True
+
         def step(self, model_output, timestep, sample, eta=0.0, generator=None, **kwargs):
             row = self.timesteps.tolist().index(int(timestep))
             return super().step(model_output, timestep, sample, float(row in rows), generator=generator, **kwargs)

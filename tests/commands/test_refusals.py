@@ -128,10 +128,10 @@ def test_unsupported_pipeline(model, no_model, tmp_path):
     other = tmp_path / "other"
     index = json.loads((model / "model_index.json").read_text())
     other.mkdir()
-    (other / "model_index.json").write_text(json.dumps({**index, "_class_name": "KandinskyV22Pipeline"}))
+    (other / "model_index.json").write_text(json.dumps({**index, "_class_name": "StableDiffusionPAGPipeline"}))
     (other / "scheduler").symlink_to(model / "scheduler")
     message = refused("generate", other, "--prompt", "a cat", "--out", tmp_path / "out")
-    assert "KandinskyV22Pipeline is not supported" in message
+    assert "StableDiffusionPAGPipeline is not supported" in message
     result = invoke("inspect", other)
     assert result.exit_code == 0
     assert "path       refused: " in result.stdout
