@@ -41,10 +41,10 @@ device. Means over {rows} rows in the middle of a run of {steps} steps.
 of launches, which the launcher's rule gives: 1 up to {single} elements per image, else 2. **Arithmetic, not measured**: all times. They are bytes divided by
 bandwidth, what the memory allows at best; a step of so few bytes costs what its launches cost, and that only a GPU can tell (`python -m bench.gpu`).
 
-fastguard's step is one operation on the stock pipeline's loop as it is: no `torch.cat`, no guidance arithmetic and no cast are left on the device, because
-the pipeline's variables between two steps hold no values unless somebody looks at them. With a callback somebody may, so then three launches more remain
-(the latents in the model's dtype, the pipeline's `torch.cat`, and `scale_model_input` where it is not 1). Once per generation, before the loop: copies of
-the tables, buffers, and the noise of stochastic schedulers, one draw per row that draws; stock draws inside its steps, and its draws are counted there.
+fastguard's step is one operation on the stock pipeline's loop as it is. What remains beside it are the copy of the latents that the pipeline holds between two
+steps and the pipeline's `torch.cat` of them, whose result nobody reads; and the copy of the noise that a stochastic scheduler's row adds. With a callback the
+latents are read back, too. Once per generation, before the loop: copies of the tables, buffers, and the noise of stochastic schedulers, one draw per row
+that draws; stock draws inside its steps, and its draws are counted there.
 
 A per-sample guard in plain torch on top of stock (norm, two comparisons, latch, choice of the scale) adds {guard} launches to each of stock's numbers.
 

@@ -81,7 +81,9 @@ def test_the_page_is_current():
         assert section.startswith(size)
         for line in roofline.lines(size, list(schedulers.SD if size == "SD 1.5" else STOCK)):
             assert f"{line}\n" in section, "run python -m bench.roofline"
-            assert (line.ours.launches, line.ours.waits) == (1 if size == "SD 1.5" else 2, 0)
+            op = 1 if size == "SD 1.5" else 2
+            # Beside it the latents' copy, the pipeline's cat, the noise of rows that draw, and a cat of a stage that has another input.
+            assert op + 2 <= line.ours.launches <= op + 3 and line.ours.waits == 0
         assert {line.split(" |")[0][2:] for line in section.splitlines() if line.startswith("| ")} >= set(schedulers.SD)
 
 

@@ -7,9 +7,8 @@ A pipeline qualifies by its `__call__`: a subclass that overrides `__call__` doe
 
 from __future__ import annotations
 
+import functools
 from typing import Any
-
-import diffusers
 
 from fastguard.pipelines.families.base import Family
 from fastguard.pipelines.families.guiders import GUIDERS
@@ -42,14 +41,18 @@ FAMILIES: tuple[Family, ...] = (
 OWN_FAMILIES: tuple[OwnFamily, ...] = (*TWO_CALLS, *ONE_BATCH, *GUIDERS)
 
 
-def find(pipeline_class: type) -> Any:
-    """The Family or OwnFamily of a pipeline class, or TypeError with why it is not supported."""
+@functools.cache
+def _named() -> dict[str, Family | OwnFamily]:
     families: tuple[Family | OwnFamily, ...] = (*FAMILIES, *OWN_FAMILIES)
-    for family in families:
-        for name in family.pipelines:
-            known: Any = getattr(diffusers, name, None)
-            if known is not None and pipeline_class.__call__ is known.__call__:
-                return family
+    return {name: family for family in families for name in family.pipelines}
+
+
+def find(pipeline_class: Any) -> Any:
+    """The Family or OwnFamily of a pipeline class, or TypeError with why it is not supported."""
+    for kind in pipeline_class.__mro__:
+        family = _named().get(kind.__name__)
+        if family is not None and kind.__module__.startswith("diffusers.") and pipeline_class.__call__ is kind.__call__:
+            return family
     raise TypeError(f"pipe: {pipeline_class.__name__} is not supported: {reason_against(pipeline_class.__name__)}")
 
 
