@@ -124,19 +124,20 @@ def test_the_presets_are_the_papers(name, before, transition, t_star, deadline):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_method(pipe, generate, monkeypatch, name):
+def test_every_method(pipe, generate, name):
     """Same noise as stock; details are JSON, one per image; the pipeline is as before; a second call gives the same."""
     before, processors = dict(pipe.__dict__), dict(pipe.unet.attn_processors)
-    inputs, forward = [], pipe.unet.forward
+    inputs = []
 
-    def watch(sample, *args, **kwargs):
-        inputs.append(sample.detach())
-        return forward(sample, *args, **kwargs)
+    def watch(module, args, kwargs):
+        inputs.append((args[0] if args else kwargs["sample"]).detach())
 
     first = generate(methods()[name](), PROMPTS)
-    monkeypatch.setattr(pipe.unet, "forward", watch)
-    again = generate(methods()[name](), PROMPTS)
-    monkeypatch.undo()
+    handle = pipe.unet.register_forward_pre_hook(watch, with_kwargs=True)
+    try:
+        again = generate(methods()[name](), PROMPTS)
+    finally:
+        handle.remove()
     assert first.rows == sum(len(sample) for sample in inputs) > 0
     assert torch.equal(first.latents, again.latents) and first.latents.dtype == torch.float32
     assert len(first.details) == 2 and json.loads(json.dumps(first.details, allow_nan=False)) == first.details

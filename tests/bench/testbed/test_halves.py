@@ -69,7 +69,8 @@ def test_the_shipped_policy_is_the_one_that_the_documents_are_about():
     provenance = json.loads(testbed.policy_path().read_text())["provenance"]
     assert shipped.gate == tuned["gate"]["threshold"] == results["gate"]["threshold"]
     assert provenance["gate"] == tuned["gate"]
-    assert shipped.to_dict() == results["policy"]
+    later = {"anchored": False, "suspect": None}  # fields that came after the file
+    assert shipped.to_dict() == {**later, **results["policy"]}
     assert tune.choose(tuned["trials"], tuned["wanted"]) == tuned["kept"]
 
 
