@@ -148,11 +148,13 @@ def test_every_method(pipe, generate, name):
     assert not pipe.unet._forward_pre_hooks
     handle = pipe.unet.register_forward_pre_hook(watch, with_kwargs=True)
     inputs.clear()
-    stock(pipe, steps=1)
-    handle.remove()
-    noise = inputs[0][:2]  # DDIM does not scale its input
-    inputs.clear()
-    generate(methods()[name](), PROMPTS)
+    try:
+        stock(pipe, steps=1)
+        noise = inputs[0][:2]  # DDIM does not scale its input
+        inputs.clear()
+        generate(methods()[name](), PROMPTS)
+    finally:
+        handle.remove()
     assert all(any(torch.equal(row, start) for sample in inputs for row in sample) for start in noise)
 
 
