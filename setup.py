@@ -62,6 +62,7 @@ setup(
         "parquet": PARQUET,
         "ray": RAY,
         "webdataset": WEBDATASET,
+        "triton": ["triton>=3.2; platform_system == 'Linux'"],  # comes with torch's CUDA and ROCm builds
         "xformers": ["xformers>=0.0.30"],
         "demo": PLOT,
         "metrics": METRICS,
