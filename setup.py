@@ -51,7 +51,7 @@ setup(
         "diffusers>=0.40",
         "transformers>=5.0",
         "accelerate>=1.0",
-        "safetensors>=0.4.3",
+        "safetensors>=0.8",
         "numpy>=1.26",
         "Pillow>=10",
         "tqdm>=4.66",
