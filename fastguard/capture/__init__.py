@@ -9,5 +9,4 @@
 | `graphs`, `program` | memory, order and failure of recorded bodies; their nouns |
 | `cuda_graphs` | every call of torch.cuda |
 | `attention`, `torch_compile` | attention backends; torch.compile |
-| `tune` | gain against memory, measured |
 """

@@ -202,9 +202,3 @@ def _end_allocation(device: torch.device, pool: Any) -> None:
 def available() -> bool:
     """Whether there is a device at all: without one, tensors that call themselves CUDA ones are make-believe."""
     return bool(cuda.is_available())
-
-
-def finish(device: torch.device) -> None:
-    """Wait for the device, for a clock that is about to be read."""
-    if device.type == "cuda":
-        cuda.synchronize(device)

@@ -14,7 +14,6 @@ import torch
 
 from fastguard.capture.graphs import Graphs
 from fastguard.capture.options import Options
-from fastguard.capture.tune import Tuning, tune
 from fastguard.loop.report import Report
 from fastguard.pipelines.call import Call
 from fastguard.pipelines.enabled import ATTRIBUTE, enabled_class, guard_of, stock_class
@@ -87,7 +86,7 @@ def enable(
     else:
         guard._replaced = guard.policy, guard.options, guard.unguided
         guard.policy = chosen
-        guard.use(options)
+        guard.options = options  # graphs are kept: their keys hold the options
     guard.unguided = unguided
     guard.probed = not verify and known.name != UNKNOWN.name
     return guard
@@ -133,16 +132,6 @@ class Guard:
         return f"<p>{html.escape(repr(self))}</p>" + (
             "" if report is None else f"<pre>{html.escape(repr(report))}</pre>"
         )
-
-    def use(self, options: Options) -> None:
-        """Run the denoiser in another way from the next call on. Graphs are kept: their keys hold these options."""
-        self.options = options
-
-    def tune(self, *args: Any, **kwargs: Any) -> Tuning:
-        """Make the same call under every capture mode, keep the fastest, and return what each cost. Arguments as of the pipeline."""
-        tuning = tune(self, self._pipe, args, kwargs)
-        self.use(dataclasses.replace(self.options, capture=tuning.chosen))
-        return tuning
 
     def forget(self) -> None:
         """No report: the last call of this thread was not guarded."""

@@ -2,11 +2,11 @@
 
     m  = P x + Q e;    x' = A x + B m + sum_j H_j history[j] + N z;    history[STORE] = m
 
-The table is not written by hand: the real scheduler is run on basis vectors (`_trace_scheduler`), its coefficients are folded into
-the form above (`_fold`), and the result is checked against the scheduler's own run on random numbers. A scheduler that is not linear
+The table is not written by hand: the real scheduler is run on basis vectors (`trace`), its coefficients are folded into
+the form above (`fold`), and the result is checked against the scheduler's own run on random numbers. A scheduler that is not linear
 in sample, model outputs and noise (thresholding, clipping), that needs more than three remembered tensors, or whose own float32
-arithmetic loses more than a table would repeat, gets a table that passes the guided output through, and its own step() runs outside.
-`python -m fastguard.schedules.table` lists them.
+arithmetic loses more than a table would repeat, gets a table that passes the guided output through, and its own step() runs outside
+(docs/schedulers.md lists them).
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 import fastguard
-from fastguard.capture import attention, tune
+from fastguard.capture import attention
 from fastguard.capture.fingerprint import Fingerprint
 from tests import pipelines
 from tests.capture import simulator
@@ -246,63 +246,6 @@ def test_modules_with_graphs_of_their_own_are_refused(mode, what):
     assert "CUDA graphs of its own" in Fingerprint(pipe.unet).obstacle
     with fastguard.enable(pipe, "cfg"):
         pass  # "auto" leaves such a model alone
-
-
-# Choosing by measurement ----------------------------------------------------------------------------------------------------
-
-
-def test_tune_measures_and_chooses(sd):
-    with simulator.recording(), fastguard.enable(sd, "cfg") as guard:
-        tuning = guard.tune("a cat", num_inference_steps=2, output_type="latent", **SIZE)
-        paths = [t.path for t in tuning.timings]
-        assert paths == ["fused", "fused, step graph", "fused, loop graph"]
-        assert all(t.seconds > 0 for t in tuning.timings) and tuning.timings[0].bytes == 0
-        assert tuning.timings[2].bytes > tuning.timings[1].bytes > 0
-        assert guard.options.capture == tuning.chosen
-        assert f"{tuning.chosen}*" in str(tuning)
-
-
-@pytest.mark.parametrize(("worth", "chosen", "kept"), [(0.0, "off", 0), (1e9, "loop", 1)])
-def test_tune_leaves_no_graphs_that_nobody_uses(sd, monkeypatch, worth, chosen, kept):
-    monkeypatch.setattr(tune, "WORTH", worth)
-    with simulator.recording() as recorders, fastguard.enable(sd, "cfg") as guard:
-        tuning = guard.tune("a cat", num_inference_steps=2, output_type="latent", **SIZE)
-        assert (tuning.chosen, len(guard.graphs()), len(recorders[0].tapes)) == (chosen, kept, kept)
-        assert (guard.graphs.bytes > 0) == bool(kept)
-
-
-@pytest.mark.parametrize(
-    ("seconds", "sizes", "paths", "chosen"),
-    [
-        ((1.0, 0.5, 0.5), (0, 660, 580), ("fused", "step graph", "loop graph"), "loop"),
-        ((1.0, 0.5, 0.5), (0, 580, 660), ("fused", "step graph", "loop graph"), "step"),
-        ((1.0, 0.5, 0.4), (0, 580, 660), ("fused", "step graph", "loop graph"), "loop"),
-        ((1.0, 0.5, 0.4), (0, 580, 580), ("fused", "step graph", "step graph"), "step"),
-        ((1.0, 0.98, 0.99), (0, 580, 660), ("fused", "step graph", "loop graph"), "off"),
-    ],
-)
-def test_tune_weighs_time_and_memory(sd, monkeypatch, seconds, sizes, paths, chosen):
-    measured = dict(zip(tune.MODES, zip(seconds, sizes, paths, strict=True), strict=True))
-
-    def measure(guard, pipe, args, kwargs, mode):
-        s, size, path = measured[mode]
-        return tune.Timing(mode=mode, path=path, reason=None, seconds=s, spread=0.0, bytes=size, capture=0.0)
-
-    monkeypatch.setattr(tune, "_measure", measure)
-    with fastguard.enable(sd, "cfg") as guard:
-        assert guard.tune("a cat").chosen == chosen
-
-
-def test_tune_of_stock_calls_is_refused(sd, monkeypatch):
-    monkeypatch.setenv("FASTGUARD_DISABLE", "1")
-    with fastguard.enable(sd, "cfg") as guard, pytest.raises(RuntimeError, match="was not guarded"):
-        guard.tune("a cat", num_inference_steps=1, output_type="latent", **SIZE)
-
-
-def test_tune_without_a_device_chooses_off(sd):
-    with fastguard.enable(sd, "cfg") as guard:
-        tuning = guard.tune("a cat", num_inference_steps=1, output_type="latent", **SIZE)
-        assert tuning.chosen == "off" and "nothing records graphs" in str(tuning)
 
 
 @pytest.mark.parametrize("capture", ["off", "step", "loop", "auto"])

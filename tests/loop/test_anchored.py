@@ -14,9 +14,9 @@ from fastguard.loop.loop import Loop
 from fastguard.loop.report import Report
 from fastguard.policies.plan import lower
 from fastguard.policies.presets import policy
-from fastguard.schedules import table
 from fastguard.schedules.compiler import compile_schedule
 from tests import tables
+from tests.pipelines import BETAS
 
 SHAPE = (4, 6, 5)
 ELEMENTS = math.prod(SHAPE)
@@ -28,7 +28,7 @@ SCHEDULERS = ["DDIM", "EulerDiscrete", "DPMSolverMultistep", "HeunDiscrete"]
 
 def scheduler(name, kind):
     extra = {"clip_sample": False} if name == "DDIM" else {}
-    made = getattr(diffusers, name + "Scheduler")(**table.SD, prediction_type=kind, **extra)
+    made = getattr(diffusers, name + "Scheduler")(**BETAS, prediction_type=kind, **extra)
     made.set_timesteps(STEPS)
     return made
 
@@ -185,7 +185,7 @@ def test_what_is_not_finite_ends_guidance_of_a_caught_image_and_is_told(where):
 def test_where_x0_is_unknown_it_is_refused_by_name():
     with pytest.raises(ValueError, match=r"policy 'anchored' is anchored, .*no x0 follows .*alpha is 0"):
         made = diffusers.DDIMScheduler(
-            **table.SD, clip_sample=False, rescale_betas_zero_snr=True, timestep_spacing="trailing"
+            **BETAS, clip_sample=False, rescale_betas_zero_snr=True, timestep_spacing="trailing"
         )
         made.set_timesteps(STEPS)
         lower([policy("anchored")], compile_schedule(made), SCALE, ELEMENTS)

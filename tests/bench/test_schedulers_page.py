@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from fastguard.schedules import table as schedule_table
+from bench import schedulers_page
 
 PAGE = Path(__file__).parents[2] / "docs" / "schedulers.md"
 
@@ -16,13 +16,13 @@ def without_measurements(text: str) -> str:
 
 
 def test_page_is_current():
-    text = schedule_table.markdown()
+    text = schedulers_page.markdown()
     assert without_measurements(PAGE.read_text()) == without_measurements(text), (
-        "run: python -m fastguard.schedules.table > docs/schedulers.md"
+        "run: python -m bench.schedulers_page > docs/schedulers.md"
     )
 
 
 def test_every_documented_scheduler_keeps_the_promise():
-    schedules = dict(schedule_table.schedules())
+    schedules = dict(schedulers_page.schedules())
     assert sum(s.linear for s in schedules.values()) == 30
     assert all(s.residual < 1e-13 and s.rounding < 3e-7 for s in schedules.values() if s.linear)

@@ -1,4 +1,4 @@
-"""`python -m fastguard.schedules.table`: what the compiler makes of diffusers' schedulers, as the Markdown of docs/schedulers.md."""
+"""`python -m bench.schedulers_page`: what the compiler makes of diffusers' schedulers, as the Markdown of docs/schedulers.md."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ SCHEDULERS: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
 
 HEADER = f"""# Schedulers
 
-Written by `python -m fastguard.schedules.table` ({STEPS} steps). One row of a table is one denoiser evaluation:
+Written by `python -m bench.schedulers_page` ({STEPS} steps). One row of a table is one denoiser evaluation:
 
     m = P x + Q e;    x' = A x + B m + sum_j H_j history[j] + N z;    history[STORE] = m
 
