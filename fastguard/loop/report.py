@@ -13,6 +13,7 @@ import torch
 
 from fastguard.files import finite, write_atomic
 from fastguard.kernels.layout import State
+from fastguard.loop.notebook import table
 from fastguard.policies.plan import Plan
 from fastguard.policies.policy import Policy
 
@@ -99,6 +100,9 @@ class ImageReport:
         if self.non_finite is not None:
             parts.append(f"NOT FINITE from row {self.non_finite}")
         return "  ".join(part for part in [*parts, f"{self.denoiser_rows} denoiser rows"] if part)
+
+    def _repr_html_(self) -> str:
+        return table([self], self.path if self.reason is None else f"{self.path}: {self.reason}")
 
     def gate_text(self) -> str:
         """The gate's verdict in words; empty without a gate."""
@@ -235,9 +239,14 @@ class Report(Sequence[ImageReport]):
         return len(self._plan.policies)
 
     def __repr__(self) -> str:
+        return "\n".join([self._title(), *(f"{b:3d}: {image}" for b, image in enumerate(self.images))])
+
+    def _repr_html_(self) -> str:
+        return table(self.images, self._title())
+
+    def _title(self) -> str:
         why = f": {self.reason}" if self.reason else ""
-        lines = [f"{len(self)} image{'s' * (len(self) != 1)}, {self.path} path{why}"]
-        return "\n".join(lines + [f"{b:3d}: {image}" for b, image in enumerate(self.images)])
+        return f"{len(self)} image{'s' * (len(self) != 1)}, {self.path} path{why}"
 
     def to_dict(self) -> dict[str, Any]:
         return {

@@ -129,9 +129,7 @@ class Guard:
 
     def _repr_html_(self) -> str:
         report = self.report
-        return f"<p>{html.escape(repr(self))}</p>" + (
-            "" if report is None else f"<pre>{html.escape(repr(report))}</pre>"
-        )
+        return f"<p>{html.escape(repr(self))}</p>" + ("" if report is None else report._repr_html_())
 
     def forget(self) -> None:
         """No report: the last call of this thread was not guarded."""
