@@ -272,6 +272,7 @@ def test_toggling_between_two_models_records_each_once():
 # Two hundred changes --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_hundred_changes_in_random_order(recorders):
     """Shape, batch, scale, policy, scheduler, adapter and mode change at random: no wrong image, bounded memory."""
     chance, pipe = random.Random(0), with_lora()

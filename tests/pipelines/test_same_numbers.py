@@ -49,7 +49,7 @@ def check_same(pipe, steps, latents):
     return report
 
 
-@pytest.mark.parametrize("steps", [20, 50])
+@pytest.mark.parametrize("steps", [20, pytest.param(50, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", schedulers.SD)
 def test_stable_diffusion(name, steps):
     pipe = pipelines.sd(scheduler=schedulers.SD[name]())
@@ -64,7 +64,7 @@ def test_own_step(name):
     assert report.path == "own step" and "rounding" in report.reason
 
 
-@pytest.mark.parametrize("steps", [20, 50])
+@pytest.mark.parametrize("steps", [20, pytest.param(50, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", schedulers.FLOW)
 def test_stable_diffusion_3(name, steps):
     pipe = pipelines.sd3(scheduler=schedulers.FLOW[name]())

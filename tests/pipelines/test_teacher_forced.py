@@ -83,7 +83,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("steps", [20, 50])
+@pytest.mark.parametrize("steps", [20, pytest.param(50, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", CASES)
 def test_every_step(name, steps):
     worst, path = worst_step(*CASES[name], steps)
