@@ -5,8 +5,7 @@
 
 The pipeline's own `__call__` runs, for a few steps, guarded if it is guarded; the pipeline itself is left as it is. On a GPU the
 program is watched as it runs, under torch's sync debug mode. Without one it runs on a CUDA device that is not there
-(`pretend`): stock loops on labelled tensors, which have values that the loop can look at; guarded loops on fake tensors, which
-have none, so that a look cannot go unnoticed. The model costs no memory then, whatever its size.
+(`pretend`), and the model costs no memory, whatever its size.
 """
 
 from __future__ import annotations
@@ -16,16 +15,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from fastguard.pipelines.guard import Guard
 from fastguard.syncs import probe
-from fastguard.syncs.stream import TO_DEVICE, TO_HOST, WAIT, Op, Real, Stream, innermost_line
-
-Technique = Literal["auto", "gpu", "labelled", "fake"]
-_ALLOWED = ("auto", "gpu", "labelled", "fake")
+from fastguard.syncs.stream import TO_DEVICE, TO_HOST, WAIT, Op, Stream, Watching, innermost_line
 
 
 @dataclass(frozen=True)
@@ -34,10 +30,10 @@ class SyncReport:
 
     pipeline, scheduler  class names
     guarded              whether the pipeline was guarded
-    technique            "gpu", "labelled" or "fake"
+    technique            "gpu", or "labelled" tensors
     steps                denoiser calls that ran
     ops                  operations in the loop that synchronise or copy; `Op.row` counts the denoiser calls before them
-    broke_off            why the loop did not run to its end, if it did not (on fake tensors: somebody wanted a value)
+    broke_off            why the loop did not run to its end, if it did not (somebody in the denoiser, which has no values then, wanted one)
     """
 
     pipeline: str
@@ -90,25 +86,20 @@ class SyncReport:
         return "\n".join(text)
 
 
-def find_syncs(pipe: Any, *, steps: int = 4, technique: Technique = "auto", **arguments: Any) -> SyncReport:
+def find_syncs(pipe: Any, *, steps: int = 4, **arguments: Any) -> SyncReport:
     """Run a call of `pipe` and report where its denoising loop waits for the device or copies from or to it.
 
     pipe       a diffusers pipeline that shows a progress bar around its loop, guarded or not, on a GPU or on the CPU
     steps      num_inference_steps of the call
-    technique  "auto": "gpu" for a pipeline on a GPU; elsewhere "fake" if it is guarded and "labelled" if not (or if a guarded
-               loop breaks off on fake tensors, because the scheduler's own step() runs in it)
     arguments  of the call. Without any, text-to-image pipelines get one prompt's embeddings (zeros); on a GPU a prompt
 
-    ValueError for another technique, or where the arguments of the call are needed and missing.
+    ValueError where the arguments of the call are needed and missing.
     """
-    if technique not in _ALLOWED:
-        raise ValueError(f"technique={technique!r}: must be one of {', '.join(_ALLOWED)}")
-    guarded = Guard.of(pipe) is not None
-    on_gpu = technique == "auto" and torch.device(pipe.device).type == "cuda"
+    on_gpu = torch.device(pipe.device).type == "cuda"
     given, arguments = arguments, arguments or probe.example_arguments(pipe)
     arguments = {"output_type": "latent", "num_inference_steps": steps, **arguments}
     try:
-        stream, used, broke_off = _run(pipe, arguments, "gpu" if on_gpu else technique, guarded)
+        stream, broke_off = (_on_gpu(pipe, arguments), None) if on_gpu else probe.run(pipe, arguments)
     except Exception as error:  # before the loop; whatever happens in it is reported
         if given and not on_gpu and isinstance(error, RuntimeError):
             raise ValueError(
@@ -123,29 +114,17 @@ def find_syncs(pipe: Any, *, steps: int = 4, technique: Technique = "auto", **ar
     return SyncReport(
         pipeline=type(pipe).__name__,
         scheduler=type(pipe.scheduler).__name__,
-        guarded=guarded,
-        technique=used,
+        guarded=Guard.of(pipe) is not None,
+        technique="gpu" if on_gpu else "labelled",
         steps=stream.row,
-        ops=tuple(op for op in stream.ops if op.sync),
+        ops=tuple(stream.ops),
         broke_off=broke_off,
     )
 
 
-def _run(pipe: Any, arguments: Mapping[str, Any], technique: str, guarded: bool) -> tuple[Stream, str, str | None]:
-    """(what the loop did, the technique that saw it, why it broke off)"""
-    if technique == "gpu":
-        return _on_gpu(pipe, arguments), "gpu", None
-    if technique == "fake" or (technique == "auto" and guarded):
-        stream, broke_off = probe.run(pipe, arguments, values=False)
-        if broke_off is None or technique == "fake":
-            return stream, "fake", broke_off
-    stream, broke_off = probe.run(pipe, arguments, values=True)
-    return stream, "labelled", broke_off
-
-
-def assert_sync_free(pipe: Any, *, steps: int = 4, technique: Technique = "auto", **arguments: Any) -> SyncReport:
+def assert_sync_free(pipe: Any, *, steps: int = 4, **arguments: Any) -> SyncReport:
     """`find_syncs`, and AssertionError with its report unless the loop ran to its end without a synchronisation or copy."""
-    report = find_syncs(pipe, steps=steps, technique=technique, **arguments)
+    report = find_syncs(pipe, steps=steps, **arguments)
     if not report.free:
         raise AssertionError(str(report))
     return report
@@ -158,8 +137,7 @@ def _on_gpu(pipe: Any, arguments: Mapping[str, Any]) -> Stream:
     stream = Stream()
     copied = probe.copy_of(pipe, stream, None)
     copied(**moved)
-    stream.forget()
-    with Real(stream), _sync_debug(stream), probe.counted(copied, stream):
+    with Watching(stream), _sync_debug(stream), probe.counted(copied, stream):
         copied(**moved)
     return stream
 

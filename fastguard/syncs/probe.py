@@ -10,9 +10,9 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import diffusers
@@ -25,23 +25,15 @@ from fastguard.syncs.pretend import DEVICE, Labelled, Pretend
 from fastguard.syncs.stream import Op, Stream
 
 _DENOISERS = ("unet", "transformer", "transformer_2")
-_MODELS = (*_DENOISERS, "controlnet", "vae")
 
 
+@dataclass
 class Memory:
     """Fake copies of models and what their forward gave for each kind of arguments, for use by several runs (`remembering`)."""
 
-    def __init__(self) -> None:
-        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self.models: dict[int, tuple[Any, Any, Any]] = {}
-        self.results: dict[tuple[int, str], tuple[Any, list[Op]]] = {}
-
-    def copy(self, model: Any, pretend: Pretend) -> tuple[Any, Any]:
-        """The model's fake copy and its forward."""
-        if id(model) not in self.models:
-            copied = pretend.module(model)
-            self.models[id(model)] = model, copied, copied.forward  # the original, too, so that its id stays its own
-        return self.models[id(model)][1:]
+    fake: FakeTensorMode = field(default_factory=lambda: FakeTensorMode(allow_non_fake_inputs=True))
+    models: dict[torch.nn.Module, Any] = field(default_factory=dict)
+    results: dict[tuple[torch.nn.Module, str], tuple[Any, list[Op]]] = field(default_factory=dict)
 
 
 _memory: ContextVar[Memory | None] = ContextVar("_memory", default=None)
@@ -57,69 +49,29 @@ def remembering() -> Iterator[None]:
         _memory.reset(token)
 
 
-def run(pipe: Any, arguments: Mapping[str, Any], *, values: bool) -> tuple[Stream, str | None]:
+def run(pipe: Any, arguments: Mapping[str, Any], stream: Stream | None = None) -> tuple[Stream, str | None]:
     """Call the pipeline on a pretended device: (what its loop did, why it broke off if it did).
 
-    values     device tensors hold values (stock loops look at them) or none (`Pretend`)
     arguments  of the call; tensors among them are moved to the device before
     """
-    stream = Stream()
+    stream = stream or Stream()
     memory = _memory.get() or Memory()
-    pretend = Pretend(stream, values=values, fake=memory.fake)
+    pretend = Pretend(stream, memory.fake)
     copied = copy_of(pipe, stream, DEVICE)
-    _with_values_in_set_timesteps(copied.scheduler)
-    for name in _MODELS:
+    for name in (*_DENOISERS, "controlnet"):
         model = getattr(copied, name, None)
         if isinstance(model, torch.nn.Module):
-            copied.__dict__[name], forward = memory.copy(model, pretend)
-            if name in _DENOISERS:
-                listening = _listening(forward, id(model), memory, pretend, stream)
-                copied.__dict__[name].forward = listening
+            copied.__dict__[name] = _listening(model, memory, pretend, stream, counts=name in _DENOISERS)
     moved = tree_map_only(torch.Tensor, pretend.tensor, dict(arguments))
-    with pretend, torch.no_grad(), _running(pretend):
+    with pretend, torch.no_grad():
         try:
             copied(**moved)
         except Exception as error:
             if not stream.started:
                 raise
-            if not stream.finished:  # what follows the loop (decoding, reports) may fail on tensors without values
+            if not stream.finished:  # what follows the loop (decoding, reports) may fail
                 return stream, f"{type(error).__name__}: {str(error).splitlines()[0]}"
     return stream, None
-
-
-_pretend: ContextVar[Pretend] = ContextVar("_pretend")
-
-
-@contextmanager
-def _running(pretend: Pretend) -> Iterator[None]:
-    token = _pretend.set(pretend)
-    try:
-        yield
-    finally:
-        _pretend.reset(token)
-
-
-def _with_values_in_set_timesteps(scheduler: Any) -> None:
-    """Some schedulers bring sigmas to the device and back to make their timesteps: before the loop, so they may have values."""
-    base: Any = type(scheduler)
-    scheduler.__class__ = _scheduler_class(base)
-
-
-@functools.lru_cache(maxsize=64)
-def _scheduler_class(base: Any) -> type:
-
-    @functools.wraps(base.set_timesteps)
-    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
-        pretend = _pretend.get()
-        with pretend.holding(values=True):
-            result = base.set_timesteps(self, *args, **kwargs)
-        if not pretend.values:
-            for name, value in vars(self).items():
-                if isinstance(value, Labelled):
-                    setattr(self, name, pretend.fake(value))
-        return result
-
-    return type(base)(base.__name__, (base,), {"set_timesteps": set_timesteps, "__module__": base.__module__})
 
 
 def copy_of(pipe: Any, stream: Stream, device: torch.device | None) -> Any:
@@ -178,8 +130,12 @@ def counted(pipe: Any, stream: Stream) -> Iterator[None]:
             hook.remove()
 
 
-def _listening(forward: Any, model: int, memory: Memory, pretend: Pretend, stream: Stream) -> Any:
-    """The denoiser's forward, without values, once for each kind of arguments; counts its calls."""
+def _listening(model: torch.nn.Module, memory: Memory, pretend: Pretend, stream: Stream, *, counts: bool) -> Any:
+    """A fake copy of the model, whose forward runs once for each kind of arguments; counts: its calls are the stream's."""
+    if model not in memory.models:
+        memory.models[model] = pretend.module(model)
+    copied = copy.copy(memory.models[model])
+    forward = copied.forward
 
     @functools.wraps(forward)
     def listening(*args: Any, **kwargs: Any) -> Any:
@@ -187,21 +143,22 @@ def _listening(forward: Any, model: int, memory: Memory, pretend: Pretend, strea
         args, kwargs = tree_map_only(Labelled, pretend.fake, (args, kwargs))
         key = model, repr(tree_map_only(torch.Tensor, _kind, (args, kwargs)))
         stream.open = was_open
-        with stream.in_denoiser():
+        with stream.in_denoiser() if counts else nullcontext():
             if key not in memory.results:
                 before = len(stream.ops)
-                with pretend.holding(values=False):
+                with pretend.without_values():
                     result = forward(*args, **kwargs)
                 memory.results[key] = result, stream.ops[before:]
             else:
                 result, ops = memory.results[key]
                 stream.ops += [replace(op, row=stream.row) for op in ops]
-            stream.open = False
-            result = tree_map_only(torch.Tensor, pretend.like, result)
-            stream.open = was_open
+        stream.open = False
+        result = tree_map_only(torch.Tensor, pretend.drawn, result)
+        stream.open = was_open
         return result
 
-    return listening
+    copied.forward = listening
+    return copied
 
 
 def _kind(tensor: torch.Tensor) -> tuple[Any, ...]:

@@ -75,7 +75,7 @@ def test_waits_are_stocks(name):
     pipe = tiny.make()
 
     def waits():
-        found = fastguard.find_syncs(pipe, technique="labelled", **tiny.guided()).ops
+        found = fastguard.find_syncs(pipe, **tiny.guided()).ops
         return Counter((op.line, op.code) for op in found if op.blocking)
 
     stock = waits()

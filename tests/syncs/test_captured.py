@@ -1,4 +1,4 @@
-"""The recorded path neither waits nor copies: with a stand-in that runs what it is given to record, on fake `cuda` tensors.
+"""The recorded path neither waits nor copies: with a stand-in that runs what it is given to record, on `cuda` tensors that are not there.
 
 What a guard does around a replay (copying arguments that changed, noise, the loop's tensors) and what it records are watched alike.
 """
@@ -15,7 +15,7 @@ from fastguard.capture import cuda_graphs, graphs
 from fastguard.capture.static_inputs import StaticInputs
 from fastguard.loop.loop import Loop
 from fastguard.syncs import probe
-from fastguard.syncs.stream import TO_DEVICE
+from fastguard.syncs.stream import TO_DEVICE, WAIT
 from tests import schedulers
 
 pytestmark = pytest.mark.slow
@@ -49,9 +49,10 @@ class FakeRecorder:
 runners: list[FakeRecorder] = []
 
 
-def place(tensor):
-    """Fake tensors have no address: which storage, and where in it."""
-    return tensor.untyped_storage()._cdata + tensor.storage_offset()
+def storage(tensor):
+    """Of the values that a labelled tensor holds; fake ones have no address."""
+    tensor = getattr(tensor, "held", tensor)
+    return tensor.untyped_storage()._cdata
 
 
 @pytest.fixture
@@ -62,10 +63,12 @@ def device(monkeypatch):
     monkeypatch.setitem(graphs.RECORDERS, "cuda", FakeRecorder)
     monkeypatch.setattr(cuda_graphs, "available", lambda: True)
     monkeypatch.setattr(graphs, "holds", lambda tensor: True)
-    monkeypatch.setattr(torch.Tensor, "data_ptr", lambda t: place(t) if isinstance(t, FakeTensor) else real(t))
+    monkeypatch.setattr(
+        torch.Tensor, "data_ptr", lambda t: storage(t) + t.storage_offset() if isinstance(t, FakeTensor) else real(t)
+    )
     # A fake tensor holds its mode, on which every operation leaves something: a forward seems to change the model.
     monkeypatch.setattr("fastguard.capture.runner.BodyRunner._watch", lambda self, place: lambda: None)
-    monkeypatch.setattr("fastguard.capture.static_inputs._storage", lambda tensor: tensor.untyped_storage()._cdata)
+    monkeypatch.setattr("fastguard.capture.static_inputs._storage", storage)
 
 
 @pytest.fixture(scope="module", params=real_size.SIZES)
@@ -82,7 +85,7 @@ def test_neither_waits_nor_copies(sized, device, name, mode):
     pipe = sized(schedulers.SD[name]())
     with fastguard.enable(pipe, schedulers.suited(name, "og+dtp", gate=0.02), capture=mode):
         report = fastguard.assert_sync_free(pipe, steps=STEPS)
-    assert report.technique == "fake" and report.steps >= STEPS
+    assert report.steps >= STEPS
     (runner,) = runners
     assert runner.replays == (1 if mode == "loop" else report.steps - runner.recorded), (
         "what is recorded runs eagerly first"
@@ -90,11 +93,11 @@ def test_neither_waits_nor_copies(sized, device, name, mode):
 
 
 def test_a_loop_that_nothing_records_shows_all_of_its_rows(sized, monkeypatch):
-    """On a machine with a GPU a check on fake tensors, which no graph holds, still walks through the whole generation."""
+    """On a machine with a GPU a check on tensors that no graph holds still walks through the whole generation."""
     monkeypatch.setattr("fastguard.capture.cuda_graphs.available", lambda: True)
     pipe = sized(schedulers.SD["ddim"]())
     with fastguard.enable(pipe, "og+dtp", gate=0.02, capture="loop"):
-        report = fastguard.assert_sync_free(pipe, steps=STEPS, technique="fake")
+        report = fastguard.assert_sync_free(pipe, steps=STEPS)
     assert report.steps == STEPS
 
 
@@ -111,7 +114,7 @@ def test_flow_step_neither_waits_nor_copies(flow, device, name):
     with fastguard.enable(pipe, "og+dtp", gate=0.02, capture="step"):
         report = fastguard.assert_sync_free(pipe, steps=STEPS)
     (runner,) = runners
-    assert report.technique == "fake" and runner.replays == report.steps - runner.recorded >= STEPS
+    assert runner.replays == report.steps - runner.recorded >= STEPS
 
 
 @pytest.mark.parametrize("mode", ["step", "loop"])
@@ -125,7 +128,7 @@ def test_planted_copy_and_wait_around_a_replay_are_found(sized, device, mode, mo
     monkeypatch.setattr(StaticInputs, "load", copying)
     pipe = sized(schedulers.SD["ddim"]())
     with fastguard.enable(pipe, "og+dtp", gate=0.02, capture=mode):
-        report = fastguard.find_syncs(pipe, steps=STEPS, technique="fake")
+        report = fastguard.find_syncs(pipe, steps=STEPS)
     assert {(op.sync, op.code) for op in report.ops} == {(TO_DEVICE, "self._buffers[0].copy_(torch.zeros(self._buffers[0].shape))")}  # fmt: skip
     assert len(report.ops) == (1 if mode == "loop" else STEPS)
 
@@ -140,5 +143,5 @@ def test_planted_wait_in_what_is_recorded_is_found(sized, device, monkeypatch):
     monkeypatch.setattr(Loop, "advance", waiting)
     pipe = sized(schedulers.SD["ddim"]())
     with fastguard.enable(pipe, "og+dtp", gate=0.02, capture="step"):
-        report = fastguard.find_syncs(pipe, steps=STEPS, technique="fake")
-    assert report.broke_off and "self.x.sum().item()" in str(report)
+        report = fastguard.find_syncs(pipe, steps=STEPS)
+    assert {(op.sync, "self.x.sum().item()" in op.code) for op in report.ops} == {(WAIT, True)}

@@ -31,7 +31,7 @@ def test_names_the_lines_of_stock_and_none_of_ours(model):
     assert result.exit_code == 0, result.output
     stock, guarded = result.stdout.split("\n\n")
     assert "22 x synchronisation" in stock and "scheduling_ddim.py" in stock
-    assert guarded.strip().endswith("fake tensors: no synchronisation, no copy")
+    assert guarded.strip().endswith("labelled tensors: no synchronisation, no copy")
 
 
 def test_json(model):

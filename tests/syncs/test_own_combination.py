@@ -14,7 +14,7 @@ from tests.families.tiny import CASES
 
 
 def lines(pipe, arguments):
-    report = fastguard.find_syncs(pipe, steps=3, technique="labelled", **arguments)
+    report = fastguard.find_syncs(pipe, steps=3, **arguments)
     assert report.broke_off is None
     return sorted((op.sync, op.code) for op in report.ops)
 

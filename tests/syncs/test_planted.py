@@ -11,7 +11,7 @@ import fastguard
 from fastguard.loop.loop import Loop
 from fastguard.syncs import probe
 from fastguard.syncs.find import _sync_debug
-from fastguard.syncs.stream import TO_DEVICE, TO_HOST, WAIT, Real, Stream
+from fastguard.syncs.stream import TO_DEVICE, TO_HOST, WAIT, Stream, Watching
 from tests import pipelines
 
 HERE = "test_planted.py"
@@ -31,12 +31,15 @@ def pipe():
 
 
 def test_pictures_are_refused_where_their_encoder_cannot_run():
-    """Latents as `image` need no encoder; a picture does, and is refused in words that say so."""
+    """Latents as `image` need no encoder; a picture does, and without its weights is refused in words that say so."""
     pipe = pipelines.sd("StableDiffusionImg2ImgPipeline", scheduler=pipelines.ddim())
+    picture = torch.zeros(1, 3, 16, 16)
     arguments = {**probe.example_arguments(pipe), "strength": 0.6, "steps": 8}
     assert fastguard.find_syncs(pipe, image=torch.zeros(1, 4, 8, 8), **arguments).steps > 0
+    assert fastguard.find_syncs(pipe, image=picture, **arguments).steps > 0
+    pipe.vae.to("meta")
     with pytest.raises(ValueError, match="pictures may have to be given as latents"):
-        fastguard.find_syncs(pipe, image=torch.zeros(1, 3, 16, 16), **arguments)
+        fastguard.find_syncs(pipe, image=picture, **arguments)
 
 
 FAULTS = {
@@ -73,9 +76,6 @@ def test_in_a_callback(pipe, fault, guarded):
     with fastguard.enable(pipe, "cfg"):
         report = fastguard.find_syncs(pipe, **arguments)
         assert planted(report, kind, culprit) == 4
-        if fault in ("item", "truth", "mask"):  # without values the loop cannot go on, and says so
-            report = fastguard.find_syncs(pipe, technique="fake", **arguments)
-            assert planted(report, kind, culprit) == 1 and report.broke_off
         with pytest.raises(AssertionError, match=HERE):
             fastguard.assert_sync_free(pipe, **arguments)
 
@@ -174,8 +174,6 @@ def test_the_pipeline_is_left_as_it_is(pipe):
 
 
 def test_wrong_arguments_are_refused(pipe):
-    with pytest.raises(ValueError, match="technique='cuda'"):
-        fastguard.find_syncs(pipe, technique="cuda")
     with pytest.raises(ValueError, match="pass the arguments"):
         fastguard.find_syncs(pipelines.sd("StableDiffusionInpaintPipeline"))
 
@@ -189,7 +187,7 @@ def test_sync_debug_warnings_become_operations(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
     stream = Stream()
     stream.open = True
-    with Real(stream), _sync_debug(stream):
+    with Watching(stream), _sync_debug(stream):
         for _ in range(2):
             warnings.warn("called a synchronizing CUDA operation", UserWarning, stacklevel=2)
         warnings.warn("something else", UserWarning, stacklevel=2)
