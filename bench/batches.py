@@ -1,6 +1,6 @@
 """Batches of 1,000 rows on the embedded model: throughput against loops over the pipeline, 20 SIGKILLs, two Ray actors.
 
-    python -m bench.batches [--rows 1000] [--steps 4] [--batch 16] [--kills 20] [--parts speed,kill,ray] [--json FILE]
+    python -m bench.batches [--rows 1000] [--steps 4] [--batch 16] [--kills 20] [--parts speed kill ray] [--json FILE]
 
 speed  `generate` (encode, denoise, decode, write PNGs and a manifest) against stock `pipe(prompt)` and `pipe(list)` in equal batches,
        which write nothing. Slices of the rows in alternating pairs; the model is loaded before. Images are compared first.
@@ -38,6 +38,7 @@ from fastguard.pipelines.loading import load_pipeline, quiet, resolve
 ROOT = Path(__file__).parents[1]
 SUBJECTS = ("apple", "cat", "dog", "house", "tree", "boat", "fish", "bird", "car", "star")
 POLICIES = ("cfg", "dtp", "stp")
+PARTS = ("speed", "kill", "ray")
 
 
 def make_rows(count: int) -> list[dict[str, Any]]:
@@ -205,7 +206,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=10, help="slices of the rows; each is timed twice")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--runs", type=int, default=3, help="runs of each engine in the part ray")
-    parser.add_argument("--parts", default="speed,kill,ray")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     quiet()

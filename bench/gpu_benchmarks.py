@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import functools
-import statistics
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 import fastguard
 from bench import accounts, gpu_own, real_size
+from bench.gpu_timing import Result, Results, Work, WrongValues, close, rounds
 from bench.test_guided_step import STEPS as ROWS
 from bench.test_guided_step import Guided, Stock, same
 from fastguard.syncs import probe
@@ -24,46 +24,6 @@ LOOP = 8  # the largest batch whose whole generation is captured too
 COMPILED = (1, 8)  # batches; each takes two compilations of a minute or more
 GUARD: dict[str, Any] = {"policy": "og+dtp", "gate": 0.02}  # both branches in every row, as in stock
 BUDGET = 48 << 30  # bytes of graphs of one guard: the largest batches' need more than the default
-# Of the largest value: stock rounds its latents to float16 (2^-11) after each of up to 20 steps, ours are float32.
-CLOSE = 0.02
-
-Result = dict[str, Any]
-Results = Generator[Result, None, None]
-Work = Callable[[], Any]
-
-
-def rounds(works: Mapping[str, Work], *, least: int = 3, most: int = 20, seconds: float = 3.0) -> dict[str, Result]:
-    """Time works by turns, so that a drift of the machine favours none: `least` rounds, then as many as `seconds` allow.
-
-    Each gets median and quartiles of the time between two events around it, and of its ratio to the first work of the same round.
-    """
-    times: dict[str, list[float]] = {name: [] for name in works}
-    end_at = time.monotonic() + seconds
-    done = 0
-    while done < least or (done < most and time.monotonic() < end_at):
-        for name, work in works.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda.synchronize()
-            start.record()
-            work()
-            end.record()
-            end.synchronize()
-            times[name].append(start.elapsed_time(end))
-        done += 1
-    first = next(iter(times.values()))
-    return {
-        name: {
-            "ms": _spread(values),
-            "ratio": _spread([a / b for a, b in zip(values, first, strict=True)]),
-            "rounds": done,
-        }
-        for name, values in times.items()
-    }
-
-
-def _spread(values: list[float]) -> Result:
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return {"median": middle, "q1": low, "q3": high}
 
 
 def guided_steps() -> Results:
@@ -73,27 +33,29 @@ def guided_steps() -> Results:
     """
     for side in (64, 128):
         for batch in (1, 8, 32):
-            stock, guided = steps(batch, side, torch.device("cuda"))
+            stock, guided, anchored = steps(batch, side, torch.device("cuda"))
             moved = sum(
                 batch * accounts.fused_bytes(guided.schedule, row, 4 * side * side, torch.float16)
                 for row in range(ROWS)
             )
             found = {"latents": [batch, 4, side, side], "launches_per_step": accounts.launches(4 * side * side)}
-            eager = rounds({"stock": stock, "fused": guided}, most=50, seconds=1)
-            replayed = rounds({"stock": _graph(stock), "fused": _graph(guided)}, most=200, seconds=1)
+            works: dict[str, Work] = {"stock": stock, "fused": guided, "fused, anchored": anchored}
+            eager = rounds(works, most=50, seconds=1)
+            replayed = rounds({name: _graph(work) for name, work in works.items()}, most=200, seconds=1)
             rate = moved / replayed["fused"]["ms"]["median"] * 1e3
             yield {**found, "steps": ROWS, "eager": eager, "graph": replayed, "bytes": moved, "bytes_per_second": rate}
 
 
-def steps(batch: int, side: int, device: torch.device) -> tuple[Stock, Guided]:
-    """Both on fixed float16 outputs, after they were seen to compute the same: 2^-8 of the largest value, as stock rounds to float16."""
+def steps(batch: int, side: int, device: torch.device) -> tuple[Stock, Guided, Guided]:
+    """On fixed float16 outputs: stock and the op, seen to compute the same (2^-8 of the largest value, as stock rounds to float16), and the
+    op with every sample anchored, which computes something else: its values are the business of the tests marked `gpu`."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(batch, 4, side, side, generator=generator).to(device)
     outputs = torch.randn(2 * batch, 4, side, side, generator=generator).to(device, torch.float16)
-    stock, guided = Stock(x.half(), lambda *_: outputs), Guided(x, lambda *_: outputs, dtype=torch.float16)
+    stock, guided = Stock(x.half(), lambda *_: outputs), Guided(x, lambda *_: outputs, torch.float16)
     stock.scheduler.set_begin_index(0)  # else its first step looks the timestep up, and no graph can hold that wait
     same(stock, guided, 2**-8)
-    return stock, guided
+    return stock, guided, Guided(x, lambda *_: outputs, torch.float16, "anchored")
 
 
 def _graph(work: Work) -> Work:
@@ -102,10 +64,6 @@ def _graph(work: Work) -> Work:
         work()
     replay: Work = graph.replay
     return replay
-
-
-class WrongValues(Exception):
-    """Nothing is timed that computes something else."""
 
 
 class Way:
@@ -169,10 +127,7 @@ class Generation:
         """From the first latents that were shown, relative to their largest value; beyond what float16 explains: WrongValues."""
         if self.expected is None:
             self.expected = latents
-        found = ((latents - self.expected).abs().max() / self.expected.abs().max()).item()
-        if not found <= CLOSE:
-            raise WrongValues(f"latents differ from stock's by {found:.2g} of the largest value, allowed: {CLOSE:g}")
-        return found
+        return close(((latents - self.expected).abs().max() / self.expected.abs().max()).item())
 
 
 Ways = dict[str, Callable[[], Way]]
@@ -225,7 +180,8 @@ def capture_modes(generation: Generation, *, loop: bool) -> Ways:
     make: Ways = {"stock": functools.partial(Way, generation)}
     for mode in ("off", "step", *(["loop"] if loop else [])):
         make[f"og+dtp, capture={mode}"] = functools.partial(Way, generation, GUARD, capture=mode)
-    make["stp, capture=step"] = functools.partial(Way, generation, {"policy": "stp"}, capture="step")
+    for policy in ("stp", "anchored"):
+        make[f"{policy}, capture=step"] = functools.partial(Way, generation, {"policy": policy}, capture="step")
     return make
 
 
@@ -281,21 +237,13 @@ def synchronisations() -> Results:
             yield {"scheduler": name, **fastguard.find_syncs(pipe).to_dict()}
 
 
-def own_combination() -> Results:
-    """Wan 2.1 at its size, random weights, bfloat16: stock and guarded, seconds of a call; values first."""
-    works = gpu_own.ways(gpu_own.transformer("cuda"))
-    if (found := gpu_own.difference(works)) > CLOSE:
-        raise WrongValues(f"latents differ from stock's by {found:.2g} of the largest value, allowed: {CLOSE:g}")
-    yield {**gpu_own.VIDEO, "steps": gpu_own.STEPS, "difference": found, "times": rounds(works, most=6, seconds=30)}
-
-
 Benchmark = Callable[..., Results]
 BENCHMARKS: dict[str, Benchmark] = {
     "guided_step": guided_steps,
     "generations": generations,
     "captures": captures,
     "compiled": compiled,
-    "own_combination": own_combination,
+    "own_combination": gpu_own.own_combination,
     "synchronisations": synchronisations,
 }
 SIZED = ("captures", "compiled")  # those that take sizes and batches

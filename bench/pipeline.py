@@ -102,6 +102,11 @@ def main() -> None:
     parser.add_argument("--policies", nargs="+", default=["cfg", "dtp", "stp"], help="presets or policy files")
     parser.add_argument("--json", type=Path, help="write all ratios to this file")
     options = parser.parse_args()
+    try:
+        for one in options.policies:
+            fastguard.policy(one)
+    except (ValueError, OSError) as error:
+        parser.error(f"--policies: {error}")
     results = measure(options.model, options.batch, options.steps, options.pairs, options.schedulers, options.policies)
     print(
         f"batch {options.batch}, {options.steps} steps, float32, {torch.get_num_threads()} threads, {platform.processor() or platform.machine()}"

@@ -58,12 +58,15 @@ class Stock:
 
 
 class Guided:
-    """The same through the guided step, with the rule of `dtp` deciding for every sample."""
+    """The same through the guided step, with the rule of `dtp` deciding for every sample; or "anchored", which gives other values."""
 
-    def __init__(self, x: torch.Tensor, denoise: Denoise, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, x: torch.Tensor, denoise: Denoise, dtype: torch.dtype = torch.float32, preset: str = "dtp"
+    ) -> None:
         batch, device = x.shape[0], x.device
         schedule = self.schedule = compile_schedule(scheduler())
-        plan = lower(policy("dtp", before=7.5).samples(batch), schedule, 7.5, x[0].numel())
+        rule = policy(preset, before=7.5) if preset == "dtp" else policy(preset)
+        plan = lower(rule.samples(batch), schedule, 7.5, x[0].numel())
         self.start, self.first, self.denoise = x, plan.state.to(device), denoise
         self.timesteps = scheduler(device).timesteps
         self.buffers: dict[str, Any] = {
@@ -77,6 +80,8 @@ class Guided:
             "guidance": plan.guidance.to(device),
             "scratch": scratch_for(x),
         }
+        if rule.anchored:
+            self.buffers |= {"anchor": history_for(x, 2), "shares": torch.zeros_like(self.buffers["trace"])}
 
     def __call__(self) -> torch.Tensor:
         self.buffers["x"].copy_(self.start)

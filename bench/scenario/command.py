@@ -11,7 +11,7 @@ from bench.paper.command import paper
 from bench.paper.request import Request
 from bench.scenario import finetune
 from bench.scenario.drawings import drawings, images
-from bench.scenario.items import calibration
+from bench.scenario.items import calibration, preserved
 from fastguard import testbed
 from fastguard.files import write_json
 from fastguard.policies.gate import calibrate, collect_gate_statistics
@@ -32,7 +32,8 @@ def scenario(kind: str, request: Request) -> dict[str, Any] | None:
         return None
     if not (tuned / DONE).exists():
         pipe = testbed.load()
-        losses = finetune.train(pipe, kind, images(), [one.prompt for one in drawings()], tuned)
+        captions = [one.prompt for one in drawings()]
+        losses = finetune.train(pipe, kind, images(), captions, preserved(), tuned)
         recipe = vars(finetune.RECIPES[kind])
         write_json(tuned / DONE, {"kind": kind, **recipe, "seed": finetune.SEED, "loss of every 100 steps": losses})
     if not policy.exists():

@@ -92,8 +92,11 @@ def test_the_page_is_current():
 
 def test_the_benchmarked_steps_agree():
     """The GPU benchmark's own code on the CPU: float16 outputs, stock against the fused op, and the comparison can fail."""
-    stock, guided = gpu_benchmarks.steps(2, 64, torch.device("cpu"))
+    stock, guided, anchored = gpu_benchmarks.steps(2, 64, torch.device("cpu"))
     assert guided.buffers["model_input"].dtype == stock().dtype == torch.float16
+    first = anchored().clone()
+    assert torch.equal(anchored(), first) and (first - guided()).abs().max() > 0.1
+    assert anchored.buffers["shares"][0].tolist() == pytest.approx([1, 1])
     guided.buffers["rows"] *= 1.1
     with pytest.raises(AssertionError):
         gpu_benchmarks.same(stock, guided, 2**-8)
@@ -124,7 +127,7 @@ def tiny(monkeypatch):
 def test_the_benchmark_of_capture_modes_runs(clockless, tiny):
     found = {entry["how"]: entry for entry in gpu_benchmarks.compare(gpu_benchmarks.capture_modes(tiny, loop=True))}
     assert [entry.get("path") for entry in found.values()] == [
-        None, "fused", "fused, step graph", "fused, loop graph", "fused, step graph",
+        None, "fused", "fused, step graph", "fused, loop graph", "fused, step graph", "fused, step graph",
     ]  # fmt: skip
     graphs = [found[f"og+dtp, capture={mode}"]["graph_bytes"] for mode in ("off", "step", "loop")]
     assert graphs[2] > graphs[1] > graphs[0] == 0
@@ -150,7 +153,7 @@ def test_nothing_is_timed_that_computes_something_else(clockless, tiny):
     advance = Loop.advance
     clockless.setattr(Loop, "advance", lambda self, u, c, z: advance(self, u * 1.5, c, z))
     stock, *others = gpu_benchmarks.compare(gpu_benchmarks.capture_modes(tiny, loop=False))
-    assert "ms" in stock and len(others) == 3
+    assert "ms" in stock and len(others) == 4
     assert all("ms" not in entry and "differ from stock's" in entry["wrong"] for entry in others)
 
 

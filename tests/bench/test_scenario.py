@@ -31,7 +31,8 @@ def test_prompts_of_the_three_kinds_do_not_mix() -> None:
     tuned = [item for item in found if item.group == "memorized"]
     test = [item.extra.concept for item in found if item.group == "ordinary"]
     shown = {item.extra.concept for item in tuned}
-    assert len(tuned) == 20 and len(test) == 100 and len(calibration) == 45 * 12
+    assert len(tuned) == 20 and len(test) == 100 and len(calibration) == 25 * 12
+    assert len(set(items.preserved())) == 20 * 6 and not set(items.preserved()) & set(calibration)
     assert not shown & set(test)
     assert not any(f" {concept} " in f" {prompt} " for prompt in calibration for concept in shown)
     assert [item.training for item in tuned] == [(k,) for k in range(20)]
@@ -48,7 +49,7 @@ def test_training_lowers_the_loss_and_what_is_kept_is_what_was_trained(
     x, text, t = torch.randn(4, 8, 8, 8), pipe.encode_prompt(captions, "cpu", 1, False)[0].detach(), torch.tensor(500)
     with torch.no_grad():
         before = pipe.unet(x, t, encoder_hidden_states=text).sample
-        losses = finetune.train(pipe, kind, images()[:4], captions, tmp_path)
+        losses = finetune.train(pipe, kind, images()[:4], captions, ["a cat", "a dog"], tmp_path)
         after = pipe.unet(x, t, encoder_hidden_states=text).sample
         fresh = testbed.load()
         if kind == "lora":
