@@ -52,6 +52,7 @@ class Stages:
         self._policy_before = None if before is None else before.policy
         self.pipe, self.settings = pipe, settings
         self.guard = enable(pipe, "cfg")
+        self.guard.told = True  # by the task, of all policies of the job
         self.device = pipe._execution_device  # walks through all modules: asked once
         self._decode = decoder(pipe)
         on_cpu = torch.device(self.device).type == "cpu"

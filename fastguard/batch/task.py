@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from fastguard.batch.summary import Summary
 from fastguard.batch.tables import Problem, Prompts
 from fastguard.pipelines import loading as models
 from fastguard.policies.policy import Policy
+from fastguard.policies.provenance import elsewhere
 
 __all__ = [
     "FIELDS",
@@ -79,7 +80,7 @@ def prepare(model: Any, prompts: Prompts, out: str | os.PathLike[str], **options
         settings["guard"] = "disabled"  # such images are not to be taken for guarded ones later
     job = Job(requests, problems, Path(out), settings=settings, source=Source.of(prompts), options=wanted)
     job.leave_out(limits.problems(job.requests))
-    if warning := Policy.stack(list(dict.fromkeys(request.policy for request in job.requests))).ungated_warning():
+    for warning in _warnings(job.requests, models.facts(model, settings["scheduler"], settings["dtype"])):
         logger.warning(warning)
     if wanted.engine == "local":
         return Task(job, LocalRunner(loader, settings=settings, options=wanted))
@@ -119,6 +120,14 @@ class Task:
     def _close(self) -> None:
         if self._started:
             self._runner.close()
+
+
+def _warnings(requests: Sequence[Request], used: Mapping[str, Any]) -> Iterator[str]:
+    """What to tell once of the policies of a job, and of what each was calibrated with."""
+    uses = dict.fromkeys((request.policy, request.steps) for request in requests)
+    if ungated := Policy.stack(list(dict.fromkeys(one for one, _ in uses))).ungated_warning():
+        yield ungated
+    yield from dict.fromkeys(told for one, steps in uses if (told := elsewhere(one, {**used, "steps": steps})))
 
 
 def _model(model: Any, options: JobOptions) -> tuple[dict[str, Any], Callable[[], Any], Limits]:

@@ -95,16 +95,3 @@ def settle(quiet: bool = False, verbose: bool = False) -> None:
     listen(quiet, verbose)
     if not verbose:
         loading.quiet()
-
-
-def note_on_gate(policy: str | None, model: str, steps: int | None, scheduler: str | None) -> None:
-    """Say so if the gate in a policy file was calibrated with other steps or another scheduler."""
-    from fastguard.pipelines.loading import model_index, policy_source
-    from fastguard.policies.gate import elsewhere
-    from fastguard.policies.policy import SUFFIX, Policy
-
-    source, own = policy_source(model, policy), model_index(model)["scheduler"][1]
-    if source.endswith(SUFFIX) and (
-        note := elsewhere(Policy.load(source).provenance, steps=steps, scheduler=scheduler or own)
-    ):
-        typer.echo(f"note: {source}: {note}", err=True)

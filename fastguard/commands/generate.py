@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from fastguard.batch.options import JobOptions
-from fastguard.commands.arguments import Model, Quiet, Verbose, fields_of, note_on_gate, refusing, settle
+from fastguard.commands.arguments import Model, Quiet, Verbose, fields_of, refusing, settle
 
 REJECTIONS = 3  # exit code: done but for what rejected.jsonl lists
 
@@ -41,8 +41,6 @@ def generate(
             if (prompts is None) == (not prompt):
                 raise ValueError("prompts: give either --prompt, once or more, or --prompts FILE")
             task = batch.prepare(model, prompts or prompt or [], out, **options)
-            if options["gate"] is None:
-                note_on_gate(options["policy"], model, options["steps"], options["scheduler"])
             stack.enter_context(task.open())
         try:
             summary = task.run(progress=not quiet)

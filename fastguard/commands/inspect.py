@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fastguard.commands.arguments import Gate, Model, PolicyName, Scale, Scheduler, Steps, note_on_gate, refusing
+from fastguard.commands.arguments import Gate, Model, PolicyName, Scale, Scheduler, Steps, refusing
 
 
 def inspect(
@@ -23,7 +23,8 @@ def inspect(
     with refusing():
         from fastguard import checks
         from fastguard.commands.inspection import inspect_model
-        from fastguard.pipelines.loading import chosen_policy, chosen_scale
+        from fastguard.pipelines.loading import chosen_policy, chosen_scale, facts
+        from fastguard.policies.provenance import elsewhere
 
         if steps is not None:
             checks.integer("steps", steps, 1)
@@ -32,6 +33,6 @@ def inspect(
         chosen = chosen_policy(model, policy, gate)
         scale = chosen_scale(model, guidance_scale, chosen)
         found = inspect_model(model, chosen, steps=steps, guidance_scale=scale, scheduler=scheduler)
-        if gate is None and chosen.gate is not None:
-            note_on_gate(policy, model, found.steps, scheduler)
+        if told := elsewhere(chosen, {**facts(model, found.scheduler), "steps": found.steps}):
+            typer.echo(f"note: {told}", err=True)
     typer.echo(json.dumps(found.to_dict(), indent=2, allow_nan=False) if as_json else str(found))

@@ -20,12 +20,14 @@ from fastguard.pipelines.enabled import ATTRIBUTE, enabled_class, guard_of, stoc
 from fastguard.pipelines.families import Family, OwnFamily, find
 from fastguard.pipelines.families.loops import changed
 from fastguard.pipelines.guidance import UNGUIDED
+from fastguard.pipelines.loading import facts
 from fastguard.pipelines.locks import held
 from fastguard.pipelines.own_combination import OwnCombination, first_denoiser
 from fastguard.pipelines.verified import UNKNOWN, checked, denoisers_of
 from fastguard.policies.policy import Policy
 from fastguard.policies.presets import DEFAULT
 from fastguard.policies.presets import policy as make_policy
+from fastguard.policies.provenance import elsewhere
 
 logger = logging.getLogger("fastguard")
 
@@ -59,9 +61,10 @@ def enable(
     verify     probe the first call of a listed class, too: RuntimeError if its loop does otherwise than the guard expects
     overrides  fields of the policy to replace, e.g. gate=0.02
 
-    Enabling a guarded pipeline again replaces policy and options; `with enable(...)` gives back
-    what it replaced. FASTGUARD_DISABLE=1 in the environment makes every call a stock
-    call. TypeError for a pipeline that is not supported, ValueError for a bad policy or an option that cannot work here.
+    Enabling a guarded pipeline again replaces policy and options; `with enable(...)` gives back what it replaced. A policy whose gate was
+    calibrated with another model, scheduler or dtype, or with other steps than the first call has, is told of once. FASTGUARD_DISABLE=1 in
+    the environment makes every call a stock call. TypeError for a pipeline that is not supported, ValueError for a bad policy or an option
+    that cannot work here.
     """
     base = stock_class(type(pipe))
     known = _known_family(pipe, base, family)
@@ -74,19 +77,23 @@ def enable(
         attention_backend=attention_backend,
         compile=compile,
     )
-    warning = chosen.ungated_warning()
     guard = Guard.of(pipe)
-    if warning and not (guard and guard.policy == chosen):
-        logger.warning(warning)
+    known_policy = guard is not None and guard.policy == chosen
+    if not known_policy and (ungated := chosen.ungated_warning()):
+        logger.warning(ungated)
     if guard is None:
         guard = pipe.__dict__[ATTRIBUTE] = Guard(pipe, known, chosen, options)
-        if (told := changed(base)) is not None:
-            logger.warning(told)
+        if (other_loop := changed(base)) is not None:
+            logger.warning(other_loop)
         pipe.__class__ = enabled_class(base)
     else:
         guard._replaced = guard.policy, guard.options, guard.unguided
         guard.policy = chosen
         guard.options = options  # graphs are kept: their keys hold the options
+    if not known_policy and chosen.provenance:
+        guard.told = False
+        if told := elsewhere(chosen, facts(pipe)):
+            logger.warning(told)
     guard.unguided = unguided
     guard.probed = not verify and known.name != UNKNOWN.name
     return guard
@@ -105,6 +112,7 @@ class Guard:
         self.unguided = "raise"
         self.graphs = Graphs()
         self.probed = True  # False: the next call is probed first
+        self.told = False  # True: nothing is said about the steps of the next call
         self._pipe = pipe
         self._signature = inspect.signature(stock_class(type(pipe)).__call__)
         self._replaced: _Settings | None = None  # by the last `enable`
@@ -162,6 +170,10 @@ class Guard:
         if not self.probed:
             self.family = checked(self._pipe, self.family, values, stock_call)
             self.probed = True
+        if not self.told:
+            self.told = True
+            if told := elsewhere(self.policy, {"steps": _steps(values)}):
+                logger.warning(told)
         pipe, family = self._pipe, self.family
         denoiser = first_denoiser(pipe, family)
         refused = (
@@ -210,6 +222,12 @@ class Guard:
         bound = found.bind(self._pipe, *args, **kwargs)
         bound.apply_defaults()
         return {**bound.arguments, **bound.arguments.get("kwargs", {})}
+
+
+def _steps(arguments: Mapping[str, Any]) -> int | None:
+    """How many, where the call says so by their number."""
+    listed = any(arguments.get(name) is not None for name in ("timesteps", "sigmas"))
+    return None if listed else arguments.get("num_inference_steps")
 
 
 def _unfit(denoiser: Any) -> str | None:

@@ -33,6 +33,16 @@ def is_embedded(model: Any) -> bool:
     return name == TESTBED or (bool(name) and Path(name).absolute() == EMBEDDED / "model")
 
 
+def facts(model: Any, scheduler: str | None = None, dtype: str | None = None) -> dict[str, Any]:
+    """What a policy's numbers may belong to (`fastguard.policies.provenance`): of a pipeline, or of a model by name as it will be loaded."""
+    if isinstance(model, (str, os.PathLike)):
+        name, scheduler = str(model), scheduler or type(own_scheduler(str(model), model_index(str(model)))).__name__
+    else:
+        name, scheduler = getattr(model, "name_or_path", None), type(model.scheduler).__name__
+        dtype = str(model.dtype).removeprefix("torch.")
+    return {"model": TESTBED if is_embedded(model) else name, "scheduler": scheduler, "dtype": dtype}
+
+
 def policy_source(model: Any, given: Any = None) -> Any:
     """`given`, or what stands for it where nothing is given: the embedded model's own policy file, else the default preset.
 

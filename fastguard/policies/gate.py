@@ -18,7 +18,7 @@ images, more units have one that is caught). The share of images that are caught
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,31 +116,6 @@ def check_sample(n: int, fpr: float, confidence: float, unit: str = "prompts") -
         raise ValueError(
             f"{n} ordinary {unit}: fpr={fpr:g} at confidence={confidence:g} needs at least {needed}. Collect more, or ask for less"
         )
-
-
-def elsewhere(provenance: Mapping[str, Any], *, steps: int | None, scheduler: str | None) -> str | None:
-    """A warning if a gate is used with other steps or another scheduler than it was calibrated with; None where nothing is known of that.
-
-    provenance   of the policy's file; steps, scheduler: of the call, None where they are not known.
-    """
-    used = {"steps": steps, "scheduler": scheduler}
-    known = {name: provenance.get(name) for name in used}
-    differ = [
-        f"{name} {known[name]}, not {used[name]}"
-        for name in used
-        if known[name] and used[name] and _plain(known[name]) != _plain(used[name])
-    ]
-    if not differ:
-        return None
-    return (
-        f"the gate was calibrated with {' and '.join(differ)}: the first step lies at another noise level, so that it may catch other "
-        f"ordinary prompts than it was proven for; calibrate it with what you use (`fastguard calibrate`)"
-    )
-
-
-def _plain(name: Any) -> str:
-    """As --scheduler takes a name: in any case, with or without its ending."""
-    return str(name).lower().removesuffix("scheduler")
 
 
 def collect_gate_statistics(

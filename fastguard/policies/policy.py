@@ -29,6 +29,9 @@ PerSample: TypeAlias = "T | list[T]"  # a list holds one value per image of the 
 Number = float | int
 
 FORMAT = 1  # version of the policy file
+UNGATED_COST = (
+    " (on the embedded model 80.5% of 400 ordinary images still showed their caption when anchored, 84.8% unguarded)"
+)
 SUFFIX = ".json"  # by which a policy file is told from a preset's name
 
 
@@ -127,9 +130,10 @@ class Policy:
         ungated = [s.name for s in samples if s.guarded and s.gate is None]
         if not ungated:
             return None
+        cost = UNGATED_COST if all(s.anchored for s in samples if s.name in ungated) else ""
         return (
-            f"policy {', '.join(map(short, dict.fromkeys(ungated)))} has no gate: every prompt is guarded, ordinary ones too, and their images change. Set gate=tau"
-            " (`fastguard calibrate` chooses it from ordinary prompts), or use policy 'cfg' for plain guidance."
+            f"policy {', '.join(map(short, dict.fromkeys(ungated)))} has no gate: every prompt is guarded, ordinary ones too, and their images change{cost}."
+            " Set gate=tau (`fastguard calibrate` chooses it from ordinary prompts), or use policy 'cfg' for plain guidance."
         )
 
     def samples(self, batch: int) -> list[Policy]:

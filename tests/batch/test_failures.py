@@ -20,6 +20,7 @@ from fastguard.batch.growing import Growing
 from fastguard.batch.pictures import Picture
 from fastguard.batch.stages import Stages
 from fastguard.batch.task import Interrupted, generate
+from fastguard.policies.presets import policy
 from tests.batch.jobs import OPTIONS, ROWS, check_complete, lines, pixels, stamps
 
 ROOT = Path(__file__).parents[2]
@@ -44,6 +45,19 @@ def test_ungated_policies_are_told_once(pipe, tmp_path, caplog):
     rows = [{"prompt": "a cat", "policy": name} for name in ("stp", "dtp", "cfg", "stp")]
     generate(pipe, rows, tmp_path / "out", **OPTIONS)
     assert [r.message.split(" has no gate")[0] for r in caplog.records] == ["policy 'stp', 'dtp'"]
+
+
+def test_gates_used_elsewhere_are_told_once_per_policy_and_steps(pipe, tmp_path, caplog):
+    """Before an image is made, and not again by the guard that makes them."""
+    for name, steps, gate in (("a", 2, 1e-6), ("b", 50, 1e-5)):
+        policy("dtp", gate=gate).save(tmp_path / f"{name}.json", provenance={"steps": steps, "dtype": "float32"})
+    files = [str(tmp_path / f"{name}.json") for name in "ab"]
+    rows = [{"prompt": "a cat", "policy": name} for name in (*files, files[1])] + [
+        {"prompt": "a dog", "policy": files[0], "steps": 3, "guidance_scale": scale} for scale in (2, 3)
+    ]
+    generate(pipe, rows, tmp_path / "out", **OPTIONS)
+    told = [r.message.partition(" was calibrated with ")[2].partition(":")[0] for r in caplog.records]
+    assert [text for text in told if text] == ["steps 50, not 2", "steps 2, not 3"]
 
 
 def test_where_the_stages_run(pipe, tmp_path, monkeypatch, overlap, whole):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastguard.kernels.layout import Rule, State
+from fastguard.kernels.layout import Anchor, Row, Rule, State
 from fastguard.loop.loop import Loop
 from fastguard.loop.report import Report
 from fastguard.policies.plan import lower
@@ -140,7 +140,7 @@ def test_a_guarded_image_leaves_the_picture_and_a_plain_one_does_not():
 
 
 def test_rho_moves_at_observations_only():
-    """Heun evaluates each noise level twice; a planted rho that moves at every row differs."""
+    """Heun evaluates each noise level twice."""
     made = scheduler("HeunDiscrete", "epsilon")
     denoise = Denoiser(made, "epsilon")
     x = torch.randn(1, *SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(5)) * made.init_noise_sigma
@@ -156,6 +156,32 @@ def test_rho_moves_at_observations_only():
         assert schedule.rows[k, 10] or rho == before
         before = rho
     assert before > 0
+
+
+@pytest.mark.parametrize("fault", [None, "rho moves at every row", "m is written anew where nothing is observed"])
+def test_planted_rows_that_are_no_observation_are_found(fault):
+    """Against the formula, with a drift allowance at which rho moves."""
+    from fastguard.policies import plan as numbers
+
+    made = scheduler("HeunDiscrete", "epsilon")
+    denoise = Denoiser(made, "epsilon")
+    x = torch.randn(1, *SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(5)) * made.init_noise_sigma
+    constants = (numbers.FAINT, numbers.SHARP, numbers.BACK, numbers.ETA, -1.0, numbers.MOST)
+    _, want = reference(scheduler("HeunDiscrete", "epsilon"), "epsilon", denoise, x[0], SCALE, constants)
+    schedule = compile_schedule(made)
+    plan = lower([policy("anchored")], schedule, SCALE, ELEMENTS)
+    plan.rules[0, Rule.DRIFT] = -1.0
+    observed = schedule.rows[:, Row.OBSERVE].clone()
+    if fault == "rho moves at every row":
+        schedule.rows[:-1, Row.OBSERVE] = 1.0
+    loop = Loop(schedule, plan, x.float())
+    for k in range(len(schedule.timesteps)):
+        if fault is not None and fault.startswith("m") and not observed[k]:
+            loop.state[0, State.ANCHOR] = Anchor.UNWRITTEN
+        u, c = denoise(k, loop.x.double())
+        loop.advance(u.float(), c.float())
+    off = np.abs(loop.shares[: len(want), 0].numpy() - want).max()
+    assert off < 1e-4 if fault is None else off > 1e-2
 
 
 @pytest.mark.parametrize("where", ["u", "c", "x"])

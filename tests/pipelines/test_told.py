@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 
 import diffusers
@@ -46,6 +47,36 @@ def test_a_scale_of_the_policy_is_not_dropped_silently(sd):
         pytest.raises(ValueError, match="without a scale of its own"),
     ):
         call(sd, guidance_scale=1.0)
+
+
+def test_a_gate_of_another_scheduler_dtype_or_number_of_steps_is_told_once(sd, caplog):
+    """What the pipeline is when it is enabled, then the steps of the first call; not of the same policy again, nor of a gate of one's own."""
+    kind = type(sd.scheduler).__name__
+    known = {"model": "a/b", "scheduler": "HeunDiscreteScheduler", "dtype": "float16", "steps": STEPS + 1}
+    own = dataclasses.replace(fastguard.policy("dtp", gate=0.1), name="own", provenance=known)
+
+    def told():
+        found = [r.message for r in caplog.records if "calibrated with" in r.message]
+        caplog.clear()
+        return found
+
+    with fastguard.enable(sd, own):
+        (said,) = told()
+        assert f"scheduler HeunDiscreteScheduler, not {kind} and dtype float16, not float32:" in said
+        call(sd)
+        (said,) = told()
+        assert f"with steps {STEPS + 1}, not {STEPS}:" in said
+        call(sd)
+        fastguard.enable(sd, own)
+        call(sd)
+        assert not told()
+        fastguard.enable(sd, own, gate=0.2)
+        call(sd)
+        assert not told()
+    here = {"scheduler": kind, "dtype": "float32", "steps": STEPS}
+    with fastguard.enable(sd, dataclasses.replace(own, provenance=known | here)):
+        call(sd)
+        assert not told()
 
 
 @pytest.mark.parametrize(

@@ -8,18 +8,8 @@ from scipy import stats
 
 import fastguard
 from fastguard.policies import gate as module
-from fastguard.policies.gate import calibrate, collect_gate_statistics, elsewhere, needed_prompts
+from fastguard.policies.gate import calibrate, collect_gate_statistics, needed_prompts
 from tests import pipelines
-
-
-def test_a_gate_used_elsewhere_is_told():
-    found = {"steps": 50, "scheduler": "DDIMScheduler"}
-    assert elsewhere(found, steps=50, scheduler="DDIM") is elsewhere(found, steps=None, scheduler=None) is None
-    assert elsewhere(found, steps=50, scheduler="ddimscheduler") is None
-    assert elsewhere({}, steps=25, scheduler="PNDM") is None
-    assert "steps 50, not 25:" in elsewhere(found, steps=25, scheduler="DDIMScheduler")
-    both = elsewhere(found, steps=25, scheduler="PNDM")
-    assert "steps 50, not 25 and scheduler DDIMScheduler, not PNDM" in both
 
 
 @pytest.mark.parametrize(("m", "n", "p"), [(0, 299, 0.01), (3, 800, 0.01), (40, 1000, 0.05), (5, 9, 0.5)])

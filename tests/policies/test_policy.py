@@ -170,6 +170,7 @@ def test_ungated_warning():
     assert policy("dtp").guarded
     assert "'dtp'" in policy("dtp").ungated_warning()
     assert policy("dtp", gate=0.1).ungated_warning() is None
+    assert "of 400 ordinary" not in policy("dtp").ungated_warning()
     mixed = Policy.stack([policy("cfg"), policy("dtp", gate=0.1)])
     assert mixed.guarded
     assert mixed.ungated_warning() is None
@@ -301,6 +302,15 @@ def test_warning_names_each_ungated_policy_once():
     mixed = Policy.stack([policy("stp"), policy("dtp", gate=0.1), policy("stp"), policy("cfg"), policy("og+dtp")])
     assert mixed.ungated_warning().startswith("policy 'stp', 'og+dtp' has no gate")
     assert Policy.stack([policy("dtp", gate=0.1), policy("cfg")]).ungated_warning() is None
+
+
+def test_the_warning_says_what_anchored_costs_as_measured():
+    tested = json.loads((Path(__file__).parents[2] / "docs" / "testbed" / "anchored-test.json").read_text())[
+        "ordinary"
+    ]["all"]
+    before, after = (tested[name]["faithful, no copies"] for name in ("cfg", "anchored"))
+    words = f"{after['mean']:.1%} of {after['images']} ordinary images still showed their caption when anchored, {before['mean']:.1%} unguarded"
+    assert words in policy("anchored").ungated_warning()
 
 
 def test_a_number_beyond_every_float_is_refused_by_name():

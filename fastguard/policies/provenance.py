@@ -1,0 +1,55 @@
+"""What a policy's numbers belong to: the model, scheduler, steps and dtype that they were calibrated with.
+
+Elsewhere the first row lies at another noise level, or another model answers, and a gate catches other prompts than it was proven for.
+
+Names of a model are compared by their last part, in any case: a hub id moves to another owner, a folder to another disk. A hub id and a folder of another
+name are not told apart, for a folder may be called anything; the embedded model ("testbed") is itself alone. What either side does not say is not compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastguard.policies.policy import Policy
+
+EMBEDDED = "testbed"
+
+
+def elsewhere(policy: Policy, used: Mapping[str, Any]) -> str | None:
+    """What to tell of a policy whose gate or bound was calibrated with something else than `used`; None if there is nothing to tell.
+
+    used: model, scheduler (class or short name), steps, dtype; None where it is not known.
+    """
+    if policy.gate is None and policy.suspect is None:
+        return None
+    known = {name: policy.provenance.get(name) for name in ("model", "scheduler", "steps", "dtype")}
+    differ = [
+        f"{name} {value}, not {used[name]}"
+        for name, value in known.items()
+        if value and used.get(name) and not _same(name, str(value), str(used[name]))
+    ]
+    if not differ:
+        return None
+    return (
+        f"policy {policy.name!r} was calibrated with {' and '.join(differ)}: its gate may catch other ordinary prompts here than it was proven for; "
+        f"calibrate it with what you use (`fastguard calibrate`)"
+    )
+
+
+def _same(name: str, one: str, other: str) -> bool:
+    if name == "model":
+        return _same_model(*(text.rstrip("/\\") for text in (one, other)))
+    return _plain(one) == _plain(other)
+
+
+def _same_model(one: str, other: str) -> bool:
+    if EMBEDDED in (one, other):
+        return one == other
+    hub = [text.count("/") == 1 and not text.startswith((".", "/", "~")) for text in (one, other)]
+    return hub[0] != hub[1] or _plain(one) == _plain(other)
+
+
+def _plain(text: str) -> str:
+    """The last part of a path, in any case, without a scheduler's ending."""
+    return text.replace("\\", "/").rpartition("/")[2].lower().removesuffix("scheduler")
