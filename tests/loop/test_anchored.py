@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import diffusers
@@ -171,9 +172,11 @@ def test_planted_rows_that_are_no_observation_are_found(fault):
     schedule = compile_schedule(made)
     plan = lower([policy("anchored")], schedule, SCALE, ELEMENTS)
     plan.rules[0, Rule.DRIFT] = -1.0
-    observed = schedule.rows[:, Row.OBSERVE].clone()
+    observed = schedule.rows[:, Row.OBSERVE]
     if fault == "rho moves at every row":
-        schedule.rows[:-1, Row.OBSERVE] = 1.0
+        rows = schedule.rows.clone()
+        rows[:-1, Row.OBSERVE] = 1.0
+        schedule = dataclasses.replace(schedule, rows=rows)
     loop = Loop(schedule, plan, x.float())
     for k in range(len(schedule.timesteps)):
         if fault is not None and fault.startswith("m") and not observed[k]:
