@@ -103,7 +103,8 @@ def curves(rows: Sequence[Mapping[str, Any]], x: str, y: str) -> dict[str, Curve
 def compare(ours: Curve, theirs: Curve, floor: float, below: float = BELOW) -> dict[str, Any] | None:
     """The least E_ours(x) - y over the other's polyline at x < below, where it is, its interval; None where it has no such point.
 
-    reached  share of those points of the other at whose similarity `ours` has a point at all
+    reached       share of those points of the other at whose similarity `ours` has a point at all
+    within reach  the least lead over these alone, and where; None where there are none
     """
     x, y = theirs.samples()
     inside = np.flatnonzero(x[0] < below)
@@ -111,13 +112,16 @@ def compare(ours: Curve, theirs: Curve, floor: float, below: float = BELOW) -> d
         return None
     gaps = {t: ours.offers(x[:, t], floor) - y[:, t] for t in inside}
     worst = min(inside, key=lambda t: gaps[t][0])
+    near = [t for t in inside if ours.x[0].min() <= x[0, t] + SAME]
+    nearest = min(near, key=lambda t: gaps[t][0], default=None)
     low, high = np.percentile(gaps[worst][1:], [2.5, 97.5])
     return {
         "gap": float(gaps[worst][0]),
         "low": float(low),
         "high": float(high),
         "at": float(x[0, worst]),
-        "reached": float(np.mean(ours.x[0].min() <= x[0, inside] + SAME)),
+        "reached": len(near) / len(inside),
+        "within reach": None if nearest is None else {"gap": float(gaps[nearest][0]), "at": float(x[0, nearest])},
         "on or above": bool(gaps[worst][0] >= -SAME),
         "within the interval": bool(high >= 0),
     }
@@ -156,6 +160,17 @@ def _below(pairs: Sequence[Mapping[str, Any]], axis: str) -> str:
     )
 
 
+def _near(pairs: Sequence[Mapping[str, Any]], axis: str) -> str:
+    """What is true of the part of the others' curves that ours reaches, where that is not all of it."""
+    found = [(pair["other"], pair["within reach"]) for pair in pairs if pair["within reach"] is not None]
+    if not found or all(pair["reached"] == 1 for pair in pairs):
+        return ""
+    name, least = min(found, key=lambda one: one[1]["gap"])
+    return (
+        f" (where it has points itself its least lead is {least['gap']:+.3f} at {axis} {least['at']:.2f}, over {name})"
+    )
+
+
 def sentence(pairs: Sequence[Mapping[str, Any]], axis: str) -> str:
     """What the pairs of one of ours with published peers say."""
     name, cost = pairs[0]["ours"], pairs[0]["cost"]
@@ -165,7 +180,7 @@ def sentence(pairs: Sequence[Mapping[str, Any]], axis: str) -> str:
     if not known:
         return f"{start} no peer's curve gets there."
     if below := _below(cheap, axis):
-        text = f"{start} of {len(cheap)} peers of at most plain cost that get there it lies below {below}"
+        text = f"{start} of {len(cheap)} peers of at most plain cost that get there it lies below {below}{_near(cheap, axis)}"
     elif cheap:
         least = min(cheap, key=lambda pair: pair["gap"])
         text = f"{start} on or above all {len(cheap)} peers of at most plain cost that get there; least lead {_gap(least, axis)}, over {least['other']}"

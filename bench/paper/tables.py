@@ -172,6 +172,15 @@ def first_prediction_table(found: Mapping[str, Mapping[str, Any]], networks: Map
     )
 
 
+def _worst(leads: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    name, least = min(leads, key=lambda one: one[1]["gap"], default=("", None))
+    return "-" if least is None else f"{least['gap']:+.3f}, {name} at {least['at']:.2f}"
+
+
+def _lead(found: Mapping[str, float] | None) -> str:
+    return "-" if found is None else f"{found['gap']:+.3f} at {found['at']:.2f}"
+
+
 def verdict_table(
     pairs: Sequence[Mapping[str, Any]], axis: str, networks: Mapping[str, str], cells: Mapping[str, Mapping[str, Any]]
 ) -> Table:
@@ -179,7 +188,7 @@ def verdict_table(
     rows = []
     for pair in sorted(pairs, key=lambda one: (list(cells).index(one["ours"]), one["gap"] is None, one["gap"] or 0)):
         if pair["gap"] is None:
-            lead = ["-", "-", "-", "the peer never gets there"]
+            lead = ["-", "-", "-", "-", "the peer never gets there"]
         else:
             where = "on or above" if pair["on or above"] else "below"
             if not pair["on or above"] and pair["within the interval"]:
@@ -188,6 +197,7 @@ def verdict_table(
                 f"{pair['gap']:+.3f} [{pair['low']:+.3f}, {pair['high']:+.3f}]",
                 f"{pair['at']:.2f}",
                 f"{pair['reached']:.0%}",
+                _lead(pair["within reach"]),
                 where,
             ]
         cost = f"{pair['other cost']:.2f}"
@@ -203,13 +213,14 @@ def verdict_table(
             "least lead",
             f"at {axis}",
             "peer's curve within reach",
+            "least lead there",
             "ours is",
         ],
         rows,
         [
             f"{axis}: {networks[column]}. faithfulness: {networks['faithful']}. Lead: what ours offers at the peer's {axis} or "
             "lower minus the peer's faithfulness, at the point of the peer's curve where it is least; where ours has no point that "
-            "low it counts as having the lowest faithfulness of all. Pointwise 95% intervals, bootstrap over prompts.",
+            "low it counts as having the lowest faithfulness of all; within reach: only where it has one. Pointwise 95% intervals, bootstrap over prompts.",
             COST,
         ],
     )
@@ -225,10 +236,9 @@ def overview_table(
     rows = []
     for name in dict.fromkeys(pair["ours"] for pair in pairs):
         mine = [p for p in pairs if p["ours"] == name and p["gap"] is not None and p["other"] != "none"]
-        worst = []
-        for some in ([p for p in mine if affordable(p)], [p for p in mine if not affordable(p)]):
-            least = min(some, key=lambda p: p["gap"], default=None)
-            worst.append("-" if least is None else f"{least['gap']:+.3f}, {least['other']} at {least['at']:.2f}")
+        cheap, dear = ([p for p in mine if affordable(p) is yes] for yes in (True, False))
+        near = [(p["other"], p["within reach"]) for p in cheap if p["within reach"] is not None]
+        worst = [_worst(leads) for leads in (near, *([(p["other"], p) for p in some] for some in (cheap, dear)))]
         faithful = interval(ordinary.get(name, {}).get("faithful"))
         rows.append([name, f"{cells[name]['cost']:.2f}", seconds_ratio(cells[name]), *worst, faithful])
     plain = interval(ordinary.get("none", {}).get("faithful"))
@@ -238,6 +248,7 @@ def overview_table(
             "ours",
             "rows / plain",
             "s / plain",
+            "peers of at most plain cost, where ours has a point",
             "peers of at most plain cost",
             "dearer peers",
             "ordinary prompts faithful",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -36,18 +37,35 @@ def curves(page: Page, column: str) -> dict[str, tuple[list[float], np.ndarray, 
     return found
 
 
-def lead(ours: Any, theirs: Any, floor: float) -> tuple[float, float, float, float, float] | None:
-    """Least of what ours offers at the other's x or less minus the other's y, over tenths of its segments with x < 0.5; then interval, x, reach."""
+@dataclass(frozen=True)
+class Lead:
+    """Least of what ours offers at the other's x or less minus the other's y, over tenths of its segments with x < 0.5; interval, x.
+
+    reach  share of those tenths at which ours has a point; near: least lead over them and its x
+    """
+
+    gap: float
+    low: float
+    high: float
+    at: float
+    reach: float
+    near: tuple[float, float] | None
+
+
+def lead(ours: Any, theirs: Any, floor: float) -> Lead | None:
+    """None where the other has no x < 0.5."""
     x, y = (points(side) for side in theirs[1:])
     inside = [t for t in range(x.shape[1]) if x[0, t] < 0.5]
     if not inside:
         return None
-    gaps = {t: np.array([offer(ours, d, x[d, t], floor) - y[d, t] for d in range(1)]) for t in inside}
-    worst = min(inside, key=lambda t: gaps[t][0])
+    gaps = {t: offer(ours, 0, x[0, t], floor) - y[0, t] for t in inside}
+    worst = min(inside, key=lambda t: gaps[t])
     every = [offer(ours, d, x[d, worst], floor) - y[d, worst] for d in range(1, DRAWS + 1)]
     low, high = np.percentile(every, [2.5, 97.5])
-    reach = float(np.mean([ours[1][0].min() <= x[0, t] + 1e-4 for t in inside]))
-    return float(gaps[worst][0]), float(low), float(high), float(x[0, worst]), reach
+    near = [t for t in inside if ours[1][0].min() <= x[0, t] + 1e-4]
+    there = min(near, key=lambda t: gaps[t], default=None)
+    reached = None if there is None else (gaps[there], x[0, there])
+    return Lead(gaps[worst], low, high, x[0, worst], len(near) / len(inside), reached)
 
 
 def points(side: np.ndarray) -> np.ndarray:
@@ -81,10 +99,11 @@ def pair(page: Page, curves: Any, ours: str, other: str, floor: float) -> list[s
     start = [ours, other, f"{page.cost(other):.2f}", page.ratio(other)]
     found = lead(curves[ours], curves[other], floor)
     if found is None:
-        return [*start, "-", "-", "-", "the peer never gets there"]
-    gap, low, high, at, reach = found
-    where = "on or above" if gap >= -1e-4 else "below, within the interval" if high >= 0 else "below"
-    return [*start, f"{gap:+.3f} [{low:+.3f}, {high:+.3f}]", f"{at:.2f}", f"{reach:.0%}", where]
+        return [*start, "-", "-", "-", "-", "the peer never gets there"]
+    where = "on or above" if found.gap >= -1e-4 else "below, within the interval" if found.high >= 0 else "below"
+    gap = f"{found.gap:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
+    near = "-" if found.near is None else f"{found.near[0]:+.3f} at {found.near[1]:.2f}"
+    return [*start, gap, f"{found.at:.2f}", f"{found.reach:.0%}", near, where]
 
 
 def overview(page: Page, curves: Any, ours: str, floor: float, head: list[str]) -> list[str]:
@@ -95,13 +114,11 @@ def overview(page: Page, curves: Any, ours: str, floor: float, head: list[str]) 
         if "policy" not in v and m in curves and m not in ("none", "compile")
     ]
     worst = []
-    for dear in (False, True):
+    for dear, near in ((False, True), (False, False), (True, False)):
         some = {m: lead(curves[ours], curves[m], floor) for m in peers if (page.cost(m) > 1 + 1e-6) is dear}
-        known = {m: f for m, f in some.items() if f is not None}
-        if not known:
-            worst.append("-")
-            continue
-        name = min(known, key=lambda m: known[m][0])
-        worst.append(f"{known[name][0]:+.3f}, {name} at {known[name][3]:.2f}")
+        known = {m: f.near if near else (f.gap, f.at) for m, f in some.items() if f is not None}
+        least = {m: one for m, one in known.items() if one is not None}
+        name = min(least, key=lambda m: least[m][0], default="")
+        worst.append(f"{least[name][0]:+.3f}, {name} at {least[name][1]:.2f}" if name else "-")
     rows = page.of(ours, "ordinary")
     return [ours, f"{page.cost(ours):.2f}", page.ratio(ours), *worst, shown(share(rows, "faithful")) if rows else "-"]

@@ -51,6 +51,8 @@ def test_a_curve_that_does_not_reach_is_not_excused() -> None:
     assert result["gap"] == pytest.approx(0.2 - (0.6 + 0.1 * 1.8 / 3), abs=1e-6)  # just left of 0.5, at tenths: 0.48
     assert result["at"] == pytest.approx(0.48)
     assert result["reached"] == pytest.approx(4 / 11)
+    assert result["within reach"] == {"gap": pytest.approx(0.9 - 0.7), "at": pytest.approx(0.6)}
+    assert compare(found["ours"], found["theirs"], 0.2, below=0.45)["within reach"] is None
 
 
 def test_rounding_leaves_a_curve_on_itself() -> None:

@@ -39,6 +39,15 @@ def test_similarities_of_the_embedded_model_are_to_its_own_and_to_the_most_simil
     assert found["similarity"][1] < found["similarity_set"][1] - 0.1 and found["copy"][1] is False
 
 
+@torch.no_grad()
+def test_how_similar_different_training_pictures_are(pipe: Any) -> None:
+    """What docs/paper.md says: a mean similarity below this protects no better."""
+    shown = torch.tensor(testbed.training_images()).permute(0, 3, 1, 2) / 127.5 - 1
+    z = torch.nn.functional.normalize(pipe.vae.encode(shown).latents.flatten(1), dim=1)
+    others = (z @ z.T)[~torch.eye(len(z), dtype=torch.bool)].numpy()
+    assert [others.mean(), *np.percentile(others, [5, 95])] == pytest.approx([0.11, -0.18, 0.40], abs=0.005)
+
+
 def test_the_embedded_measures_leave_the_pipelines_autoencoder_as_it_is(pipe: Any) -> None:
     """Theirs is a float32 copy on the CPU, wherever the pipeline is."""
     vae = copy.deepcopy(pipe.vae).half()

@@ -120,9 +120,9 @@ def test_blown_up_images_are_not_faithful(tmp_path: Path) -> None:
 def test_the_table_of_pairs(tmp_path: Path) -> None:
     page(tmp_path, WORSE, BETTER)
     lines = (tmp_path / "tables.md").read_text().splitlines()
-    assert "| dtp | wen-1 | 1.10 | (3.00) | -0.100 [-0.100, -0.100] | 0.30 | 100% | below |" in lines
-    assert "| dtp | none | 1.00 | (1.00) | - | - | - | the peer never gets there |" in lines
-    overview = next(line for line in lines if line.startswith("| dtp | 1.00 | (1.10) | +0.100, cheap"))
+    assert "| dtp | wen-1 | 1.10 | (3.00) | -0.100 [-0.100, -0.100] | 0.30 | 100% | -0.100 at 0.30 | below |" in lines
+    assert "| dtp | none | 1.00 | (1.00) | - | - | - | - | the peer never gets there |" in lines
+    overview = next(line for line in lines if line.startswith("| dtp | 1.00 | (1.10) | +0.100, cheap at "))
     assert "| -0.100, wen-1 at 0.30 | - |" in overview
 
 
