@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fastguard.commands.arguments import Model, PolicyName, Scheduler, refusing
+from fastguard.commands.arguments import Model, PolicyName, Scheduler, refusing, settle
 
 if TYPE_CHECKING:
     from fastguard.syncs.find import SyncReport
@@ -23,6 +23,7 @@ def doctor(
 ) -> None:
     """List every synchronisation and host-device copy of a model's loop with its line, stock and guarded; exit 1 if the guarded has any."""
     with refusing():
+        settle()
         reports = examine(model, policy=policy, steps=steps, scheduler=scheduler, gpu=gpu)
     if as_json:
         typer.echo(json.dumps([report.to_dict() for report in reports], indent=2, allow_nan=False))

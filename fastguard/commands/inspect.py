@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fastguard.commands.arguments import Gate, Model, PolicyName, Scale, Scheduler, Steps, refusing
+from fastguard.commands.arguments import Gate, Model, PolicyName, Scale, Scheduler, Steps, refusing, settle
 
 
 def inspect(
@@ -26,6 +26,7 @@ def inspect(
         from fastguard.pipelines.loading import chosen_policy, chosen_scale, facts
         from fastguard.policies.provenance import elsewhere
 
+        settle()
         if steps is not None:
             checks.integer("steps", steps, 1)
         if guidance_scale is not None:
