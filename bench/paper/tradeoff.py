@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-PLAIN = "none"
-# Twelve colours that are told apart, dark enough for text on white; further methods take them again, dashed.
+PLAIN, PRESET = "none", "cfg"  # the same images
+# Twelve colours that are told apart, dark enough for text on white; further methods of a panel take them again, dashed.
 COLOURS = (
     "#1f77b4",
     "#c45100",
@@ -38,19 +38,18 @@ def tradeoff(
     axis: str,
     faithful: str,
 ) -> Path:
-    """Left our presets, right the peers with `focus` among them; a method has one colour on both sides. Written as `path`'s ending says."""
+    """Left our presets, right the peers with `focus` among them, which have the same colours there. Written as `path`'s ending says."""
     figure = Figure(figsize=(15, 7), layout="constrained")
     left, right = figure.subplots(1, 2, sharex=True, sharey=True)
-    names = [PLAIN, *focus, *(name for name in curves if name not in (PLAIN, *focus))]
-    style = {name: (COLOURS[k % len(COLOURS)], DASHES[k // len(COLOURS) % len(DASHES)]) for k, name in enumerate(names)}
-    style[PLAIN] = ("black", "-")
+    names = [PLAIN, *focus, *(name for name in curves if name not in (PLAIN, PRESET, *focus))]
     shown_left = [name for name in names if name in curves and (name in ours or name == PLAIN)]
     shown_right = [name for name in names if name in curves and (name in focus or name not in ours)]
-    for panel, shown, title in (
-        (left, shown_left, "plain guidance (none) and ours"),
-        (right, shown_right, "plain guidance, published peers, and ours that ship"),
+    styles = styles_of(shown_left), styles_of(shown_right)
+    for panel, style, title in (
+        (left, styles[0], "plain guidance (none) and ours"),
+        (right, styles[1], "plain guidance, published peers, and ours that ship"),
     ):
-        for name in shown:
+        for name in style:
             line(panel, curves[name], *style[name], strong=name in (PLAIN, *focus))
         panel.axvline(0.5, color="0.85", zorder=0)
         panel.set_xlabel(f"{axis} (lower is better)")
@@ -58,11 +57,18 @@ def tradeoff(
     low, high = left.get_xlim()
     left.set_xlim(low, high + ROOM * (high - low))
     left.set_xticks([tick for tick in left.get_xticks() if low <= tick <= high])
-    for panel, shown in ((left, shown_left), (right, shown_right)):
-        label(panel, {name: curves[name] for name in shown}, style)
+    for panel, style in zip((left, right), styles, strict=True):
+        label(panel, {name: curves[name] for name in style}, style)
     left.set_ylabel(f"faithful and not blown up (higher is better)\n{faithful}", fontsize=9)
     figure.savefig(path, metadata={"Date": None})
     return path
+
+
+def styles_of(names: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Colour and dashes of the methods of a panel: plain guidance black, the others a colour each as long as there are some."""
+    rest = [name for name in names if name != PLAIN]
+    pairs = [(COLOURS[k % len(COLOURS)], DASHES[k // len(COLOURS) % len(DASHES)]) for k in range(len(rest))]
+    return {name: ("black", "-") for name in names if name == PLAIN} | dict(zip(rest, pairs, strict=True))
 
 
 def line(panel: Any, points: Sequence[Mapping[str, Any]], colour: str, dash: str, strong: bool) -> None:
@@ -80,7 +86,8 @@ def label(panel: Any, curves: Mapping[str, Sequence[Mapping[str, Any]]], style: 
     """Names at the right edge, as high as each curve ends there, moved apart, a thin line to the end."""
     ends = {name: (points[-1]["x"]["mean"], points[-1]["y"]["mean"]) for name, points in curves.items()}
     (low, high), edge = panel.get_ylim(), panel.get_xlim()[1]
-    heights = apart([ends[name][1] for name in ends], GAP * (high - low), high - GAP * (high - low))
+    gap = GAP * (high - low)
+    heights = apart([ends[name][1] for name in ends], gap, low + gap / 2, high - gap)
     for (name, end), height in zip(ends.items(), heights, strict=True):
         panel.annotate(
             name,
@@ -93,16 +100,14 @@ def label(panel: Any, curves: Mapping[str, Sequence[Mapping[str, Any]]], style: 
         )
 
 
-def apart(heights: Sequence[float], gap: float, most: float) -> list[float]:
-    """The heights moved so that no two are nearer than `gap` and none is above `most`, their order kept and, if it can be, their middle."""
+def apart(heights: Sequence[float], gap: float, least: float, most: float) -> list[float]:
+    """The heights moved, their order kept, so that no two are nearer than `gap`, none is above `most` and, if they fit, none below `least`."""
     order = np.argsort(heights, kind="stable")
-    wanted = np.asarray(heights, float)[order]
-    placed = wanted.copy()
+    placed = np.asarray(heights, float)[order].clip(least)
     for k in range(1, len(placed)):
         placed[k] = max(placed[k], placed[k - 1] + gap)
-    if len(placed):
-        placed -= (placed - wanted).mean()
-        placed -= max(0.0, placed[-1] - most)
+    for k in reversed(range(len(placed))):
+        placed[k] = min(placed[k], most - gap * (len(placed) - 1 - k))
     result = np.empty(len(placed))
     result[order] = placed
     return result.tolist()

@@ -15,7 +15,8 @@ from bench.paper import report, tables
 from bench.paper.inputs import Item, TrainingSet
 from bench.paper.published import published_table
 from bench.paper.store import Store
-from bench.paper.tradeoff import apart
+from bench.paper.tradeoff import PLAIN as NONE
+from bench.paper.tradeoff import apart, styles_of
 from bench.paper.work import Amount
 
 SCALES = (2.0, 5.0)
@@ -198,7 +199,13 @@ def test_published_rows_say_which_of_ours_stands_there() -> None:
 
 
 def test_labels_are_apart_and_in_their_order() -> None:
-    placed = apart([0.5, 0.5, 0.1, 0.52, 1.0], 0.1, 0.95)
+    placed = apart([0.5, 0.5, -0.1, 0.52, 1.0], 0.1, 0.0, 0.95)
     assert sorted(placed) == [placed[2], placed[0], placed[1], placed[3], placed[4]]
-    assert np.diff(sorted(placed)).min() >= 0.1 - 1e-9 and max(placed) <= 0.95 + 1e-9
-    assert apart([0.2, 0.8], 0.1, 1.0) == [0.2, 0.8] and apart([], 0.1, 1.0) == []
+    assert np.diff(sorted(placed)).min() >= 0.1 - 1e-9 and max(placed) <= 0.95 + 1e-9 and min(placed) == 0
+    assert apart([0.2, 0.8], 0.1, 0.0, 1.0) == [0.2, 0.8] and apart([], 0.1, 0.0, 1.0) == []
+
+
+def test_no_two_methods_of_a_panel_look_the_same() -> None:
+    found = styles_of([NONE, *map(str, range(30))])
+    assert len(set(found.values())) == 31 and found[NONE] == ("black", "-")
+    assert len({colour for colour, _ in found.values()}) == 13
