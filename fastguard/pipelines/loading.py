@@ -35,6 +35,7 @@ def is_embedded(model: Any) -> bool:
 
 def facts(model: Any, scheduler: str | None = None, dtype: str | None = None) -> dict[str, Any]:
     """What a policy's numbers may belong to (`fastguard.policies.provenance`): of a pipeline, or of a model by name as it will be loaded."""
+    name: Any
     if isinstance(model, (str, os.PathLike)):
         name, scheduler = str(model), scheduler or type(own_scheduler(str(model), model_index(str(model)))).__name__
     else:
