@@ -16,6 +16,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 
 from bench.pairs import alternating
+from fastguard.kernels.arguments import Operands
 from fastguard.kernels.guided_step import guided_step, history_for, scratch_for
 from fastguard.policies.plan import lower
 from fastguard.policies.presets import policy
@@ -89,7 +90,7 @@ class Guided:
         self.buffers["model_input"].unflatten(0, (2, -1)).copy_(self.start)
         for t in self.timesteps:
             u, c = self.denoise(self.buffers["model_input"], t).chunk(2)
-            guided_step(u, c, **self.buffers)
+            guided_step(Operands(u, c, **self.buffers))
         return self.buffers["model_input"]
 
 

@@ -1,4 +1,4 @@
-"""What `guided_step` accepts, and the copies of what lies in memory otherwise than its kernels read it."""
+"""What `guided_step` works on, and the copies of what lies in memory otherwise than its kernels read it."""
 
 from __future__ import annotations
 
@@ -7,19 +7,35 @@ from typing import NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from . import layout
-from .layout import Row, Rule, State
+from .layout import HISTORY, Row, Rule, State
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 class Operands(NamedTuple):
-    """The tensors of one step, in the order of the custom op's schema; `guided_step` says what each is."""
+    """The tensors of one step, in the order of the custom op's schema.
+
+    uncond, cond   denoiser outputs u and c, [B, C, *S], float16 | bfloat16 | float32, any batch stride. cond = None: only one
+                   branch ran, it is passed as `uncond`, then e = u and trace[k, b] = NaN
+    x              latents, float32 [B, C, *S], contiguous or channels_last
+    history        float32 [L, B, C, *S], L = 0 to 3 slots, each in x's memory format (`history_for`)
+    model_input    next denoiser input, [B or 2B, C, *S] in x's memory format, any of the three dtypes; None: not written
+    trace          float32 [>= steps, B], d of every step
+    state, rows, rules   float64 [B, len(State)], [R, len(Row)], [B, len(Rule)]
+    guidance       float32 [B, >= steps, 2], g before the transition and after it
+    combined       the caller's own guided output, [B, C, *S] of any of the three dtypes: e of the samples that are not before their
+                   transition and whose rule has COMBINED = 1, whatever formula made it. With Q = B = 1 and all else 0 x' keeps its bits
+    noise          [B, C, *S] of any of the three dtypes, read where N != 0
+    timestep_out   [B or 2B], any number dtype, the next row's timestep
+    anchor         float32 [2, B, C, *S] in x's memory format: m and mu of `anchor.push`, written at an anchored sample's first row with
+                   both branches; None: no sample is anchored (Rule.ANCHORED is not looked at then)
+    shares         float32, as trace: share p of an anchored sample at every row, NaN of all others
+    scratch        workspace from `scratch_for(x)`, reused between calls; None: allocated by this call
+    """
 
     uncond: Tensor
     cond: Tensor | None
-    combined: Tensor | None
     x: Tensor
     history: Tensor
     model_input: Tensor | None
@@ -28,11 +44,12 @@ class Operands(NamedTuple):
     rows: Tensor
     rules: Tensor
     guidance: Tensor
-    noise: Tensor | None
-    timestep_out: Tensor | None
-    anchor: Tensor | None
-    shares: Tensor | None
-    scratch: Tensor | None
+    combined: Tensor | None = None
+    noise: Tensor | None = None
+    timestep_out: Tensor | None = None
+    anchor: Tensor | None = None
+    shares: Tensor | None = None
+    scratch: Tensor | None = None
 
 
 def like(tensor: Tensor, x: Tensor) -> Tensor:
@@ -59,69 +76,52 @@ def memory_format(latents: Tensor) -> torch.memory_format:
     return last if only_last else torch.contiguous_format
 
 
-def check(operands: Operands) -> None:
+def check(o: Operands) -> None:
     """ValueError for what `guided_step` does not take."""
-    uncond, cond, combined, x, history, model_input, trace, state, rows, rules, guidance, noise = operands[:12]
-    timestep_out, anchor, shares, _ = operands[12:]
-    shape, batch = x.shape, x.shape[0]
-    batches = (batch, 2 * batch)
+    x, sizes, batch = o.x, list(o.x.shape), o.x.shape[0]
     if x.dtype != torch.float32 or not x.numel() or not x.is_contiguous(memory_format=memory_format(x)):
         _refuse("x", x, "float32 [B, C, *S], not empty, contiguous or channels_last")
-    for name, tensor in (("uncond", uncond), ("cond", cond), ("combined", combined), ("noise", noise)):
-        if tensor is not None and (tensor.shape != shape or tensor.dtype not in _FLOATS):
-            _refuse(name, tensor, f"float16, bfloat16 or float32 {list(shape)} as x")
-    if cond is not None and cond.dtype != uncond.dtype:
-        _refuse("cond", cond, f"uncond's dtype {uncond.dtype}")
-    slots = history.shape[0]
-    if (
-        history.dtype != torch.float32
-        or history.shape[1:] != shape
-        or slots > layout.HISTORY
-        or (slots and history.stride()[1:] != x.stride() and not dense_like(history[0], x))
+    for name, tensor in (("uncond", o.uncond), ("cond", o.cond), ("combined", o.combined), ("noise", o.noise)):
+        if tensor is not None and (tensor.shape != x.shape or tensor.dtype not in _FLOATS):
+            _refuse(name, tensor, f"float16, bfloat16 or float32 {sizes} as x")
+    if o.cond is not None and o.cond.dtype != o.uncond.dtype:
+        _refuse("cond", o.cond, f"uncond's dtype {o.uncond.dtype}")
+    for name, slots, number in (("history", o.history, range(HISTORY + 1)), ("anchor", o.anchor, (2,))):
+        if slots is not None and (
+            slots.dtype != torch.float32
+            or slots.shape[1:] != x.shape
+            or len(slots) not in number
+            or (slots.stride()[1:] != x.stride() and len(slots) and not dense_like(slots[0], x))
+        ):
+            _refuse(
+                name, slots, f"float32 [{number[0]} to {number[-1]}, *{sizes}] in x's memory format, see history_for"
+            )
+    y, time = o.model_input, o.timestep_out
+    if y is not None and (
+        len(y) not in (batch, 2 * batch) or y.shape[1:] != x.shape[1:] or y.dtype not in _FLOATS or not dense_like(y, x)
     ):
-        _refuse(
-            "history", history, f"float32 [0 to {layout.HISTORY}, *{list(shape)}] in x's memory format, see history_for"
-        )
-    if model_input is not None and (
-        model_input.shape[0] not in batches
-        or model_input.shape[1:] != shape[1:]
-        or model_input.dtype not in _FLOATS
-        or not dense_like(model_input, x)
-    ):
-        _refuse(
-            "model_input",
-            model_input,
-            f"float16, bfloat16 or float32 [B or 2B, *{list(shape[1:])}] in x's memory format",
-        )
-    if anchor is not None and (
-        anchor.dtype != torch.float32 or anchor.shape != (2, *shape) or not dense_like(anchor[0], x)
-    ):
-        _refuse("anchor", anchor, f"float32 {[2, *shape]} in x's memory format, see history_for")
-    if shares is not None and (
-        shares.dtype != torch.float32 or shares.shape != trace.shape or not shares.is_contiguous()
-    ):
-        _refuse("shares", shares, f"contiguous float32 {list(trace.shape)} as trace")
-    if (anchor is None) != (shares is None):
+        _refuse("model_input", y, f"float16, bfloat16 or float32 [B or 2B, *{sizes[1:]}] in x's memory format")
+    if time is not None and (time.dim() != 1 or len(time) not in (batch, 2 * batch) or not time.is_contiguous()):
+        _refuse("timestep_out", time, f"contiguous [{batch}] or [{2 * batch}]")
+    _check_table("trace", o.trace, torch.float32, ("steps", batch))
+    _check_table("state", o.state, torch.float64, (batch, len(State)))
+    _check_table("rows", o.rows, torch.float64, ("rows", len(Row)))
+    _check_table("rules", o.rules, torch.float64, (batch, len(Rule)))
+    _check_table("guidance", o.guidance, torch.float32, (batch, "steps", 2))
+    if o.shares is not None:
+        _check_table("shares", o.shares, torch.float32, tuple(o.trace.shape))
+    if (o.anchor is None) != (o.shares is None):
         raise ValueError("anchor and shares: both or none")
-    if trace.dtype != torch.float32 or trace.dim() != 2 or trace.shape[1] != batch or not trace.is_contiguous():
-        _refuse("trace", trace, f"contiguous float32 [steps, {batch}]")
-    if state.dtype != torch.float64 or state.shape != (batch, len(State)) or not state.is_contiguous():
-        _refuse("state", state, f"contiguous float64 [{batch}, {len(State)}]")
-    if rules.dtype != torch.float64 or rules.shape != (batch, len(Rule)) or not rules.is_contiguous():
-        _refuse("rules", rules, f"contiguous float64 [{batch}, {len(Rule)}]")
-    if rows.dtype != torch.float64 or rows.dim() != 2 or rows.shape[1] != len(Row) or not rows.is_contiguous():
-        _refuse("rows", rows, f"contiguous float64 [rows, {len(Row)}]")
-    if (
-        guidance.dtype != torch.float32
-        or guidance.dim() != 3
-        or guidance.shape[::2] != (batch, 2)
-        or not guidance.is_contiguous()
-    ):
-        _refuse("guidance", guidance, f"contiguous float32 [{batch}, steps, 2]")
-    if timestep_out is not None and (
-        timestep_out.dim() != 1 or timestep_out.shape[0] not in batches or not timestep_out.is_contiguous()
-    ):
-        _refuse("timestep_out", timestep_out, f"contiguous [{batch}] or [{2 * batch}]")
+
+
+def _check_table(name: str, table: Tensor, dtype: torch.dtype, sizes: tuple[int | str, ...]) -> None:
+    """A size that is a name may be any."""
+    fits = table.dim() == len(sizes) and all(
+        isinstance(size, str) or size == found for found, size in zip(table.shape, sizes, strict=True)
+    )
+    if table.dtype != dtype or not fits or not table.is_contiguous():
+        shown = ", ".join(map(str, sizes))
+        _refuse(name, table, f"contiguous {str(dtype).removeprefix('torch.')} [{shown}]")
 
 
 def _refuse(name: str, tensor: Tensor, allowed: str) -> NoReturn:

@@ -32,74 +32,17 @@ from .layout import State
 BACKENDS = ("torch", "triton")
 
 
-def guided_step(
-    uncond: Tensor,
-    cond: Tensor | None,
-    *,
-    combined: Tensor | None = None,
-    x: Tensor,
-    history: Tensor,
-    model_input: Tensor | None,
-    trace: Tensor,
-    state: Tensor,
-    rows: Tensor,
-    rules: Tensor,
-    guidance: Tensor,
-    noise: Tensor | None = None,
-    timestep_out: Tensor | None = None,
-    anchor: Tensor | None = None,
-    shares: Tensor | None = None,
-    scratch: Tensor | None = None,
-    backend: str | None = None,
-) -> None:
-    """Run one step of the module's formula in place; changes x, history, model_input, trace, state, timestep_out and scratch.
+def guided_step(operands: Operands, backend: str | None = None) -> None:
+    """Run one step of the module's formula in place: changes x, history, model_input, trace, state, timestep_out, anchor, shares, scratch.
 
-    Args:
-        uncond, cond: denoiser outputs u and c, [B, C, *S], float16 | bfloat16 | float32, any batch stride. cond = None: only one
-            branch ran, it is passed as `uncond`, then e = u and trace[k, b] = NaN.
-        combined: the caller's own guided output, [B, C, *S] of any of the three dtypes: e of the samples that are not before their
-            transition and whose rule has COMBINED = 1, whatever formula made it. With Q = B = 1 and all else 0 x' keeps its bits.
-        x: latents, float32 [B, C, *S], contiguous or channels_last.
-        history: float32 [L, B, C, *S], L = 0 to 3 slots, each in x's memory format.
-        model_input: next denoiser input, [B or 2B, C, *S] in x's memory format, any of the three dtypes; None: not written.
-        trace: float32 [>= steps, B], d of every step.
-        state, rows, rules: float64 [B, len(State)], [R, len(Row)], [B, len(Rule)].
-        guidance: float32 [B, >= steps, 2], g before the transition and after it.
-        noise: [B, C, *S] of any of the three dtypes, read where N != 0.
-        timestep_out: [B or 2B], any number dtype, the next row's timestep.
-        anchor: float32 [2, B, C, *S] in x's memory format: m and mu of `anchor.push`, written at an anchored sample's first row with both
-            branches; None: no sample is anchored (Rule.ANCHORED is not looked at then).
-        shares: float32, as trace: share p of an anchored sample at every row, NaN of all others.
-        scratch: workspace from `scratch_for(x)`, reused between calls; None: allocated by this call.
-        backend: "triton" or "torch"; None: triton on CUDA and ROCm, torch elsewhere, unless the environment variable FASTGUARD_BACKEND
-            names one.
-
-    Raises:
-        ValueError: a shape, dtype or memory format other than the above.
+    backend: "triton" or "torch"; None: triton on CUDA and ROCm, torch elsewhere, unless the environment variable FASTGUARD_BACKEND
+    names one. ValueError for a shape, dtype or memory format other than `Operands` says.
     """
-    operands = Operands(
-        uncond,
-        cond,
-        combined,
-        x,
-        history,
-        model_input,
-        trace,
-        state,
-        rows,
-        rules,
-        guidance,
-        noise,
-        timestep_out,
-        anchor,
-        shares,
-        scratch,
-    )
     check(operands)
-    chosen = choose_backend(x, backend)
+    chosen = choose_backend(operands.x, backend)
     # The dispatcher costs this many arguments 45 us a call (stock's whole step on 8 small latents: 280 us), so it is only used where
     # somebody is watching: a compiler, FakeTensor, any other mode or subclass.
-    if torch.compiler.is_compiling() or type(x) is not Tensor or torch._C._len_torch_dispatch_stack():
+    if torch.compiler.is_compiling() or type(operands.x) is not Tensor or torch._C._len_torch_dispatch_stack():
         torch.ops.fastguard.guided_step.default(*operands, chosen)
     else:
         _run(operands, chosen)
@@ -117,10 +60,8 @@ def choose_backend(x: Tensor, backend: str | None = None) -> str:
 
 def scratch_for(x: Tensor) -> Tensor:
     """Workspace that `guided_step` can reuse for every step on latents like x: float32, one dimension, contents irrelevant."""
-    size = x.numel() // x.shape[0]
-    return x.new_empty(
-        x.shape[0] * max(2 * torch_step.width(size), 2 * len(State) + 5 * -(-2 * size // triton_step.BLOCK))
-    )
+    blocks = -(-2 * x[0].numel() // triton_step.BLOCK)
+    return x.new_empty(len(x) * (2 * len(State) + 5 * blocks))
 
 
 def history_for(x: Tensor, slots: int) -> Tensor:
@@ -131,16 +72,17 @@ def history_for(x: Tensor, slots: int) -> Tensor:
 
 
 def _run(operands: Operands, backend: str) -> None:
-    x, noise, scratch = operands.x, operands.noise, operands.scratch
+    x, cond, combined, noise = operands.x, operands.cond, operands.combined, operands.noise
     operands = operands._replace(
         uncond=like(operands.uncond.detach(), x),
-        cond=None if operands.cond is None else like(operands.cond.detach(), x),
-        combined=None if operands.combined is None else like(operands.combined.detach(), x),
+        cond=None if cond is None else like(cond.detach(), x),
+        combined=None if combined is None else like(combined.detach(), x),
         noise=noise if noise is None or dense_like(noise, x) else like(noise.contiguous(), x),
-        scratch=scratch_for(x) if scratch is None else scratch,
     )
     if backend == "triton":
-        triton_step.guided_step_triton(operands)
+        triton_step.guided_step_triton(
+            operands._replace(scratch=scratch_for(x)) if operands.scratch is None else operands
+        )
     else:
         torch_step.guided_step_torch(operands)
 
@@ -156,10 +98,9 @@ def _fake(*_: Any) -> None:
 
 _library = torch.library.Library("fastguard", "FRAGMENT")
 _library.define(
-    "guided_step(Tensor uncond, Tensor? cond, Tensor? combined, Tensor(a!) x, Tensor(b!) history, Tensor(c!)? model_input, Tensor(d!) trace, "
-    "Tensor(e!) state, Tensor rows, Tensor rules, Tensor guidance, Tensor? noise, Tensor(f!)? timestep_out, Tensor(g!)? anchor, Tensor(h!)? shares, "
-    "Tensor(i!)? scratch, "
-    "str backend) -> ()",
+    "guided_step(Tensor uncond, Tensor? cond, Tensor(a!) x, Tensor(b!) history, Tensor(c!)? model_input, Tensor(d!) trace, "
+    "Tensor(e!) state, Tensor rows, Tensor rules, Tensor guidance, Tensor? combined, Tensor? noise, Tensor(f!)? timestep_out, "
+    "Tensor(g!)? anchor, Tensor(h!)? shares, Tensor(i!)? scratch, str backend) -> ()",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.impl("guided_step", _implementation, "CompositeExplicitAutograd")

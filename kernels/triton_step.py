@@ -233,8 +233,9 @@ def launch_shape(
 
 
 def guided_step_triton(operands: Operands) -> None:
-    u, c, w, x, history, model_input, trace, state, rows, rules, guidance, z = operands[:12]
-    timestep_out, anchor, shares, scratch = operands[12:]
+    u, c, x, history, model_input, trace, state, rows, rules, guidance, w, z, timestep_out, anchor, shares, scratch = (
+        operands
+    )
     assert scratch is not None
     batch = x.shape[0]
     size = x.numel() // batch

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastguard.kernels.arguments import memory_format
+from fastguard.kernels.arguments import Operands, memory_format
 from fastguard.kernels.guided_step import guided_step, history_for, scratch_for
 from fastguard.kernels.layout import Row, Rule, State
 from fastguard.policies.plan import Plan
@@ -133,22 +133,24 @@ class Loop:
         combined  the caller's own guided output, for the images that are not guarded at this row
         """
         guided_step(
-            uncond,
-            cond,
-            combined=combined,
-            x=self.x,
-            history=self.history,
-            model_input=self.model_input,
-            trace=self.trace,
-            state=self.state,
-            rows=self.rows,
-            rules=self.rules,
-            guidance=self.guidance,
-            noise=noise,
-            timestep_out=self.timestep,
-            anchor=self.anchor,
-            shares=self.shares,
-            scratch=self.scratch,
+            Operands(
+                uncond,
+                cond,
+                self.x,
+                self.history,
+                self.model_input,
+                self.trace,
+                self.state,
+                self.rows,
+                self.rules,
+                self.guidance,
+                combined=combined,
+                noise=noise,
+                timestep_out=self.timestep,
+                anchor=self.anchor,
+                shares=self.shares,
+                scratch=self.scratch,
+            )
         )
 
     def latents(self) -> torch.Tensor:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastguard.kernels.arguments import Operands
 from fastguard.kernels.guided_step import guided_step, history_for
 from fastguard.kernels.layout import NEVER, Magnitude, Phase, Row, Rule, RuleKind, State
 
@@ -48,7 +49,7 @@ class Case:
         return Case(self.uncond.to(device), None if self.cond is None else self.cond.to(device), moved)
 
     def run(self, **options: Any) -> None:
-        guided_step(self.uncond, self.cond, **self.arguments, **options)
+        guided_step(Operands(self.uncond, self.cond, **self.arguments), **options)
 
 
 def clone(tensor: Tensor) -> Tensor:

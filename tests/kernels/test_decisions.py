@@ -14,6 +14,7 @@ import torch
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
+from fastguard.kernels.arguments import Operands
 from fastguard.kernels.guided_step import guided_step
 from fastguard.kernels.layout import Row
 from fastguard.loop.report import Report
@@ -140,10 +141,10 @@ def run(
     guided = []
     for k, branch in enumerate(plan.branches):
         outputs = {"both": (u, curves[k]), "uncond": (u, None), "cond": (curves[k], None)}[branch]
-        guided_step(*outputs, **buffers)
+        guided_step(Operands(*outputs, **buffers))
         guided.append(buffers["x"].flatten().clone())
     finished = buffers["state"].clone()
-    guided_step(u, u, **buffers)  # one step too many: an inactive row touches nothing
+    guided_step(Operands(u, u, **buffers))  # one step too many: an inactive row touches nothing
     assert torch.equal(finished.nan_to_num(-7.0), buffers["state"].nan_to_num(-7.0))
     return (
         plan,

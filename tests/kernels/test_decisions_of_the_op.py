@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastguard.kernels.arguments import Operands
 from fastguard.kernels.guided_step import guided_step, history_for
 from fastguard.kernels.layout import NEVER, Magnitude, Phase, Row, Rule, RuleKind, State
 
@@ -66,12 +67,9 @@ def play_and_check(deltas, observe, weights, rules, phases, backend):
     want = first_state(phases)
     with np.errstate(over="ignore", invalid="ignore"):
         for k in range(steps):
-            guided_step(
-                torch.zeros_like(x),
-                torch.from_numpy(deltas[:, k]).reshape(x.shape),
-                x=x, history=history_for(x, 0), model_input=None, trace=trace, state=state, rows=torch.from_numpy(rows),
-                rules=torch.from_numpy(rules), guidance=torch.from_numpy(guidance), backend=backend,
-            )  # fmt: skip
+            tables = (torch.from_numpy(table) for table in (rows, rules, guidance))
+            outputs = torch.zeros_like(x), torch.from_numpy(deltas[:, k]).reshape(x.shape)
+            guided_step(Operands(*outputs, x, history_for(x, 0), None, trace, state, *tables), backend)
             for b in range(batch):
                 d = deltas[b, k] * deltas[b, k]
                 want[b], column = reference.decide(want[b], rules[b], rows[k], float(d))

@@ -6,6 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastguard.kernels import guided_step as kernel
+from fastguard.kernels.arguments import Operands
 
 from . import cases
 
@@ -13,28 +14,8 @@ OPERATOR = torch.ops.fastguard.guided_step.default
 
 
 def operands(case, backend="torch"):
-    names = [
-        "combined",
-        "x",
-        "history",
-        "model_input",
-        "trace",
-        "state",
-        "rows",
-        "rules",
-        "guidance",
-        "noise",
-        "timestep_out",
-        "anchor",
-        "shares",
-    ]
-    return (
-        case.uncond,
-        case.cond,
-        *(case.arguments[name] for name in names),
-        kernel.scratch_for(case.arguments["x"]),
-        backend,
-    )
+    scratch = kernel.scratch_for(case.arguments["x"])
+    return (*Operands(case.uncond, case.cond, **case.arguments, scratch=scratch), backend)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +73,7 @@ def test_compiles_into_one_graph():
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def step(uncond, cond, arguments):
-        kernel.guided_step(uncond * 1, cond * 1, **arguments)
+        kernel.guided_step(Operands(uncond * 1, cond * 1, **arguments))
         return arguments["x"] + 0
 
     assert torch.equal(step(run.uncond, run.cond, run.arguments), run.arguments["x"])
