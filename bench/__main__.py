@@ -11,8 +11,6 @@ from typing import Annotated, Any
 
 import typer
 
-from fastguard.commands.arguments import Scheduler
-
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -123,7 +121,9 @@ def paper(
     ] = None,
     seconds: Pairs = 3,
     processes: Processes = 1,
-    scheduler: Scheduler = None,
+    scheduler: Annotated[
+        str | None, typer.Option(help="Diffusers scheduler in place of the model's own, e.g. DDIM.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, float16, bfloat16")] = "auto",
     quick: Quick = False,

@@ -69,8 +69,8 @@ def write_json(path: str | os.PathLike[str], value: Any) -> Path:
     return write_atomic(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
-def read_json(path: str | os.PathLike[str]) -> Any:
-    """Read strict JSON: NaN, infinities and a key given twice are refused, as ValueError naming `path`."""
+def parse_json(text: str) -> Any:
+    """Strict JSON: NaN, infinities and a key given twice raise ValueError (RecursionError: what is nested too deeply)."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
@@ -82,8 +82,12 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     def refuse(name: str) -> None:
         raise ValueError(f"{name} is not a number of JSON")
 
+    return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """`parse_json` of a file. ValueError naming `path`."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+        return parse_json(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise ValueError(f"{os.fspath(path)}: not valid JSON: {error}") from None

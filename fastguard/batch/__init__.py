@@ -7,8 +7,8 @@ prompt_files  rows to requests, with the line of what is wrong
 screening     what a model has memorized: a statistic per prompt
 fitting       what a model allows a request to be
 planning      requests to batches of one shape; what is left of them after a crash
-stages        text encoding (text), denoising and decoding (decoding) of one batch by a guarded pipeline
-overlap       the stages overlapped in threads; memory: what to do when it is short
+maker         a batch by one call of a guarded pipeline
+conveyor      many batches, and their files beside them; what to do when memory is short
 local         runs them in this process, ray_runner on the actors of a Ray cluster
 cuts          what of a prompt no text encoder reads
 pictures      PNG, JPEG and WebP bytes with the record of the image inside

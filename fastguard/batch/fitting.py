@@ -50,6 +50,11 @@ class Limits:
             raise ValueError(f"model={model!r}: {error}") from None
         return cls.of_pipeline(skeleton(model, scheduler=scheduler))
 
+    def check(self, requests: Iterable[Request]) -> None:
+        """ValueError for the first that the model cannot make."""
+        for problem in self.problems(requests):
+            raise ValueError(problem.message)
+
     def problems(self, requests: Iterable[Request]) -> list[Problem]:
         """One for each request that the model cannot make."""
         found, rows = [], {}
@@ -57,7 +62,7 @@ class Limits:
             if request.steps not in rows:
                 rows[request.steps] = self._rows(request.steps)
             if message := self._problem(request, rows[request.steps]):
-                found.append(Problem(request.line or 0, message, {"id": request.id, "prompt": request.prompt}))
+                found.append(Problem.of(request, message))
         return found
 
     def _rows(self, steps: int) -> int | str:

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fastguard.batch.claim import FORMAT, check, check_free, claim, differences
+from fastguard.batch.conveyor import Failed
 from fastguard.batch.manifest import Manifest
 from fastguard.batch.names import clashes, ignores_case
 from fastguard.batch.options import JobOptions
-from fastguard.batch.overlap import Failed
 from fastguard.batch.pictures import Picture, read_record
 from fastguard.batch.planning import Batch, plan
 from fastguard.batch.prompt_files import BadRows, Source
-from fastguard.batch.request import Request
+from fastguard.batch.request import Request, remade
 from fastguard.batch.sheet import MOST, write_sheet
 from fastguard.batch.signals import Interrupted, interrupting
 from fastguard.batch.store import Directory, Made, Shards
@@ -35,7 +35,7 @@ class Runner(Protocol):
 
     phase: str  # what the first image waits for
 
-    def start(self, requests: Sequence[Request]) -> None: ...  # loads; ValueError, OSError if it cannot run
+    def start(self) -> None: ...  # loads; ValueError, OSError if it cannot run
     def run(self, batches: Sequence[Batch], prepare: Prepare) -> Generator[list[Made | Failed], None, None]: ...
     def stop(self) -> None: ...  # from a signal handler
     def close(self) -> None: ...
@@ -77,6 +77,7 @@ class Job:
         check(self.out, self._all_settings)
         check_free(self.out)
         self.leave_out(self._bad_names())
+        self.requests += self._remakes()
         self._done()
 
     def leave_out(self, found: Sequence[Problem]) -> None:
@@ -91,17 +92,22 @@ class Job:
         """Whether an image is still to be made, as far as that is known before the directory is opened."""
         return len(self._done()) < len(self.requests)
 
+    def _remakes(self) -> list[Request]:
+        """Images that are still to be asked for, in the place of those that the manifest calls suspect by now."""
+        if not self.options.remake:
+            return []
+        suspect = {line["id"]: line.get("suspect") for line in self.manifest.lines()}
+        known = {request.id for request in self.requests}
+        made = [remade(r) for r in self.requests if r.remake_of is None and suspect.get(r.id)]
+        return [request for request in made if request.id not in known]
+
     def _bad_names(self) -> list[Problem]:
+        ids = {request.id for request in self.requests} if self.options.remake else set()
+        if taken := [r for r in self.requests if remade(r).id in ids]:
+            return [Problem.of(r, f"id={r.id!r}: {remade(r).id!r} must be left to its remake") for r in taken]
         if isinstance(self.store, Shards):
-            return [
-                Problem(
-                    r.line or 0,
-                    f"id={r.id!r}: must have no '.' in a WebDataset shard",
-                    {"id": r.id, "prompt": r.prompt},
-                )
-                for r in self.requests
-                if "." in r.id
-            ]
+            dotted = [r for r in self.requests if "." in r.id]
+            return [Problem.of(r, f"id={r.id!r}: must have no '.' in a WebDataset shard") for r in dotted]
         if not ignores_case(self.out):
             return []
         # Files that no line speaks of yet are there, too, after a crash.
@@ -128,9 +134,14 @@ class Job:
     def _other_values(self, request: Request, line: dict[str, Any]) -> Problem:
         own = {key: value for key, value in (request.identity() | self.settings).items() if value is not None}
         there = {key: line.get(key) for key in own} | {"policy": json.loads(line.get("policy_json") or "null")}
+        if line.get("screen"):  # then the line's policy is what came of it
+            own, there = (
+                own | {"policy": None},
+                there | {"policy": None, "screen": [line["screen"]["noises"], line["screen"]["bound"]]},
+            )
         what = "; ".join(differences(there, own))
         what = what or "another negative_prompt, guidance_scale, width or height"
-        return Problem(request.line or 0, f"id={request.id!r}: was made in {self.out} from other values: {what}")
+        return Problem.of(request, f"id={request.id!r}: was made in {self.out} from other values: {what}")
 
     @contextmanager
     def open(self) -> Iterator[None]:
@@ -152,13 +163,18 @@ class Job:
 
         done = self._done() | self._adopt()
         before = len(done)
+        self.requests += self._remakes()  # of what was found
         self._reject()
         if len(done) < len(self.requests):
             runner = start()
             with tqdm(
                 total=len(self.requests), initial=before, unit="image", desc=runner.phase, disable=not progress
             ) as bar:
-                self._make(runner, done, bar)
+                self._make(runner, self.requests, done, bar)
+                if again := self._remakes():
+                    self.requests += again
+                    bar.total += len(again)
+                    self._make(runner, again, done, bar)
         self.store.close()
         made = len(done) - before
         if self.options.sheet:
@@ -171,9 +187,9 @@ class Job:
         lines = {line["id"]: line for line in self.manifest.lines() if line["id"] in wanted}
         return (lines[request.id] for request in self.requests[:MOST] if request.id in lines)
 
-    def _make(self, runner: Runner, done: set[str], bar: Any) -> None:
+    def _make(self, runner: Runner, requests: Sequence[Request], done: set[str], bar: Any) -> None:
         """Make what is not in `done`; whatever gets into the manifest gets into `done` too."""
-        batches = plan(self.requests, self.options.batch_size, lambda request: request.id in done)
+        batches = plan(requests, self.options.batch_size, lambda request: request.id in done)
         with interrupting(runner.stop), closing(runner.run(batches, self.store.prepare)) as results:
             for group in results:
                 bar.set_description_str("", refresh=False)
@@ -182,10 +198,8 @@ class Job:
                     self.manifest.append(self.store.commit(fresh))
                     done.update(item.request.id for item in fresh)
                     bar.update(len(fresh))
-                failed = [item for item in group if isinstance(item, Failed)]
-                for item in failed:
-                    values = {"id": item.request.id, "prompt": item.request.prompt}
-                    self.problems.append(Problem(item.request.line or 0, item.message, values))
+                failed = [Problem.of(item.request, item.message) for item in group if isinstance(item, Failed)]
+                self.problems += failed
                 if failed:
                     self._reject()
 

@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
-from PIL import Image
-
+from fastguard.batch.conveyor import Conveyor, Failed
+from fastguard.batch.maker import Maker
 from fastguard.batch.options import JobOptions
-from fastguard.batch.overlap import Conveyor, Failed
 from fastguard.batch.pictures import Picture
 from fastguard.batch.planning import Batch
-from fastguard.batch.request import Request
-from fastguard.batch.stages import Stages
 from fastguard.batch.store import Made
 
 
@@ -23,32 +20,31 @@ class LocalRunner:
 
     def __init__(self, load: Callable[[], Any], *, settings: dict[str, Any], options: JobOptions) -> None:
         self.load, self.settings, self.options = load, settings, options
-        self._stages: Stages | None = None
+        self._maker: Maker | None = None
         self._conveyor: Conveyor | None = None
 
-    def start(self, requests: Sequence[Request]) -> None:
-        self._stages = Stages(self.load(), requests, self.settings)
+    def start(self) -> None:
+        self._maker = Maker(self.load(), self.settings)
 
     def run(
         self, batches: Sequence[Batch], prepare: Callable[[Made], Made]
     ) -> Generator[list[Made | Failed], None, None]:
         """The images of `batches` in groups; `prepare` is called in the pool, with each of them."""
         picture = Picture.of(self.options)
-
-        def finish(request: Request, image: Image.Image, record: dict[str, Any]) -> Made:
-            return prepare(Made(request, record, picture.encode(image, record)))
-
-        if self._stages is None:
+        if self._maker is None:
             raise RuntimeError("the runner was not started")
         self._conveyor = Conveyor(
-            self._stages, finish, workers=self.options.workers, keep_going=self.options.keep_going
+            self._maker,
+            lambda request, image, record: prepare(Made(request, record, picture.encode(image, record))),
+            workers=self.options.workers,
+            keep_going=self.options.keep_going,
         )
-        yield from self._conveyor.run(batches)
+        return self._conveyor.run(batches)
 
     def stop(self) -> None:
         if self._conveyor is not None:
             self._conveyor.stop()
 
     def close(self) -> None:
-        if self._stages is not None:
-            self._stages.close()
+        if self._maker is not None:
+            self._maker.close()

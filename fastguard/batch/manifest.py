@@ -7,7 +7,6 @@ anything is appended, and its image is found again by its file or made again.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,12 +69,4 @@ def _end_of_lines(path: Path) -> int:
     if not path.exists():
         return 0
     with path.open("rb") as file:
-        end = file.seek(0, os.SEEK_END)
-        while end:
-            start = max(0, end - 65536)
-            file.seek(start)
-            found = file.read(end - start).rfind(b"\n")
-            if found >= 0:
-                return start + found + 1
-            end = start
-    return 0
+        return sum(len(line) for line in file if line.endswith(b"\n"))

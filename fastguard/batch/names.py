@@ -26,10 +26,7 @@ def clashes(requests: Iterable[Request], taken: Iterable[str]) -> list[Problem]:
     for request in requests:
         owner = owners.setdefault(_key(request.id), request.id)
         if owner != request.id:
-            values = {"id": request.id, "prompt": request.prompt}
-            found.append(
-                Problem(request.line or 0, f"id={request.id!r}: is the same file as id={owner!r} here", values)
-            )
+            found.append(Problem.of(request, f"id={request.id!r}: is the same file as id={owner!r} here"))
     return found
 
 

@@ -44,6 +44,13 @@ class JobOptions:
     quality: int | None = _option(None, "Of jpeg and webp, 1 to 100; 95 unless given.")
     metadata: str = _option("full", "What an image file says of itself: full, its id alone, or none.")
     shard_size: int | None = _option(None, "Write WebDataset shards of so many images instead of a file per image.")
+    screen: bool = _option(
+        False,
+        "Guard the images of prompts whose mean over a few noises says that they are memorized, in place of the gate.",
+    )
+    remake: bool = _option(
+        False, "Make suspect images again, anchored and without a gate, beside the first ones: ID-remake."
+    )
     sheet: bool = _option(False, "Also write sheet.png, a contact sheet of the images.")
     keep_going: bool = _option(False, "Leave out what is bad or fails, and list it in rejected.jsonl.")
     dtype: str = _option("auto", "float32, float16 or bfloat16; auto: float16 on a GPU, else float32.")

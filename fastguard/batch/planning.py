@@ -17,7 +17,22 @@ def shape(request: Request) -> tuple[Any, ...]:
     It is the guard that gives each image its own scale: a stock call has one.
     """
     scale = request.stock_scale if guard_disabled() else None
-    return request.steps, request.height, request.width, request.guided, scale
+    # Some models take zeros for no negative prompt, and text for an empty one.
+    text = request.negative_prompt is None
+    return request.steps, request.height, request.width, request.guided, text, request.screen, scale
+
+
+def arguments(batch: Sequence[Request]) -> dict[str, Any]:
+    """What a call of the pipeline for requests of one shape takes from them, but for seeds and scales."""
+    first = batch[0]
+    given = {
+        "prompt": [request.prompt for request in batch],
+        "negative_prompt": None if first.negative_prompt is None else [request.negative_prompt for request in batch],
+        "num_inference_steps": first.steps,
+        "height": first.height,
+        "width": first.width,
+    }
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def plan(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,8 +40,10 @@ class BadRows(ValueError):
         super().__init__("\n  ".join([f"{source.name}: {count}, nothing was done", *lines]))
 
 
-def load(prompts: Prompts, options: JobOptions) -> tuple[list[Request], list[Problem]]:
+def load(prompts: Prompts, options: JobOptions, fields: Sequence[str] = FIELDS) -> tuple[list[Request], list[Problem]]:
     """The images of `prompts` (see `fastguard.batch.tables.rows`) under `checked` options, and the rows that are bad.
+
+    fields  those that are read; if they are not all there are, others are ignored
 
     BadRows if there are any and not `options.keep_going`, or if no good row is left; ValueError if the prompts as a whole cannot be
     read (a file's ending, its header, no rows), OSError if the file is not there.
@@ -52,11 +55,13 @@ def load(prompts: Prompts, options: JobOptions) -> tuple[list[Request], list[Pro
     problems: list[Problem] = []
     seen: dict[str, int] = {}
     count = 0
-    for line, row in rows(prompts, FIELDS):
+    for line, row in rows(prompts, fields, strict=fields is FIELDS):
         count += 1
         if isinstance(row, Problem):
             problems.append(row)
             continue
+        if fields is not FIELDS:
+            row = {name: row[name] for name in fields if name in row}
         try:
             made = parse(row, options, count - 1, line=line, base=base)
             for request in made:

@@ -20,15 +20,15 @@ from contextlib import contextmanager
 from typing import Any
 
 from fastguard import checks
+from fastguard.batch.conveyor import Conveyor, Failed, finished
 from fastguard.batch.options import JobOptions
-from fastguard.batch.overlap import Conveyor, Failed, finished
 from fastguard.batch.pictures import Picture
 from fastguard.batch.planning import Batch
 from fastguard.batch.request import Request
 from fastguard.batch.store import Made
 
 TRIES = 4  # of a task whose actor dies, before it is taken for the cause
-BATCHES_PER_TASK = 4  # so that the stages of an actor have something to overlap
+BATCHES_PER_TASK = 4  # so that an actor writes one while it makes the next
 
 
 class Ledger:
@@ -48,11 +48,11 @@ class Worker:
     def __init__(
         self, load: Callable[[], Any], settings: dict[str, Any], picture: Picture, keep_going: bool, ledger: Any
     ) -> None:
-        from fastguard.batch.stages import Stages
+        from fastguard.batch.maker import Maker
 
         self.failure: ValueError | None = None
         try:
-            self.stages = Stages(load(), [], settings)
+            self.maker = Maker(load(), settings)
         except ValueError as error:  # an actor that raises here would be started again and again
             self.failure = error
         self.picture, self.keep_going, self.ledger = picture, keep_going, ledger
@@ -72,7 +72,7 @@ class Worker:
             yield packed([self.failure])
             return
         batches = [pickle.loads(data) for data in table.column("batch").to_pylist()]
-        conveyor = Conveyor(self.stages, finish, workers=1, keep_going=self.keep_going)
+        conveyor = Conveyor(self.maker, finish, workers=1, keep_going=self.keep_going)
         tries = _ray().get(self.ledger.begin.remote(batches[0][0].id))
         if tries > TRIES:
             message = f"actors died {TRIES} times over this and the other images of its task"
@@ -105,7 +105,7 @@ class RayRunner:
         self.phase = f"starting {self.actors} actor{'s' * (self.actors != 1)}"
         self._owned = self._waiting = self._stopped = False
 
-    def start(self, requests: Sequence[Request]) -> None:
+    def start(self) -> None:
         """Connect to the cluster, or start a local one. ConnectionError if there is none at the address, ValueError if it is too small."""
         self._connect()
         try:

@@ -6,9 +6,11 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,9 @@ from fastguard import checks
 from fastguard.batch.options import JobOptions
 from fastguard.files import is_unicode, short
 from fastguard.policies.fields import MOST_STEPS, RANGES
+from fastguard.policies.gate import screening_bound
 from fastguard.policies.policy import Policy
+from fastguard.policies.presets import PRESETS
 from fastguard.policies.presets import policy as make_policy
 
 FIELDS = (
@@ -31,8 +35,6 @@ SEEDS = 2**32
 _ID = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9._-]{{0,{LONGEST_ID - 1}}}")
 _DEVICES = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?")  # never files on Windows
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
-_INTEGER = re.compile(r"[+-]?[0-9]{1,30}(\.0*)?")
-_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,8 @@ class Request:
     """One image. `policy` holds the row's guidance scale, if it has one, and is for this image alone.
 
     guidance_scale, negative_prompt, width, height: None is the pipeline's own.
+    screen: noises and bound of the mean over them, if the prompt is to be screened and the policy without its gate is for a flagged one.
+    remake_of: the id of the suspect image in whose place this one is made.
     line: of the prompt file, from 1 (a row of a parquet file or a list); no part of what the image is.
     """
 
@@ -52,6 +56,8 @@ class Request:
     guidance_scale: float | None = None
     width: int | None = None
     height: int | None = None
+    screen: tuple[int, float] | None = None
+    remake_of: str | None = None
     line: int | None = None
 
     @property
@@ -68,13 +74,29 @@ class Request:
     def identity(self) -> dict[str, Any]:
         """All that decides what the image looks like, apart from the model: two requests with the same id must agree in it."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        del values["id"], values["line"]
+        del values["id"], values["line"], values["remake_of"]
+        if self.screen is None:
+            del values["screen"]
         return values | {"policy": _policy_values(self.policy)}
 
     def digest(self, settings: Mapping[str, Any]) -> str:
         """A short name of the identity under the model's `settings`; written into every image."""
         text = json.dumps([self.identity(), dict(settings)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def remade(request: Request) -> Request:
+    """The image to make in the place of a suspect one: anchored, whatever the gate and the screening say, under an id of its own."""
+    policy, anchored = request.policy, PRESETS["anchored"]
+    return dataclasses.replace(
+        request,
+        id=f"{request.id}-remake",
+        policy=dataclasses.replace(policy, gate=None, gate_steps=1)
+        if policy.anchored
+        else dataclasses.replace(anchored, suspect=policy.suspect, guidance_scale=policy.guidance_scale),
+        screen=None,
+        remake_of=request.id,
+    )
 
 
 def checked(options: JobOptions) -> JobOptions:
@@ -107,6 +129,7 @@ def parse(
     if not prompt:
         raise ValueError(f"prompt={short(given.get('prompt'))}: must be text that is not empty")
     negative = given.get("negative_prompt", options.negative_prompt)
+    width, height = given.get("width", options.width), given.get("height", options.height)
     first = _count("seed", given.get("seed", options.seed), 0, SEEDS - options.images_per_prompt)
     chosen, scale = _policy_and_scale(given, options, base)
     shared = Request(
@@ -116,8 +139,9 @@ def parse(
         negative_prompt=None if negative is None else _text("negative_prompt", negative),
         steps=_count("steps", given.get("steps", options.steps), 1, MOST_STEPS),
         guidance_scale=scale,
-        width=_side("width", given.get("width", options.width)),
-        height=_side("height", given.get("height", options.height)),
+        width=None if width is None else _count("width", width, 8, LARGEST_SIDE),
+        height=None if height is None else _count("height", height, 8, LARGEST_SIDE),
+        screen=screening_bound(chosen) if options.screen and chosen.guarded else None,
         line=line,
     )
     name = _id(given["id"]) if "id" in given else f"{index:05d}"
@@ -212,21 +236,19 @@ def _plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") and getattr(value, "shape", None) == () else value
 
 
+def _numeric(value: Any) -> Any:
+    """The number that a text of a table is, if it is one, and the integer that a float is: tables write a column with gaps as 7.0."""
+    if isinstance(value, str) and value.isascii() and "_" not in value:
+        with suppress(ValueError):
+            number = float(value)
+            value = number if math.isfinite(number) else value
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def _count(name: str, value: Any, lowest: int, highest: int) -> int:
-    """Text and floats are taken for the integer that they are: tables write a column with gaps as 7.0."""
-    if isinstance(value, str) and _INTEGER.fullmatch(value.strip()):
-        value = int(value.partition(".")[0])
-    elif isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return checks.integer(name, value, lowest, highest)
-
-
-def _side(name: str, value: Any) -> int | None:
-    return None if value is None else _count(name, value, 8, LARGEST_SIDE)
+    return checks.integer(name, _numeric(value), lowest, highest)
 
 
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, str) and _NUMBER.fullmatch(value.strip()):
-        value = float(value)
-    lowest, highest = RANGES[name]
+    value, (lowest, highest) = _numeric(value), RANGES[name]
     return checks.number(name, value, f"a number from {lowest:g} to {highest:g}", lambda x: lowest <= x <= highest)

@@ -1,132 +1,85 @@
 """What a model has memorized, prompt by prompt: RMS(c - u) at the first step, over the same few noises for every prompt.
 
 One image's value depends on its noise; the mean over 4 to 8 noises tells memorized prompts from ordinary ones better, and costs a row pair
-of the denoiser each. Noise k of every prompt is that of the generator seeded with seed + k.
+of the denoiser each. Noise k of every prompt is that of the generator seeded with seed + k. The value belongs to a prompt, a negative
+prompt, a size and a number of steps; the guidance scale has no part in it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from fastguard import checks
 from fastguard.batch.growing import Growing
-from fastguard.batch.prompt_files import Source
-from fastguard.batch.request import SEEDS
-from fastguard.batch.tables import Problem, Prompts, rows
-from fastguard.policies.gate import UNREACHED
+from fastguard.batch.planning import arguments
+from fastguard.batch.request import Request
+from fastguard.policies.gate import observe
+from fastguard.policies.policy import Policy
+from fastguard.policies.presets import PRESETS
 
-NOISES = 4
 FORMAT = "fastguard_screen"
+Key: TypeAlias = tuple[str, str | None, int, int | None, int | None]
 
 
-def distinct_prompts(prompts: Prompts) -> list[str]:
-    """The distinct prompts of any table that `generate` reads, in their order; other columns are ignored. ValueError for a bad row."""
-    source = Source.of(prompts)
-    found: dict[str, None] = {}
-    for number, row in rows(prompts, None):
-        message = row.message if isinstance(row, Problem) else None
-        prompt = None if isinstance(row, Problem) else row.get("prompt")
-        if message is None and (not isinstance(prompt, str) or not prompt.strip()):
-            message = f"prompt={prompt!r}: must be text that is not empty"
-        if message is not None:
-            raise ValueError(f"{source.name}: {source.unit} {number}: {message}")
-        found.setdefault(str(prompt).strip())
-    if not found:
-        raise ValueError(f"{source.name}: there is no prompt in it")
-    return list(found)
+def key(request: Request) -> Key:
+    """What the statistic belongs to."""
+    return request.prompt, request.negative_prompt, request.steps, request.height, request.width
 
 
-def statistics(
-    pipe: Any,
-    prompts: Sequence[str],
-    *,
-    noises: int = NOISES,
-    seed: int = 0,
-    batch_size: int = 8,
-    each: Callable[[str, list[float]], None] = lambda prompt, values: None,
-    **call: Any,
-) -> list[list[float]]:
-    """Per prompt, RMS(c - u) at the first step for each noise: [len(prompts)][noises].
+def statistics(pipe: Any, batch: Sequence[Request], noises: int, *, seed: int = 0, most: int) -> list[list[float]]:
+    """RMS(c - u) at the first step of requests of one shape, for each noise: [len(batch)][noises]. most: images per call of the pipeline.
 
-    batch_size   images per call of the pipeline, in whole prompts, one at least
-    each         told of every prompt when it is done
-    call         of the pipeline: num_inference_steps, guidance_scale, negative_prompt (of all), height ...
-
-    A guard that was on comes back. ValueError for numbers that are not allowed, a scale without a second branch, or outputs that are
-    not finite.
+    A guard that was on comes back. ValueError for outputs that are not finite.
     """
-    import torch
+    each = [request for request in batch for _ in range(noises)]
+    scale = batch[0].stock_scale
+    call = arguments(each) | ({} if scale is None else {"guidance_scale": scale})
+    seeds = [seed + k for _ in batch for k in range(noises)]
+    images = observe(pipe, seeds=seeds, batch_size=most, **call)
+    values = [image.gate["rms"] for image in images]
+    return [values[i : i + noises] for i in range(0, len(values), noises)]
 
-    import fastguard
 
-    checks.integer("noises", noises, 1, 1000)
-    checks.integer("seed", seed, 0, SEEDS - noises)
-    if not call.get("guidance_scale", 7.5) > 1:
-        raise ValueError(
-            f"guidance_scale={call['guidance_scale']!r}: must be above 1, else there is no second branch to compare with"
-        )
-
-    def stop(pipeline: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
-        pipeline._interrupt = True
-        return values
-
-    negative = call.pop("negative_prompt", None)
-    at_once = max(1, batch_size // noises)
-    found: list[list[float]] = []
-    try:
-        with fastguard.enable(pipe, "paper-dtp", gate=UNREACHED) as guard:
-            for start in range(0, len(prompts), at_once):
-                part = prompts[start : start + at_once]
-                text: dict[str, Any] = {"prompt": [prompt for prompt in part for _ in range(noises)]}
-                if negative is not None:
-                    text["negative_prompt"] = [negative] * len(text["prompt"])
-                pipe(
-                    **text,
-                    generator=[torch.Generator().manual_seed(seed + k) for _ in part for k in range(noises)],
-                    output_type="latent",
-                    callback_on_step_end=stop,
-                    **call,
-                )
-                values = [image.gate["rms"] if image.gate else None for image in guard.report or ()]
-                for i, prompt in enumerate(part):
-                    own = [value for value in values[i * noises : (i + 1) * noises] if value is not None]
-                    if len(own) < noises:
-                        raise ValueError(f"prompt {prompt!r}: cond or uncond is not finite, so it has no statistic")
-                    found.append(own)
-                    each(prompt, own)
-    finally:
-        pipe._interrupt = False
-    return found
+def decided(policy: Policy, flagged: bool) -> Policy:
+    """What an image gets whose prompt was screened: its policy without the gate, or plain guidance."""
+    if flagged:
+        return dataclasses.replace(policy, gate=None, gate_steps=1)
+    return dataclasses.replace(PRESETS["cfg"], guidance_scale=policy.guidance_scale, suspect=policy.suspect)
 
 
 class Journal:
     """Prompts that are done, on the disk as soon as they are: a killed screening goes on from there.
 
     settings   what the values depend on; ValueError if the file holds values of others
+    done       the values of (prompt, negative prompt)
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
-        self.path, self.done = path, dict[str, list[float]]()
+        self.path, self.done = path, dict[tuple[str, str | None], list[float]]()
         lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
         whole = [line for line in lines if line.endswith(b"\n")]  # the last may be torn
         if whole:
             head = json.loads(whole[0])
-            if head != {FORMAT: 1, **settings}:
+            if head != {FORMAT: 2, **settings}:
                 raise ValueError(f"{path}: holds values of other settings: {head}; remove it, or screen with those")
-            self.done = {line["prompt"]: line["values"] for line in map(json.loads, whole[1:])}
+            for line in map(json.loads, whole[1:]):
+                self.done[line["prompt"], line["negative_prompt"]] = line["values"]
         self._file = Growing(path, sum(map(len, whole)))
         if not whole:
-            self._append({FORMAT: 1, **settings})
+            self._append([{FORMAT: 2, **settings}])
 
-    def add(self, prompt: str, values: Iterable[float]) -> None:
-        self.done[prompt] = list(values)
-        self._append({"prompt": prompt, "values": self.done[prompt]})
+    def add(self, found: Iterable[tuple[Request, list[float]]]) -> None:
+        lines = []
+        for request, values in found:
+            self.done[request.prompt, request.negative_prompt] = values
+            lines.append({"prompt": request.prompt, "negative_prompt": request.negative_prompt, "values": values})
+        self._append(lines)
 
-    def _append(self, line: dict[str, Any]) -> None:
-        self._file.append((json.dumps(line, ensure_ascii=False) + "\n").encode())
+    def _append(self, lines: Iterable[dict[str, Any]]) -> None:
+        self._file.append("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
 
     def remove(self) -> None:
         self._file.close()

@@ -9,6 +9,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
+from fastguard.batch.summary import caught
 from fastguard.files import write_atomic
 
 NAME = "sheet.png"
@@ -20,7 +21,7 @@ PLAIN, CAUGHT, SUSPECT = "#888888", "#1f77b4", "#d62728"
 def write_sheet(out: Path, lines: Iterable[Mapping[str, Any]], read: Any) -> Path | None:
     """sheet.png of the first `MOST` images. lines: of the manifest; read(line): the image's file, bytes. None if there is no image.
 
-    Frames: red if suspect, blue if caught by the gate, grey otherwise.
+    Frames: red if suspect, blue if caught (by the gate, or its prompt by screening), grey otherwise.
     """
     shown = list(lines)[:MOST]
     if not shown:
@@ -47,5 +48,4 @@ def frame(line: Mapping[str, Any]) -> str:
     """The colour of an image's frame."""
     if line.get("suspect"):
         return SUSPECT
-    gate = line.get("gate")
-    return CAUGHT if gate and gate["caught"] else PLAIN
+    return CAUGHT if caught(line) else PLAIN

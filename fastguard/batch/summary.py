@@ -17,11 +17,18 @@ REPORT = "report.json"
 LISTED = 10_000  # images that report.json lists; beyond, the manifest is the list
 NAMED = 20  # rejected images that the summary names
 
+
+def caught(line: Mapping[str, Any]) -> bool:
+    """Whether the gate caught an image, or screening its prompt."""
+    return bool((line.get("gate") or {}).get("caught") or (line.get("screen") or {}).get("flagged"))
+
+
 COUNTS: dict[str, tuple[str, Callable[[Mapping[str, Any]], Any]]] = {
-    "caught": ("caught by the gate", lambda line: line.get("gate") and line["gate"]["caught"]),
+    "caught": ("caught", lambda line: caught(line)),
     "transitions": ("transitions", lambda line: line.get("transition_step") is not None),
     "forced": ("of them forced by the deadline", lambda line: line.get("forced")),
     "suspect": ("suspect of being copies", lambda line: line.get("suspect")),
+    "remade": ("made again", lambda line: line.get("remake_of")),
     "blacked": ("blacked by the safety checker", lambda line: line.get("blacked")),
     "non_finite": ("NOT FINITE", lambda line: line.get("non_finite") is not None or line.get("vae_non_finite")),
     "cut": (

@@ -6,16 +6,17 @@ import csv
 import io
 import json
 import os
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastguard import checks
-from fastguard.files import is_unicode, short
+from fastguard.files import is_unicode, parse_json, short
 
-MOST_DIGITS = 4300  # of an integer that Python reads from text
+if TYPE_CHECKING:
+    from fastguard.batch.request import Request
+
 Prompts = str | os.PathLike[str] | Iterable[str | Mapping[str, Any]]
 
 
@@ -27,14 +28,19 @@ class Problem:
     message: str
     values: Any = None
 
+    @classmethod
+    def of(cls, request: Request, message: str) -> Problem:
+        return cls(request.line or 0, message, {"id": request.id, "prompt": request.prompt})
+
 
 Rows = Iterator[tuple[int, "Mapping[str, Any] | Problem"]]
 
 
-def rows(prompts: Prompts, fields: Sequence[str] | None) -> Rows:
+def rows(prompts: Prompts, fields: Sequence[str], *, strict: bool = True) -> Rows:
     """Line and values of every row of `prompts`: a file, a list of texts or mappings, or a table (pandas, polars, pyarrow, datasets).
 
-    fields  the columns that a table with a header may have; None: any. It must have "prompt".
+    fields  the columns that are read, "prompt" among them, which a table with a header must have
+    strict  a header with other columns is refused; otherwise they are of no concern
 
     ValueError if the prompts as a whole cannot be read, FileNotFoundError if the file is not there.
     """
@@ -44,7 +50,7 @@ def rows(prompts: Prompts, fields: Sequence[str] | None) -> Rows:
     readers = {".txt": _txt, ".csv": _csv, ".jsonl": _jsonl, ".parquet": _parquet}
     if path.suffix.lower() not in readers:
         raise ValueError(f"prompts={str(path)!r}: must end in {', '.join(readers)}")
-    return readers[path.suffix.lower()](path, fields)
+    return readers[path.suffix.lower()](path, fields, strict)
 
 
 def _listed(prompts: Iterable[Any]) -> Rows:
@@ -66,15 +72,8 @@ def _records(prompts: Any) -> Iterable[Any]:
         return prompts.iter_rows(named=True)
     if hasattr(prompts, "to_pylist"):  # pyarrow
         return prompts.to_pylist()
-    if hasattr(
-        prompts, "itertuples"
-    ):  # pandas, where what is missing is NaN or NA and an integer column with gaps is of floats
-        present = prompts.notna().to_dict("records")
-        values = prompts.to_dict("records")
-        return (
-            {name: value for name, value in row.items() if there[name]}
-            for row, there in zip(values, present, strict=True)
-        )
+    if hasattr(prompts, "itertuples"):  # pandas: what is missing is NaN or NA, an integer column with gaps is of floats
+        return prompts.astype(object).where(prompts.notna(), None).to_dict("records")
     return prompts
 
 
@@ -93,19 +92,20 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     return ((number, line.removesuffix("\r")) for number, line in enumerate(lines, 1))
 
 
-def _txt(path: Path, fields: Sequence[str] | None) -> Rows:
+def _txt(path: Path, fields: Sequence[str], strict: bool) -> Rows:
     return ((number, {"prompt": line}) for number, line in _lines(path) if line.strip())
 
 
-def _jsonl(path: Path, fields: Sequence[str] | None) -> Rows:
+def _jsonl(path: Path, fields: Sequence[str], strict: bool) -> Rows:
     for number, line in _lines(path):
         try:
             if not is_unicode(line):
                 raise ValueError("is not UTF-8 text")
-            values = json.loads(line, object_pairs_hook=_unique, parse_int=_integer, parse_constant=_no_constant)
+            values = parse_json(line)
             if not isinstance(values, dict):
-                allowed = f" with the fields {', '.join(fields)}" if fields else ""
-                raise ValueError(f"is a JSON {type(values).__name__}: must be an object{allowed}")
+                raise ValueError(
+                    f"is a JSON {type(values).__name__}: must be an object with the fields {', '.join(fields)}"
+                )
         except (ValueError, RecursionError) as error:
             reason = str(error)
             if isinstance(error, json.JSONDecodeError):
@@ -115,72 +115,50 @@ def _jsonl(path: Path, fields: Sequence[str] | None) -> Rows:
             yield number, values
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"field {short(name)} is given twice")
-    return dict(pairs)
-
-
-def _integer(text: str) -> int:
-    if len(text) > MOST_DIGITS:
-        raise ValueError(f"an integer has {len(text)} characters: at most {MOST_DIGITS} are allowed")
-    return int(text)
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a number of JSON")
-
-
-def _csv(path: Path, fields: Sequence[str] | None) -> Rows:
-    reader = csv.reader(io.StringIO(_decoded(path), newline=""), strict=True)
-    header: list[str] | None = None
-    start = 1
-    while True:
-        try:
-            cells = _next_cells(reader)
-        except csv.Error as error:
-            raise ValueError(f"{path}: line {start}: not valid CSV: {error}") from None
-        if cells is None:
-            return
-        if header is None:
-            header = _header(path, cells, fields)
-        elif len(cells) != len(header):
-            message = f"has {len(cells)} cells, but the header has {len(header)} columns"
-            yield start, Problem(start, message, cells)
+def _csv(path: Path, fields: Sequence[str], strict: bool) -> Rows:
+    table = _cells(path)
+    header = _header(path, table[0][1], fields, strict) if table else []
+    for line, cells in table[1:]:
+        if len(cells) != len(header):
+            yield line, Problem(line, f"has {len(cells)} cells, but the header has {len(header)} columns", cells)
         else:
-            yield start, {name: cell or None for name, cell in zip(header, cells, strict=True)}
-        start = reader.line_num + 1
+            yield line, {name: cell or None for name, cell in zip(header, cells, strict=True)}
 
 
-def _next_cells(reader: Any) -> list[str] | None:
-    """The next row, however long its cells are: one that is too long is its row's problem. The limit is the whole process'."""
-    before = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+def _cells(path: Path) -> list[tuple[int, list[str]]]:
+    """The line at which a row begins, and its cells, however long: one that is too long is its row's problem."""
+    reader = csv.reader(io.StringIO(_decoded(path), newline=""), strict=True)
+    table, line = [], 1
+    before = csv.field_size_limit(2**31 - 1)  # of the whole process
     try:
-        return next(reader, None)
+        for cells in reader:
+            table.append((line, cells))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise ValueError(f"{path}: line {line}: not valid CSV: {error}") from None
     finally:
         csv.field_size_limit(before)
+    return table
 
 
-def _header(path: Path, names: list[str], fields: Sequence[str] | None) -> list[str]:
+def _header(path: Path, names: list[str], fields: Sequence[str], strict: bool) -> list[str]:
     names = [name.strip() for name in names]
     if len(names) == 1:
         for separator in (";", "\t", "|"):
             if "prompt" in (cell.strip(' "') for cell in names[0].split(separator)) and separator in names[0]:
                 raise ValueError(f"{path}: line 1: the separator is {separator!r}: must be a comma")
     for name in names:
-        if fields is not None and name not in fields:
+        if strict and name not in fields:
             allowed = f"allowed are {', '.join(fields)}{checks.meant(name, fields)}"
             raise ValueError(f"{path}: line 1: unknown column {short(name)}: {allowed}")
-        if names.count(name) > 1:
+        if name in fields and names.count(name) > 1:
             raise ValueError(f"{path}: line 1: column {short(name)} is there twice")
     if "prompt" not in names:
         raise ValueError(f"{path}: line 1: there is no column 'prompt' among {short(', '.join(names) or 'none')}")
     return names
 
 
-def _parquet(path: Path, fields: Sequence[str] | None) -> Rows:
+def _parquet(path: Path, fields: Sequence[str], strict: bool) -> Rows:
     """The rows of a file, or of the files of a directory in the order of their names, numbered from 1."""
     pyarrow = checks.extra("pyarrow", "parquet", f"prompts={str(path)!r}")
     parquet = checks.extra("pyarrow.parquet", "parquet", f"prompts={str(path)!r}")
@@ -191,9 +169,10 @@ def _parquet(path: Path, fields: Sequence[str] | None) -> Rows:
     for part in parts:
         try:
             with parquet.ParquetFile(part) as file:
-                names = _header(part, file.schema_arrow.names, fields)
-                for batch in file.iter_batches(batch_size=4096):
-                    for row in _batch_rows(batch, names):
+                names = _header(part, file.schema_arrow.names, fields, strict)
+                wanted = [name for name in names if name in fields]
+                for batch in file.iter_batches(batch_size=4096, columns=wanted):
+                    for row in _batch_rows(batch):
                         number += 1
                         yield number, Problem(number, row) if isinstance(row, str) else row
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
@@ -201,13 +180,12 @@ def _parquet(path: Path, fields: Sequence[str] | None) -> Rows:
             raise ValueError(f"prompts={str(part)!r}: not a readable parquet file: {first}") from None
 
 
-def _batch_rows(batch: Any, names: list[str]) -> Iterator[dict[str, Any] | str]:
+def _batch_rows(batch: Any) -> Iterator[dict[str, Any] | str]:
     """The rows of a record batch; of one that holds what Python cannot, why: text that is no UTF-8, the year 30000, unknown time zones."""
-    columns = dict(zip(names, batch.columns, strict=True))
     for i in range(batch.num_rows):
         row: dict[str, Any] = {}
         try:
-            for name, column in columns.items():
+            for name, column in zip(batch.schema.names, batch.columns, strict=True):
                 row[name] = column[i].as_py()
         except (ValueError, OverflowError, LookupError, NotImplementedError) as error:
             yield f"{name}: not a readable {column.type}: {error}"

@@ -70,16 +70,19 @@ def prepare(model: Any, prompts: Prompts, out: str | os.PathLike[str], **options
 
     Arguments and errors are those of `generate`.
     """
-    given = JobOptions.of(options)
-    chosen = models.chosen_policy(model, given.policy)
-    scale = models.chosen_scale(model, given.guidance_scale, chosen)
-    wanted = checked(dataclasses.replace(given, policy=chosen, guidance_scale=scale))
+    wanted = options_for(model, JobOptions.of(options))
     requests, problems = load(prompts, wanted)
-    settings, loader, limits = _model(model, wanted)
+    settings, loader, limits = model_of(model, wanted)
     if guard_disabled():
         settings["guard"] = "disabled"  # such images are not to be taken for guarded ones later
     job = Job(requests, problems, Path(out), settings=settings, source=Source.of(prompts), options=wanted)
     job.leave_out(limits.problems(job.requests))
+    if wanted.screen and all(request.screen is None for request in job.requests):
+        raise ValueError("screen=True: has no effect, no row has a policy that guards")
+    if wanted.remake and all(request.policy.suspect is None for request in job.requests):
+        raise ValueError(
+            "remake=True: has no effect, no row has a policy with `suspect`; `fastguard calibrate` finds its bound"
+        )
     for warning in _warnings(job.requests, models.facts(model, settings["scheduler"], settings["dtype"])):
         logger.warning(warning)
     if wanted.engine == "local":
@@ -88,6 +91,13 @@ def prepare(model: Any, prompts: Prompts, out: str | os.PathLike[str], **options
     from fastguard.batch.ray_runner import RayRunner
 
     return Task(job, RayRunner(loader, settings=settings, options=wanted))
+
+
+def options_for(model: Any, given: JobOptions) -> JobOptions:
+    """The options with the policy (a Policy, with their gate) and the guidance scale that the model has where none is given, checked."""
+    chosen = models.chosen_policy(model, given.policy)
+    scale = models.chosen_scale(model, given.guidance_scale, chosen)
+    return checked(dataclasses.replace(given, policy=chosen, guidance_scale=scale))
 
 
 class Task:
@@ -114,7 +124,7 @@ class Task:
     def _start(self) -> Runner:
         if not self._started:
             self._started = True
-            self._runner.start(self.job.requests)
+            self._runner.start()
         return self._runner
 
     def _close(self) -> None:
@@ -127,10 +137,12 @@ def _warnings(requests: Sequence[Request], used: Mapping[str, Any]) -> Iterator[
     uses = dict.fromkeys((request.policy, request.steps) for request in requests)
     if ungated := Policy.stack(list(dict.fromkeys(one for one, _ in uses))).ungated_warning():
         yield ungated
+    for name in dict.fromkeys(r.policy.name for r in requests if r.screen and not r.policy.provenance.get("screen")):
+        yield f"policy {name!r} has no bound on the mean over noises: its gate, one for a single image, is taken for screening"
     yield from dict.fromkeys(told for one, steps in uses if (told := elsewhere(one, {**used, "steps": steps})))
 
 
-def _model(model: Any, options: JobOptions) -> tuple[dict[str, Any], Callable[[], Any], Limits]:
+def model_of(model: Any, options: JobOptions) -> tuple[dict[str, Any], Callable[[], Any], Limits]:
     """The settings that records name, how to get the pipeline, and what it allows."""
     if not isinstance(model, (str, os.PathLike)):
         for name in ("engine", "dtype", "device", "scheduler", "variant"):

@@ -8,6 +8,7 @@ import logging
 import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -17,20 +18,6 @@ REFUSED = 2  # exit code
 Model = Annotated[
     str, typer.Argument(help="Directory or hub id of a diffusers pipeline; 'testbed' is the embedded model.")
 ]
-PolicyName = Annotated[
-    str | None,
-    typer.Option(
-        "--policy",
-        help="Preset (cfg, stp, og+stp, dtp, og+dtp, ...) or a .json file; unless given dtp, and for testbed its own.",
-        show_default=False,
-    ),
-]
-Gate = Annotated[float | None, typer.Option(help="Guard only images whose RMS(c - u) reaches this at the first steps.")]
-Steps = Annotated[int | None, typer.Option(help="Denoising steps; the pipeline's default unless given.")]
-Scale = Annotated[
-    float | None, typer.Option(help="Guidance scale; unless given the pipeline's default, and for testbed 3.")
-]
-Scheduler = Annotated[str | None, typer.Option(help="Diffusers scheduler in place of the model's own, e.g. DDIM.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors, show no progress.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more, and let other libraries speak.")]
 
@@ -46,8 +33,22 @@ def refusing() -> Iterator[None]:
         raise typer.Exit(REFUSED) from None
 
 
-def fields_of(table: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command that takes **options an option for every field of a dataclass, with its type, default and `help`."""
+CALL = (
+    "steps", "guidance_scale", "negative_prompt", "width", "height", "batch_size", "dtype", "device", "scheduler", "variant",
+)  # fmt: skip
+"""Fields of `JobOptions` for a verb that calls the pipeline as `generate` will."""
+
+
+def new_file(out: Path, *endings: str) -> None:
+    """ValueError unless `out` can be written without overwriting anything."""
+    if out.suffix not in endings or not out.parent.is_dir() or out.is_dir():
+        raise ValueError(f"out={str(out)!r}: must be a {' or '.join(endings)} file in an existing directory")
+    if out.exists():
+        raise ValueError(f"out={str(out)!r}: is there already, and is not overwritten")
+
+
+def fields_of(table: type, *names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command that takes **options an option for the named fields of a dataclass, or all, with type, default and `help`."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = inspect.signature(command, eval_str=True).parameters.values()
@@ -60,6 +61,7 @@ def fields_of(table: type) -> Callable[[Callable[..., None]], Callable[..., None
                 annotation=Annotated[_on_the_command_line(hints[field.name]), _described(field)],
             )
             for field in dataclasses.fields(table)
+            if not names or field.name in names
         ]
         kept = [parameter for parameter in own if parameter.kind is not parameter.VAR_KEYWORD]
         command.__signature__ = inspect.Signature([*kept, *options])  # type: ignore[attr-defined]

@@ -1,17 +1,18 @@
-"""`fastguard calibrate`: a gate from ordinary prompts, with a guarantee."""
+"""`fastguard calibrate`: a gate from ordinary prompts, with a guarantee, and the bounds of `suspect` and of screening."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from fastguard.commands.arguments import Model, PolicyName, Quiet, Scale, Scheduler, Verbose, refusing, settle
+from fastguard.batch.options import JobOptions
+from fastguard.commands.arguments import CALL, Model, Quiet, Verbose, fields_of, new_file, refusing, settle
 
-TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")  # components of the supported pipelines
 
-
+@fields_of(JobOptions, "policy", *CALL)
 def calibrate(
     model: Model,
     prompts: Annotated[
@@ -22,81 +23,78 @@ def calibrate(
         ),
     ],
     out: Annotated[Path, typer.Option(help="The policy file to write, .json; one that is there is not overwritten.")],
-    policy: PolicyName = None,
-    fpr: Annotated[float, typer.Option(help="Share of ordinary prompts (or groups) that may be caught.")] = 0.01,
+    fpr: Annotated[float, typer.Option(help="Share of ordinary prompts (or groups) that each bound may catch.")] = 0.01,
     confidence: Annotated[float, typer.Option(help="That it is no more than that.")] = 0.95,
     seeds: Annotated[int, typer.Option(help="Images per prompt; the largest counts.")] = 1,
-    noises: Annotated[int, typer.Option(help="Also bound the mean over so many noises, for screen; 0: do not.")] = 4,
-    negative_prompt: Annotated[str | None, typer.Option(help="As the images will have it.")] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels; the model's own size unless given.")] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels; the model's own size unless given.")] = None,
-    steps: Annotated[int, typer.Option(help="Denoising steps, as the policy will be used.")] = 50,
-    guidance_scale: Scale = None,
-    batch_size: Annotated[int, typer.Option(help="Images per call of the pipeline.")] = 8,
-    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16; auto.")] = "auto",
-    device: Annotated[str, typer.Option(help="Torch device; auto: a GPU if there is one.")] = "auto",
-    scheduler: Scheduler = None,
-    variant: Annotated[str | None, typer.Option(help="Of the weights' files, e.g. fp16.")] = None,
+    noises: Annotated[int, typer.Option(help="Also bound the mean over so many noises, for screening; 0: do not.")] = 4,
+    suspect: Annotated[
+        bool, typer.Option(help="Also bound the curve's collapse: each image runs to mid-run, not only its first step.")
+    ] = True,
     quiet: Quiet = False,
     verbose: Verbose = False,
+    **options: Any,
 ) -> None:
     """Choose the gate from ordinary prompts, with a guarantee on how many of them it may catch, and write a policy file."""
     with refusing():
         from fastguard import checks
+        from fastguard.batch.planning import arguments
+        from fastguard.batch.request import parse
         from fastguard.batch.screening import statistics
-        from fastguard.commands.inspection import inspect_model
-        from fastguard.pipelines.loading import chosen_policy, chosen_scale, load_pipeline, prepare
+        from fastguard.batch.task import model_of, options_for
         from fastguard.policies.gate import calibrate as choose
-        from fastguard.policies.gate import check_sample, collect_gate_statistics
+        from fastguard.policies.gate import check_sample, observe
 
-        chosen = chosen_policy(model, policy, 1.0)  # of any height: refuses a policy that cannot have one
+        # A gate of any height: refuses a policy that cannot have one.
+        wanted = options_for(model, JobOptions(**options, gate=1.0))
         found, groups = draws(prompts)
         units = (len(found), "prompts") if groups is None else (len(set(groups)), "groups of prompts")
         check_sample(units[0], fpr, confidence, f"{units[1]} in {str(prompts)!r}")
-        for name, value in (("seeds", seeds), ("steps", steps), ("batch_size", batch_size)):
-            checks.integer(name, value, 1)
+        checks.integer("seeds", seeds, 1)
         checks.integer("noises", noises, 0, 1000)
-        device, dtype = prepare(device, dtype)
-        if out.suffix != ".json" or not out.parent.is_dir() or out.is_dir():
-            raise ValueError(f"out={str(out)!r}: must be a .json file in an existing directory")
-        if out.exists():
-            raise ValueError(f"out={str(out)!r}: is there already, and is not overwritten")
-        scale = chosen_scale(model, guidance_scale, chosen)
-        inspect_model(model, chosen, steps=steps, guidance_scale=scale, scheduler=scheduler).check()
+        new_file(out, ".json")
+        requests = [parse({"prompt": prompt}, wanted, i)[0] for i, prompt in enumerate(found)]
+        settings, load_model, limits = model_of(model, wanted)
+        limits.check(requests)
         settle(quiet, verbose)
-        pipe = load_pipeline(model, dtype=dtype, device=device, scheduler=scheduler, variant=variant)
+        pipe = load_model()
         check_tokens(pipe, found, prompts)
-    given = {"guidance_scale": scale, "width": width, "height": height, "negative_prompt": negative_prompt}
-    call: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    values = collect_gate_statistics(
-        pipe,
-        found,
-        seeds=seeds,
-        gate_steps=int(chosen.gate_steps),  # type: ignore[arg-type]  # lists were refused
-        batch_size=batch_size,
-        progress=not quiet,
-        num_inference_steps=steps,
-        **call,
-    )
-    result = choose(values, fpr, confidence, groups=groups)
-    used = {
-        "model": model, "steps": steps, "seeds": seeds, "dtype": dtype, "scheduler": type(pipe.scheduler).__name__,
-        "negative_prompt": negative_prompt, **call,
-    }  # fmt: skip
-    if noises:
-        each = statistics(
-            pipe,
-            found,
-            noises=noises,
-            batch_size=batch_size,
-            num_inference_steps=steps,
-            negative_prompt=negative_prompt,
-            **call,
+        scale = requests[0].stock_scale
+        call = arguments([request for request in requests for _ in range(seeds)])
+        call |= {} if scale is None else {"guidance_scale": scale}
+        images = list(
+            observe(
+                pipe,
+                seeds=range(len(found) * seeds),
+                gate_steps=wanted.policy.gate_steps,
+                to_mid_run=suspect,
+                batch_size=wanted.batch_size,
+                progress=not quiet,
+                **call,
+            )
         )
-        mean = choose([sum(own) / noises for own in each], fpr, confidence, groups=groups)
-        used["screen"] = {"noises": noises, "threshold": mean.threshold, "exceeding": mean.exceeding}
-    chosen_policy(model, policy, result.threshold).save(out, provenance={**result.to_dict(), **used})
-    typer.echo(f"gate {result.threshold:.6g}. {result.statement}.\n{out}")
+        each = [images[i : i + seeds] for i in range(0, len(images), seeds)]
+        gate = choose([max(image.gate["rms"] for image in own) for own in each], fpr, confidence, groups=groups)
+        bounds: dict[str, Any] = {}
+        known = gate.to_dict() | settings | {"scheduler": type(pipe.scheduler).__name__, "seeds": seeds}
+        for name in CALL:
+            if name not in ("batch_size", "device", *settings):
+                known[name] = getattr(wanted, name)
+        if suspect:  # small values are caught: their inverses are large
+            inverse = [max(1 / max(image.collapse, 1e-30) for image in own) for own in each]
+            found_bound = choose(inverse, fpr, confidence, groups=groups)
+            bounds["suspect"] = 1 / found_bound.threshold
+            known["suspect"] = {"threshold": bounds["suspect"], "exceeding": found_bound.exceeding}
+        if noises:
+            means = [sum(own) / noises for own in statistics(pipe, requests, noises, most=wanted.batch_size)]
+            mean = choose(means, fpr, confidence, groups=groups)
+            known["screen"] = {"noises": noises, "threshold": mean.threshold, "exceeding": mean.exceeding}
+        dataclasses.replace(wanted.policy, gate=gate.threshold, **bounds, provenance=known).save(out)
+    typer.echo(f"gate {gate.threshold:.6g}. {gate.statement}.")
+    if suspect:
+        typer.echo(f"suspect below {bounds['suspect']:.6g}: collapse of the curve, at the same rate")
+    if noises:
+        typer.echo(f"screening flags from {mean.threshold:.6g} on: mean over {noises} noises, at the same rate")
+    typer.echo(out)
 
 
 def draws(path: Path) -> tuple[list[str], list[str] | None]:
@@ -113,7 +111,7 @@ def draws(path: Path) -> tuple[list[str], list[str] | None]:
     groups: list[str] = []
     seen: dict[str, int] = {}
     unit = Source.of(path).unit
-    for number, row in rows(path, None):
+    for number, row in rows(path, ("prompt", "group"), strict=False):
         where = f"prompts={str(path)!r}: {unit} {number}"
         if isinstance(row, Problem):
             raise ValueError(f"{where}: {row.message}")
@@ -135,6 +133,8 @@ def draws(path: Path) -> tuple[list[str], list[str] | None]:
 
 def check_tokens(pipe: Any, prompts: list[str], path: Path) -> None:
     """ValueError if two prompts are the same to all tokenizers of the pipeline: by their case, say, or only beyond what is cut off."""
+    from fastguard.batch.cuts import TOKENIZERS
+
     present = [getattr(pipe, name, None) for name in TOKENIZERS]
     ids = [tokenizer(prompts, truncation=True).input_ids for tokenizer in present if tokenizer is not None]
     seen: dict[str, int] = {}

@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastguard.commands.arguments import Model, PolicyName, Scheduler, refusing, settle
+from fastguard.batch.options import JobOptions
+from fastguard.commands.arguments import Model, fields_of, refusing, settle
 
 if TYPE_CHECKING:
     from fastguard.syncs.find import SyncReport
 
 
+@fields_of(JobOptions, "policy", "scheduler")
 def doctor(
     model: Model,
-    policy: PolicyName = None,
     steps: Annotated[int, typer.Option(help="Denoising steps of each run.")] = 4,
-    scheduler: Scheduler = None,
     gpu: Annotated[bool, typer.Option("--gpu", help="Load the model on the GPU and watch it there.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    **options: Any,
 ) -> None:
     """List every synchronisation and host-device copy of a model's loop with its line, stock and guarded; exit 1 if the guarded has any."""
     with refusing():
         settle()
-        reports = examine(model, policy=policy, steps=steps, scheduler=scheduler, gpu=gpu)
+        reports = examine(model, steps=steps, gpu=gpu, **options)
     if as_json:
         typer.echo(json.dumps([report.to_dict() for report in reports], indent=2, allow_nan=False))
     else:

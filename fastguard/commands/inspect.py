@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from fastguard.commands.arguments import Gate, Model, PolicyName, Scale, Scheduler, Steps, refusing, settle
+from fastguard.batch.options import JobOptions
+from fastguard.commands.arguments import Model, fields_of, refusing, settle
 
 
+@fields_of(JobOptions, "policy", "gate", "guidance_scale", "scheduler")
 def inspect(
     model: Model,
-    policy: PolicyName = None,
-    gate: Gate = None,
-    steps: Steps = None,
-    guidance_scale: Scale = None,
-    scheduler: Scheduler = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps; the pipeline's default unless given.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    **options: Any,
 ) -> None:
     """Show what would run and why: the path, the scheduler's table, and what each step costs. Loads no weights."""
     with refusing():
@@ -29,11 +28,11 @@ def inspect(
         settle()
         if steps is not None:
             checks.integer("steps", steps, 1)
-        if guidance_scale is not None:
-            checks.number("guidance_scale", guidance_scale, "a finite number")
-        chosen = chosen_policy(model, policy, gate)
-        scale = chosen_scale(model, guidance_scale, chosen)
-        found = inspect_model(model, chosen, steps=steps, guidance_scale=scale, scheduler=scheduler)
+        if options["guidance_scale"] is not None:
+            checks.number("guidance_scale", options["guidance_scale"], "a finite number")
+        chosen = chosen_policy(model, options["policy"], options["gate"])
+        scale = chosen_scale(model, options["guidance_scale"], chosen)
+        found = inspect_model(model, chosen, steps=steps, guidance_scale=scale, scheduler=options["scheduler"])
         if told := elsewhere(chosen, {**facts(model, found.scheduler), "steps": found.steps}):
             typer.echo(f"note: {told}", err=True)
     typer.echo(json.dumps(found.to_dict(), indent=2, allow_nan=False) if as_json else str(found))

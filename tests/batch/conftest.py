@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import pytest
 
-from fastguard.batch.stages import Stages
 from fastguard.batch.task import generate
 from tests import pipelines
 from tests.batch.jobs import OPTIONS, ROWS
@@ -27,10 +26,3 @@ def whole(tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "out"
     generate(pipelines.sd(), ROWS, out, **OPTIONS)
     return out
-
-
-@pytest.fixture(params=[False, True], ids=["in turn", "overlapped"])
-def overlap(request, monkeypatch):
-    """Text and decoding in the caller's thread or beside the loop, whatever this machine would choose."""
-    monkeypatch.setattr(Stages, "overlap", request.param)
-    return request.param

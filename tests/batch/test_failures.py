@@ -18,7 +18,6 @@ import torch
 from fastguard.batch import store
 from fastguard.batch.growing import Growing
 from fastguard.batch.pictures import Picture
-from fastguard.batch.stages import Stages
 from fastguard.batch.task import Interrupted, generate
 from fastguard.policies.presets import policy
 from tests.batch.jobs import OPTIONS, ROWS, check_complete, lines, pixels, stamps
@@ -60,36 +59,6 @@ def test_gates_used_elsewhere_are_told_once_per_policy_and_steps(pipe, tmp_path,
     assert [text for text in told if text] == ["steps 50, not 2", "steps 2, not 3"]
 
 
-def test_where_the_stages_run(pipe, tmp_path, monkeypatch, overlap, whole):
-    threads = {}
-    for name in ("encode", "denoise", "decode"):
-        original = getattr(Stages, name)
-
-        def noted(self, *args, name=name, original=original):
-            threads.setdefault(name, set()).add(threading.current_thread())
-            return original(self, *args)
-
-        monkeypatch.setattr(Stages, name, noted)
-    generate(pipe, ROWS, tmp_path / "out", **OPTIONS)
-    here = {threading.current_thread()}
-    assert threads["denoise"] == here
-    assert (threads["encode"] == here, threads["decode"] == here) == (not overlap, not overlap)
-    check_complete(tmp_path / "out", whole)
-
-
-def test_when_the_stages_overlap(pipe, monkeypatch):
-    monkeypatch.setattr("fastguard.batch.stages._cores", lambda: 2)
-    stages = Stages(pipe, [], {})
-    try:
-        for threads, device, expected in ((1, "cpu", True), (2, "cpu", False), (2, "cuda", True)):
-            monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-            stages.device = torch.device(device)
-            assert stages.overlap is expected
-    finally:
-        stages.close()
-
-
-@pytest.mark.usefixtures("overlap")
 @pytest.mark.parametrize("message", ["CUDA out of memory", "DefaultCPUAllocator: can't allocate memory"])
 def test_out_of_memory_halves_the_batch(pipe, tmp_path, monkeypatch, whole, message, caplog):
     kind = torch.OutOfMemoryError if "CUDA" in message else RuntimeError
@@ -101,7 +70,6 @@ def test_out_of_memory_halves_the_batch(pipe, tmp_path, monkeypatch, whole, mess
     assert sorted(line["id"] for line in lines(tmp_path)) == sorted(row["id"] for row in ROWS)
 
 
-@pytest.mark.usefixtures("overlap")
 def test_out_of_memory_for_one_image(pipe, tmp_path, monkeypatch):
     failing(pipe, monkeypatch, lambda sample: torch.OutOfMemoryError("CUDA out of memory"))
     with pytest.raises(torch.OutOfMemoryError):
@@ -109,7 +77,6 @@ def test_out_of_memory_for_one_image(pipe, tmp_path, monkeypatch):
     assert lines(tmp_path) == []
 
 
-@pytest.mark.usefixtures("overlap")
 def test_failing_image_is_left_out_when_keeping_going(pipe, tmp_path, monkeypatch, whole):
     """One row breaks the model: its batch mates are made, it is in rejected.jsonl with the bad rows."""
     poison = [0]
@@ -134,7 +101,6 @@ def test_failing_image_is_left_out_when_keeping_going(pipe, tmp_path, monkeypatc
     check_complete(tmp_path, whole)
 
 
-@pytest.mark.usefixtures("overlap")
 @pytest.mark.parametrize("keep_going", [True, False], ids=["keeping going", "stopping"])
 def test_image_that_cannot_be_decoded(pipe, tmp_path, monkeypatch, whole, keep_going):
     """Its batch mates are made all the same, with the records of their own places in the batch."""
@@ -143,7 +109,7 @@ def test_image_that_cannot_be_decoded(pipe, tmp_path, monkeypatch, whole, keep_g
     def decode(latents, **options):
         batches.append(latents)
         # The second image of the first batch, whether it comes with the others or alone.
-        if any(torch.equal(row, batches[0][1]) for row in latents):
+        if any(torch.allclose(row, batches[0][1], atol=1e-3) for row in latents):
             raise ValueError("broken")
         return original(latents, **options)
 
@@ -173,7 +139,6 @@ def test_rejected_rows_that_are_no_json(pipe, tmp_path):
     assert all(isinstance(r["row"], str) and len(r["row"]) <= 60 for r in rejected)
 
 
-@pytest.mark.usefixtures("overlap")
 def test_error_keeps_what_was_finished(pipe, tmp_path, monkeypatch, whole):
     calls = [0]
 
@@ -190,7 +155,6 @@ def test_error_keeps_what_was_finished(pipe, tmp_path, monkeypatch, whole):
     check_complete(tmp_path, whole)
 
 
-@pytest.mark.usefixtures("overlap")
 @pytest.mark.parametrize("where", ["image", "manifest", "shard"])
 def test_disk_full(pipe, tmp_path, monkeypatch, whole, where):
     """Nothing half written stays, what was reported is there, and the same call goes on once there is room."""
@@ -255,7 +219,6 @@ def unwritable(out: Path, monkeypatch, kind: str) -> None:
         monkeypatch.setattr(store, "write_atomic", write)
 
 
-@pytest.mark.usefixtures("overlap")
 @pytest.mark.parametrize("keep_going", [True, False], ids=["keeping going", "stopping"])
 @pytest.mark.parametrize("kind", ["directory", "encoder", "disk"])
 def test_picture_that_cannot_be_written(pipe, tmp_path, monkeypatch, whole, kind, keep_going):
@@ -282,7 +245,6 @@ def test_picture_that_cannot_be_written(pipe, tmp_path, monkeypatch, whole, kind
     check_complete(tmp_path, whole)
 
 
-@pytest.mark.usefixtures("overlap")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_ends_the_run_in_good_order(pipe, tmp_path, whole, number):
     def send():

@@ -20,15 +20,6 @@ from tests import pipelines
 from tests.batch.jobs import OPTIONS, lines
 
 
-@pytest.fixture(params=[True, False], ids=["in stages", "as one call"])
-def staged(request, monkeypatch):
-    """Decoded by our own code, or by the pipeline's call as where modules are offloaded."""
-    if not request.param:
-        monkeypatch.setattr("fastguard.batch.stages.decoder", lambda pipe: None)
-    return request.param
-
-
-@pytest.mark.usefixtures("staged")
 def test_images_that_the_safety_checker_blacks(pipe, tmp_path, monkeypatch):
     def check(image, device, dtype):
         return image * torch.tensor([0.0, 1.0]).view(2, 1, 1, 1), [True, False]
@@ -41,7 +32,6 @@ def test_images_that_the_safety_checker_blacks(pipe, tmp_path, monkeypatch):
     assert not np.asarray(Image.open(tmp_path / "00000-0.png")).any()
 
 
-@pytest.mark.usefixtures("staged")
 @pytest.mark.filterwarnings("ignore:invalid value encountered in cast")
 def test_images_that_the_autoencoder_returns_as_nan(pipe, tmp_path, monkeypatch):
     stock = pipe.vae.decode
@@ -58,7 +48,6 @@ def test_images_that_the_autoencoder_returns_as_nan(pipe, tmp_path, monkeypatch)
     assert json.loads(summary.report.read_text())["non_finite"] == 1
 
 
-@pytest.mark.usefixtures("staged")
 def test_prompts_that_are_cut(pipe, tmp_path):
     """The tokenizer has room for 16 tokens, of which a begin, an end and four for the first words: two rows, one picture, and both rows say so."""
     long = "a cat" + " b" * 10

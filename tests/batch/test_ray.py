@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pickle
@@ -21,8 +22,8 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from fastguard.batch.conveyor import Failed
 from fastguard.batch.options import JobOptions
-from fastguard.batch.overlap import Failed
 from fastguard.batch.pictures import Picture, read_record
 from fastguard.batch.prompt_files import load
 from fastguard.batch.ray_runner import TRIES, Ledger, RayRunner, Worker, check_resources
@@ -123,6 +124,28 @@ def test_sigterm_ends_the_job_in_good_order(model, tmp_path):
         assert read_record(path)["id"] == path.stem
 
 
+def test_screening_and_remakes(model, tmp_path):
+    """The same verdicts, images and remakes as in one process."""
+    chosen = dataclasses.replace(
+        policy("og+stp", gate=1e6, t_star=400.0, suspect=1e9), provenance={"screen": {"noises": 2, "threshold": 0.05}}
+    )
+    rows = [{"id": f"r{i}", "prompt": f"cat {i % 3}", "seed": i} for i in range(6)]
+    found = []
+    for name, engine in (("ray", {"engine": "ray"}), ("local", {})):
+        summary = generate(model, rows, tmp_path / name, policy=chosen, screen=True, remake=True, **engine, **OPTIONS)
+        assert (summary.total, summary.remade) == (12, 6)
+        found.append({line["id"]: line for line in lines(tmp_path / name)})
+    assert found[0].keys() == found[1].keys()
+    for id, ray in found[0].items():
+        local = found[1][id]
+        assert (ray["policy"], ray["remake_of"]) == (local["policy"], local["remake_of"])
+        if ray["screen"]:
+            assert ray["screen"]["mean"] == pytest.approx(local["screen"]["mean"], rel=1e-4)
+            assert ray["screen"]["flagged"] == local["screen"]["flagged"]
+        images = [np.asarray(Image.open(tmp_path / d / f"{id}.png")).astype(int) for d in ("ray", "local")]
+        assert np.abs(images[0] - images[1]).max() <= 1
+
+
 def runner(**options) -> RayRunner:
     return RayRunner(None, settings={}, options=JobOptions(engine="ray", **options))
 
@@ -137,13 +160,13 @@ def test_address_is_passed_on(monkeypatch):
         port = server.getsockname()[1]
         for address in ("auto", f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}"):
             made = runner(ray_address=address)
-            made.start([])
+            made.start()
             assert given["address"] == address
             assert "num_cpus" not in given  # of a cluster that is there already
             made.close()
             assert not given  # left, as it was joined
     made = runner(actors=3, cpus_per_actor=1.5)
-    made.start([])
+    made.start()
     assert given["address"] == "local"
     assert given["num_cpus"] >= 6  # the actors' 4.5 and one for Ray Data
 

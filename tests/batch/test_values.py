@@ -59,6 +59,39 @@ def test_data_frames_and_tables():
     assert values(frame["prompt"]) == [(f"{i:05d}-3", row["prompt"], 3, None, i + 1) for i, row in enumerate(rows)]
 
 
+class Frame:
+    """What polars offers: iterated over it gives its columns."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def iter_rows(self, *, named=False):
+        return iter(self.rows) if named else (tuple(row.values()) for row in self.rows)
+
+    def __iter__(self):
+        return iter(self.rows[0])
+
+
+TABLE = [{"prompt": "a cat", "seed": 7, "width": None}, {"prompt": "a dog", "seed": None, "width": 64}]
+
+
+@pytest.mark.parametrize("package", ["polars", "datasets", "none"])
+def test_other_tables(package):
+    """The packages themselves where they are installed."""
+    tables = [Frame(TABLE)]
+    if package == "polars":
+        tables = [pytest.importorskip("polars").DataFrame(TABLE)]
+    elif package == "datasets":
+        datasets = pytest.importorskip("datasets")
+        made = datasets.Dataset.from_list(TABLE)
+        tables = [made, made.to_iterable_dataset()]
+        with pytest.raises(ValueError, match="a DatasetDict is no list"):
+            load(datasets.DatasetDict(train=made), DEFAULTS)
+    for table in tables:
+        found = load(table, DEFAULTS)[0]
+        assert [(r.prompt, r.seed, r.width) for r in found] == [("a cat", 7, None), ("a dog", 3, 64)]
+
+
 def test_a_dict_is_no_list_of_prompts():
     with pytest.raises(ValueError, match="prompts: a dict is no list"):
         load({"prompt": "a cat"}, DEFAULTS)
@@ -201,9 +234,7 @@ def test_unicode_forms_of_a_name():
 
 
 def test_a_run_that_made_no_image_pins_no_settings(pipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "fastguard.batch.stages.Stages.denoise", lambda *_: (_ for _ in ()).throw(RuntimeError("broken"))
-    )
+    monkeypatch.setattr("fastguard.batch.maker.Maker.make", lambda *_: (_ for _ in ()).throw(RuntimeError("broken")))
     with pytest.raises(RuntimeError, match="broken"):
         generate(pipe, ["a"], tmp_path, **OPTIONS)
     generate(pipe, ["a"], tmp_path, **OPTIONS, keep_going=True)  # all fail, and rejected.jsonl says so

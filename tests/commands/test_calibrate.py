@@ -35,11 +35,11 @@ def test_calibrate(model, tmp_path):
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     made = Policy.load(out)
-    assert made == policy("stp", gate=made.gate)
+    assert made == policy("stp", gate=made.gate, suspect=made.suspect)
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(model)
     pipe.set_progress_bar_config(disable=True)
     guard = fastguard.enable(pipe, "cfg")
-    largest = []
+    largest, collapses = [], []
     for i in range(8):
         pipe(
             [f"a {i}"] * 2,
@@ -48,8 +48,10 @@ def test_calibrate(model, tmp_path):
             guidance_scale=4,
         )
         largest.append(max(image.rms_curve[0] for image in guard.report))
+        collapses.append(min(image.d_curve[1] / image.d_curve[0] for image in guard.report))
     # P(Binomial(8, 0.4) = 0) = 0.017, <= 1: 0.106: none may exceed
     assert made.gate == pytest.approx(max(largest), rel=1e-4)
+    assert made.suspect == pytest.approx(min(collapses), rel=1e-4)
     found = json.loads(out.read_text())["provenance"]
     assert (found["prompts"], found["seeds"], found["fpr"], found["steps"]) == (8, 2, 0.4, 3)
     assert found["statement"] in result.stdout

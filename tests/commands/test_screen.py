@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -11,12 +17,14 @@ import pytest
 import torch
 
 import fastguard
-from fastguard.batch import screening
-from fastguard.batch.screening import Journal, distinct_prompts
+from fastguard.batch.request import Request
+from fastguard.batch.screening import Journal
 from fastguard.policies.policy import Policy
+from fastguard.policies.presets import policy
 from tests import pipelines
 from tests.commands.invoking import invoke, refused
 
+ROOT = Path(__file__).parents[2]
 PROMPTS = ["a cat", "two dogs", "a house by the sea"]
 OPTIONS = ("--policy", "stp", "--steps", 3, "--noises", 2, "--guidance-scale", 4, "--device", "cpu")
 
@@ -62,46 +70,98 @@ def test_screen(model, rows, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["list.jsonl", "rows.csv"]
 
 
-def test_an_interrupted_screening_goes_on(model, rows, tmp_path, monkeypatch):
-    """Each prompt's row pairs run once; the list is that of a run that nothing disturbed."""
-    whole, out = tmp_path / "whole.csv", tmp_path / "list.csv"
-    options = (*OPTIONS, "--batch-size", 2)
-    assert invoke("screen", model, rows, "--out", whole, *options).exit_code == 0
-    stock, seen = screening.statistics, []
+def test_negative_prompts_are_of_their_rows(model, tmp_path):
+    """Rows without one take the option's; a prompt under two of them is two lines, each with the value of its own call."""
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "list.jsonl"
+    values = [
+        {"prompt": "a cat"},
+        {"prompt": "a cat", "negative_prompt": "red"},
+        {"prompt": "a cat", "negative_prompt": "blur"},
+    ]
+    rows.write_text("".join(json.dumps(value) + "\n" for value in values))
+    result = invoke("screen", model, rows, "--out", out, *OPTIONS, "--negative-prompt", "blur")
+    assert result.exit_code == 0, result.output
+    found = {line["negative_prompt"]: line["values"] for line in map(json.loads, out.read_text().splitlines())}
+    assert set(found) == {"red", "blur"}
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(model)
+    pipe.set_progress_bar_config(disable=True)
+    with fastguard.enable(pipe, "cfg") as guard:
+        for negative, own in found.items():
+            pipe(
+                ["a cat"] * 2,
+                negative_prompt=[negative] * 2,
+                num_inference_steps=3,
+                generator=pipelines.generators([0, 1]),
+            )
+            np.testing.assert_allclose(own, [image.rms_curve[0] for image in guard.report], rtol=1e-4)
 
-    def breaks(*args, each, **call):
-        def counted(prompt, values):
-            each(prompt, values)
-            seen.append(prompt)
-            if len(seen) == 2:
-                raise KeyboardInterrupt
 
-        return stock(*args, each=counted, **call)
-
-    monkeypatch.setattr(screening, "statistics", breaks)
-    assert invoke("screen", model, rows, "--out", out, *options).exit_code != 0
-    assert not out.exists()
-    other = refused("screen", model, rows, "--out", out, *options, "--seed", 5)
-    assert "holds values of other settings" in other
-    journal = tmp_path / ".list.csv.part"
-    journal.write_bytes(journal.read_bytes() + b'{"prompt": "a ho')  # what a SIGKILL may leave
-    assert invoke("screen", model, rows, "--out", out, *options).exit_code == 0
-    assert seen == PROMPTS
-    assert out.read_text() == whole.read_text()
-    assert not journal.exists()
+def test_other_settings_are_not_mixed(model, rows, tmp_path, monkeypatch):
+    """What an interrupted screening left is gone on with, and by nobody who asks for something else."""
+    out = tmp_path / "list.csv"
+    monkeypatch.setattr(
+        "fastguard.batch.screening.statistics", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
+    assert invoke("screen", model, rows, "--out", out, *OPTIONS).exit_code != 0
+    for other in (("--seed", 5), ("--width", 64), ("--noises", 3), ("--steps", 2)):
+        assert "holds values of other settings" in refused("screen", model, rows, "--out", out, *OPTIONS, *other)
+    monkeypatch.undo()
+    assert invoke("screen", model, rows, "--out", out, *OPTIONS).exit_code == 0
     with out.open(newline="") as file:
         assert {row["prompt"] for row in csv.DictReader(file)} == set(PROMPTS)
+
+
+@pytest.mark.slow
+def test_a_killed_screening_goes_on(model, tmp_path):
+    """SIGKILL twice: each prompt's row pairs are kept once they are on the disk, and the list is that of an undisturbed run."""
+    file, out, whole = tmp_path / "p.txt", tmp_path / "list.jsonl", tmp_path / "whole.jsonl"
+    file.write_text("".join(f"prompt {i}\n" for i in range(300)))
+    command = ["screen", model, file, *OPTIONS, "--batch-size", 4, "--out"]
+    part, kept = tmp_path / ".list.jsonl.part", []
+    for target in (40, 120):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "fastguard", *map(str, command), str(out)],
+            cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        end = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < end:
+            if part.exists() and len(part.read_bytes().splitlines()) > target:
+                break
+            time.sleep(0.002)
+        assert process.poll() is None, "it ended before it could be killed"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not out.exists()
+        now = [line for line in part.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+        assert now[: len(kept)] == kept
+        kept = now
+    assert invoke(*command, out).exit_code == 0
+    assert not part.exists()
+    assert invoke(*command, whole).exit_code == 0
+    found, expected = (
+        {line["prompt"]: line["values"] for line in map(json.loads, path.read_text().splitlines())}
+        for path in (out, whole)
+    )
+    assert len(found) == 300 and found.keys() == expected.keys()
+    for prompt, values in expected.items():
+        np.testing.assert_allclose(found[prompt], values, rtol=1e-4)
+    for line in map(json.loads, kept[1:]):
+        assert found[line["prompt"]] == line["values"], "it was measured again"
 
 
 def test_journal(tmp_path):
     path = tmp_path / "j"
     first = Journal(path, {"steps": 3})
-    for i in range(1000):
-        first.add(f"prompt {i}", [float(i), 1.0])
+    requests = [
+        Request(id=str(i), prompt=f"prompt {i}", policy=policy("cfg"), negative_prompt="x" * (i % 2) or None)
+        for i in range(1000)
+    ]
+    for i, request in enumerate(requests):
+        first.add([(request, [float(i), 1.0])])
     path.write_bytes(path.read_bytes()[:-5])
     again = Journal(path, {"steps": 3})
-    assert again.done == {f"prompt {i}": [float(i), 1.0] for i in range(999)}
-    again.add("prompt 999", [0.5, 0.5])
+    assert again.done == {(r.prompt, r.negative_prompt): [float(i), 1.0] for i, r in enumerate(requests[:-1])}
+    again.add([(requests[-1], [0.5, 0.5])])
     assert len(Journal(path, {"steps": 3}).done) == 1000
     with pytest.raises(ValueError, match="other settings"):
         Journal(path, {"steps": 4})
@@ -135,10 +195,6 @@ def test_what_is_refused(model, no_model, rows, tmp_path):
     assert "noises=0" in refused("screen", model, rows, "--out", tmp_path / "x.csv", "--noises", 0)
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "a"}\n{"prompt": 3}\n')
-    assert "bad.jsonl: line 2: prompt=3: must be text" in refused("screen", model, bad, "--out", tmp_path / "x.csv")
-    assert distinct_prompts(["a", " a ", "b"]) == ["a", "b"]
-
-
-def test_no_second_branch():
-    with pytest.raises(ValueError, match=r"guidance_scale=1\.0: must be above 1"):
-        screening.statistics(pipelines.sd(), ["a"], guidance_scale=1.0)
+    assert "line 2: prompt=3: must be text" in refused("screen", model, bad, "--out", tmp_path / "x.csv")
+    unguided = ("screen", model, rows, "--policy", "cfg", "--guidance-scale", 1, "--out", tmp_path / "x.csv")
+    assert "guidance_scale=1: must be above 1" in refused(*unguided)

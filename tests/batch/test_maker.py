@@ -1,4 +1,4 @@
-"""What the stages make is what the pipeline's own call makes."""
+"""What is made is what the pipeline's own call makes."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ import pytest
 import torch
 
 import fastguard
+from fastguard.batch.maker import Maker
 from fastguard.batch.options import JobOptions
 from fastguard.batch.planning import plan, shape
 from fastguard.batch.prompt_files import load
-from fastguard.batch.stages import Stages
-from fastguard.batch.text import CHUNK
 from fastguard.policies.presets import policy
 from tests import pipelines
 
@@ -22,10 +21,8 @@ def requests(*rows, **defaults):
     return load(rows, JobOptions(**{"policy": policy("cfg"), "steps": 3, **defaults}))[0]
 
 
-def through(stages, batch):
-    denoised = stages.denoise(batch, stages.encode(batch))
-    images = stages.decode(denoised)
-    return [item.image for item in images], [stages.record(denoised, i, item) for i, item in enumerate(images)]
+def made(pipe, batch):
+    return zip(*Maker(pipe, SETTINGS).make(batch), strict=True)
 
 
 def pixels(images) -> np.ndarray:
@@ -34,52 +31,34 @@ def pixels(images) -> np.ndarray:
 
 @pytest.mark.parametrize("family", ["sd", "sdxl", "sd3"])
 def test_images_are_the_pipelines_own(family):
-    """Against the pipeline's whole call on the same list; decoding alone has the same bits."""
+    """Against the pipeline's own call on the same list, guarded and stock."""
     pipe = getattr(pipelines, family)()
     batch = requests("a red cat", "two dogs", "a red cat", negative_prompt="ugly", seed=4, guidance_scale=3.0)
     batch[2] = requests("x", "x", {"prompt": "a red cat", "seed": 9}, negative_prompt="ugly", guidance_scale=3.0)[2]
-    stages = Stages(pipe, batch, SETTINGS)
-    text = stages.encode(batch)
-    denoised = stages.denoise(batch, text)
-    images = [item.image for item in stages.decode(denoised)]
-    common = {"num_inference_steps": 3, "guidance_scale": 3.0}
-    own = pipe(**text, **common, generator=pipelines.generators([4, 4, 9])).images
-    assert np.array_equal(pixels(images), pixels(own))
-    stages.close()
+    maker = Maker(pipe, SETTINGS)
+    images = [image for image, _ in maker.make(batch)]
+
+    def own():
+        return pipe(
+            ["a red cat", "two dogs", "a red cat"],
+            negative_prompt=["ugly"] * 3,
+            generator=pipelines.generators([4, 4, 9]),
+            num_inference_steps=3,
+            guidance_scale=3.0,
+        ).images
+
+    assert np.array_equal(pixels(images), pixels(own()))
+    maker.close()
     assert "_fastguard_guard" not in pipe.__dict__
-    stock = pipe(
-        ["a red cat", "two dogs", "a red cat"],
-        negative_prompt=["ugly"] * 3,
-        generator=pipelines.generators([4, 4, 9]),
-        **common,
-    ).images
-    assert np.abs(pixels(images) - pixels(stock)).max() <= 1
-
-
-def test_the_pipeline_is_given_back_as_it_was(pipe):
-    """The same bits as before from a stock call, and gradients where a user wants them."""
-    call = {"prompt": ["a cat"], "num_inference_steps": 2, "output_type": "np"}
-    before = pipe(**call, generator=pipelines.generators([1])).images
-    batch = requests("a cat", "a dog")
-    stages = Stages(pipe, batch, SETTINGS)
-    assert pipe.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
-    through(stages, batch)
-    stages.close()
-    assert all(p.is_contiguous() for module in (pipe.unet, pipe.vae) for p in module.parameters())
-    assert np.array_equal(pipe(**call, generator=pipelines.generators([1])).images, before)
-    with fastguard.enable(pipe, "dtp"):
-        pipe(**call)
-    inputs = torch.zeros(1, 4, 8, 8, requires_grad=True), 1, torch.zeros(1, 77, pipe.unet.config.cross_attention_dim)
-    pipe.unet(*inputs).sample.sum().backward()
-    assert pipe.unet.conv_in.weight.grad is not None
+    assert np.abs(pixels(images) - pixels(own())).max() <= 1
 
 
 def test_sdxl_without_negative_prompt():
     """Some models take zeros for no negative prompt, and text for an empty one."""
     pipe = pipelines.sdxl()
     pipe.register_to_config(force_zeros_for_empty_prompt=True)
-    batch = requests("a cat", {"prompt": "a cat", "negative_prompt": "ugly"}, guidance_scale=5.0)
-    images, _ = through(Stages(pipe, batch, SETTINGS), batch)
+    both = requests("a cat", {"prompt": "a cat", "negative_prompt": "ugly"}, guidance_scale=5.0)
+    images = [image for batch in plan(both, 8) for image, _ in Maker(pipe, SETTINGS).make(batch)]
     for image, negative in zip(images, (None, "ugly"), strict=True):
         stock = pipe(
             "a cat", negative_prompt=negative, num_inference_steps=3, generator=torch.Generator().manual_seed(0)
@@ -95,8 +74,7 @@ def test_rows_of_different_seed_scale_and_policy_share_a_call(pipe):
         {"prompt": "a cow", "seed": 4, "policy": policy("dtp", guidance_scale=(5.0, 3.0, 2.0), gate=1e-6)},
     ]
     batch = requests(*rows)
-    stages = Stages(pipe, batch, SETTINGS)
-    images, records = through(stages, batch)
+    images, records = made(pipe, batch)
     for request, image, record in zip(batch, images, records, strict=True):
         with fastguard.enable(pipe, request.policy) as guard:
             alone = pipe(
@@ -113,7 +91,7 @@ def test_rows_of_different_seed_scale_and_policy_share_a_call(pipe):
 
 def test_without_guidance_one_branch_runs(pipe):
     batch = requests("a cat", "a dog", guidance_scale=1.0)
-    images, records = through(Stages(pipe, batch, SETTINGS), batch)
+    images, records = made(pipe, batch)
     stock = pipe(
         ["a cat", "a dog"], guidance_scale=1.0, num_inference_steps=3, generator=pipelines.generators([0, 0])
     ).images
@@ -127,64 +105,18 @@ def test_safety_checker_is_asked(pipe, monkeypatch):
 
     monkeypatch.setattr(pipe, "run_safety_checker", check, raising=False)
     batch = requests("a cat", "a dog")
-    images, _ = through(Stages(pipe, batch, SETTINGS), batch)
+    images, _ = made(pipe, batch)
     stock = pipe(["a cat", "a dog"], num_inference_steps=3, generator=pipelines.generators([0, 0])).images
     assert np.abs(pixels(images) - pixels(stock)).max() <= 1
-
-
-def test_modules_that_take_turns(pipe, monkeypatch):
-    """Offloaded pipelines run as a whole: their modules cannot be in two stages at once."""
-    batch = requests("a cat", {"prompt": "a dog", "negative_prompt": "ugly"})
-    split, _ = through(Stages(pipe, batch, SETTINGS), batch)
-    monkeypatch.setattr("fastguard.batch.stages.decoder", lambda pipe: None)
-    stages = Stages(pipe, batch, SETTINGS)
-    assert stages.encode(batch) == {"prompt": ["a cat", "a dog"], "negative_prompt": ["", "ugly"]}
-    whole, _ = through(stages, batch)
-    assert np.abs(pixels(split) - pixels(whole)).max() <= 1
-
-
-def test_each_prompt_is_encoded_once_and_in_the_same_company(pipe):
-    """Whatever is left to do, an embedding has the same bits."""
-    batch = requests(*(f"cat {i % 40}" for i in range(90)))
-    rows = []
-    pipe.text_encoder.register_forward_pre_hook(
-        lambda module, args, kwargs: rows.append(len(args[0] if args else kwargs["input_ids"])), with_kwargs=True
-    )
-    stages = Stages(pipe, batch, SETTINGS)
-    whole = [stages.encode(batch[i : i + 8])["prompt_embeds"] for i in range(0, 88, 8)]
-    # 32 + 8 distinct prompts; no negative prompt: once, with a prompt beside it that the pipeline wants.
-    assert sum(rows) == 40 + 2
-    assert max(rows) == CHUNK
-    late = Stages(pipe, batch, SETTINGS).encode(batch[72:80])["prompt_embeds"]
-    assert torch.equal(whole[9], late)
-
-
-def test_texts_of_a_job_that_is_not_known(pipe):
-    """An actor encodes those of a batch at once, and they have the same bits whatever it had before."""
-    batch = requests(*(f"cat {i}" for i in range(6)), "cat 0", negative_prompt="ugly")
-    other = requests(*(f"cat {i}" for i in range(3, 9)))
-    rows = []
-    pipe.text_encoder.register_forward_pre_hook(
-        lambda module, args, kwargs: rows.append(len(args[0] if args else kwargs["input_ids"])), with_kwargs=True
-    )
-    first = Stages(pipe, [], SETTINGS).encode(batch)
-    assert max(rows) == 6
-    assert sum(rows) <= 6 + 2  # a negative prompt comes with a prompt beside it
-    later = Stages(pipe, [], SETTINGS)
-    later.encode(other)
-    assert all(torch.equal(value, first[name]) for name, value in later.encode(batch).items())
-    known = Stages(pipe, batch, SETTINGS).encode(batch)
-    assert all(torch.allclose(value, first[name], atol=1e-5) for name, value in known.items())
 
 
 def test_disabled_guard(pipe, monkeypatch):
     """Stock images, each with its scale; their records have no report."""
     monkeypatch.setenv("FASTGUARD_DISABLE", "1")
     every = requests("a cat", {"prompt": "a dog", "guidance_scale": 3.0}, {"prompt": "a cow", "guidance_scale": 3.0})
-    stages = Stages(pipe, every, SETTINGS)
     batches = plan(every, 8)
     assert [len(batch) for batch in batches] == [1, 2]
-    images, records = through(stages, batches[1])
+    images, records = made(pipe, batches[1])
     stock = pipe(
         ["a dog", "a cow"], guidance_scale=3.0, num_inference_steps=3, generator=pipelines.generators([0, 0])
     ).images
@@ -194,9 +126,9 @@ def test_disabled_guard(pipe, monkeypatch):
 
 def test_guard_of_the_caller_comes_back(pipe):
     guard = fastguard.enable(pipe, "dtp", gate=0.3)
-    stages = Stages(pipe, [], SETTINGS)
-    stages.guard.policy = policy("cfg")
-    stages.close()
+    maker = Maker(pipe, SETTINGS)
+    maker.guard.policy = policy("cfg")
+    maker.close()
     assert pipe.__dict__["_fastguard_guard"] is guard
     assert guard.policy == policy("dtp", gate=0.3)
 

@@ -1,0 +1,158 @@
+"""The images of a batch, made by one call of a guarded pipeline, and what is known of each."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import time
+from collections.abc import Sequence
+from typing import Any, TypedDict
+
+import diffusers
+import torch
+from PIL import Image
+
+import fastguard
+from fastguard.batch.cuts import Cuts
+from fastguard.batch.fitting import guard_disabled
+from fastguard.batch.planning import arguments
+from fastguard.batch.request import Request
+from fastguard.batch.screening import Key, decided, key, statistics
+from fastguard.loop.report import ImageReport
+from fastguard.pipelines.guard import Guard, enable
+from fastguard.policies.policy import Policy
+
+VERSIONS = {"fastguard": fastguard.__version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
+
+
+class Verdict(TypedDict):
+    """Of a screened prompt: whether its mean over so many noises reaches the bound."""
+
+    flagged: bool
+    mean: float
+    bound: float
+    noises: int
+
+
+class Maker:
+    """Makes images with `pipe`, which must be a text-to-image pipeline that the guard knows. `close` gives it back as it was.
+
+    settings   of the model (name, dtype, scheduler): part of the images' records
+    """
+
+    def __init__(self, pipe: Any, settings: dict[str, Any]) -> None:
+        before = Guard.of(pipe)
+        self._policy_before = None if before is None else before.policy
+        self.pipe, self.settings = pipe, settings
+        self.guard = enable(pipe, "cfg")
+        self.guard.told = True  # by the task, of all policies of the job
+        self.device = pipe._execution_device  # walks through all modules: asked once
+        self._cuts = Cuts(pipe)
+        self._means: dict[tuple[Key, int], float] = {}  # of screened prompts
+        self._scale = inspect.signature(type(pipe).__call__).parameters["guidance_scale"].default
+
+    def close(self) -> None:
+        if self._policy_before is None:
+            self.guard.disable()
+        else:
+            self.guard.policy = self._policy_before
+
+    def interrupt(self) -> None:
+        """Have the call that is running skip its remaining steps; what it returns then is of no use."""
+        self.pipe._interrupt = True
+
+    def make(self, batch: Sequence[Request]) -> list[tuple[Image.Image, dict[str, Any]]]:
+        """Image and record of requests of one `planning.shape`, each with its own seed, scale and policy."""
+        first = batch[0]
+        verdicts = self._screened(batch)
+        policies = [
+            request.policy if verdict is None else decided(request.policy, verdict["flagged"])
+            for request, verdict in zip(batch, verdicts, strict=True)
+        ]
+        self.guard.policy = policies[0] if len(set(policies)) == 1 else Policy.stack(policies)
+        by_call = guard_disabled() or not first.guided  # else the policies have the scales
+        scale = first.stock_scale if by_call else None
+        self._cuts.read(text for request in batch for text in (request.prompt, request.negative_prompt))
+        begin = time.perf_counter()
+        output = self.pipe(
+            **arguments(batch),
+            **({} if scale is None else {"guidance_scale": scale}),
+            # On the host: the same noise on every device, and for an image whatever batch it is in.
+            generator=[torch.Generator("cpu").manual_seed(request.seed) for request in batch],
+            output_type="pt",
+        )
+        images, finite = _pictures(self.pipe, output.images)  # waits for the device
+        seconds = (time.perf_counter() - begin) / len(batch)
+        blacked = getattr(output, "nsfw_content_detected", None) or [False] * len(batch)
+        reports = [None] * len(batch) if guard_disabled() else self.guard.report.images  # type: ignore[union-attr]
+        return [
+            (
+                image,
+                self._record(request, policy, image, report)
+                | {"screen": verdict, "blacked": bool(black), "vae_non_finite": not whole}
+                | {"batch": len(batch), "seconds": round(seconds, 6), "device": str(self.device), "versions": VERSIONS},
+            )
+            for request, policy, verdict, image, report, black, whole in zip(
+                batch, policies, verdicts, images, reports, blacked, finite, strict=True
+            )
+        ]
+
+    def _screened(self, batch: Sequence[Request]) -> list[Verdict | None]:
+        """What the means of the images' prompts say, where they are to be screened. A prompt is measured once."""
+        if batch[0].screen is None or guard_disabled():
+            return [None] * len(batch)
+        noises, bound = batch[0].screen
+        new = list({key(request): request for request in batch if (key(request), noises) not in self._means}.values())
+        if new:
+            values = statistics(self.pipe, new, noises, most=len(batch))
+            self._means |= {(key(r), noises): sum(own) / noises for r, own in zip(new, values, strict=True)}
+        means = [self._means[key(request), noises] for request in batch]
+        return [Verdict(flagged=mean >= bound, mean=mean, bound=bound, noises=noises) for mean in means]
+
+    def _record(
+        self, request: Request, policy: Policy, image: Image.Image, report: ImageReport | None
+    ) -> dict[str, Any]:
+        """The manifest's line, and what an image's file says about itself. A field has one type in all images."""
+        own: Any = policy.guidance_scale
+        scale = next(s for s in (request.guidance_scale, own, self._scale) if s is not None)
+        return {
+            "id": request.id,
+            "request": request.digest(self.settings),
+            "remake_of": request.remake_of,
+            "prompt": request.prompt,
+            "negative_prompt": request.negative_prompt,
+            "seed": request.seed,
+            "steps": request.steps,
+            "guidance_scale": None if isinstance(own, tuple) else float(scale),  # None if the policy has one per row
+            "policy": policy.name,
+            "policy_json": json.dumps(policy.to_dict()),
+            "width": image.width,
+            "height": image.height,
+            **self.settings,
+            "scheduler": type(self.pipe.scheduler).__name__,
+            **{name: _told(report, name) for name in _REPORTED},
+            "gate_text": report and report.gate_text(),
+            "transition_text": report and report.transition_text(),
+            "prompt_cut": self._cuts[request.prompt],
+            "negative_prompt_cut": self._cuts[request.negative_prompt],
+        }
+
+
+_REPORTED = (
+    "policy_hash", "transition_step", "transition_timestep", "minimum_timestep", "margin", "forced", "gate", "collapse", "suspect",
+    "non_finite", "d_curve", "share_curve", "timesteps", "denoiser_rows", "path", "reason",
+)  # fmt: skip
+
+
+def _told(report: ImageReport | None, name: str) -> Any:
+    """A field of the report; None for a curve without a single value: readers of tables find no type in it."""
+    value = getattr(report, name, None)
+    return None if isinstance(value, tuple) and all(item is None for item in value) else value
+
+
+def _pictures(pipe: Any, images: Any) -> tuple[list[Image.Image], list[bool]]:
+    """A pipeline's images with output_type="pt", and whether all that the autoencoder returned was finite."""
+    if not isinstance(images, torch.Tensor):
+        return list(images), [True] * len(images)
+    processor = pipe.image_processor
+    return processor.numpy_to_pil(processor.pt_to_numpy(images)), images.flatten(1).isfinite().all(1).tolist()
