@@ -42,7 +42,7 @@ setup(
     package_data={
         "fastguard": ["py.typed"],
         "fastguard.fronts.comfyui": ["pyproject.toml", "example_workflows/*.json"],
-        "fastguard.pipelines.families": ["loops.json"],
+        "fastguard.pipelines.families": ["*.json"],
         "fastguard.testbed": ["*.json", "*.safetensors", "model/**/*"],
     },
     include_package_data=False,

@@ -25,9 +25,16 @@ class Stepwise(Guide):
     """
 
     def __init__(
-        self, policies: Sequence[Policy], *, guidance_scale: float, latents: torch.Tensor, in_steps: bool = True
+        self,
+        policies: Sequence[Policy],
+        *,
+        guidance_scale: float,
+        latents: torch.Tensor,
+        in_steps: bool = True,
+        observations: int | None = None,
     ) -> None:
-        """Arguments as of `Guide`; in_steps: whether the timesteps that will be given count training steps.
+        """Arguments as of `Guide`; in_steps: whether the timesteps that will be given count training steps; observations: how many
+        noise levels a whole run has, where `at` will be told how x0 follows from the output: for anchored policies.
 
         ValueError for a guidance scale per row: how many rows there will be is not known.
         """
@@ -37,26 +44,32 @@ class Stepwise(Guide):
                     f"guidance_scale of policy {policy.name!r} has {len(policy.guidance_scale)} values: must be one number, because "
                     "the number of rows is not known here"
                 )
-        super().__init__(policies, _blank(in_steps), guidance_scale=guidance_scale, latents=latents)
-        limits = [limit(policy) for policy in policies]
-        self._limits = torch.tensor([-torch.inf if t is None else t for t in limits], dtype=torch.float64).to(
-            latents.device
-        )
+        super().__init__(policies, _blank(in_steps, observations), guidance_scale=guidance_scale, latents=latents)
+        # What has no transition (anchored alone) has its guidance from the first row on.
+        limits = [torch.inf if policy.transition is None else limit(policy) for policy in policies]
+        known = [-torch.inf if t is None else t for t in limits]
+        self._limits = torch.tensor(known, dtype=torch.float64).to(latents.device)
         self._highest = torch.full_like(self._limits[0], -torch.inf)
 
-    def at(self, level: Any, timestep: Any, w_epsilon: Any = torch.nan, w_x0: Any = torch.nan) -> None:
-        """The next row: its level (any number that grows while noise goes away), its timestep, and the factors of d in epsilon and x0
-        space. Each is a number or a tensor of one element; a tensor on the latents' device is not waited for."""
+    def at(
+        self,
+        level: Any,
+        timestep: Any,
+        w_epsilon: Any = torch.nan,
+        w_x0: Any = torch.nan,
+        x0: tuple[Any, Any] | None = None,
+    ) -> None:
+        """The next row: its level (any number that grows while noise goes away), its timestep, the factors of d in epsilon and x0
+        space, and (X, E) of x0(e) = X x + E e. Each is a number or a tensor of one element; a tensor on the latents' device is not
+        waited for."""
         row = self.loop.rows[self.row]
         level, timestep = (_scalar(value, row) for value in (level, timestep))
         observed = level > self._highest
         self._highest = torch.maximum(self._highest, level)
-        for column, value in (
-            (Row.OBSERVE, observed),
-            (Row.TIMESTEP, timestep),
-            (Row.W_EPSILON, w_epsilon),
-            (Row.W_X0, w_x0),
-        ):
+        columns = {Row.OBSERVE: observed, Row.TIMESTEP: timestep, Row.W_EPSILON: w_epsilon, Row.W_X0: w_x0}
+        if x0 is not None:
+            columns |= {Row.X: x0[0], Row.E: x0[1]}
+        for column, value in columns.items():
             row[column] = value
         reached = observed & (timestep <= self._limits)
         self.loop.rules[:, Rule.SWITCH_ROW] = torch.where(reached, float(self.row), float(NEVER))
@@ -67,16 +80,18 @@ class Stepwise(Guide):
         return replace(self.plan, timesteps=tuple(times), branches=self.plan.branches[: self.row])
 
 
-def _blank(in_steps: bool) -> Schedule:
+def _blank(in_steps: bool, observations: int | None) -> Schedule:
     rows = torch.zeros(ROWS + 1, len(Row), dtype=torch.float64)
     rows[:, [Row.Q, Row.B, Row.S]] = 1.0
     rows[:, Row.STORE] = -1.0
     rows[:-1, Row.ACTIVE] = 1.0
-    rows[:, Row.X : Row.E + 1] = torch.nan  # no map to x0 is known
+    rows[: observations or 0, Row.OBSERVE] = 1.0  # counted now, written by `at`
     reason = "no scheduler is known"
+    unknown = reason if observations is None else None
+    rows[:, Row.X : Row.E + 1] = torch.nan if unknown else 0.0
     none = (0,) * ROWS
     return Schedule(
-        rows, rows[:-1, Row.TIMESTEP], 0, none, torch.nan, "own step", False, reason, in_steps=in_steps, no_x0=reason
+        rows, rows[:-1, Row.TIMESTEP], 0, none, torch.nan, "own step", False, reason, in_steps=in_steps, no_x0=unknown
     )
 
 

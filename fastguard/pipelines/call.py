@@ -19,17 +19,17 @@ import torch
 from fastguard.capture.obstacles import watched
 from fastguard.capture.runner import Arguments, BodyRunner, Capturing
 from fastguard.loop.report import Report
+from fastguard.pipelines.attached import Attached
 from fastguard.pipelines.families import Family
 from fastguard.pipelines.generation import Generation
 from fastguard.pipelines.guidance import Guidance
 from fastguard.pipelines.outputs import Output, placeholder, select_branch
-from fastguard.pipelines.scheduler import Scheduling, Step
-from fastguard.pipelines.shadow import stand_in
+from fastguard.pipelines.scheduler import Step
 from fastguard.policies.policy import Policy
 
 
-class Call:
-    """`stand_in` is what the stock loop runs on; generation is None until the loop begins."""
+class Call(Attached):
+    """`generation` is None until the loop begins."""
 
     def __init__(
         self,
@@ -43,63 +43,40 @@ class Call:
         unguided: str,
     ) -> None:
         """arguments: of the pipeline's call, by name; denoiser: the pipeline's, as it shall run."""
-        self.family, self.arguments = family, arguments
+        self.family, self.denoiser, self.runner = family, denoiser, BodyRunner(capturing)
         callback = any(arguments.get(name) is not None for name in ("callback_on_step_end", "callback"))
         # Somebody may look at, keep or change the latents between two rows.
         self.open = callback or family.rewrites_latents
-        self.scheduling = Scheduling(pipe.scheduler, arguments, callback=callback, scales_input=family.scales_input)
-        self.denoiser, self.runner = denoiser, BodyRunner(capturing)
-        self.stand_in = self._stand_in(pipe)
+        super().__init__(
+            pipe,
+            arguments,
+            {family.denoiser: self.denoise},
+            callback=callback,
+            scales_input=family.scales_input,
+            steps={"scale_model_input": self.scale_model_input},
+        )
         self.guidance = Guidance(policy, family, arguments, self.stand_in, unguided)
         # Hooks may keep the model inputs that they see, of which the loop has one buffer.
         self.watched = any(watched(getattr(pipe, name, None)) for name in (family.denoiser, "controlnet"))
         self.generation: Any = None  # Generation
-        self._prepared: torch.Tensor | None = None
         self._input: torch.Tensor | None = None  # what the denoiser is about to be given
         self._ran = False  # the denoiser, for the step that follows
         self._cond: torch.Tensor | None = None
-        self._stepped: torch.Tensor | None = None  # what the scheduler's own step() gave last, where it runs
-
-    def _stand_in(self, pipe: Any) -> Any:
-        def progress_bar(*args: Any, **kwargs: Any) -> Any:  # made when everything is prepared
-            self.begin()
-            return pipe.progress_bar(*args, **kwargs)
-
-        def prepare_latents(*args: Any, **kwargs: Any) -> Any:
-            result = pipe.prepare_latents(*args, **kwargs)
-            self._prepared = result[0] if isinstance(result, tuple) else result
-            return result
-
-        steps: dict[str, Callable] = {
-            "step": self.step,
-            "scale_model_input": self.scale_model_input,
-            "set_timesteps": self.scheduling.set_timesteps,
-        }
-        methods = {"progress_bar": progress_bar, "prepare_latents": prepare_latents}
-        return stand_in(pipe, steps, {self.family.denoiser: self.denoise}, methods)
 
     # The loop begins -------------------------------------------------------------------------------------------------------
-
-    def begin(self) -> None:
-        """The loop is about to start. Where its first latents or its first row are not known yet, the first row begins it."""
-        begin = self.scheduling.begin_index
-        late = hasattr(self.stand_in, "get_timesteps") and begin is None
-        if self._prepared is None or late or (begin or 0) >= len(self.scheduling.scheduler.timesteps):
-            return
-        self._begin(self._prepared, begin or 0)
 
     def _begun(self, shown: torch.Tensor, timestep: Any) -> Generation:
         """The generation; begun at this row if it has not begun before."""
         if self.generation is None:
             halves = 2 if self.guidance.on else 1
-            first = shown[: len(shown) // halves] if self._prepared is None else self._prepared
-            self._begin(first, self.scheduling.begin_at(timestep))
+            first = shown[: len(shown) // halves] if self.prepared is None else self.prepared
+            self.begin(first, self.scheduling.begin_at(timestep))
         return self.generation
 
-    def _begin(self, latents: torch.Tensor, begin: int) -> None:
+    def begin(self, latents: torch.Tensor, row: int) -> None:
         guidance, scheduling, pipe = self.guidance, self.scheduling, self.stand_in
         own_step = guidance.own_step(len(scheduling.scheduler.timesteps))
-        schedule = scheduling.compile(begin, own_step, pipe)
+        schedule = scheduling.compile(row, own_step, pipe)
         plan = guidance.begin(schedule, latents, scheduling.rows_of_the_loop())
         whole = self.runner.wants_whole(latents.device) and self._may_be_whole()
         self.generation = Generation(
@@ -202,9 +179,7 @@ class Call:
         if not generation.schedule.linear:
             # A copy: some schedulers keep what they are given, and the next row writes into x.
             guided = self.guidance.rescaled(generation.loop.latents(), self._cond)
-            result = scheduling.scheduler.step(guided, timestep, sample, *args, **kwargs)
-            self._stepped = result[0] if isinstance(result, tuple) else result.prev_sample
-            return result
+            return scheduling.own_step(guided, timestep, sample, *args, **kwargs)
         scheduling.keep_step_index(generation.row)
         latents = generation.loop.latents()
         return (latents,) if not kwargs.get("return_dict", True) else Step(prev_sample=latents)
@@ -212,7 +187,6 @@ class Call:
     # After it --------------------------------------------------------------------------------------------------------------
 
     def report(self) -> Report | None:
-        """What happened, or None if the loop never ran. Reads nothing from the device yet."""
         generation = self.generation
         if generation is None:
             return None
@@ -225,18 +199,14 @@ class Call:
             trace=generation.loop.trace,
             plan=self.guidance.plan,
             shares=generation.loop.shares,
-            latents=generation.loop.x if self._stepped is None else self._stepped,
+            latents=generation.loop.x if self.scheduling.stepped is None else self.scheduling.stepped,
             rows_run=generation.rows_run,
             steps=generation.row,
             path=path,
             reason="; ".join(filter(None, reasons)) or None,
         )
 
-    def finish(self) -> None:
-        """The stock call has returned; whatever it returned is its own."""
-
     def close(self) -> None:
-        """The call is over and its report made."""
         if self.generation is not None:
             self.generation.noise.rewind(self.generation.row)
         self.runner.give_back()

@@ -71,6 +71,11 @@ def enable(
     chosen = make_policy(policy, **overrides)
     if unguided not in UNGUIDED:
         raise ValueError(f"unguided={unguided!r}: allowed are {', '.join(map(repr, UNGUIDED))}")
+    if isinstance(known, OwnFamily) and (attention_backend is not None or compile):
+        raise ValueError(
+            f"attention_backend={attention_backend!r}, compile={compile!r}: {base.__name__} runs its denoiser itself; set them there "
+            f"(pipe.{known.denoisers[0]}.set_attention_backend(...), .compile())"
+        )
     options = Options.of(
         first_denoiser(pipe, known),
         capture=capture,

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
+from fastguard.pipelines.attached import no_second_branch, policies_of
 from fastguard.pipelines.families import Family
 from fastguard.pipelines.outputs import needs_both
-from fastguard.policies.plan import Plan, lower, of_images, unfit_guards
+from fastguard.policies.plan import Plan, lower, unfit_guards
 from fastguard.policies.policy import Policy
 from fastguard.policies.presets import policy as make_policy
 from fastguard.schedules.schedule import Schedule
@@ -53,8 +54,7 @@ class Guidance:
         """Make the plan of the call, of whose images `latents` has one each; its loop runs `rows` rows of the schedule."""
         if not self.on:
             self._refuse_unguided()
-        per_prompt = self.arguments.get("num_images_per_prompt") or 1
-        self._samples = of_images(self.policy, len(latents), per_prompt)
+        self._samples = policies_of(self.policy, self.arguments, len(latents))
         self._schedule, self._elements = schedule, latents[0].numel()
         self.plan = self._lower()
         if any(branch != "both" for branch in self.plan.branches) and self.on:
@@ -101,7 +101,6 @@ class Guidance:
         return phi * rescaled + (1 - phi) * guided
 
     def _refuse_unguided(self) -> None:
-        """A guard over a call without guidance would let copies through: the conditional branch alone copies."""
         if not (self.policy.guarded or self.policy.sets_scale):
             return
         scale = self.arguments.get("guidance_scale")
@@ -109,11 +108,8 @@ class Guidance:
             self.policy = make_policy("cfg")
             self.reason = f"guidance_scale={scale!r}: no unconditional branch, so nothing was guarded (unguided='run')"
             return
-        raise ValueError(
-            f"guidance_scale={scale!r}: the pipeline runs no unconditional branch then, but policy {self.policy.name!r} needs it; pass "
-            f"a guidance_scale above 1 to a model with classifier-free guidance, use 'cfg' without a scale of its own, or enable the "
-            f"guard with unguided='run'"
-        )
+        remedy = "pass a guidance_scale above 1 to a model with classifier-free guidance"
+        raise no_second_branch(f"guidance_scale={scale!r}", remedy, self.policy)
 
     def _lower(self) -> Plan:
         self._scale = self.family.guidance_scale(self.pipe, self.arguments)

@@ -60,7 +60,7 @@ def select_branch(tree: Any, branch: Branches, batch: int, *, several: bool = Fa
 
 def needs_both(denoiser: Any, arguments: Mapping[str, Any]) -> str | None:
     """Why both branches must run in every row of a call, whatever its policies need; None if one may run alone."""
-    return _cannot_be_cut(denoiser, arguments) or _rows_differ(denoiser)
+    return _cannot_be_cut(denoiser, arguments) or keeps_state(denoiser)
 
 
 def _cannot_be_cut(denoiser: Any, arguments: Mapping[str, Any]) -> str | None:
@@ -75,7 +75,7 @@ def _cannot_be_cut(denoiser: Any, arguments: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _rows_differ(denoiser: Any) -> str | None:
+def keeps_state(denoiser: Any) -> str | None:
     """Who keeps features from row to row, or reads a batch as [u, c]: a batch of one branch would be wrong there, without an error.
 
     Known to treat rows alike are the libraries' own layers and attention processors. Anything else may be such a one: feature
@@ -90,8 +90,10 @@ def _rows_differ(denoiser: Any) -> str | None:
             return f"a forward hook on {name} may keep features from row to row"
         if "forward" in vars(module) and not hasattr(module, "_hf_hook") and registry is None:
             return f"forward() is replaced on a {name}"
-        if type(module).__module__.split(".")[0] not in _LIBRARIES:
-            return f"{type(module).__module__}.{name} is not one of the libraries' own layers"
+        # forward: of the class, which TeaCache's users replace.
+        for where in (type(module).__module__, type(module).forward.__module__):
+            if where.split(".")[0] not in _LIBRARIES:
+                return f"{where}.{name} is not one of the libraries' own layers"
         processor = getattr(module, "processor", None)
         kind = type(processor)
         if processor is not None and (

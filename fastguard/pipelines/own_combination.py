@@ -22,16 +22,15 @@ import torch
 from fastguard.kernels.layout import Rule
 from fastguard.loop.guide import Guide
 from fastguard.loop.report import Report
+from fastguard.pipelines.attached import Attached, no_second_branch, policies_of
 from fastguard.pipelines.families.base import Family
 from fastguard.pipelines.families.own import OwnFamily
-from fastguard.pipelines.outputs import HARMLESS_HOOKS
-from fastguard.pipelines.scheduler import Scheduling
-from fastguard.pipelines.shadow import stand_in
-from fastguard.policies.plan import of_images, unfit_guards
+from fastguard.pipelines.outputs import keeps_state
+from fastguard.policies.plan import Plan, unfit_guards
 from fastguard.policies.policy import Policy
+from fastguard.policies.presets import policy as make_policy
 
 REASON = "the pipeline combines the branches itself"
-_PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
 
 
 class Output(NamedTuple):
@@ -42,8 +41,8 @@ class Output(NamedTuple):
     tensor: Any
 
 
-class OwnCombination:
-    """State of one generation. `stand_in` is what the stock loop runs on; `denoisers` are the originals behind its shadows."""
+class OwnCombination(Attached):
+    """`denoisers` are the originals behind the stand-in's shadows; `guide` is None until the loop begins."""
 
     def __init__(
         self,
@@ -53,44 +52,22 @@ class OwnCombination:
         pipe: Any,
         *,
         unguided: str = "raise",
+        methods: Mapping[str, Any] | None = None,
     ) -> None:
-        self.policy, self.family, self.arguments, self.unguided = policy, family, arguments, unguided
-        scheduler = pipe.scheduler
+        """methods: as of `Attached`."""
+        self.policy, self.family, self.unguided = policy, family, unguided
         self.denoisers = {name: part for name in family.denoisers if (part := getattr(pipe, name, None)) is not None}
-        self.scheduling = Scheduling(scheduler, arguments, callback=False, scales_input=False)
-        self.stand_in = self._stand_in(pipe)
-        self.row = 0
-        self.guide: Guide | None = None  # None until the first step
-        self._step_signature = inspect.signature(scheduler.step)
-        self._outputs: list[Output] = []  # of this row
-        self._results: dict[
-            tuple[str, str], Any
-        ] = {}  # the last result of (denoiser, branch), shown where a call is left out
-        self._may_skip = (
-            family.calls == 2
-            and family.skippable
-            and not any(map(_keeps_state, self.denoisers.values()))
-            and all(arguments.get(f"ip_adapter_image{end}") is None for end in ("", "_embeds"))
-        )
-        self._skip_until = 0  # row from which on some image is not guarded
-        self._both = True  # the row before had both branches
-        self._last: torch.Tensor | None = None
-        self._prepared: Any = None  # what the pipeline's prepare_latents gave
-
-    def _stand_in(self, pipe: Any) -> Any:
         calls = {name: functools.partial(self.denoise, name) for name in self.denoisers}
-
-        def progress_bar(*args: Any, **kwargs: Any) -> Any:  # made when everything is prepared
-            self._begin_early()
-            return pipe.progress_bar(*args, **kwargs)
-
-        def prepare_latents(*args: Any, **kwargs: Any) -> Any:
-            result = pipe.prepare_latents(*args, **kwargs)
-            self._prepared = result[0] if isinstance(result, tuple) else result
-            return result
-
-        steps = {"step": self.step, "set_timesteps": self.scheduling.set_timesteps}
-        return stand_in(pipe, steps, calls, {"progress_bar": progress_bar, "prepare_latents": prepare_latents})
+        super().__init__(pipe, arguments, calls, methods=methods)
+        self.row = 0
+        self.guide: Guide | None = None
+        self.reason: str | None = None
+        self._step_signature = inspect.signature(pipe.scheduler.step)
+        self._outputs: list[Output] = []  # of this row
+        # The last result of (denoiser, branch), shown where a call is left out.
+        self._results: dict[tuple[str, str], Any] = {}
+        self._skip_until = 0  # row from which on some image may need both branches
+        self._both = True  # the row before had both branches
 
     # What the shadows call -------------------------------------------------------------------------------------------------
 
@@ -108,7 +85,7 @@ class OwnCombination:
             return self._results[name, branch]
         result = self.denoisers[name](*args, **kwargs)
         self._outputs.append(Output(name, (args, kwargs), tensor_of(result)))
-        if self._may_skip:
+        if self.row < self._skip_until or self.guide is None:
             self._results[name, branch] = result
         return result
 
@@ -121,9 +98,7 @@ class OwnCombination:
         bound.arguments["model_output"] = self._guided(combined, sample, bound.arguments["timestep"])
         self._outputs.clear()
         self.row += 1
-        result = self.scheduling.scheduler.step(*bound.args, **bound.kwargs)
-        self._last = result[0] if isinstance(result, tuple) else result.prev_sample
-        return result
+        return self.scheduling.own_step(*bound.args, **bound.kwargs)
 
     # A row -----------------------------------------------------------------------------------------------------------------
 
@@ -131,20 +106,22 @@ class OwnCombination:
         channels = sample.shape[1]  # a model may predict more (a variance), which still reaches step()
         own = combined[:, :channels] if combined.shape[1] > channels else combined
         uncond, cond = self._branches(own)
-        scale = self.family.guidance_scale(self.stand_in, self.arguments, self._outputs[0].denoiser)
         if self.guide is None or self.guide.loop.x.shape != sample.shape:
-            self.guide = self._begin(sample, timestep, scale)
-        self._check(uncond is not None and cond is not None)
-        self.guide.follow(scale)
+            self.begin(sample, self.scheduling.begin_at(timestep))
+        self._check(sample, uncond is not None and cond is not None)
+        guide: Any = self.guide
+        guide.follow(self._scale(self._outputs[0].denoiser))
         if uncond is not None and cond is not None:
-            x = None if self.guide.loop.anchor is None else sample
-            e = self.guide(uncond, cond, x, combined=own)
-        elif self._outputs[-1].tensor is None or self._outputs[0].tensor is None:  # one branch left out
+            e = guide(uncond, cond, None if guide.loop.anchor is None else sample, combined=own)
+        elif any(output.tensor is None for output in self._outputs):  # one branch left out
             only: Any = self._left_over(own) if uncond is None and cond is None else uncond if cond is None else cond
-            e = self.guide(only, None).to(own.dtype)
+            e = guide(only, None).to(own.dtype)
         else:
-            e = self.guide(own, None, combined=own)
+            e = guide(own, None, combined=own)
         return e if own is combined else torch.cat([e, combined[:, channels:]], 1)
+
+    def _scale(self, denoiser: str) -> float:
+        return self.family.guidance_scale(self.stand_in, self.arguments, denoiser)
 
     def _branches(self, own: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """(u, c) of this row in the step's space, None for a branch that did not run."""
@@ -190,38 +167,43 @@ class OwnCombination:
         assert self.guide is not None
         return self.guide.plan.branches[self.row] not in ("both", branch)
 
-    def _begin_early(self) -> None:
-        """The loop is about to start: bring the tables to the device before it, where latents and first row are known already."""
-        begin = self.scheduling.begin_index
-        late = hasattr(self.stand_in, "get_timesteps") and begin is None
-        timesteps = self.scheduling.scheduler.timesteps
-        if isinstance(self._prepared, torch.Tensor) and not late and (begin or 0) < len(timesteps):
-            scale = self.family.guidance_scale(self.stand_in, self.arguments, next(iter(self.denoisers)))
-            self.guide = self._begin(self._prepared, timesteps[begin or 0], scale)
-
-    def _begin(self, sample: torch.Tensor, timestep: Any, scale: float) -> Guide:
-        schedule = self.scheduling.compile(self.scheduling.begin_at(timestep), REASON, self.stand_in)
-        per_prompt = next((self.arguments[name] for name in _PER_PROMPT if self.arguments.get(name)), 1)
-        policies = of_images(self.policy, len(sample), per_prompt)
-        guide = Guide(policies, schedule, guidance_scale=scale, latents=sample)
-        if self._may_skip and all(policy.transition == "static" for policy in policies):
-            self._skip_until = int(guide.plan.rules[:, Rule.SWITCH_ROW].min())
+    def begin(self, latents: torch.Tensor, row: int) -> None:
+        schedule = self.scheduling.compile(row, REASON, self.stand_in)
+        policies = policies_of(self.policy, self.arguments, len(latents))
+        guide = Guide(policies, schedule, guidance_scale=self._scale(next(iter(self.denoisers))), latents=latents)
         for sentence in unfit_guards(guide.plan, self.scheduling.rows_of_the_loop()):
             warnings.warn(sentence, stacklevel=2)
-        return guide
+        self.guide, self._skip_until = guide, self._skips_until(guide.plan)
 
-    def _check(self, both: bool) -> None:
+    def _skips_until(self, plan: Plan) -> int:
+        """The row from which on no call is left out: a later one may need what the call would have given."""
+        if set(plan.branches) == {"both"} or any(policy.transition != "static" for policy in plan.policies):
+            return 0
+        if (forbids := self._forbids_skipping()) is not None:
+            self.reason = f"both branches run in every row: {forbids}"
+            return 0
+        return int(plan.rules[:, Rule.SWITCH_ROW].min())
+
+    def _forbids_skipping(self) -> str | None:
+        """Why a call whose branch no image needs is made all the same."""
+        if self.family.calls == 1:
+            return "they come of one call"
+        if not self.family.skippable:
+            return "the pipeline or its guider remembers them"
+        if any(self.arguments.get(f"ip_adapter_image{end}") is not None for end in ("", "_embeds")):
+            return "the pipeline swaps the IP-Adapter's embeddings between them"
+        return next(filter(None, map(keeps_state, self.denoisers.values())), None)
+
+    def _check(self, sample: torch.Tensor, both: bool) -> None:
         """Refuses a guard over a call without a second branch; warns if that ends before the guard does."""
-        skipped = any(output.tensor is None for output in self._outputs)
-        both = both or (skipped and len(self._outputs) == 2)
-        needs = self.unguided == "raise" and (self.policy.guarded or self.policy.sets_scale)
-        if not both and self.row == 0 and needs:
+        both = both or (len(self._outputs) == 2 and any(output.tensor is None for output in self._outputs))
+        if not both and self.row == 0 and (self.policy.guarded or self.policy.sets_scale):
             given = self.family.given(self.stand_in, self.arguments)
-            raise ValueError(
-                f"{given}: the pipeline runs no second (unconditional) branch then, but policy {self.policy.name!r} needs it; "
-                f"{self.family.second_branch}, use 'cfg' without a scale of its own, or enable the guard with "
-                f"unguided='run'"
-            )
+            if self.unguided == "raise":
+                raise no_second_branch(given, self.family.second_branch, self.policy)
+            self.policy = make_policy("cfg")
+            self.begin(sample, self.scheduling.first_row)
+            self.reason = f"{given}: no second branch, so nothing was guarded (unguided='run')"
         if not both and self._both and self.row > 0 and self.policy.guarded:
             warnings.warn(
                 f"the second branch ended at denoiser row {self.row}: the guard ends with it, and an image that has not reached "
@@ -240,14 +222,10 @@ class OwnCombination:
                 f"call the pipeline without it"
             )
 
-    def close(self) -> None:
-        """The call is over and its report made; nothing was lent."""
-
     def report(self) -> Report | None:
-        """What happened, or None if the loop never ran. Reads nothing from the device yet."""
         if self.guide is None or self.row == 0:
             return None
-        return self.guide.report(path="own combination", latents=self._last)
+        return self.guide.report(path="own combination", reason=self.reason, latents=self.scheduling.stepped)
 
 
 def first_denoiser(pipe: Any, family: Family | OwnFamily) -> Any:
@@ -260,11 +238,3 @@ def tensor_of(result: Any) -> Any:
     if isinstance(result, (tuple, dict)):  # diffusers' outputs are dicts whose first item is [0]
         return result[0]
     return getattr(result, "sample", result)
-
-
-def _keeps_state(denoiser: Any) -> bool:
-    """Whether a cache hangs on the denoiser, which keeps a state for each branch."""
-    registries = (getattr(module, "_diffusers_hook", None) for module in denoiser.modules())
-    return getattr(denoiser, "is_cache_enabled", False) or any(
-        set(registry.hooks) - HARMLESS_HOOKS for registry in registries if registry is not None
-    )

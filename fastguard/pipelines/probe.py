@@ -19,7 +19,6 @@ import torch
 from fastguard.pipelines.families import OwnFamily
 from fastguard.pipelines.outputs import tensors_of
 from fastguard.pipelines.own_combination import OwnCombination
-from fastguard.pipelines.shadow import shadow
 from fastguard.policies.presets import policy
 
 LINEAR = 1e-5  # largest residual of a linear combination in float32; measured: 7e-8
@@ -108,21 +107,15 @@ class _Probing(OwnCombination):
     """An own combination that only looks: weights and residual of every row. The denoiser runs once for each form of its inputs."""
 
     def __init__(self, family: OwnFamily, arguments: Mapping[str, Any], pipe: Any) -> None:
-        super().__init__(policy("cfg"), family, arguments, pipe)
+        super().__init__(policy("cfg"), family, arguments, pipe, methods={"maybe_free_model_hooks": lambda: None})
         self.rows: list[ProbedRow] = []
-        self._may_skip = False
         self._generator = torch.Generator().manual_seed(0)
         self._shapes: dict[Any, Any] = {}
         for name, denoiser in self.denoisers.items():
             self.denoisers = {**self.denoisers, name: functools.partial(self._stub, name, denoiser)}
 
-    def _stand_in(self, pipe: Any) -> Any:
-        parts = {
-            name: shadow(part, {"__call__": functools.partial(self.denoise, name), "cache_context": _no_context})
-            for name, part in self.denoisers.items()
-        }
-        parts["scheduler"] = shadow(pipe.scheduler, {"step": self.step, "set_timesteps": self.scheduling.set_timesteps})
-        return shadow(pipe, {"maybe_free_model_hooks": lambda: None, "progress_bar": _bar}, parts)
+    def begin_early(self) -> None:
+        """It needs no tables."""
 
     def _stub(self, name: str, denoiser: Any, *args: Any, **kwargs: Any) -> Any:
         key = (name, *(tuple(t.shape) for t in tensors_of((args, kwargs))))
@@ -142,7 +135,7 @@ class _Probing(OwnCombination):
     def _guided(self, combined: torch.Tensor, sample: torch.Tensor, timestep: Any) -> torch.Tensor:
         own = combined[:, : sample.shape[1]] if combined.shape[1] > sample.shape[1] else combined
         uncond, cond = self._branches(own)
-        scale = self.family.guidance_scale(self.stand_in, self.arguments, self._outputs[0].denoiser)
+        scale = self._scale(self._outputs[0].denoiser)
         narrow = combined.dtype in (torch.float16, torch.bfloat16)
         if uncond is None or cond is None:
             self.rows.append(ProbedRow(scale))
@@ -183,8 +176,11 @@ def probe(
     bound.apply_defaults()
     values = {**bound.arguments, **bound.arguments.get("kwargs", {})}
     state = object.__new__(type(pipe))
-    state.__dict__.update(pipe.__dict__, scheduler=copy.deepcopy(pipe.scheduler), **family.in_probe(pipe))
+    own = {"scheduler": copy.deepcopy(pipe.scheduler), "_progress_bar_config": {"disable": True}}
+    state.__dict__.update(pipe.__dict__, **own, **family.in_probe(pipe))
     call = _Probing(family, values, state)
+    parts: list[Any] = [part for name in family.denoisers if (part := getattr(pipe, name, None)) is not None]
+    hooked = [part for part in parts if "_diffusers_hook" in vars(part)]
     problem = None
     try:
         with _random_state(), torch.no_grad():
@@ -197,9 +193,10 @@ def probe(
     finally:
         for hook in getattr(pipe, "_all_hooks", ()):
             hook.offload()
-        for name in family.denoisers:
-            part: Any = getattr(pipe, name, None)
-            if hasattr(part, "_reset_stateful_cache") and "_diffusers_hook" in vars(part):
+        for part in parts:
+            if part not in hooked:
+                vars(part).pop("_diffusers_hook", None)  # which cache_context makes
+            elif hasattr(part, "_reset_stateful_cache"):
                 part._reset_stateful_cache()
     return Probe(family, tuple(call.rows), problem)
 
@@ -227,33 +224,3 @@ def _random_state() -> Iterator[None]:
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     with torch.random.fork_rng(devices=list(devices)):
         yield
-
-
-def _no_context(*_: Any, **__: Any) -> contextlib.AbstractContextManager:
-    return contextlib.nullcontext()
-
-
-class _Bar:
-    """A progress bar that shows nothing."""
-
-    def __init__(self, iterable: Any) -> None:
-        self._iterable = iterable
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._iterable)
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        return None
-
-    def update(self, n: int = 1) -> None:
-        return None
-
-    def set_postfix(self, *_: Any, **__: Any) -> None:
-        return None
-
-
-def _bar(iterable: Any = None, total: int | None = None) -> _Bar:
-    return _Bar(iterable)

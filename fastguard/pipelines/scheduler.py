@@ -19,6 +19,7 @@ from fastguard.schedules.scheduler_state import changed, signature
 class Scheduling:
     """`scheduler` is the original behind the pipeline's shadow; `schedule` is None until `compile`.
 
+    first_row: of the schedule, at which the loop begins. stepped: what the scheduler's own step() gave last, where it runs.
     callback: somebody may change the latents between two steps.
     scales_input: whether the pipeline's loop scales the model input (`Family`).
     """
@@ -26,15 +27,21 @@ class Scheduling:
     def __init__(self, scheduler: Any, arguments: Mapping[str, Any], *, callback: bool, scales_input: bool) -> None:
         self.scheduler, self.arguments, self.callback, self.scales_input = scheduler, arguments, callback, scales_input
         self.schedule: Any = None  # Schedule
+        self.stepped: torch.Tensor | None = None
         self._accepted = inspect.signature(scheduler.step).parameters
         self._step_kwargs: dict[str, Any] = {}
-        self._begin = 0
+        self.first_row = 0
         self._timesteps_arguments: tuple[tuple, dict] = ((), {})
 
     def set_timesteps(self, *args: Any, **kwargs: Any) -> Any:
         """Remember the arguments: the table is compiled from the same call made on the host, without reading the device back."""
         self._timesteps_arguments = (args, kwargs)
         return self.scheduler.set_timesteps(*args, **kwargs)
+
+    def own_step(self, *args: Any, **kwargs: Any) -> Any:
+        result = self.scheduler.step(*args, **kwargs)
+        self.stepped = result[0] if isinstance(result, tuple) else result.prev_sample
+        return result
 
     @property
     def begin_index(self) -> int | None:
@@ -44,7 +51,7 @@ class Scheduling:
 
     def compile(self, begin: int, own_step: str | None, pipe: Any) -> Schedule:
         """The table of rows from `begin` on. `own_step`: why the scheduler's own step() must run, whatever the table can do."""
-        self._begin = begin
+        self.first_row = begin
         self._step_kwargs = self._expected_arguments(pipe)
         schedule = compile_schedule(self._on_host(), step_kwargs=self._step_kwargs, begin_index=begin)
         if not self.scales_input:
@@ -127,7 +134,7 @@ class Scheduling:
     def keep_step_index(self, row: int) -> None:
         """Inpaint pipelines call scheduler.add_noise, which looks at the step index that the scheduler's own step() would have kept."""
         if hasattr(self.scheduler, "_step_index"):
-            self.scheduler._step_index = self._begin + row
+            self.scheduler._step_index = self.first_row + row
 
 
 def _relevant(step_kwargs: Mapping[str, Any]) -> dict[str, Any]:

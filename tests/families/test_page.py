@@ -7,10 +7,9 @@ from pathlib import Path
 
 import diffusers
 
+from bench.pipelines_page import INSTANCES, hashes, markdown
 from fastguard.pipelines.families import FAMILIES, OWN_FAMILIES
-from fastguard.pipelines.families.catalogue import INSTANCES, markdown
 from fastguard.pipelines.families.guiders import GuiderFamily
-from fastguard.pipelines.families.loops import fingerprint
 from fastguard.pipelines.families.refused import REASONS
 from tests.families.more import EVERY
 from tests.families.tiny_guiders import CASES as GUIDED
@@ -38,5 +37,4 @@ def test_instances_are_those_of_these_tests():
 def test_loops_are_those_of_the_installed_diffusers():
     known = json.loads((ROOT / "fastguard" / "pipelines" / "families" / "loops.json").read_text())
     if known["diffusers"] == diffusers.__version__:
-        names = [name for family in (*FAMILIES, *OWN_FAMILIES) for name in family.pipelines]
-        assert known["loops"] == {name: mark for name in names if (mark := fingerprint(getattr(diffusers, name)))}
+        assert known["loops"] == hashes()

@@ -9,12 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import EulerDiscreteScheduler
 
 import fastguard.fronts.comfyui as pack
 from fastguard.fronts.comfyui.node import GuardReport, MemorizationGuard
 from fastguard.fronts.comfyui.patch import Guarded
+from fastguard.loop.loop import Loop
+from fastguard.policies.plan import lower
 from fastguard.policies.policy import Policy
 from fastguard.policies.presets import PRESETS, policy
+from fastguard.schedules.compiler import compile_schedule
 from tests.fronts import comfy
 
 FOLDER = Path(pack.__file__).parent
@@ -312,3 +316,34 @@ def test_registry_metadata() -> None:
     assert metadata["project"]["version"] == version
     assert metadata["project"]["name"] in metadata["project"]["dependencies"]
     assert metadata["tool"]["comfy"]["PublisherId"] and metadata["tool"]["comfy"]["DisplayName"]
+
+
+class Drawn(comfy.Model):
+    """Conditional predictions drawn towards a picture, the more the less noise there is."""
+
+    def predict(self, x: torch.Tensor, sigma: torch.Tensor, conds: list[Any]) -> list[torch.Tensor]:
+        u = x / (1 + sigma[0] ** 2) + 0.2 * self.directions[: len(x)]
+        c = u + (self.pictures[: len(x)] - u) / (1 + sigma[0])
+        return [{"positive": c, "negative": u}[cond[0]] for cond in conds]
+
+
+@pytest.mark.parametrize("gate", [None, 0.002])
+def test_anchored_is_what_the_loop_does(gate: float | None) -> None:
+    """The same model under a compiled Euler schedule with ComfyUI's sigmas: x0 from x and epsilon there, shown outright here."""
+    policies = [policy("anchored", gate=gate), policy("og+stp", gate=gate), policy("anchored", gate=1e3), policy("cfg")]
+    scheduler = EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    scheduler.set_timesteps(8)
+    model, sigmas, batch = Drawn(comfy.Discrete(), dip), scheduler.sigmas.clone(), len(policies)
+    patcher = guarded(Policy.stack(policies), model)
+    (guard,) = patcher.model_options["sampler_post_cfg_function"]
+    ours = comfy.sample(patcher, comfy.euler, sigmas, batch=batch, cfg=CFG)
+
+    schedule = compile_schedule(scheduler)
+    first = torch.randn(batch, *comfy.SHAPE, generator=torch.Generator().manual_seed(11)) * sigmas[0]
+    loop = Loop(schedule, lower(policies, schedule, CFG, first[0].numel()), first)
+    for sigma in sigmas[:-1]:
+        c, u = model.predict(loop.x, sigma.expand(batch), [["positive"], ["negative"]])
+        loop.advance((loop.x - u) / sigma, (loop.x - c) / sigma)
+    torch.testing.assert_close(ours, loop.x, rtol=0, atol=2e-4)
+    assert guard.report[0].share_curve == pytest.approx(loop.shares[:8, 0].tolist(), rel=1e-3, abs=1e-4)
+    assert (ours[0] - ours[3]).abs().max() > 0.1  # it did something

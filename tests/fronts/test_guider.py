@@ -10,7 +10,10 @@ import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler
 from diffusers.guiders import guider_utils
 
+from fastguard.kernels.layout import Row
 from fastguard.loop.guide import Guide
+from fastguard.loop.loop import Loop
+from fastguard.policies.plan import lower
 from fastguard.policies.policy import Policy
 from fastguard.policies.presets import policy
 from fastguard.schedules.compiler import compile_schedule
@@ -189,16 +192,57 @@ def test_without_set_state_only_policies_without_a_timestep_run() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(ValueError, match="magnitude='x0': must be 'output'"):
-        GuardedGuidance(policy("dtp", magnitude="x0"))
     with pytest.raises(ValueError, match="policy='nope'"):
         GuardedGuidance("nope")
     (u, c), *_ = predictions(1, 1)
-    with pytest.raises(
-        ValueError, match="is anchored, which needs the x0-prediction of every row: no scheduler is known"
-    ):
-        GuardedGuidance("anchored").forward(c, u)
+    for chosen, why in ((policy("dtp", magnitude="x0"), "has magnitude='x0'"), ("anchored", "is anchored")):
+        with pytest.raises(ValueError, match=f"{why}, which needs noise levels: set guider.scheduler"):
+            GuardedGuidance(chosen).forward(c, u)
     with pytest.raises(ValueError, match="has 2 values: must be one number"):
         GuardedGuidance(policy("paper-dtp", guidance_scale=(1.0, 2.0))).forward(c, u)
     with pytest.raises(ValueError, match="lists of 3 values, but the batch has 1"):
         GuardedGuidance(policy("stp", gate=[0.1, 0.2, 0.3])).forward(c, u)
+
+
+class Shown(torch.nn.Module):
+    """A denoiser whose two predictions are functions of what it is shown: more channels than it predicts, as an inpainting model's."""
+
+    def forward(self, hidden_states: torch.Tensor, negative: bool) -> torch.Tensor:
+        x = hidden_states[:, : SHAPE[0]]
+        picture = torch.linspace(-1, 1, x[0].numel()).view(1, *SHAPE)
+        return 0.6 * x + (0.1 * x.roll(1, -1) if negative else 0.5 * picture)
+
+
+ANCHORED = [policy("anchored"), policy("anchored", gate=0.3), policy("og+stp", gate=1e3), policy("cfg")]
+
+
+@pytest.mark.parametrize("kind", [partial(DDIMScheduler, clip_sample=False), EulerDiscreteScheduler])
+def test_anchored_policies_do_what_the_loop_does(kind: Any) -> None:
+    """Given the scheduler, and shown the latents by `prepare_models`."""
+    scheduler, model, batch = scheduler_of(kind), Shown(), len(ANCHORED)
+    schedule = compile_schedule(scheduler)
+    first = torch.randn(batch, *SHAPE, generator=torch.Generator().manual_seed(2)) * float(scheduler.init_noise_sigma)
+    loop = Loop(schedule, lower(ANCHORED, schedule, 5.0, first[0].numel()), first)
+    for row in schedule.rows[:-1]:
+        loop.advance(*(model(loop.x * float(row[Row.S]), negative) for negative in (True, False)))
+
+    guider, x = GuardedGuidance(Policy.stack(ANCHORED), 5.0), first
+    guider.scheduler = scheduler
+    for k, t in enumerate(scheduler.timesteps):
+        guider.set_state(step=k, num_inference_steps=STEPS, timestep=t)
+        states = guider.prepare_inputs({"negative": (False, True)})
+        for state in states:
+            guider.prepare_models(model)
+            shown = torch.cat([scheduler.scale_model_input(x, t), torch.ones(batch, 1, *SHAPE[1:])], 1)
+            state.noise_pred = model(hidden_states=shown, negative=state.negative)
+            guider.cleanup_models(model)
+        x = scheduler.step(guider(states)[0], t, x).prev_sample
+    torch.testing.assert_close(x, loop.x, rtol=0, atol=2e-5 * float(loop.x.abs().max()))
+    assert not model._forward_pre_hooks
+    assert guider.report[0].share_curve == pytest.approx(loop.shares[:STEPS, 0].tolist(), rel=1e-3, abs=1e-4)
+    assert guider.report[0].transition_step is None and guider.report[3].share_curve[0] is None
+
+    guider.set_state(step=0, num_inference_steps=STEPS, timestep=scheduler.timesteps[0])
+    guider._seen = type(guider._seen)()
+    with pytest.raises(RuntimeError, match="must call the guider's prepare_models"):
+        guider.forward(x, x + 1)

@@ -23,7 +23,7 @@ class TableAnyway(Scheduling):
 
 @pytest.fixture(autouse=True)
 def table(monkeypatch):
-    monkeypatch.setattr("fastguard.pipelines.call.Scheduling", TableAnyway)
+    monkeypatch.setattr("fastguard.pipelines.attached.Scheduling", TableAnyway)
 
 
 def run(pipe, steps, on_step, denoise):

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from fastguard.fronts.comfyui.clock import Clock
 from fastguard.loop.report import Report
 from fastguard.loop.stepwise import Stepwise
 from fastguard.policies.policy import Policy
@@ -61,7 +62,10 @@ class Guarded:
         guide, clock = self._guide, self._clock
         assert guide is not None
         guide.follow(args["cond_scale"])
-        guide.at(self._level(sigma), clock.timestep(args["sigma"].flatten()[:1]), *clock.weights(sigma))
+        # x0(e) = 0 x - sigma e, as the guard's e leaves x out.
+        guide.at(
+            self._level(sigma), clock.timestep(args["sigma"].flatten()[:1]), *clock.weights(sigma), x0=(0.0, -sigma)
+        )
         u, c, own = (args[name] / -sigma for name in ("uncond_denoised", "cond_denoised", "denoised"))
         e = guide(u, c, combined=own)
         return torch.where(e == own, denoised, e * -sigma)
@@ -82,6 +86,7 @@ class Guarded:
             guidance_scale=args["cond_scale"],
             latents=latents,
             in_steps=self._clock.in_steps,
+            observations=None if self._levels is None else len({level for level in self._levels if level > 0}),
         )
 
     def _level(self, sigma: float) -> float:
@@ -92,25 +97,3 @@ class Guarded:
 def _schedule(args: dict[str, Any]) -> torch.Tensor | None:
     """The sampler's sigmas: every run has a tensor of its own."""
     return args.get("model_options", {}).get("transformer_options", {}).get("sample_sigmas")
-
-
-class Clock:
-    """Timesteps and noise levels of a model's `model_sampling`.
-
-    in_steps: whether its timesteps count training steps, as t_star and deadline do. Fractions of the whole are taken as thousandths.
-    """
-
-    def __init__(self, sampling: Any) -> None:
-        self._sampling = sampling
-        last, first = (float(sampling.timestep(torch.as_tensor(s))) for s in (sampling.sigma_min, sampling.sigma_max))
-        fractions = 0.0 <= last < first <= 1.0
-        self._factor = 1000.0 if fractions else 1.0
-        self.in_steps = fractions or (last >= 0.0 and first >= 10.0)
-        self._flow = any(kind.__name__ == "CONST" for kind in type(sampling).__mro__)
-
-    def timestep(self, sigma: torch.Tensor) -> torch.Tensor:
-        return self._sampling.timestep(sigma) * self._factor
-
-    def weights(self, sigma: float) -> tuple[float, float]:
-        """Factors of d in epsilon and in x0 space."""
-        return ((1.0 - sigma) ** 2 if self._flow else 1.0), sigma**2

@@ -12,7 +12,6 @@ from typing import Any
 
 from fastguard.pipelines.families.base import Family
 from fastguard.pipelines.families.guiders import GUIDERS
-from fastguard.pipelines.families.one_batch import ONE_BATCH
 from fastguard.pipelines.families.own import OwnFamily
 from fastguard.pipelines.families.pixart import PIXART
 from fastguard.pipelines.families.refused import reason_against
@@ -25,7 +24,7 @@ from fastguard.pipelines.families.stable_diffusion import (
     TEXT_TO_IMAGE,
 )
 from fastguard.pipelines.families.stable_diffusion_3 import SD3, SD3_INPAINT
-from fastguard.pipelines.families.two_calls import TWO_CALLS
+from fastguard.pipelines.families.table import TABLE
 
 FAMILIES: tuple[Family, ...] = (
     TEXT_TO_IMAGE,
@@ -38,7 +37,7 @@ FAMILIES: tuple[Family, ...] = (
     SD3_INPAINT,
     PIXART,
 )
-OWN_FAMILIES: tuple[OwnFamily, ...] = (*TWO_CALLS, *ONE_BATCH, *GUIDERS)
+OWN_FAMILIES: tuple[OwnFamily, ...] = (*TABLE, *GUIDERS)
 
 
 @functools.cache

@@ -1,7 +1,4 @@
-"""Whether a pipeline's loop is still the one that its family was written for.
-
-`python -m fastguard.pipelines.families.loops` writes loops.json: a hash of the source of `__call__` of every class.
-"""
+"""Whether a pipeline's loop is still the one that its family was written for: loops.json has a hash of the source of every `__call__`."""
 
 from __future__ import annotations
 
@@ -33,18 +30,3 @@ def changed(pipeline_class: type) -> str | None:
         f"{pipeline_class.__name__}: its loop is not the one of diffusers {known['diffusers']} that the guard was checked with; "
         f"enable(..., verify=True) checks this one"
     )
-
-
-def main() -> None:
-    import diffusers
-
-    from fastguard.pipelines.families import FAMILIES, OWN_FAMILIES
-
-    pipelines = [*(family.pipelines for family in FAMILIES), *(family.pipelines for family in OWN_FAMILIES)]
-    names = sorted(name for some in pipelines for name in some)
-    loops = {name: mark for name in names if (mark := fingerprint(getattr(diffusers, name, None)))}
-    _FILE.write_text(json.dumps({"diffusers": diffusers.__version__, "loops": loops}, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()

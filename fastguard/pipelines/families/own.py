@@ -11,6 +11,7 @@ import torch
 from fastguard.pipelines.families.base import Arguments
 
 ToStep = Callable[[Any, torch.Tensor, Mapping[str, Any]], torch.Tensor]
+Refusal = Callable[[Any, Arguments], str | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,10 +30,9 @@ class OwnFamily:
     offset: the effective scale, g in u + g (c - u), is s + offset.
     norm: the dimension along which the combination gets another norm than u + g (c - u) has, where it does.
     nonlinear: what the family does besides, where its combination is not u + g (c - u); unguarded images keep it.
-    skippable: whether a call whose branch no image needs may be left out.
+    skippable: whether a call whose branch no image needs may be left out (not with GLM-Image's own key and value caches).
     second_branch: what the caller must pass so that the second branch runs.
     refused: (pipe, arguments) -> why this pipeline or call cannot be guarded.
-    loop: hash of the source of `__call__` for which this was written (`loops.fingerprint`), per class.
     """
 
     name: str
@@ -50,7 +50,7 @@ class OwnFamily:
     nonlinear: str | None = None
     skippable: bool = True
     second_branch: str = "pass guidance_scale above 1"
-    refused: Callable[[Any, Arguments], str | None] | None = None
+    refused: Refusal | None = None
 
     def refusal(self, pipe: Any, arguments: Arguments) -> str | None:
         """Why this call cannot be guarded although the class can; names the argument."""

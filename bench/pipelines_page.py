@@ -1,13 +1,19 @@
-"""`python -m fastguard.pipelines.families.catalogue`: every pipeline class, how it is guarded or why not, as docs/pipelines.md."""
+"""`python -m bench.pipelines_page`: every pipeline class, how it is guarded or why not, as docs/pipelines.md; and the hashes of their loops
+(fastguard/pipelines/families/loops.json), after somebody has looked at those that changed."""
 
 from __future__ import annotations
 
-from fastguard.pipelines.families import FAMILIES, OWN_FAMILIES, OwnFamily
+import json
+from pathlib import Path
+
+import diffusers
+
+from fastguard.pipelines.families import FAMILIES, OWN_FAMILIES, OwnFamily, loops
 from fastguard.pipelines.families.refused import REASONS
 
 HEADER = """# Pipelines
 
-Written by `python -m fastguard.pipelines.families.catalogue` from the declarations in `fastguard/pipelines/families/`.
+Written by `python -m bench.pipelines_page` from the declarations in `fastguard/pipelines/families/`.
 
 A pipeline is guarded in one of two ways. *u* is the model's unconditional (negative) output, *c* the conditional one, *e* what the
 scheduler's step gets, *g* the guidance of the image at this row.
@@ -113,5 +119,14 @@ def markdown() -> str:
     return "\n".join(lines) + "\n"
 
 
+def hashes() -> dict[str, str]:
+    """Of the loop of every guarded class that the installed diffusers has."""
+    names = sorted(name for family in (*FAMILIES, *OWN_FAMILIES) for name in family.pipelines)
+    return {name: mark for name in names if (mark := loops.fingerprint(getattr(diffusers, name, None)))}
+
+
 if __name__ == "__main__":
-    print(markdown(), end="")
+    Path(__file__).parents[1].joinpath("docs", "pipelines.md").write_text(markdown())
+    Path(loops.__file__).with_suffix(".json").write_text(
+        json.dumps({"diffusers": diffusers.__version__, "loops": hashes()}, indent=1) + "\n"
+    )
