@@ -121,7 +121,8 @@ def markdown() -> str:
 
 def hashes() -> dict[str, str]:
     """Of the loop of every guarded class that the installed diffusers has."""
-    names = sorted(name for family in (*FAMILIES, *OWN_FAMILIES) for name in family.pipelines)
+    groups = [family.pipelines for family in FAMILIES] + [family.pipelines for family in OWN_FAMILIES]
+    names = sorted(name for group in groups for name in group)
     return {name: mark for name in names if (mark := loops.fingerprint(getattr(diffusers, name, None)))}
 
 

@@ -44,7 +44,7 @@ REFUSED: dict[str, Refusal] = {"distilled": _distilled, "free init": _free_init}
 
 
 def _family(name: str, facts: dict[str, Any]) -> OwnFamily:
-    functions = {"to_step": TO_STEP, "refused": REFUSED}
+    functions: dict[str, Any] = {"to_step": TO_STEP, "refused": REFUSED}
     named = {key: table[facts[key]] for key, table in functions.items() if key in facts}
     tuples = {key: tuple(value) for key, value in facts.items() if isinstance(value, list)}
     return OwnFamily(name=name, **{**facts, **tuples, **named})
