@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import operator
-import threading
 from collections import deque
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -48,29 +47,20 @@ class Key:
 
 
 class Fingerprint:
-    """The key of one module, now. Cheap while nothing changed; any thread may ask."""
+    """The key of one module, now. Cheap while nothing changed."""
 
     def __init__(self, module: torch.nn.Module) -> None:
         self._module = module
-        self._lock = threading.Lock()
         self._read()
 
     def __call__(self) -> Hashable:
-        with self._lock:
-            if self._changed():
-                self._read()
-            return self._key, ambient()
-
-    @property
-    def obstacle(self) -> str | None:
-        """Why the module must not be recorded, as of the last call."""
-        return self._obstacle
+        if self._changed():
+            self._read()
+        return self._key, ambient()
 
     def written(self) -> list[tuple[torch.Tensor, int]]:
         """All tensors as of the last call, and how often each was written to; those made in inference mode do not count that."""
-        with self._lock:
-            plain = self._plain()
-        return [(tensor, 0 if tensor.is_inference() else tensor._version) for tensor in plain]
+        return [(tensor, 0 if tensor.is_inference() else tensor._version) for tensor in self._plain()]
 
     # Comparing -------------------------------------------------------------------------------------------------------------
 
@@ -122,7 +112,7 @@ class Fingerprint:
         digest = hashlib.sha256(text.encode())
         digest.update(repr(self._addresses).encode())
         self._key = Key(digest.hexdigest(), tuple(self._held))
-        self._obstacle = obstacle(self._modules)
+        self.obstacle = obstacle(self._modules)  # why the module must not be recorded
 
     def _describe(self, value: Any, depth: int) -> Hashable | list[Any]:
         if isinstance(value, float):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import threading
 import time
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 
 from fastguard.capture import cuda_graphs
-from fastguard.capture.program import Content, Program, Recorder, Workspace, error_text, first_error, name
+from fastguard.capture.program import Program, Recorder, Workspace, error_text, first_error, name
 
 MODES = ("off", "step", "loop", "auto")
 BUDGET = 4 << 30  # bytes of pool and workspaces together
@@ -71,6 +70,7 @@ class Graphs:
     limit: int = LIMIT
     failure: str | None = None  # why nothing is recorded any more
     clears: int = 0
+    model: Any = None  # what `runner.Model` knows of the denoiser: it goes when the graphs do
     _bounds: tuple[int, int] = (BUDGET, LIMIT)  # the last that were applied to what is there
     _recorder: Recorder | None = None
     _device: torch.device | None = None
@@ -78,9 +78,6 @@ class Graphs:
     _workspaces: dict[Hashable, Workspace] = field(default_factory=dict)
     _refused: dict[Hashable, str] = field(default_factory=dict)
     _lock: Any = field(default_factory=threading.RLock)
-    _models: Any = field(
-        default_factory=weakref.WeakSet
-    )  # whatever else holds on to models, and lets go when graphs do
 
     def __call__(self) -> list[GraphInfo]:
         """Least recently used first."""
@@ -99,13 +96,8 @@ class Graphs:
         """Forget every graph, and every failure. Calls that have begun record nothing any more: no graph is left behind them."""
         with self._lock:
             self.clears += 1
+            self.model = None
             self._forget()
-        for holder in list(self._models):
-            holder.let_go()
-
-    def go_with(self, holder: Any) -> None:
-        """Call `holder.let_go()` whenever the graphs are cleared."""
-        self._models.add(holder)
 
     def _forget(self) -> None:
         self._evict_all()
@@ -127,7 +119,7 @@ class Graphs:
         self,
         key: Hashable,
         device: torch.device,
-        make: Callable[[], Content],
+        make: Callable[[], Any],
         *,
         begun: int | None = None,
     ) -> Workspace | None:
@@ -136,7 +128,7 @@ class Graphs:
         begun: `clears` when the call began; None if there was one since.
         """
         with self._lock:
-            if begun is not None and begun != self.clears:
+            if begun not in (None, self.clears):
                 return None
             if device != self._device:
                 self._forget()

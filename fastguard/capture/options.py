@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from fastguard.capture.attention import Attending, check, find, head_sizes
-from fastguard.capture.fingerprint import Fingerprint
 from fastguard.capture.graphs import MODES, Graphs
-from fastguard.capture.runner import Capturing
+from fastguard.capture.runner import BodyRunner, Model
 from fastguard.capture.torch_compile import check_compile, compile_denoiser, records_graphs
 
 
@@ -23,7 +21,6 @@ class Options:
     capture: str = "auto"
     attention_backend: str | None = None
     compile: Mapping[str, Any] | None = None
-    _last: _Last = field(default_factory=lambda: _Last(), repr=False, compare=False)
 
     @classmethod
     def of(
@@ -51,45 +48,11 @@ class Options:
             check(attention_backend, some.device, dtype, head_sizes(denoiser))
         return cls(capture, attention_backend, arguments)
 
-    def lend(self, denoiser: torch.nn.Module, graphs: Graphs) -> tuple[Callable[..., Any], Capturing]:
-        """The denoiser as a call shall run it, and what a call needs to record it."""
-        graphs.go_with(self._last)
-        ready = self._last.of(denoiser, self)
-        options = (self.attention_backend, repr(self.compile))
-        capturing = Capturing(self.capture, graphs, ready.fingerprint, options, begun=graphs.clears, moves=ready.moves)
-        return ready.attending.in_a_call(), capturing
-
-
-class _Last:
-    """The denoiser that was lent last, ready to run: mostly there is only one."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._ready: _Ready | None = None
-
-    def of(self, denoiser: torch.nn.Module, options: Options) -> _Ready:
-        with self._lock:
-            if self._ready is None or self._ready.denoiser is not denoiser:
-                self._ready = _Ready(denoiser, options)
-            return self._ready
-
-    def let_go(self) -> None:
-        with self._lock:
-            self._ready = None
-
-
-class _Ready:
-    """One denoiser, how it runs, and its fingerprint. A call keeps its own, whatever another call lends meanwhile."""
-
-    def __init__(self, denoiser: torch.nn.Module, options: Options) -> None:
-        self.denoiser = denoiser
-        self.attending = Attending(options.attention_backend, denoiser, compile_denoiser(denoiser, options.compile))
-        self.moves: dict[Hashable, int] = {}
-        self._lock = threading.Lock()
-        self._fingerprint: Fingerprint | None = None
-
-    def fingerprint(self) -> Fingerprint:
-        with self._lock:
-            if self._fingerprint is None:
-                self._fingerprint = Fingerprint(self.denoiser)
-            return self._fingerprint
+    def lend(self, denoiser: torch.nn.Module, graphs: Graphs) -> tuple[Callable[..., Any], BodyRunner]:
+        """The denoiser as a call shall run it, and what runs the call's rows. Calls of a guard follow each other."""
+        decides = (self.attention_backend, repr(self.compile))
+        if graphs.model is None or (graphs.model.denoiser, graphs.model.decides) != (denoiser, decides):
+            runs = Attending(self.attention_backend, denoiser, compile_denoiser(denoiser, self.compile))
+            graphs.model = Model(denoiser, decides, runs)
+        model = graphs.model
+        return model.runs.in_a_call(), BodyRunner(self.capture, graphs, model)

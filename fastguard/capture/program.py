@@ -23,19 +23,10 @@ class Recorder(Protocol):
     def new_pool(self) -> None: ...
 
 
-class Content(Protocol):
-    """The tensors of a workspace, whatever they are."""
-
-    @property
-    def tensors(self) -> list[torch.Tensor]: ...
-    @property
-    def changed(self) -> list[torch.Tensor]: ...  # those that a body writes
-    @property
-    def nbytes(self) -> int: ...
-
-
 @dataclass(eq=False)
 class Workspace:
+    """content: has `tensors`, those of them that a body changes in `changed`, and `nbytes`."""
+
     key: Hashable
     content: Any
     recorder: Recorder

@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -37,21 +38,21 @@ Arguments = tuple[tuple, dict]
 Body = Callable[[Arguments], None]
 
 
-@dataclass(frozen=True)
-class Capturing:
-    """What a guard lends to a call.
+class Model:
+    """What a guard keeps of its denoiser from call to call.
 
-    options  whatever else decides what the denoiser computes (attention, compilation)
-    begun    `graphs.clears` when the call began
-    moves    how often in a row the model was found changed by its own forward, by what is recorded
+    decides  what beside the model decides what it computes (attention, compilation)
+    runs     the denoiser as it runs under these
+    moves    how often in a row it was found changed by its own forward, by what is recorded
     """
 
-    mode: str
-    graphs: Graphs
-    fingerprint: Callable[[], Fingerprint]
-    options: Hashable = None
-    begun: int | None = None
-    moves: dict[Hashable, int] = field(default_factory=dict)
+    def __init__(self, denoiser: torch.nn.Module, decides: Hashable, runs: Any = None) -> None:
+        self.denoiser, self.decides, self.runs = denoiser, decides, runs
+        self.moves: dict[Hashable, int] = {}
+
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        return Fingerprint(self.denoiser)
 
 
 class BodyRunner:
@@ -60,8 +61,8 @@ class BodyRunner:
     replayed  launches of graphs; reason: why some or all bodies were not among them
     """
 
-    def __init__(self, capturing: Capturing) -> None:
-        self._capturing, self._graphs = capturing, capturing.graphs
+    def __init__(self, mode: str, graphs: Graphs, model: Model) -> None:
+        self._mode, self._graphs, self._model, self._begun = mode, graphs, model, graphs.clears
         self._workspace: Workspace | None = None
         self._print: Hashable = None
         self.replayed = 0
@@ -69,22 +70,20 @@ class BodyRunner:
 
     def wants_whole(self, device: torch.device) -> bool:
         """Whether a generation was asked to be one graph, on a device that records."""
-        return self._capturing.mode == "loop" and graphs.records(device)
+        return self._mode == "loop" and graphs.records(device)
 
     def lease(self, key: Hashable, like: torch.Tensor, make: Callable[[], Any], *, positions: int) -> Any | None:
         """The tensors of an earlier generation of this key, else what `make` gives; None where this one runs eagerly.
 
         like: a tensor of the generation; positions: what its forward works on, see LAUNCH_BOUND.
         """
-        mode = self._capturing.mode
-        if mode == "off" or (mode == "auto" and not graphs.records(like.device)):
+        if self._mode == "off" or (self._mode == "auto" and not graphs.records(like.device)):
             return None
         refusal = self._refusal(like, positions)
         self.reason = refusal or self.reason
         if refusal is not None or not self._may_record(like.device):
             return None
-        begun = self._capturing.begun
-        self._workspace = self._graphs.lease(key, like.device, make, begun=begun)
+        self._workspace = self._graphs.lease(key, like.device, make, begun=self._begun)
         if self._workspace is None:
             self.reason = graphs.CLEARED
             return None
@@ -93,10 +92,10 @@ class BodyRunner:
     def _refusal(self, like: torch.Tensor, positions: int) -> str | None:
         """Why a generation of this device and size is not recorded."""
         if not graphs.records(like.device):
-            return f"capture={self._capturing.mode!r}: nothing records graphs on device {like.device.type!r}"
+            return f"capture={self._mode!r}: nothing records graphs on device {like.device.type!r}"
         if not graphs.holds(like):
             return f"latents are a {type(like).__name__}, which no graph can hold"
-        if self._capturing.mode == "auto" and positions > LAUNCH_BOUND:
+        if self._mode == "auto" and positions > LAUNCH_BOUND:
             return f"capture='auto' records up to {LAUNCH_BOUND:,} positions a forward (launches take longer there), here are {positions:,}"
         return None
 
@@ -121,7 +120,7 @@ class BodyRunner:
 
     def _may_record(self, device: torch.device) -> bool:
         """Look at the model: take its fingerprint, or the reason against recording it."""
-        fingerprint = self._capturing.fingerprint()
+        fingerprint = self._model.fingerprint
         self._print = fingerprint()
         found = self._graphs.failure or fingerprint.obstacle or surroundings(device)
         self.reason = found or self.reason
@@ -140,7 +139,7 @@ class BodyRunner:
             self.reason = f"{problem}: nobody can tell whether it changes"
             return False
         layout = signature(arguments, tensors)
-        key = (what, layout, self._print, self._capturing.options, os.environ.get("FASTGUARD_BACKEND"))
+        key = (what, layout, self._print, self._model.decides, os.environ.get("FASTGUARD_BACKEND"))
         place = (workspace.key, what, layout)
         if (refusal := self._graphs.refusal(workspace, key) or self._moving(place)) is not None:
             self.reason = refusal
@@ -162,12 +161,12 @@ class BodyRunner:
         self.reason = failed or self.reason
         self.replayed += failed is None
         if failed is None:
-            self._capturing.moves.pop(place, None)
+            self._model.moves.pop(place, None)
         return True
 
     def _watch(self, place: Hashable) -> Callable[[], str | None]:
         """Begin to look at the model; what this gives says whether it is still the one that the key names, written to by nobody."""
-        fingerprint, moves = self._capturing.fingerprint(), self._capturing.moves
+        fingerprint, moves = self._model.fingerprint, self._model.moves
         written, drawn = fingerprint.written(), [_drawn()]
 
         def moved() -> str | None:
@@ -184,7 +183,7 @@ class BodyRunner:
 
     def _moving(self, place: Hashable) -> str | None:
         """Once may be what a model does in its first forward to make itself ready."""
-        again = self._capturing.moves.get(place, 0) > 1
+        again = self._model.moves.get(place, 0) > 1
         return MOVES if again else None
 
 

@@ -84,7 +84,7 @@ class Guide:
         self, *, path: str = "guidance alone", reason: str | None = None, latents: torch.Tensor | None = None
     ) -> Report:
         """What happened in the rows so far. `latents` at the end, where the caller has them: whether they are finite."""
-        return Report.read(
+        return Report(
             self.loop.state,
             self.loop.trace,
             self.so_far(),

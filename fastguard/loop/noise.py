@@ -15,7 +15,6 @@ AHEAD = 2**28  # bytes: noise up to this size may be drawn before the loop
 class Noise:
     def __init__(self) -> None:
         self._ahead: list[torch.Tensor | None] | None = None  # one per row
-        self._unused: torch.Tensor | None = None
         self._generator: Any = None
         self._states: list[torch.Tensor] = []  # of the generators, before anything was drawn ahead
 
@@ -48,14 +47,7 @@ class Noise:
             return None
         if self._ahead is not None:
             return self._ahead[row]
-        if self._unused is not None:
-            noise, self._unused = self._unused, None
-            return noise
         return _draw(schedule, latents, dtype, generator)
-
-    def put_back(self, noise: torch.Tensor | None) -> None:
-        """The row that drew this did not run: the next `of_row` gives it again."""
-        self._unused = noise
 
 
 def _each(generator: Any) -> list[torch.Generator]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -135,20 +136,8 @@ class ImageReport:
 class Report(Sequence[ImageReport]):
     """A sequence of `ImageReport`, one per image of a call. The device is read once, when the report is first looked at."""
 
-    def __init__(self, plan: Plan, numbers: torch.Tensor, denoiser_rows: int, path: str, reason: str | None) -> None:
-        """Use `Report.read`. numbers: float64 [len(State) + 1 + 2 K, B] on any device."""
-        self.path, self.reason = path, reason
-        self._plan, self._numbers, self._denoiser_rows = plan, numbers, denoiser_rows
-        self._ready = (
-            torch.cuda.current_stream(numbers.device).record_event()
-            if numbers.is_cuda and torch.cuda.is_initialized()
-            else None
-        )
-        self._images: tuple[ImageReport, ...] | None = None
-
-    @classmethod
-    def read(
-        cls,
+    def __init__(
+        self,
         state: torch.Tensor,
         trace: torch.Tensor,
         plan: Plan,
@@ -159,7 +148,7 @@ class Report(Sequence[ImageReport]):
         reason: str | None = None,
         steps: int | None = None,
         rows_run: int | None = None,
-    ) -> Report:
+    ) -> None:
         """Report on a finished (or interrupted) call, without waiting for the device: the buffers are copied on it.
 
         state     float64 [>= B, len(State)] and trace float32 [>= K, >= B], as `guided_step` left them
@@ -173,20 +162,22 @@ class Report(Sequence[ImageReport]):
         finite = state.new_ones(batch) if latents is None else latents[:batch].flatten(1).isfinite().all(1)
         d = trace[:rows, :batch].double()
         traced = [d, torch.full_like(d, math.nan) if shares is None else shares[:rows, :batch].double()]
-        numbers = torch.cat([state[:batch].double().T, finite.double()[None], *traced])
-        if rows_run is None:
-            rows_run = sum(2 if branch == "both" else 1 for branch in plan.branches[:steps])
-        return cls(plan, numbers, rows_run, path, reason)
+        self.path, self.reason = path, reason
+        self._plan = plan
+        self._numbers = torch.cat([state[:batch].double().T, finite.double()[None], *traced])
+        asked = sum(2 if branch == "both" else 1 for branch in plan.branches[:steps])
+        self._denoiser_rows = asked if rows_run is None else rows_run
+        on_device = self._numbers.is_cuda and torch.cuda.is_initialized()
+        self._ready = torch.cuda.current_stream(self._numbers.device).record_event() if on_device else None
 
-    @property
+    @functools.cached_property
     def images(self) -> tuple[ImageReport, ...]:
-        if self._images is None:
-            if self._ready is not None:
-                self._ready.synchronize()
-            table = self._numbers.cpu().T.tolist()
-            n = len(State)
-            self._images = tuple(self._image(b, line[:n], bool(line[n]), line[n + 1 :]) for b, line in enumerate(table))
-        return self._images
+        """Waits for the device."""
+        if self._ready is not None:
+            self._ready.synchronize()
+        n = len(State)
+        table = enumerate(self._numbers.cpu().T.tolist())
+        return tuple(self._image(b, line[:n], bool(line[n]), line[n + 1 :]) for b, line in table)
 
     def _image(self, b: int, state: list[float], finite: bool, trace: list[float]) -> ImageReport:
         policy: Any = self._plan.policies[b]

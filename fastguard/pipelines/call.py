@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from fastguard.capture.obstacles import watched
-from fastguard.capture.runner import Arguments, BodyRunner, Capturing
+from fastguard.capture.runner import Arguments, BodyRunner
 from fastguard.loop.report import Report
 from fastguard.pipelines.attached import Attached
 from fastguard.pipelines.families import Family
@@ -38,12 +38,12 @@ class Call(Attached):
         arguments: Mapping[str, Any],
         pipe: Any,
         denoiser: Callable[..., Any],
-        capturing: Capturing,
+        runner: BodyRunner,
         *,
         unguided: str,
     ) -> None:
         """arguments: of the pipeline's call, by name; denoiser: the pipeline's, as it shall run."""
-        self.family, self.denoiser, self.runner = family, denoiser, BodyRunner(capturing)
+        self.family, self.denoiser, self.runner = family, denoiser, runner
         callback = any(arguments.get(name) is not None for name in ("callback_on_step_end", "callback"))
         # Somebody may look at, keep or change the latents between two rows.
         self.open = callback or family.rewrites_latents
@@ -194,7 +194,7 @@ class Call(Attached):
         if self.runner.replayed:
             path += ", loop graph" if generation.whole else ", step graph"
         reasons = (generation.schedule.reason, self.guidance.reason, self.runner.reason)
-        return Report.read(
+        return Report(
             state=generation.loop.state,
             trace=generation.loop.trace,
             plan=self.guidance.plan,

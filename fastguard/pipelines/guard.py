@@ -192,8 +192,8 @@ class Guard:
             if isinstance(family, OwnFamily):
                 call = OwnCombination(self.policy, family, values, pipe, unguided=self.unguided)
             else:
-                runs, capturing = self.options.lend(denoiser, self.graphs)
-                call = Call(self.policy, family, values, pipe, runs, capturing, unguided=self.unguided)
+                runs, runner = self.options.lend(denoiser, self.graphs)
+                call = Call(self.policy, family, values, pipe, runs, runner, unguided=self.unguided)
             self._replaced = None
             try:
                 result = stock_call(call.stand_in, *args, **kwargs)

@@ -46,7 +46,7 @@ def test_a_report_that_cannot_be_made_keeps_no_tensors(sd, monkeypatch):
     with fastguard.enable(sd, "cfg", capture="step") as guard:
         expected = call(sd)
         with monkeypatch.context() as patch:
-            patch.setattr("fastguard.loop.report.Report.read", full)
+            patch.setattr("fastguard.loop.report.Report.__init__", full)
             with pytest.raises(torch.OutOfMemoryError, match="no room"):
                 call(sd)
         assert torch.equal(call(sd), expected)

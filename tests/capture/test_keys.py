@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from types import SimpleNamespace
 
@@ -131,8 +130,9 @@ def test_changed_options_are_recorded_anew(sd, plant, blind, monkeypatch):
         lend = options.Options.lend
 
         def without_options(self, *args):
-            runs, capturing = lend(self, *args)
-            return runs, dataclasses.replace(capturing, options=None)
+            runs, runner = lend(self, *args)
+            runner._model.decides = None
+            return runs, runner
 
         monkeypatch.setattr(options.Options, "lend", without_options)
     with fastguard.enable(sd, "cfg", capture="step", **first) as guard:

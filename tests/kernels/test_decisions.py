@@ -148,7 +148,7 @@ def run(
     assert torch.equal(finished.nan_to_num(-7.0), buffers["state"].nan_to_num(-7.0))
     return (
         plan,
-        Report.read(buffers["state"], buffers["trace"], plan, path="test"),
+        Report(buffers["state"], buffers["trace"], plan, path="test"),
         torch.stack(guided).cpu(),
     )
 

@@ -27,7 +27,7 @@ def report(policies: list[Policy], d: list[list[float]], states: list[dict[State
         for column, value in values.items():
             state[b, column] = value
     trace = torch.tensor(d).T.contiguous()
-    made = Report.read(state, trace, plan, path="fused", **fields)
+    made = Report(state, trace, plan, path="fused", **fields)
     state.fill_(-99)  # the buffers belong to the next call
     trace.fill_(-99)
     return made
