@@ -30,9 +30,8 @@ from fastguard.schedules.trace import Trace, first_row, on_cpu, stock_in_float32
 # Relative to the largest value of x'; beyond them the scheduler's own step() runs.
 LARGEST_RESIDUAL = 1e-6
 LARGEST_ROUNDING = 6e-7  # two float32 computations of such a row differ by up to the 1e-6 promised against stock
-LARGEST_DIFFERENCE = (
-    9e-7  # of the table from stock in float32: 1e-6 is promised, a latent has more elements than the probe
-)
+# Of the table from stock in float32: 1e-6 is promised, and a latent has more elements than the probe.
+LARGEST_DIFFERENCE = 9e-7
 # Shorter runs keep the table, which is nearer to float64 than stock is: their long steps cost stock up to 1.6e-5 (KDPM2, 2 steps).
 SHORTEST_COMPARED = 10
 CACHED = 64  # schedules kept; one of 50 rows is 7 kB

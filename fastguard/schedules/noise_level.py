@@ -103,15 +103,9 @@ def unknown(scheduler: Any, timesteps: torch.Tensor, levels: np.ndarray, starts:
     try:
         if hasattr(fresh, "add_noise"):
             signal, noise = (fresh.add_noise(*pair, timesteps) for pair in ((one, zero), (zero, one)))
-        elif hasattr(fresh, "scale_noise"):  # one timestep at a time, the first of a run
+        elif hasattr(fresh, "scale_noise"):  # one timestep at a time
             signal, noise = (
-                torch.cat(
-                    [
-                        _at_the_start(fresh).scale_noise(x, t[None], z)
-                        for x, t, z in zip(first, timesteps, second, strict=True)
-                    ]
-                )
-                for first, second in ((one, zero), (zero, one))
+                torch.cat([_first_of_a_run(fresh, x, t, z) for t in timesteps]) for x, z in ((1.0, 0.0), (0.0, 1.0))
             )
         else:
             return None
@@ -126,9 +120,9 @@ def unknown(scheduler: Any, timesteps: torch.Tensor, levels: np.ndarray, starts:
     return None
 
 
-def _at_the_start(fresh: Any) -> Any:
+def _first_of_a_run(fresh: Any, sample: float, timestep: torch.Tensor, noise: float) -> torch.Tensor:
     fresh._step_index = None
-    return fresh
+    return fresh.scale_noise(torch.tensor([sample]), timestep[None], torch.tensor([noise]))
 
 
 def _lineage(scheduler: Any) -> str:

@@ -107,9 +107,8 @@ def trace(scheduler: Any, step_kwargs: Mapping[str, Any], begin_index: int) -> T
         private = private_copy(scheduler)
         timesteps = private.timesteps[begin_index:]
         result = _blank(len(timesteps), float(getattr(private, "init_noise_sigma", 1.0)))
-        result.problem = foreign(scheduler) or replaced_step(
-            scheduler
-        )  # then only scale, sigma and starts are recorded
+        # With a problem only scale, sigma and starts are recorded.
+        result.problem = foreign(scheduler) or replaced_step(scheduler)
         _run(private, timesteps, step_kwargs, result)
         if any(result.draws):
             result.noise_dtype = _noise_dtype(private_copy(scheduler), timesteps, step_kwargs)
@@ -210,21 +209,17 @@ def _sigma(private: Any, t: torch.Tensor) -> float:
     """Noise level of the row about to run: sigma where the scheduler has sigmas, else its timestep."""
     index = getattr(private, "step_index", None)
     if index is not None and getattr(private, "sigmas", None) is not None:
-        if not getattr(private, "state_in_first_order", True) and hasattr(
-            private, "sigmas_interpol"
-        ):  # KDPM2's mid-stage
-            return float(
-                private.sigmas_interpol[index - hasattr(private, "sigmas_down")]
-            )  # the ancestral one's lies a row before
+        if hasattr(private, "sigmas_interpol") and not private.state_in_first_order:
+            # KDPM2's mid-stage; the ancestral one's lies a row before.
+            return float(private.sigmas_interpol[index - hasattr(private, "sigmas_down")])
         return float(private.sigmas[index])
     return float(t)
 
 
 def _starts_block(private: Any, row: int) -> bool:
     """False where the row about to run is a mid-stage of Heun, KDPM2, single-step DPM or PNDM's Runge-Kutta steps."""
-    if hasattr(
-        private, "order_list"
-    ):  # the n-th evaluation of a block has order n, after a late start at most that of the rows run
+    if hasattr(private, "order_list"):
+        # The n-th evaluation of a block has order n, after a late start at most that of the rows run.
         return min(private.order_list[private.step_index], row + 1) == 1
     runge_kutta = getattr(private, "prk_timesteps", None)
     if runge_kutta is not None and private.counter < len(runge_kutta):

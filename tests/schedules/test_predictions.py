@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from bench import schedulers_page
 from fastguard.kernels.layout import Row
-from fastguard.schedules import noise_level, table
+from fastguard.schedules import noise_level
 from fastguard.schedules.compiler import compile_schedule
 
 KINDS = ("epsilon", "v_prediction", "sample", "flow_prediction")
@@ -20,7 +21,7 @@ VELOCITY_OF_FLOW = "FlowMatch"
 
 
 def scheduler(name, options, kind=None):
-    betas = {} if name.startswith(("Flow", "EDM", "IPNDM")) else table.SD
+    betas = {} if name.startswith(("Flow", "EDM", "IPNDM")) else schedulers_page.SD
     extra = {} if kind is None else {"prediction_type": kind}
     if kind == "flow_prediction":
         extra["use_flow_sigmas"] = True
@@ -31,7 +32,7 @@ def scheduler(name, options, kind=None):
 
 def cases():
     logging.getLogger("diffusers").setLevel(logging.ERROR)
-    for what, name, options, step in table.SCHEDULERS:
+    for what, name, options, step in schedulers_page.SCHEDULERS:
         fixed = name.startswith(("Flow", "IPNDM")) or "prediction_type" in options
         for kind in (None,) if fixed else KINDS:
             if name.startswith("EDM") and kind in ("sample", "flow_prediction"):
@@ -107,7 +108,7 @@ def test_the_exact_output_gives_x0(name, options, step, kind):
 
 def test_every_scheduler_of_the_table_and_every_prediction_is_tried():
     names = {case.values[0] for case in CASES}
-    assert names == {name for _, name, _, _ in table.SCHEDULERS}
+    assert names == {name for _, name, _, _ in schedulers_page.SCHEDULERS}
     assert {case.values[3] for case in CASES} == {None, *KINDS}
     assert len(CASES) > 80
 
