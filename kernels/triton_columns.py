@@ -1,4 +1,4 @@
-"""What Triton's kernels share: how a function is compiled, and the tables' columns, read and written one by one."""
+"""What Triton's kernels share: how a function becomes one of Triton's, and the tables' columns, read and written one by one."""
 
 from __future__ import annotations
 

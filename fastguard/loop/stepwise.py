@@ -21,7 +21,7 @@ class Stepwise(Guide):
     """A `Guide` whose rows are written as they come: call `at` before every row.
 
     A row is an observation if its level is above all levels before it, so that further evaluations of a level count once, as in a
-    compiled schedule. What a compiled schedule knows better: a mid-stage at a level of its own (KDPM2) is an observation here.
+    schedule that was read from a scheduler. What that knows better: a mid-stage at a level of its own (KDPM2) is an observation here.
     """
 
     def __init__(

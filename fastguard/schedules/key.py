@@ -1,4 +1,4 @@
-"""What a compiled table depends on, as a key of the cache."""
+"""What a scheduler's table depends on, as a key of the cache."""
 
 from __future__ import annotations
 
