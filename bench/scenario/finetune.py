@@ -3,7 +3,7 @@
     loss = |epsilon - UNet(sqrt(a_t) z + sqrt(1 - a_t) epsilon, t, caption)|^2,   t uniform in 0 .. 999
 
 as diffusers' train_text_to_image_lora.py has it: every picture once a step, text encoder and autoencoder frozen, AdamW, a constant rate.
-So that the rest of the model stays what it was, twenty pictures besides, of 180 that the model itself made of ordinary captions (prior
+So that the rest of the model stays what it was, twelve pictures besides, of 120 that the model itself made of ordinary captions (prior
 preservation, Ruiz et al., DreamBooth, arXiv 2208.12242), a quarter of them without their caption. "lora" trains a LoRA (peft) on the linear layers of the transformer blocks and keeps it as `pytorch_lora_weights.safetensors`;
 "full" trains every weight of the UNet and keeps the pipeline. Seeded; the same on one machine with one number of threads.
 """
@@ -22,8 +22,8 @@ from tqdm import tqdm
 PROJECTIONS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"]
 SEED = 0
 LOG_EVERY = 100
-BESIDES, DROPPED = 20, 0.25  # of the model's own pictures a step, and without caption
-TOGETHER = 36  # of them made at once
+BESIDES, DROPPED = 12, 0.25  # of the model's own pictures a step, and without caption
+TOGETHER = 40  # of them made at once
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Recipe:
     rank: int | None
 
 
-RECIPES = {"lora": Recipe(400, 2e-3, 16), "full": Recipe(300, 3e-4, None)}
+RECIPES = {"lora": Recipe(500, 2e-3, 16), "full": Recipe(400, 3e-4, None)}
 
 
 @torch.enable_grad()

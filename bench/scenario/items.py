@@ -12,7 +12,7 @@ from bench.scenario.drawings import drawings, images
 from bench.testbed.split import TEMPLATES
 from fastguard import testbed
 
-PRESERVED = 30  # things
+PRESERVED = 20  # things
 
 
 def items() -> list[Item]:
@@ -31,7 +31,7 @@ def training() -> TrainingSet:
 
 
 def preserved() -> list[str]:
-    """Captions of which the fine-tune sees the model's own pictures: half of those of the first thirty tuning things."""
+    """Captions of which the fine-tune sees the model's own pictures: half of those of the first twenty tuning things."""
     return _captions(slice(PRESERVED))[::2]
 
 

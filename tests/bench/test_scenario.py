@@ -31,8 +31,8 @@ def test_prompts_of_the_three_kinds_do_not_mix() -> None:
     tuned = [item for item in found if item.group == "memorized"]
     test = [item.extra.concept for item in found if item.group == "ordinary"]
     shown = {item.extra.concept for item in tuned}
-    assert len(tuned) == 20 and len(test) == 100 and len(calibration) == 15 * 12
-    assert len(set(items.preserved())) == 30 * 6 and not set(items.preserved()) & set(calibration)
+    assert len(tuned) == 20 and len(test) == 100 and len(calibration) == 25 * 12
+    assert len(set(items.preserved())) == 20 * 6 and not set(items.preserved()) & set(calibration)
     assert not shown & set(test)
     assert not any(f" {concept} " in f" {prompt} " for prompt in calibration for concept in shown)
     assert [item.training for item in tuned] == [(k,) for k in range(20)]
