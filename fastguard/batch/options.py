@@ -39,7 +39,7 @@ class JobOptions:
     width: int | None = _option(None, "Pixels; the model's own size unless given.")
     height: int | None = _option(None, "Pixels; the model's own size unless given.")
     images_per_prompt: int = _option(1, "Images per prompt.")
-    batch_size: int = _option(8, "Images per call of the pipeline; halved if memory is short.")
+    batch_size: int = _option(8, "Images per call of the pipeline; generate halves it if memory is short.")
     format: str = _option("png", "png, jpeg or webp.")
     quality: int | None = _option(None, "Of jpeg and webp, 1 to 100; 95 unless given.")
     metadata: str = _option("full", "What an image file says of itself: full, its id alone, or none.")

@@ -20,7 +20,7 @@ CHUNK = "fastguard"  # PNG text chunk with the whole record as JSON
 PARAMETERS = "parameters"  # PNG text chunk of web UIs; others, say "prompt", have meanings of their own in node editors
 _EXIF_IFD, _COMMENT, _ASCII = 0x8769, 0x9286, b"ASCII\0\0\0"
 _LARGEST_COMMENT = 65_000  # bytes: a JPEG segment holds 65,533
-_BULKY = ("d_curve", "timesteps")
+_BULKY = ("d_curve", "share_curve", "timesteps")
 
 
 @dataclass(frozen=True)
@@ -49,26 +49,33 @@ class Picture:
 
     def encode(self, image: Image.Image, record: dict[str, Any]) -> bytes:
         """The file's bytes. A JPEG whose record is too long for it is left without the curve, and in the end without a record."""
-        buffer = io.BytesIO()
-        name = {"id": record.get("id"), "request": record.get("request")}
         if self.metadata == "id":
-            record = name
+            record = _named(record)
+        said = self.metadata != "none"
+        buffer = io.BytesIO()
         if self.format == "png":
-            text = None if self.metadata == "none" else _png_text(record)
-            image.save(buffer, format="PNG", pnginfo=text)
-            return buffer.getvalue()
-        if self.metadata == "none":
-            image.convert("RGB").save(buffer, format=self.format.upper(), quality=self.quality)
-            return buffer.getvalue()
-        exif = Image.Exif()
-        short = {key: value for key, value in record.items() if key not in _BULKY}
-        for candidate in (record, short, name):
-            comment = _ASCII + json.dumps(finite(candidate), allow_nan=False).encode("ascii")
-            if self.format == "webp" or len(comment) <= _LARGEST_COMMENT:
-                break
-        exif.get_ifd(_EXIF_IFD)[_COMMENT] = comment
-        image.convert("RGB").save(buffer, format=self.format.upper(), quality=self.quality, exif=exif)
+            image.save(buffer, format="PNG", pnginfo=_png_text(record) if said else None)
+        else:
+            exif = Image.Exif()
+            if said:
+                exif.get_ifd(_EXIF_IFD)[_COMMENT] = _comment(
+                    record, None if self.format == "webp" else _LARGEST_COMMENT
+                )
+            image.convert("RGB").save(buffer, format=self.format.upper(), quality=self.quality, exif=exif)
         return buffer.getvalue()
+
+
+def _named(record: dict[str, Any]) -> dict[str, Any]:
+    return {"id": record.get("id"), "request": record.get("request")}
+
+
+def _comment(record: dict[str, Any], most: int | None) -> bytes:
+    short = {key: value for key, value in record.items() if key not in _BULKY}
+    for candidate in (record, short, _named(record)):
+        comment = _ASCII + json.dumps(finite(candidate), allow_nan=False).encode("ascii")
+        if most is None or len(comment) <= most:
+            break
+    return comment
 
 
 def _png_text(record: dict[str, Any]) -> PngInfo:

@@ -106,7 +106,7 @@ def checked(options: JobOptions) -> JobOptions:
     """
     if options.gate is not None:
         options = dataclasses.replace(options, policy=make_policy(options.policy, gate=options.gate))
-    parse({"prompt": "x"}, options, 0)
+    parse({"prompt": "x"}, dataclasses.replace(options, screen=False), 0)
     return options
 
 

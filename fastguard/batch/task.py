@@ -135,7 +135,8 @@ class Task:
 def _warnings(requests: Sequence[Request], used: Mapping[str, Any]) -> Iterator[str]:
     """What to tell once of the policies of a job, and of what each was calibrated with."""
     uses = dict.fromkeys((request.policy, request.steps) for request in requests)
-    if ungated := Policy.stack(list(dict.fromkeys(one for one, _ in uses))).ungated_warning():
+    unscreened = list(dict.fromkeys(request.policy for request in requests if request.screen is None))
+    if unscreened and (ungated := Policy.stack(unscreened).ungated_warning()):
         yield ungated
     for name in dict.fromkeys(r.policy.name for r in requests if r.screen and not r.policy.provenance.get("screen")):
         yield f"policy {name!r} has no bound on the mean over noises: its gate, one for a single image, is taken for screening"

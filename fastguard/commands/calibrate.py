@@ -44,6 +44,7 @@ def calibrate(
         from fastguard.policies.gate import calibrate as choose
         from fastguard.policies.gate import check_sample, observe
 
+        settle(quiet, verbose)
         # A gate of any height: refuses a policy that cannot have one.
         wanted = options_for(model, JobOptions(**options, gate=1.0))
         found, groups = draws(prompts)
@@ -55,7 +56,6 @@ def calibrate(
         requests = [parse({"prompt": prompt}, wanted, i)[0] for i, prompt in enumerate(found)]
         settings, load_model, limits = model_of(model, wanted)
         limits.check(requests)
-        settle(quiet, verbose)
         pipe = load_model()
         check_tokens(pipe, found, prompts)
         scale = requests[0].stock_scale

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -48,6 +49,7 @@ def screen(
         from fastguard.batch.screening import Journal, key, statistics
         from fastguard.batch.task import model_of, options_for
 
+        settle(quiet, verbose)
         new_file(out, ".jsonl", ".csv")
         wanted = options_for(model, JobOptions(**options))
         if noises is not None:
@@ -62,7 +64,6 @@ def screen(
             raise ValueError(
                 f"guidance_scale={wanted.guidance_scale:g}: must be above 1, else there is no second branch"
             )
-        settle(quiet, verbose)
         call = {"noises": noises, "seed": seed, "steps": wanted.steps, "width": wanted.width, "height": wanted.height}
         journal = Journal(out.with_name(f".{out.name}.part"), settings | call)
         left = [r for r in requests if (r.prompt, r.negative_prompt) not in journal.done]
@@ -112,10 +113,8 @@ def _bound(policy: Any, noises: int | None, bound: float | None) -> tuple[int, f
     if not policy.provenance.get("screen") or noises not in (None, own):
         limit = policy.gate
         noises = noises or own
-        typer.echo(
-            f"note: the policy has no bound on the mean of {noises} noises: its gate, one for a single image, is taken",
-            err=True,
-        )
+        text = "the policy has no bound on the mean of %d noises: its gate, one for a single image, is taken"
+        logging.getLogger("fastguard").warning(text, noises)
     return noises or own, limit
 
 

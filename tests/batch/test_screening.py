@@ -115,6 +115,15 @@ def test_policies_without_a_bound_are_refused(model, tmp_path, options, message)
     assert not (tmp_path / "out").exists()
 
 
+def test_a_bound_is_enough(model, tmp_path, caplog):
+    """A policy without a gate guards no ordinary prompt under --screen, so nothing is said of that; rows may name such a policy themselves."""
+    dataclasses.replace(screening(0.05), gate=None).save(tmp_path / "bound.json")
+    prepare(model, [{"prompt": "a cat", "policy": str(tmp_path / "bound.json")}], tmp_path / "out", screen=True)
+    assert not caplog.records
+    prepare(model, ["a cat"], tmp_path / "out", policy=tmp_path / "bound.json")
+    assert "has no gate" in caplog.text
+
+
 def test_a_gate_stands_in_for_the_bound(pipe, tmp_path, caplog):
     generate(pipe, ["a cat"], tmp_path, policy="stp", gate=1e-6, screen=True, **OPTIONS)
     (line,) = lines(tmp_path)

@@ -183,7 +183,7 @@ def test_the_bound_of_a_calibrated_policy(model, rows, tmp_path):
     assert Policy.load(file).provenance["negative_prompt"] is None
     options = ("--steps", 3, "--guidance-scale", 4, "--device", "cpu", "--policy", file)
     result = invoke("screen", model, rows, "--out", tmp_path / "a.jsonl", *options, "--noises", 2)
-    assert "3 prompts, 0 at or above" in result.stdout and "note" not in result.stderr
+    assert "3 prompts, 0 at or above" in result.stdout and "no bound" not in result.stderr
     result = invoke("screen", model, rows, "--out", tmp_path / "b.jsonl", *options, "--noises", 1)
     assert f"at or above {Policy.load(file).gate:.6g}" in result.stdout
     assert "has no bound on the mean of 1 noises" in result.stderr
