@@ -15,13 +15,14 @@ from fastguard.commands.arguments import Model, fields_of, refusing, settle
 def inspect(
     model: Model,
     steps: Annotated[int | None, typer.Option(help="Denoising steps; the pipeline's default unless given.")] = None,
+    probe: Annotated[bool, typer.Option(help="Load the weights, too, and see what the pipeline's loop does.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
     **options: Any,
 ) -> None:
-    """Show what would run and why: the path, the scheduler's table, and what each step costs. Loads no weights."""
+    """Show what would run and why: the path, the scheduler's table, and what each step costs. Loads no weights without --probe."""
     with refusing():
         from fastguard import checks
-        from fastguard.commands.inspection import inspect_model
+        from fastguard.commands.inspection import inspect_model, probe_model
         from fastguard.pipelines.loading import chosen_policy, chosen_scale, facts
         from fastguard.policies.provenance import elsewhere
 
@@ -35,4 +36,7 @@ def inspect(
         found = inspect_model(model, chosen, steps=steps, guidance_scale=scale, scheduler=options["scheduler"])
         if told := elsewhere(chosen, {**facts(model, found.scheduler), "steps": found.steps}):
             typer.echo(f"note: {told}", err=True)
-    typer.echo(json.dumps(found.to_dict(), indent=2, allow_nan=False) if as_json else str(found))
+        looked = probe_model(found) if probe and found.path != "refused" else None
+    values = found.to_dict() | ({} if looked is None else {"probe": looked.to_dict()})
+    text = str(found) if looked is None else f"{found}\n\nprobe      {looked}"
+    typer.echo(json.dumps(values, indent=2, allow_nan=False) if as_json else text)

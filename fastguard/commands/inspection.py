@@ -7,15 +7,18 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fastguard.kernels.layout import NEVER, Row, Rule
-from fastguard.pipelines.families import Family, find
+from fastguard.pipelines.families import Family, OwnFamily, find
+from fastguard.pipelines.guard import enable
 from fastguard.pipelines.loading import (
     distilled,
+    load_pipeline,
     model_index,
     own_scheduler,
     pipeline_class,
     skeleton,
     with_scheduler,
 )
+from fastguard.pipelines.probe import Probe
 from fastguard.pipelines.scheduler import expected_arguments
 from fastguard.policies.plan import lower
 from fastguard.policies.policy import Policy
@@ -38,7 +41,8 @@ class RowInfo:
 
 @dataclass(frozen=True)
 class Inspection:
-    """path: "fused" (one op per step), "own step" (the op decides and guides, the scheduler's step() updates) or "refused"."""
+    """path: "fused" (one op per step), "own step" (the op decides and guides, the scheduler's step() updates), "own combination" (the
+    pipeline guides, the op decides and guides what is guarded) or "refused"; scale: the argument that guidance_scale is given as."""
 
     model: str
     pipeline: str
@@ -51,6 +55,7 @@ class Inspection:
     residual: float | None
     noise_draws: int
     policy: dict[str, Any]
+    scale: str
     guidance_scale: float
     steps: int
     switch_row: int | None
@@ -118,13 +123,16 @@ def inspect_model(
     kind = pipeline_class(index)
     defaults = {name: p.default for name, p in inspect.signature(kind.__call__).parameters.items()}
     count = steps if steps is not None else int(defaults.get("num_inference_steps", 50))
-    scale = guidance_scale if guidance_scale is not None else float(defaults.get("guidance_scale", 7.5))
     refusal: str | None = None
-    known: Family | None = None
+    known: Family | OwnFamily | None = None
     try:
         known = find(kind)
     except TypeError as error:
         refusal = str(error)
+    own = known if isinstance(known, OwnFamily) else None
+    name, offset = (own.scale, own.offset) if own else ("guidance_scale", 0.0)
+    given = guidance_scale if guidance_scale is not None else float(defaults.get(name, 7.5))
+    scale = given + offset  # g of u + g (c - u)
 
     if known is None:
         made = own_scheduler(model, index)
@@ -144,9 +152,11 @@ def inspect_model(
     guarded = sample.guarded
     if scale <= 1 and guarded:
         raise ValueError(
-            f"guidance_scale={scale:g}: must be above 1 under policy {sample.name!r} (at or below 1 pipelines run no unconditional branch)"
+            f"{name}={given:g}: must be above {1 - offset:g} under policy {sample.name!r} (at or below it pipelines run no unconditional branch)"
         )
     plan = lower([sample], schedule, scale, elements=1)  # only the gate's threshold on d depends on the elements
+    # One call for both branches is made whole; of two, each runs in the first row.
+    branches = plan.branches if own is None else _called(plan.branches, own)
     switch = int(plan.rules[0, Rule.SWITCH_ROW])
     rows = tuple(
         RowInfo(
@@ -163,18 +173,18 @@ def inspect_model(
             zip(
                 plan.timesteps,
                 # Without guidance pipelines run the conditional branch alone, whatever number the scale is.
-                plan.branches if scale > 1 else ["cond"] * len(body),
+                branches if scale > 1 else ["cond"] * len(body),
                 plan.guidance[0].tolist() if scale > 1 else [(1.0, 1.0)] * len(body),
                 strict=True,
             )
         )
     )
-    path = "refused" if refusal else "fused" if schedule.linear else "own step"
+    path = "refused" if refusal else "own combination" if own else "fused" if schedule.linear else "own step"
     return Inspection(
         model=model,
         pipeline=kind.__name__,
         path=path,
-        reason=refusal or schedule.reason,
+        reason=refusal or (own.nonlinear if own else schedule.reason),
         family=known.name if known else None,
         scheduler=type(made).__name__,
         form=schedule.form,
@@ -182,10 +192,36 @@ def inspect_model(
         residual=schedule.residual if schedule.linear else None,
         noise_draws=sum(schedule.draws),
         policy=sample.to_dict(),
-        guidance_scale=scale,
+        scale=name,
+        guidance_scale=given,
         steps=count,
         switch_row=None if switch == NEVER else switch,
         denoiser_rows=sum(row.denoiser_rows for row in rows),
         plain_rows=2 * len(rows),
         rows=rows,
     )
+
+
+def _called(branches: tuple[str, ...], own: OwnFamily) -> tuple[str, ...]:
+    """What the pipeline's calls run of the branches that a plan needs."""
+    if own.calls == 1 or not own.skippable:
+        return ("both",) * len(branches)
+    return ("both", *branches[1:])
+
+
+def probe_model(found: Inspection) -> Probe:
+    """Load the model's weights and run its loop on random numbers, with a prompt and an empty negative one.
+
+    ValueError where the model cannot be loaded or the pipeline needs more than prompts (a picture).
+    """
+    pipe = load_pipeline(found.model, scheduler=found.scheduler, auto=False)
+    wanted = {"prompt": "a photograph of a house", "negative_prompt": "", "num_inference_steps": found.steps}
+    wanted |= {found.scale: found.guidance_scale}
+    names = inspect.signature(type(pipe).__call__).parameters
+    with enable(pipe, "cfg") as guard:
+        try:
+            return guard.probe(**{name: value for name, value in wanted.items() if name in names})
+        except Exception as error:  # each pipeline refuses in its own way
+            raise ValueError(
+                f"probe: {found.pipeline} does not run on prompts alone ({error}); with arguments of your own: guard.probe(...)"
+            ) from error

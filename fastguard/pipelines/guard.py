@@ -23,7 +23,8 @@ from fastguard.pipelines.guidance import UNGUIDED
 from fastguard.pipelines.loading import facts
 from fastguard.pipelines.locks import held
 from fastguard.pipelines.own_combination import OwnCombination, first_denoiser
-from fastguard.pipelines.verified import UNKNOWN, checked, denoisers_of
+from fastguard.pipelines.probe import Probe
+from fastguard.pipelines.verified import UNKNOWN, checked, denoisers_of, examined
 from fastguard.policies.policy import Policy
 from fastguard.policies.presets import DEFAULT
 from fastguard.policies.presets import policy as make_policy
@@ -143,6 +144,12 @@ class Guard:
     def _repr_html_(self) -> str:
         report = self.report
         return f"<p>{html.escape(repr(self))}</p>" + ("" if report is None else report._repr_html_())
+
+    def probe(self, *args: Any, **kwargs: Any) -> Probe:
+        """What the pipeline's loop does with its denoiser's outputs in a call with these arguments, and whether the guard expects that.
+        The loop runs on random numbers; nothing of it is left, and no callback is called."""
+        stock_call = stock_class(type(self._pipe)).__call__
+        return examined(self._pipe, self.family, self._arguments(stock_call, args, kwargs), stock_call)
 
     def forget(self) -> None:
         """No report: the last call of this thread was not guarded."""

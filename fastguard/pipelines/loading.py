@@ -15,7 +15,7 @@ from fastguard.policies.policy import Policy
 from fastguard.policies.presets import DEFAULT, policy
 
 if TYPE_CHECKING:
-    from fastguard.pipelines.families import Family
+    from fastguard.pipelines.families import Family, OwnFamily
 
 DTYPES = ("float32", "float16", "bfloat16")
 TESTBED = "testbed"  # the embedded model
@@ -101,7 +101,7 @@ def distilled(config: Mapping[str, Any]) -> str | None:
     return "its UNet takes the guidance scale as an input (time_cond_proj_dim, as in LCM-distilled models): there is no unconditional branch"
 
 
-def family_of(kind: type) -> Family | None:
+def family_of(kind: type) -> Family | OwnFamily | None:
     """None for a pipeline class that is not supported."""
     from fastguard.pipelines.families import find
 
@@ -131,7 +131,7 @@ def scheduler_class(name: str) -> type:
     raise ValueError(f"scheduler={name!r}: allowed are {', '.join(allowed)}{checks.meant(name, allowed)}")
 
 
-def with_scheduler(name: str, config: Any, family: Family | None) -> Any:
+def with_scheduler(name: str, config: Any, family: Family | OwnFamily | None) -> Any:
     """The named scheduler with another's configuration, for pipelines of a family (None: not known).
 
     ValueError if it needs what the configuration has not, or a library that is not here, or if the pipelines cannot call it.
@@ -142,7 +142,7 @@ def with_scheduler(name: str, config: Any, family: Family | None) -> Any:
     except Exception as error:  # each scheduler refuses in its own way: NotImplementedError, KeyError, ImportError, ...
         why = " ".join(str(error).split())
         raise ValueError(f"scheduler={name!r}: cannot be made from this model's configuration ({why})") from None
-    if family is not None and family.scales_input:
+    if getattr(family, "scales_input", False):  # of those with their own combination it is not known
         missing = [
             attribute
             for attribute in ("init_noise_sigma", "order", "scale_model_input")
@@ -185,16 +185,17 @@ def load_pipeline(
     device: str = "cpu",
     scheduler: str | None = None,
     variant: str | None = None,
+    auto: bool = True,
 ) -> Any:
-    """The text-to-image pipeline of `model`, quiet (no progress bars of its own). ValueError, in one line, if it cannot be loaded."""
+    """The text-to-image pipeline of `model` (auto=False: that of its own class), quiet. ValueError, in one line, if it cannot be loaded."""
     import torch
-    from diffusers import AutoPipelineForText2Image
+    from diffusers import AutoPipelineForText2Image, DiffusionPipeline
 
     try:
         with warnings.catch_warnings():
             # torch_dtype is the name that every supported diffusers knows; new ones call it deprecated.
             warnings.simplefilter("ignore", FutureWarning)
-            pipe = AutoPipelineForText2Image.from_pretrained(
+            pipe = (AutoPipelineForText2Image if auto else DiffusionPipeline).from_pretrained(
                 resolve(model), torch_dtype=getattr(torch, dtype), variant=variant
             )
         if scheduler is not None:

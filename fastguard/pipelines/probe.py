@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
@@ -79,10 +80,18 @@ class Probe:
             return None if row.direction <= tolerance else f"{found}, where a multiple of {expected}"
         return None if _same_ratio(row, RATIO * max(abs(row.scale), 1.0)) else f"{found}, where about {expected}"
 
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        rows = [{**dataclasses.asdict(row), "linear": row.linear} for row in self.rows]
+        return {"family": self.family.name, "contradictions": self.contradictions(), "rows": rows}
+
     def __str__(self) -> str:
-        if self.problem:
-            return self.problem
-        lines = []
+        family, found = self.family, self.contradictions()
+        order = ", ".join("cu"[branch == "uncond"] for branch in family.order)
+        calls = f"two calls {order}" if family.calls == 2 else f"one batch [{order}]"
+        declared = f"{family.name}: {calls}, {'negated, ' if family.sign < 0 else ''}{family.scale}"
+        offset = f" + {family.offset:g}" if family.offset else ""
+        lines = [f"{declared}{offset}: {'the loop does otherwise' if found else 'agrees with the loop'}", *found]
         for k, row in enumerate(self.rows):
             if row.cond is None:
                 lines.append(f"{k:>4}  one branch")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from fastguard.pipelines.families import Family, OwnFamily
-from fastguard.pipelines.probe import LINEAR_NARROW, probe
+from fastguard.pipelines.probe import LINEAR_NARROW, Probe, probe
 
 DENOISERS = ("transformer", "transformer_2", "unet", "prior", "decoder")
 UNKNOWN = OwnFamily(name="unknown", pipelines=())  # until its first call is probed
@@ -18,13 +18,21 @@ def checked(pipe: Any, family: Family | OwnFamily, values: Mapping[str, Any], st
 
     RuntimeError with what the probe found, where it contradicts; TypeError where nothing can be inferred.
     """
-    arguments = {name: value for name, value in values.items() if name not in ("self", "args", "kwargs")}
     if family.name == UNKNOWN.name:
-        return infer(pipe, arguments, stock_call)
-    found = probe(pipe, arguments, in_own_terms(family), stock_call).contradictions()
+        return infer(pipe, _named(values), stock_call)
+    found = examined(pipe, family, values, stock_call).contradictions()
     if found:
         raise RuntimeError(f"{type(pipe).__name__}: the guard does not know this loop: {found[0]}")
     return family
+
+
+def examined(pipe: Any, family: Family | OwnFamily, values: Mapping[str, Any], stock_call: Callable[..., Any]) -> Probe:
+    """A probe of the call, held against the family."""
+    return probe(pipe, _named(values), in_own_terms(family), stock_call)
+
+
+def _named(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name not in ("self", "args", "kwargs")}
 
 
 def in_own_terms(family: Family | OwnFamily) -> OwnFamily:

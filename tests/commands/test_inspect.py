@@ -10,6 +10,7 @@ import fastguard
 from fastguard.commands.inspection import inspect_model
 from fastguard.policies.presets import policy
 from tests.commands.invoking import invoke, refused
+from tests.families.tiny import CASES
 
 
 def test_inspect(model):
@@ -96,3 +97,24 @@ def test_what_is_drawn_is_what_the_pipeline_would_draw(model):
     """Its eta is 0; the scheduler's own default is 0.3."""
     found = json.loads(invoke("inspect", model, "--scheduler", "TCD", "--steps", 8, "--json").stdout)
     assert found["noise_draws"] == 0
+
+
+def test_a_probe_says_what_the_loop_does(model):
+    text = invoke("inspect", model, "--policy", "cfg", "--steps", 3, "--guidance-scale", 4, "--probe").stdout
+    assert "probe      text-to-image: one batch [u, c], guidance_scale: agrees with the loop" in text
+    assert text.count("e = -3 u + 4 c   linear") == 3
+    found = json.loads(invoke("inspect", model, "--policy", "cfg", "--steps", 3, "--probe", "--json").stdout)
+    assert [row["cond"] for row in found["probe"]["rows"]] == pytest.approx([7.5] * 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "scale", "rows"), [("flux", "true_cfg_scale", [2, 1, 2]), ("sana", "guidance_scale", [2] * 3)]
+)
+def test_pipelines_that_combine_themselves(name, scale, rows, tmp_path):
+    """Their own argument for the scale; a call is left out from the second row on, where there are two."""
+    CASES[name].make().save_pretrained(tmp_path)
+    found = inspect_model(str(tmp_path), policy("stp"), steps=3, guidance_scale=4.0, scheduler="UniPCMultistep")
+    assert (found.path, found.scale) == ("own combination", scale)
+    assert [row.denoiser_rows for row in found.rows] == rows
+    with pytest.raises(ValueError, match=f"{scale}=1: must be above 1"):
+        inspect_model(str(tmp_path), policy("stp"), steps=3, guidance_scale=1.0)

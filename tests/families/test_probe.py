@@ -5,15 +5,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 
+import accelerate
+import diffusers
 import pytest
 import torch
+from diffusers import hooks
 
+import fastguard
 from fastguard.pipelines.families import find
 from fastguard.pipelines.families.own import OwnFamily
 from fastguard.pipelines.probe import probe
 from fastguard.pipelines.verified import infer
 from tests.families.more import EVERY, PARAMS
-from tests.families.tiny import euler, parts
+from tests.families.tiny import euler, flux_transformer, parts, run
 
 
 @functools.lru_cache(maxsize=1)
@@ -84,16 +88,17 @@ def test_scales_of_rows_are_found():
 
 def test_nothing_is_left_behind(case):
     tiny, pipe = case
-    generator = torch.Generator().manual_seed(1)
+    generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
 
     def callback(*_):
         raise AssertionError("a probe calls no callback")
 
-    before = generator.get_state(), torch.get_rng_state()
+    before = [*(one.get_state() for one in generators), torch.get_rng_state()]
     attributes, scheduler = dict(vars(pipe)), dict(vars(pipe.scheduler))
     denoisers = {name: (part, set(vars(part))) for name in find(type(pipe)).denoisers if (part := getattr(pipe, name))}
-    probe(pipe, _arguments(tiny, generator=generator, callback_on_step_end=callback), find(type(pipe)))
-    assert all(torch.equal(a, b) for a, b in zip(before, (generator.get_state(), torch.get_rng_state()), strict=True))
+    probe(pipe, _arguments(tiny, generator=generators[: tiny.images], callback_on_step_end=callback), find(type(pipe)))
+    after = [*(one.get_state() for one in generators), torch.get_rng_state()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert dict(vars(pipe)) == attributes
     assert set(vars(pipe.scheduler)) == set(scheduler)
     assert all(vars(pipe.scheduler)[name] is value for name, value in scheduler.items())
@@ -102,8 +107,6 @@ def test_nothing_is_left_behind(case):
 
 
 def test_a_loop_that_steps_another_scheduler_is_told():
-    import diffusers
-
     class Other(diffusers.FluxPipeline):
         def __call__(self, **given):
             self.transformer(torch.zeros(1))
@@ -119,3 +122,47 @@ def test_a_loop_that_steps_another_scheduler_is_told():
     family = OwnFamily(name="other", pipelines=("Other",))
     (told,) = probe(pipe, {}, family).contradictions()
     assert "no scheduler.step" in told
+
+
+def _offloaded(pipe):
+    _, hook = accelerate.cpu_offload_with_hook(pipe.transformer, torch.device("cpu"))
+    pipe._all_hooks = [hook]
+
+
+def _group_offloaded(pipe):
+    cpu = torch.device("cpu")
+    hooks.apply_group_offloading(pipe.transformer, onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
+
+
+def _cached(pipe):
+    pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.5))
+
+
+@pytest.mark.parametrize("attach", [_offloaded, _group_offloaded, _cached])
+def test_offloading_and_caches_are_left_as_they_were(attach):
+    tiny = EVERY["flux"]
+    pipe = parts(
+        diffusers.FluxPipeline,
+        transformer=flux_transformer(num_layers=2, num_single_layers=2),
+        scheduler=euler(),
+    )
+    attach(pipe)
+    stock = run(tiny, pipe, tiny.guided())
+    names = ("forward", "_hf_hook", "_diffusers_hook")
+    before = [[vars(module).get(name) for name in names] for module in pipe.transformer.modules()]
+    hooks_before = list(getattr(pipe, "_all_hooks", ()))
+    found = probe(pipe, _arguments(tiny), find(type(pipe)))
+    assert found.contradictions() == [] and len(found.rows) == tiny.steps
+    after = [[vars(module).get(name) for name in names] for module in pipe.transformer.modules()]
+    assert all(a is b for one, other in zip(before, after, strict=True) for a, b in zip(one, other, strict=True))
+    assert all(a is b for a, b in zip(hooks_before, getattr(pipe, "_all_hooks", ()), strict=True))
+    assert torch.equal(run(tiny, pipe, tiny.guided()), stock)
+
+
+def test_a_probe_on_the_users_own_call():
+    tiny, pipe = EVERY["wan 2.2"], EVERY["wan 2.2"].make()
+    with fastguard.enable(pipe, "cfg") as guard:
+        found = guard.probe(**tiny.guided(num_inference_steps=tiny.steps))
+        assert guard.report is None and str(found).count("linear, residual") == tiny.steps
+    assert str(found).startswith("wan: two calls c, u, guidance_scale: agrees with the loop")
+    assert found.to_dict()["contradictions"] == [] and found.to_dict()["rows"][0]["cond"] == pytest.approx(4.0)
