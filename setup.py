@@ -15,7 +15,8 @@ STATS = ["scipy>=1.11"]  # intervals of the tables
 TRITON = [
     "triton>=3.2; platform_system == 'Linux'"
 ]  # torch's CUDA and ROCm builds bring the one that fits; the tests interpret it anywhere
-TEST = ["pytest>=8", "pytest-xdist>=3.6", "pytest-benchmark>=5", "hypothesis>=6.100", "peft>=0.17", *STATS, *TRITON]
+FAMILIES = ["peft>=0.17", "sentencepiece>=0.2"]  # without which diffusers has no LoRA, and no Kolors
+TEST = ["pytest>=8", "pytest-xdist>=3.6", "pytest-benchmark>=5", "hypothesis>=6.100", *FAMILIES, *STATS, *TRITON]
 TRAIN = ["resvg-py>=0.5", *STATS]  # draws the SVG pictures that the embedded model is trained on
 PLOT = ["matplotlib>=3.9"]
 PARQUET = ["pyarrow>=15"]

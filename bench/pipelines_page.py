@@ -79,6 +79,19 @@ INSTANCES = frozenset(
         "HunyuanVideo15Pipeline",
         "HunyuanVideo15ImageToVideoPipeline",
         "MotifVideoPipeline",
+        "KolorsPipeline",
+        "AnimateDiffPipeline",
+        "FluxImg2ImgPipeline",
+        "FluxInpaintPipeline",
+        "FluxKontextInpaintPipeline",
+        "ChromaImg2ImgPipeline",
+        "QwenImageImg2ImgPipeline",
+        "QwenImageInpaintPipeline",
+        "ZImageImg2ImgPipeline",
+        "Flux2KleinInpaintPipeline",
+        "WanVideoToVideoPipeline",
+        "SkyReelsV2Pipeline",
+        "LTXConditionPipeline",
     ]
 )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +14,21 @@ import torch
 from PIL import Image
 
 from tests import pipelines
-from tests.families.tiny import CASES, SQUARE, VIDEO, Tiny, embeds, euler, flux, ltx, parts, qwen, seeded, wan
+from tests.families.tiny import (
+    CASES,
+    SQUARE,
+    VIDEO,
+    Tiny,
+    embeds,
+    euler,
+    flux,
+    ltx,
+    parts,
+    qwen,
+    seeded,
+    unipc,
+    wan,
+)
 
 
 def picture(seed: int = 0, size: int = 32) -> Image.Image:
@@ -74,13 +90,13 @@ def ltx_vae() -> Any:
     )
 
 
-def image_vae() -> Any:
+def image_vae(channels: int = 4) -> Any:
     return seeded(
         lambda: diffusers.AutoencoderKL(
             block_out_channels=(2,) * 4,
             down_block_types=("DownEncoderBlock2D",) * 4,
             up_block_types=("UpDecoderBlock2D",) * 4,
-            latent_channels=4,
+            latent_channels=channels,
             norm_num_groups=1,
             shift_factor=0.0,
         )
@@ -396,6 +412,83 @@ MORE: dict[str, Tiny] = {
         exact=False,
         **GUIDED,
     ),
+}
+
+
+def another(base: str, name: str, given: dict[str, Any] | None = None, **changes: Any) -> Tiny:
+    """The same parts and more in the pipeline class `name`, with more arguments (None: without one); changes: of the instance."""
+    first = {**CASES, **MORE}[base]
+    extra, fixed = changes.pop("parts", {}), {**first.fixed, **(given or {})}
+
+    def make() -> Any:
+        kind = getattr(diffusers, name)
+        found = {**first.make().components, **{part: one() for part, one in extra.items()}}
+        return parts(kind, **{k: v for k, v in found.items() if k in inspect.signature(kind.__init__).parameters})
+
+    fixed = {key: value for key, value in fixed.items() if value is not None}
+    return dataclasses.replace(first, make=make, fixed=fixed, **changes)
+
+
+def unet(name: str, make: Callable[[], Any]) -> Callable[[], Any]:
+    return lambda: parts(getattr(diffusers, name), unet=seeded(make), vae=pipelines.vae(), scheduler=pipelines.ddim())
+
+
+def motion_unet() -> Any:
+    return diffusers.UNetMotionModel(
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        sample_size=8,
+        down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"),
+        up_block_types=("UpBlockMotion", "CrossAttnUpBlockMotion"),
+        cross_attention_dim=8,
+        num_attention_heads=2,
+        norm_num_groups=2,
+        motion_num_attention_heads=2,
+        motion_max_seq_length=8,
+    )
+
+
+_TWO = [picture(), picture(1)]
+_FROM: dict[str, Any] = {"image": _TWO, "strength": 1.0}
+_INTO: dict[str, Any] = {**_FROM, "mask_image": [picture(5)] * 2}
+_VIDEO = {"video": [picture(k) for k in range(5)], "num_frames": None}
+_VAE: dict[str, Any] = {"vae": image_vae}
+_QWEN_VAE: dict[str, Any] = {"vae": qwen_vae}
+_WAN_VAE: dict[str, Any] = {"vae": wan_vae, "scheduler": unipc}
+
+MORE |= {
+    "kolors": Tiny(
+        unet("KolorsPipeline", lambda: pipelines.unet(**pipelines.XL_UNET)),
+        lambda seed: embeds(seed, prompt_embeds=(2, 6, 64), pooled_prompt_embeds=(2, 32)),
+        fixed=SQUARE,
+        elements=4 * 16 * 16,
+        exact=False,
+        **GUIDED,
+    ),
+    "animatediff": Tiny(
+        unet("AnimateDiffPipeline", motion_unet),
+        lambda seed: embeds(seed, prompt_embeds=(2, 6, 8)),
+        fixed={**SQUARE, "num_frames": 3},
+        elements=4 * 3 * 16 * 16,
+        exact=False,
+        **GUIDED,
+    ),
+    "flux i2i": another("flux", "FluxImg2ImgPipeline", _FROM, parts=_VAE),
+    "flux inpaint": another("flux", "FluxInpaintPipeline", _INTO, parts=_VAE),
+    "kontext inpaint": another("kontext", "FluxKontextInpaintPipeline", {"mask_image": [picture(5)], "strength": 1.0}),
+    "chroma i2i": another("chroma", "ChromaImg2ImgPipeline", _FROM, parts=_VAE),
+    "qwen i2i": another("qwen", "QwenImageImg2ImgPipeline", _FROM, parts=_QWEN_VAE),
+    "qwen inpaint": another("qwen", "QwenImageInpaintPipeline", _INTO, parts=_QWEN_VAE),
+    "z-image i2i": another("z-image", "ZImageImg2ImgPipeline", _FROM, parts={"vae": lambda: image_vae(16)}),
+    "klein inpaint": another(
+        "klein",
+        "Flux2KleinInpaintPipeline",
+        {"image": picture(), "mask_image": picture(5), "strength": 1.0},
+        kept=(0, 4),
+    ),
+    "wan v2v": another("wan", "WanVideoToVideoPipeline", {**_VIDEO, "strength": 1.0}, parts=_WAN_VAE),
+    "skyreels": another("wan", "SkyReelsV2Pipeline", parts={"scheduler": unipc}),
+    "ltx condition": another("ltx", "LTXConditionPipeline", parts={"vae": ltx_vae}, elements=8 * 3 * 16 * 16),
 }
 
 EVERY = {**CASES, **MORE}

@@ -108,7 +108,7 @@ def controlnet(**config: Any) -> diffusers.ControlNetModel:
     return model
 
 
-_XL_UNET: dict[str, Any] = {
+XL_UNET: dict[str, Any] = {
     "use_linear_projection": True,
     "addition_embed_type": "text_time",
     "addition_time_embed_dim": 8,
@@ -116,6 +116,25 @@ _XL_UNET: dict[str, Any] = {
     "projection_class_embeddings_input_dim": 80,  # 6 * 8 + 32
     "cross_attention_dim": 64,
 }
+
+
+def controlnet_union(**config: Any) -> Any:
+    torch.manual_seed(3)
+    model = diffusers.ControlNetUnionModel(
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        conditioning_embedding_out_channels=(16, 32),
+        attention_head_dim=8,
+        norm_num_groups=4,
+        num_trans_channel=16,
+        num_trans_head=2,
+        num_proj_channel=16,
+        **config,
+    ).eval()
+    for parameter in [*model.controlnet_down_blocks.parameters(), *model.spatial_ch_projs.parameters()]:
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model
 
 
 def sd(kind: str = "StableDiffusionPipeline", scheduler: Any = None, **components: Any) -> Any:
@@ -143,11 +162,11 @@ def sdxl(kind: str = "StableDiffusionXLPipeline", scheduler: Any = None, **compo
         "text_encoder": text_encoder(),
         "text_encoder_2": text_encoder(projection=True, seed=5),
         "vae": vae(),
-        "unet": unet(**_XL_UNET),
+        "unet": unet(**XL_UNET),
         "scheduler": scheduler or diffusers.EulerDiscreteScheduler(**BETAS, steps_offset=1),
     }
     if "ControlNet" in kind:
-        parts["controlnet"] = controlnet(**_XL_UNET)
+        parts["controlnet"] = (controlnet_union if "Union" in kind else controlnet)(**XL_UNET)
     return _quiet(getattr(diffusers, kind)(**{**parts, **components}))
 
 

@@ -1,0 +1,61 @@
+"""Every class of the fused kind: stock's numbers under policy `cfg`, zero guidance as stock on the negative prompt."""
+
+from __future__ import annotations
+
+import inspect
+
+import diffusers
+import pytest
+import torch
+
+import fastguard
+from fastguard.pipelines.families import FAMILIES
+from tests import pipelines
+from tests.guarded import mask, picture
+
+NAMES = [name for family in FAMILIES for name in family.pipelines if "PixArt" not in name]
+PROMPTS, NEGATIVES = ["a red cat", "two dogs"], ["blurry", "bad, worse"]
+
+
+def made(name):
+    make = pipelines.sd3 if "Diffusion3" in name else pipelines.sdxl if "XL" in name else pipelines.sd
+    return make(name) if "Diffusion3" in name else make(name, pipelines.ddim())
+
+
+def pictures(name):
+    """Whatever pictures its call takes."""
+    taken = inspect.signature(getattr(diffusers, name).__call__).parameters
+    union = "Union" in name
+    given = {
+        "image": [picture(), picture(seed=1)],
+        "mask_image": [mask()] * 2,
+        "control_image": [picture(seed=2)] if union else [picture(seed=2), picture(seed=3)],
+        "control_mode": [1],
+        "strength": 0.8,
+        "height": 32,
+        "width": 32,
+    }
+    return {key: value for key, value in given.items() if key in taken}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_same_numbers_and_zero_guidance(name):
+    pipe, given = made(name), pictures(name)
+
+    def run(prompts, scale, **negative):
+        generators = pipelines.generators([1, 2])
+        settings = {"num_inference_steps": 4, "guidance_scale": scale, "generator": generators, "output_type": "latent"}
+        return pipe(prompts, **negative, **given, **settings).images
+
+    def relative(ours, stock):
+        return float((ours - stock).abs().max() / stock.abs().max())
+
+    stock = run(PROMPTS, 4.0, negative_prompt=NEGATIVES)
+    negative = run(NEGATIVES, 1.0)
+    assert relative(negative, stock) > 1e-3
+    with fastguard.enable(pipe, "cfg") as guard:
+        assert relative(run(PROMPTS, 4.0, negative_prompt=NEGATIVES), stock) < 1e-4
+        assert guard.report.path == "fused", guard.report.reason
+    with fastguard.enable(pipe, "stp", t_star=0):
+        assert relative(run(PROMPTS, 4.0, negative_prompt=NEGATIVES), negative) < 1e-4
+    assert torch.equal(run(PROMPTS, 4.0, negative_prompt=NEGATIVES), stock)
