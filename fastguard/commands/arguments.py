@@ -18,7 +18,9 @@ REFUSED = 2  # exit code
 Model = Annotated[
     str, typer.Argument(help="Directory or hub id of a diffusers pipeline; 'testbed' is the embedded model.")
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only the result and errors: no progress, no other messages.")]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Only the result and errors: no progress, no other messages.")
+]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more, and let other libraries speak.")]
 
 
