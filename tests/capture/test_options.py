@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 import fastguard
-from fastguard.capture import attention
+from fastguard.capture import attention, runner
 from fastguard.capture.fingerprint import Fingerprint
 from tests import pipelines
 from tests.capture import simulator
@@ -48,15 +48,17 @@ def test_on_the_cpu_nothing_is_recorded(sd):
         assert f"capture='{mode}': nothing records graphs on device 'cpu'" in report.reason
 
 
-def test_auto_records_small_work_only(sd):
+def test_auto_records_small_work_only(sd, monkeypatch):
+    assert runner.LAUNCH_BOUND == 32_768  # SD 1.5 up to batch 4, SDXL at batch 1
+    monkeypatch.setattr(runner, "LAUNCH_BOUND", 2 * 32 * 32)
     with simulator.recording(), fastguard.enable(sd, "cfg") as guard:
         call(sd)
         assert guard.report.path == "fused, step graph"
-        call(sd, height=256, width=256, steps=1)  # 2 x 128 x 128 positions are the limit
+        call(sd, height=64, width=64, steps=1)  # the limit
         assert guard.report.path == "fused, step graph"
-        call(sd, height=264, width=256, steps=1)
-        assert guard.report.path == "fused" and "up to 32,768 positions" in guard.report.reason
-        assert "here are 33,792" in guard.report.reason
+        call(sd, height=72, width=64, steps=1)
+        assert guard.report.path == "fused" and "up to 2,048 positions" in guard.report.reason
+        assert "here are 2,304" in guard.report.reason
 
 
 @pytest.mark.parametrize(
@@ -171,7 +173,9 @@ def test_a_backend_that_cannot_do_the_denoisers_heads_is_refused(sd, monkeypatch
         fastguard.enable(sd, "cfg", attention_backend="native")
 
 
-@pytest.mark.parametrize("options", [{}, {"compile": {"backend": "eager"}}], ids=["", "compiled"])
+@pytest.mark.parametrize(
+    "options", [{}, pytest.param({"compile": {"backend": "eager"}}, marks=pytest.mark.slow)], ids=["", "compiled"]
+)
 @pytest.mark.parametrize("capture", ["off", "step"])
 def test_a_backend_that_the_denoiser_never_asks_is_not_ignored_silently(capture, options):
     pipe = pipelines.sd()
@@ -217,6 +221,7 @@ class Skipping(AttnProcessor2_0):
         return hidden_states if self.row["number"] % 2 else super().__call__(attn, hidden_states, *args, **kwargs)
 
 
+@pytest.mark.slow
 def test_a_model_that_its_owner_compiled_asks_the_backend(sd):
     """Compiled code counts nothing, so the model is asked once as it is; what runs is the compiled one."""
     pipe = pipelines.sd()

@@ -25,7 +25,11 @@ MORE = {
 LINEAR = {**schedulers.SD, **MORE}
 
 
-@pytest.mark.parametrize("policy", POLICIES, ids=range(len(POLICIES)))
+# The third decides at every row, so it stands for the others where time is short; `test_graphed.py` has every policy under one scheduler.
+EACH = [pytest.param(policy, marks=[] if n == 2 else pytest.mark.slow, id=str(n)) for n, policy in enumerate(POLICIES)]
+
+
+@pytest.mark.parametrize("policy", EACH)
 @pytest.mark.parametrize("name", LINEAR)
 def test_schedulers(sd, name, policy):
     sd.scheduler = LINEAR[name]()
