@@ -62,7 +62,7 @@ class Ledger(Stream):
 def _launches(func: Any, args: Any, kwargs: Any, result: Any) -> bool:
     """Whether an operation launches a kernel: it is on the device, and neither a view, nor an allocation, nor a copy from or to it."""
     name = func.__name__.split(".")[0]
-    results = list(tensors_of(result))
+    results = tensors_of(result)
     if func.is_view or name in _MEMORY_ONLY or name == "_local_scalar_dense":
         return False
     if not any(tensor.is_cuda for tensor in (*results, *tensors_of((args, kwargs)))):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
+from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_leaves, tree_map_only
+
+_PLAIN = (bool, int, float, str, type(None), torch.dtype)
 
 
 class StaticInputs:
-    """Copies of all tensors in a tree of tuples, lists and mappings, but for those that lie in `resident` storage already.
+    """Copies of all tensors in a tree of tuples, lists and dictionaries, but for those that lie in `resident` storage already.
 
     `tree` is the same tree over the copies. What is no tensor is baked into whatever is recorded over it, so it belongs to the
     `signature`: trees of equal signature, and only those, may be loaded.
@@ -18,7 +21,15 @@ class StaticInputs:
     def __init__(self, tree: Any, device: torch.device, resident: Sequence[torch.Tensor]) -> None:
         self._resident = {_storage(tensor) for tensor in resident}
         self._buffers: list[torch.Tensor] = []
-        self.tree = self._copy(tree, device)
+
+        def fixed(tensor: torch.Tensor) -> torch.Tensor:
+            if _storage(tensor) in self._resident:
+                return tensor
+            # On the loop's device even where the argument is a number in host memory: its value would be baked in.
+            self._buffers.append(torch.empty_like(tensor, device=device, requires_grad=False))
+            return self._buffers[-1]
+
+        self.tree = tree_map_only(torch.Tensor, fixed, tree)
 
     @property
     def nbytes(self) -> int:
@@ -31,62 +42,41 @@ class StaticInputs:
         for buffer, leaf in zip(self._buffers, leaves, strict=True):
             buffer.copy_(leaf, non_blocking=True)
 
-    def _copy(self, tree: Any, device: torch.device) -> Any:
-        if isinstance(tree, torch.Tensor):
-            if _storage(tree) in self._resident:
-                return tree
-            # On the loop's device even where the argument is a number in host memory: its value would be baked in.
-            buffer = torch.empty_like(tree, device=device, requires_grad=False)
-            self._buffers.append(buffer)
-            return buffer
-        if isinstance(tree, Mapping):
-            return {key: self._copy(value, device) for key, value in tree.items()}
-        if isinstance(tree, (tuple, list)):
-            return type(tree)(self._copy(value, device) for value in tree)
-        return tree
-
 
 def signature(tree: Any, resident: Sequence[torch.Tensor]) -> Hashable:
     """All of `tree` but the contents of its tensors; of resident ones also which they are and from where on.
 
     Not their addresses: what is known of a signature holds for other tensors of the same kind.
     """
-    fixed = {_storage(tensor): number for number, tensor in enumerate(resident)}
-    return _describe(tree, fixed)
+    which = {_storage(tensor): number for number, tensor in enumerate(resident)}
+
+    def described(leaf: Any) -> Hashable:
+        if not isinstance(leaf, torch.Tensor):
+            return type(leaf).__name__, leaf
+        number = which.get(_storage(leaf))
+        place = None if number is None else (number, leaf.storage_offset())
+        return tuple(leaf.shape), leaf.stride(), place, leaf.dtype, str(leaf.device)
+
+    leaves, structure = tree_flatten(tree)
+    return repr(structure), tuple(map(described, leaves))
 
 
-def unhashable(tree: Any, path: str = "arguments") -> str | None:
+def unhashable(tree: Any) -> str | None:
     """Where `tree` holds something that is neither a tensor nor a plain value, so that nobody can tell whether it changed."""
-    if isinstance(tree, Mapping):
-        parts = [(f"{path}[{key!r}]", value) for key, value in tree.items()]
-    elif type(tree) in (tuple, list):
-        parts = [(f"{path}[{i}]", value) for i, value in enumerate(tree)]
-    elif tree is None or isinstance(tree, (torch.Tensor, bool, int, float, str, torch.dtype)):
-        return None
-    else:
-        return f"{path} is a {type(tree).__name__}"
-    return next((found for where, part in parts if (found := unhashable(part, where))), None)
+    for path, leaf in tree_flatten_with_path(tree, is_leaf=_holds_more)[0]:
+        if not isinstance(leaf, (torch.Tensor, *_PLAIN)):
+            return f"arguments{keystr(path)} is a {type(leaf).__name__}"
+    return None
 
 
-def _describe(tree: Any, fixed: Mapping[int, int]) -> Hashable:
-    if isinstance(tree, torch.Tensor):
-        which = fixed.get(_storage(tree))
-        place = None if which is None else (which, tree.storage_offset())
-        return ("tensor", tuple(tree.shape), tree.stride(), place, tree.dtype, str(tree.device))
-    if isinstance(tree, Mapping):
-        return ("mapping", tuple((key, _describe(value, fixed)) for key, value in tree.items()))
-    if isinstance(tree, (tuple, list)):
-        return (type(tree).__name__, tuple(_describe(value, fixed) for value in tree))
-    return (type(tree).__name__, tree)
+def _holds_more(node: Any) -> bool:
+    """A named tuple or the like, which may hold more than its items."""
+    return isinstance(node, (tuple, list)) and type(node) not in (tuple, list)
 
 
-def tensors_of(tree: Any) -> Iterator[torch.Tensor]:
-    """All tensors in nested mappings, tuples and lists."""
-    if isinstance(tree, torch.Tensor):
-        yield tree
-    elif isinstance(tree, (Mapping, tuple, list)):
-        for value in tree.values() if isinstance(tree, Mapping) else tree:
-            yield from tensors_of(value)
+def tensors_of(tree: Any) -> list[torch.Tensor]:
+    """All tensors in nested dictionaries, tuples and lists."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
 def _storage(tensor: torch.Tensor) -> int:
