@@ -36,9 +36,9 @@ class Seen:
     def begin(
         self, scheduler: Any, policies: Sequence[Policy], scale: float, pred: torch.Tensor, timestep: Any
     ) -> Guide:
-        """Of a run with that scheduler (None: not known), whose first row has the timestep and predictions like `pred`. ValueError where a policy needs what is not seen.
+        """The guide of a run with that scheduler (None: not known), whose first row has the timestep and predictions like `pred`.
 
-        With a scheduler on a GPU the host waits here for its timesteps, once a run.
+        With a scheduler on a GPU the host waits here for its timesteps, once a run. ValueError where a policy needs what is not seen.
         """
         if scheduler is not None:
             schedule = compile_schedule(scheduler)

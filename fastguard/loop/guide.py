@@ -66,7 +66,7 @@ class Guide:
         if self.row == len(self.plan.timesteps):
             raise RuntimeError(f"all {self.row} rows of the schedule have run")
         if x is not None:
-            loop.load_latents(x)
+            loop.x.copy_(x)
         loop.model_input = guided = torch.empty_like(loop.x, dtype=(uncond if combined is None else combined).dtype)
         loop.advance(uncond, cond, combined=combined)
         self.row += 1

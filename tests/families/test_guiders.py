@@ -162,6 +162,20 @@ def test_a_guarded_guider_does_what_enable_does(case: Any) -> None:
         assert ours.transition_step == theirs.transition_step
 
 
+def test_an_anchored_guider_does_what_enable_does(case: Any) -> None:
+    """It sees the latents in what the model is shown, before a picture's channels."""
+    tiny, pipe = case
+    policies = [fastguard.policy("anchored"), fastguard.policy("anchored", gate=1e3)]
+    expected, report = guarded(tiny, pipe, policies)
+    stock = run(tiny, pipe)
+    assert torch.equal(expected[1], stock[1]) and not torch.equal(expected[0], stock[0])
+    pipe.guider = GuardedGuidance(fastguard.Policy.stack(policies), 4.0)
+    pipe.guider.scheduler = pipe.scheduler
+    ours = run(tiny, pipe)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    assert pipe.guider.report[0].share_curve == pytest.approx(report[0].share_curve, rel=1e-3, abs=1e-4)
+
+
 def test_the_probe_agrees_and_leaves_the_guider_alone(case: Any) -> None:
     tiny, pipe = case
     family = guards.find(type(pipe))
