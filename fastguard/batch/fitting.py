@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +12,8 @@ from typing import Any
 from fastguard.batch.request import Request
 from fastguard.batch.tables import Problem
 from fastguard.files import short
+from fastguard.pipelines.enabled import stock_class
 from fastguard.pipelines.families import find
-from fastguard.pipelines.guard import Guard
 from fastguard.pipelines.loading import distilled, model_index, pipeline_class, skeleton
 from fastguard.policies.plan import limit_problem
 from fastguard.schedules.schedule import in_training_steps
@@ -32,9 +31,7 @@ class Limits:
     @classmethod
     def of_pipeline(cls, pipe: Any) -> Limits:
         """ValueError if it makes no images from text alone."""
-        check_class(
-            type(pipe) if Guard.of(pipe) is None else type(pipe).__mro__[1]
-        )  # a guarded one has a class of its own
+        check_class(stock_class(type(pipe)))
         if (reason := distilled(getattr(getattr(pipe, "unet", None), "config", {}))) is not None:
             raise ValueError(f"model: {reason}")
         factor = int(getattr(pipe, "vae_scale_factor", 8))
@@ -103,8 +100,3 @@ def check_class(kind: type) -> None:
     parameters = inspect.signature(kind.__call__).parameters  # type: ignore[operator]
     if "prompt" not in parameters or "image" in parameters:
         raise ValueError(f"{UNSUPPORTED}, {kind.__name__} is none")
-
-
-def guard_disabled() -> bool:
-    """Whether the environment switches the guard off: then every call is a stock call, without a report."""
-    return os.environ.get("FASTGUARD_DISABLE", "0") not in ("", "0")

@@ -14,11 +14,11 @@ from PIL import Image
 
 import fastguard
 from fastguard.batch.cuts import Cuts
-from fastguard.batch.fitting import guard_disabled
 from fastguard.batch.planning import arguments
 from fastguard.batch.request import Request
 from fastguard.batch.screening import Key, decided, key, statistics
 from fastguard.loop.report import ImageReport
+from fastguard.pipelines.enabled import guard_disabled
 from fastguard.pipelines.guard import Guard, enable
 from fastguard.policies.policy import Policy
 

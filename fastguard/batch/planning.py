@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fastguard.batch.fitting import guard_disabled
 from fastguard.batch.request import Request
+from fastguard.pipelines.enabled import guard_disabled
 
 Batch = list[Request]
 

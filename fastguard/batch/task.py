@@ -19,7 +19,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from fastguard.batch.fitting import Limits, guard_disabled
+from fastguard.batch.fitting import Limits
 from fastguard.batch.job import Interrupted, Job, Runner
 from fastguard.batch.local import LocalRunner
 from fastguard.batch.options import JobOptions
@@ -28,6 +28,7 @@ from fastguard.batch.request import FIELDS, Request, checked
 from fastguard.batch.summary import Summary
 from fastguard.batch.tables import Problem, Prompts
 from fastguard.pipelines import loading as models
+from fastguard.pipelines.enabled import guard_disabled
 from fastguard.policies.policy import Policy
 from fastguard.policies.provenance import elsewhere
 

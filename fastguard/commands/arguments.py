@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import logging
 import typing
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -98,4 +99,5 @@ def settle(quiet: bool = False, verbose: bool = False) -> None:
 
     listen(quiet, verbose)
     if not verbose:
+        warnings.simplefilter("ignore", FutureWarning)  # other libraries' about each other; ours are of another kind
         loading.quiet()

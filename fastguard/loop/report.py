@@ -82,10 +82,11 @@ class ImageReport:
 
     @property
     def suspect(self) -> bool | None:
-        """Whether `collapse` lies below the policy's bound; None without a bound or a curve."""
+        """Whether `collapse` lies below the policy's bound, which is one for plain guidance: None for a guarded image, or without bound or curve."""
         bound: Any = self.policy.suspect  # one image's, no list
         collapse = self.collapse
-        return None if bound is None or collapse is None else collapse < bound
+        guarded = self.policy.guarded and (self.gate is None or self.gate["caught"])
+        return None if bound is None or collapse is None or guarded else collapse < bound
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; what is not finite becomes None."""

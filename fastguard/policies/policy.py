@@ -56,7 +56,7 @@ class Policy:
     monitor         run both branches also where the guidance needs only one, so that the report's curve has no holes
     anchored        take out of the guidance what leads to the picture that the model's own first prediction shows (kernels/anchor.py), with or
                     without a transition, which sets the scale. Both branches run at every row
-    suspect         bound on d at mid-run over d at the first row: an image below it is `suspect` in the report; None: no verdict
+    suspect         bound on d at mid-run over d at the first row: an image below it, if it got plain guidance, is `suspect` in the report; None: no verdict
     guidance_scale  None: the pipeline's own. A number, or a tuple with one value per denoiser row
     name            shown in reports; at most 200 characters
     provenance      how gate and suspect were found, and what they belong to (model, scheduler, steps, dtype): JSON values, the same for all
