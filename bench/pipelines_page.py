@@ -32,14 +32,15 @@ What holds for own combination:
   u - g (c - u): the pipeline's own formula at a negative scale is not what the method describes.
 - The gate's unit is RMS(c - u) over what `scheduler.step` gets for one image.
 - Where two calls are made, the one whose branch no image needs is left out: under a static policy for all images, from the second row
-  on, unless a cache hangs on the denoiser or an IP-Adapter is in use.
+  on, unless somebody may remember calls (a cache, a hook on a layer, a replaced `forward`, layers that are not the libraries' own) or an
+  IP-Adapter is in use. The report says so then.
 - A call in which no second branch runs in its first row raises. Where the second branch ends later (a truncated guidance), a warning
   says so: an image still guarded gets the conditional output from there.
 - A denoiser called more often than declared between two steps raises, and so does an output that never reaches the scheduler's step.
 
 Whether a declaration is true is found by a probe (`fastguard.pipelines.probe`): the loop runs once, at full length, with random numbers
-for the denoiser's outputs, and e = a c + b u is solved for every row. `enable(pipe, verify=True)` does that with the first call of your
-own pipeline, and `enable(pipe, family="probe")` takes a class that is not listed if its combination is linear in the two branches.
+for the denoiser's outputs, and e = a c + b u is solved for every row. `fastguard inspect MODEL --probe` shows that for a model's files,
+`guard.probe(prompt, ...)` for a call of your own; `enable(pipe, verify=True)` probes the first call and refuses what differs, and `enable(pipe, family="probe")` takes a class that is not listed if its combination is linear in the two branches.
 When the source of a listed pipeline's loop is not the one that was looked at, enabling it says so in one line.
 
 **Tested** says what stands behind an entry. *instance*: a tiny random instance runs in the tests: unguarded images have stock's bits, zero
