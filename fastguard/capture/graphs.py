@@ -152,8 +152,7 @@ class Graphs:
             # Looked at when somebody has set them: asking for the pool's size takes a while.
             if self._bounds != (self.budget, self.limit):
                 self._bounds = self.budget, self.limit
-                while self._graphs and (len(self._graphs) > self.limit or self.bytes > self.budget):
-                    self._evict(next(iter(self._graphs)))
+                self._make_room()
 
     def _drop_if_unused(self, workspace: Workspace) -> None:
         mine = self._workspaces.get(workspace.key) is workspace

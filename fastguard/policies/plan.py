@@ -105,10 +105,9 @@ def limit(policy: Any) -> float | None:
 
 
 def limit_of(policy: Any) -> str | None:
-    """The fixed timestep at which a guard ends at the latest, as "t_star=500"; None if it has none."""
-    if policy.transition == "static":
-        return f"t_star={policy.t_star:g}"
-    return None if policy.deadline is None else f"deadline={policy.deadline:g}"
+    """`limit` in words, as "t_star=500"."""
+    name = "t_star" if policy.transition == "static" else "deadline"
+    return None if (t := limit(policy)) is None else f"{name}={t:g}"
 
 
 def limit_problem(policy: Any) -> str | None:
@@ -242,16 +241,8 @@ def _initial_state(policies: Sequence[Any]) -> torch.Tensor:
     for b, policy in enumerate(policies):
         gated = Phase.BEFORE if policy.gate is None else Phase.UNDECIDED
         state[b, State.PHASE] = gated if policy.guarded else Phase.PLAIN
-    for column in (State.LAST, State.BEFORE_LAST, State.MARGIN):
-        state[:, column] = math.nan
-    for column in (State.MAXIMUM, State.GATE_D):
-        state[:, column] = -math.inf
-    for column in (
-        State.LAST_ROW,
-        State.TRANSITION_STEP,
-        State.MINIMUM_STEP,
-        State.GATE_STEP,
-        State.NON_FINITE,
-    ):
-        state[:, column] = -1
+    state[:, [State.LAST, State.BEFORE_LAST, State.MARGIN]] = math.nan
+    state[:, [State.MAXIMUM, State.GATE_D]] = -math.inf
+    never = [State.LAST_ROW, State.TRANSITION_STEP, State.MINIMUM_STEP, State.GATE_STEP, State.NON_FINITE]
+    state[:, never] = -1
     return state

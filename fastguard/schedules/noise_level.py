@@ -45,23 +45,21 @@ def predictions(scheduler: Any, levels: np.ndarray) -> Prediction:
         kind = "flow_prediction"
     elif hasattr(scheduler, "ets") and not hasattr(scheduler, "alphas_cumprod"):
         kind = "v_prediction"  # IPNDM: noise = b x + a e
+    one, zero, r = np.ones_like(a), np.zeros_like(a), np.hypot(a, b)
     with np.errstate(all="ignore"):
         if hasattr(scheduler, "precondition_outputs"):
-            sigma = torch.from_numpy(levels)
-            one, zero = torch.ones_like(sigma), torch.zeros_like(sigma)
-            x, e = (scheduler.precondition_outputs(*pair, sigma).numpy() for pair in ((one, zero), (zero, one)))
-            found = Prediction(x, e, -e / levels)
-        elif kind == "epsilon":
-            found = Prediction(1.0 / a, -b / a, np.ones_like(a))
-        elif kind == "v_prediction":
-            r = np.hypot(a, b)
-            found = Prediction(a / r**2, -b / r, a / r)
-        elif kind in ("sample", "original_sample"):
-            found = Prediction(np.zeros_like(a), np.ones_like(a), -a / b)
-        elif kind == "flow_prediction":
-            found = Prediction(np.ones_like(a), -b, 1.0 - b)
+            ones, zeros, sigma = map(torch.from_numpy, (one, zero, levels))
+            x, e = (scheduler.precondition_outputs(*pair, sigma).numpy() for pair in ((ones, zeros), (zeros, ones)))
+            found = (x, e, -e / levels)
         else:
-            found = Prediction(*(np.full_like(a, np.nan) for _ in range(3)))
+            known = {
+                "epsilon": (1.0 / a, -b / a, one),
+                "v_prediction": (a / r**2, -b / r, a / r),
+                "sample": (zero, one, -a / b),
+                "original_sample": (zero, one, -a / b),
+                "flow_prediction": (one, -b, 1.0 - b),
+            }
+            found = known.get(kind, (one * np.nan,) * 3)
     return Prediction(*(np.where(np.isfinite(values), values, np.nan) for values in found))
 
 
