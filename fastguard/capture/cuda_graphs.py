@@ -8,16 +8,16 @@ run, as long as no two of them run at the same time: per device, a lock orders t
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import cuda
 
-WARM_UPS = 2  # the first builds kernels and library handles for the capturing stream, the second is as any later run
+from fastguard.capture.program import Body
 
-Body = Callable[[], None]
+WARM_UPS = 2  # the first builds kernels and library handles for the capturing stream, the second is as any later run
 
 # torch allows one capture at a time in a process, and nobody to empty its cache (of all devices at once) during it.
 _alone = threading.RLock()
