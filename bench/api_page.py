@@ -19,7 +19,8 @@ Written by `python -m bench.api_page` from the docstrings. Formulas and words: [
 SECTIONS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("Guarding a pipeline", "fastguard", ("enable", "Guard", "Report", "ImageReport")),
     ("Policies", "fastguard", ("policy", "PRESETS", "Policy")),
-    ("Gates", "fastguard.policies.gate", ("collect_gate_statistics", "calibrate", "Calibration")),
+    ("Gates", "fastguard.pipelines.statistics", ("collect_gate_statistics",)),
+    ("", "fastguard.policies.gate", ("calibrate", "Calibration")),
     ("Prompt files to images", "fastguard", ("generate",)),
     ("Options of generate", "fastguard.batch.options", ("JobOptions",)),
     ("Host synchronisations", "fastguard", ("find_syncs", "assert_sync_free", "SyncReport")),

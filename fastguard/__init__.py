@@ -1,8 +1,7 @@
 """fastguard: a memorization guard and accelerator for Hugging Face diffusers.
 
-Five concepts, five places: `policy` (what guidance when), `schedule` (a scheduler as a table of coefficients), `denoiser` (one
-batched call for both branches), `loop` (buffers and the body of a step, around the fused op `kernels.guided_step`), `enable`
-(attaching all of it to a pipeline).
+Four concepts, four places: `policies` (what guidance when), `schedules` (a scheduler as a table of coefficients), `loop` (buffers and
+the body of a row, around the fused op `kernels.guided_step`), `pipelines` (attaching all of it to a pipeline: `enable`).
 """
 
 from __future__ import annotations

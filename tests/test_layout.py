@@ -39,11 +39,13 @@ def imports(module: str) -> set[str]:
     found = set()
     for node in (n for n in ast.walk(TREES[module]) if n not in unread):
         if isinstance(node, ast.Import):
-            found |= {_known(alias.name) for alias in node.names}
+            found |= {"__init__" if alias.name == "fastguard" else _known(alias.name) for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             package = f"fastguard.{module}".split(".")[: -node.level] if node.level else []
             source = ".".join([*package, *filter(None, [node.module])])
-            found |= {_known(f"{source}.{alias.name}") or _known(source) for alias in node.names}
+            homes = fastguard._HOMES if source == "fastguard" else {}  # public names live elsewhere
+            names = [f"fastguard.{homes[n]}" if n in homes else f"{source}.{n}" for n in (a.name for a in node.names)]
+            found |= {_known(name) or _known(source) for name in names}
     return {name for name in found if name} - {module}
 
 

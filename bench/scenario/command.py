@@ -14,7 +14,8 @@ from bench.scenario.drawings import drawings, images
 from bench.scenario.items import calibration, preserved
 from fastguard import testbed
 from fastguard.files import write_json
-from fastguard.policies.gate import calibrate, collect_gate_statistics
+from fastguard.pipelines.statistics import collect_gate_statistics
+from fastguard.policies.gate import calibrate
 
 FPR = 0.05
 DONE = "finetune.json"  # written last

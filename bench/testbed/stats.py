@@ -14,7 +14,7 @@ except ImportError as error:
     raise ImportError("intervals need scipy: pip install scipy") from error
 
 DRAWS = 2000
-FEW = 10  # prompts; simulated with as few, a bootstrap of 95% covers 50% to 90% (tests/testbed/test_stats.py)
+FEW = 10  # prompts; simulated with as few, a bootstrap of 95% covers 50% to 90% (tests/bench/testbed/test_stats.py)
 TAIL = 0.025  # left out at each end of an interval of 95%
 
 

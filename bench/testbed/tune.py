@@ -22,7 +22,8 @@ import numpy as np
 
 from fastguard import policy
 from fastguard.files import write_json
-from fastguard.policies.gate import calibrate, collect_gate_statistics
+from fastguard.pipelines.statistics import collect_gate_statistics
+from fastguard.policies.gate import calibrate
 from fastguard.testbed import load, prompts
 from fastguard.testbed.measures import Judge
 from fastguard.testbed.sampling import CALL

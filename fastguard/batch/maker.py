@@ -12,7 +12,7 @@ import diffusers
 import torch
 from PIL import Image
 
-import fastguard
+from fastguard import __version__
 from fastguard.batch.cuts import Cuts
 from fastguard.batch.planning import arguments
 from fastguard.batch.request import Request
@@ -22,7 +22,7 @@ from fastguard.pipelines.enabled import guard_disabled
 from fastguard.pipelines.guard import Guard, enable
 from fastguard.policies.policy import Policy
 
-VERSIONS = {"fastguard": fastguard.__version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
+VERSIONS = {"fastguard": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
 
 
 class Verdict(TypedDict):

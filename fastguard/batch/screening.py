@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 from fastguard.batch.growing import Growing
 from fastguard.batch.planning import arguments
 from fastguard.batch.request import Request
-from fastguard.policies.gate import observe
+from fastguard.pipelines.statistics import observe
 from fastguard.policies.policy import Policy
 from fastguard.policies.presets import PRESETS
 

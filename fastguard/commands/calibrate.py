@@ -41,8 +41,9 @@ def calibrate(
         from fastguard.batch.request import parse
         from fastguard.batch.screening import statistics
         from fastguard.batch.task import model_of, options_for
+        from fastguard.pipelines.statistics import observe
         from fastguard.policies.gate import calibrate as choose
-        from fastguard.policies.gate import check_sample, observe
+        from fastguard.policies.gate import check_sample
 
         settle(quiet, verbose)
         # A gate of any height: refuses a policy that cannot have one.

@@ -38,7 +38,7 @@ def generator(job: Sample) -> torch.Generator:
 
 def generate(pipe: Any, batch: Sequence[Sample], **call: Any) -> tuple[torch.Tensor, list[dict]]:
     """Latents [B, 8, 8, 8] and, per image, what the guard reports (empty without one)."""
-    import fastguard
+    from fastguard.pipelines.guard import enable
 
     arguments = {
         "prompt": [job.prompt.prompt for job in batch],
@@ -49,7 +49,7 @@ def generate(pipe: Any, batch: Sequence[Sample], **call: Any) -> tuple[torch.Ten
     }
     if all(job.policy is None for job in batch):
         return pipe(**arguments).images, [{} for _ in batch]
-    guard = fastguard.enable(pipe, [job.policy for job in batch])
+    guard = enable(pipe, [job.policy for job in batch])
     try:
         images = pipe(**arguments).images
         return images, [record(one) for one in guard.report]

@@ -169,7 +169,7 @@ def test_no_policy_file_is_overwritten(model, no_model, tmp_path):
 
 def test_prompts_of_the_same_tokens_are_one_draw(model, tmp_path, monkeypatch):
     """CLIP's tokenizer sees no case, and nothing beyond its length (16 here)."""
-    monkeypatch.setattr("fastguard.policies.gate.collect_gate_statistics", None)
+    monkeypatch.setattr("fastguard.pipelines.statistics.collect_gate_statistics", None)
     options = (
         "calibrate",
         model,

@@ -7,8 +7,9 @@ import torch
 from scipy import stats
 
 import fastguard
+from fastguard.pipelines.statistics import collect_gate_statistics
 from fastguard.policies import gate as module
-from fastguard.policies.gate import calibrate, collect_gate_statistics, needed_prompts
+from fastguard.policies.gate import calibrate, needed_prompts
 from tests import pipelines
 
 

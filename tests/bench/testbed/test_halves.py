@@ -10,7 +10,8 @@ import torch
 
 from bench.testbed import run, split, tables, tune
 from fastguard import policy, testbed
-from fastguard.policies.gate import calibrate, collect_gate_statistics
+from fastguard.pipelines.statistics import collect_gate_statistics
+from fastguard.policies.gate import calibrate
 from fastguard.testbed import sampling
 
 DOCS = Path(__file__).resolve().parents[3] / "docs" / "testbed"
