@@ -63,7 +63,7 @@ class Configuration:
             "u_ptr": self.model,
             "c_ptr": self.model if self.both else None,
             "w_ptr": self.combined,
-            "m_ptr": "fp32" if self.anchored else None,
+            "anchor_ptr": "fp32" if self.anchored else None,
             "shares_ptr": "fp32" if self.anchored else None,
             "x_ptr": "fp32",
             "history_ptr": "fp32",

@@ -11,7 +11,7 @@ with suppress(ImportError):
 def decide(where, state, rule, row, d, both):  # no annotations: Triton would compile them
     """State machine of one step: (state, rule, row, d) -> (new state, whether guidance[b, k, 0] applies, 1 where the caller's combination is the output).
 
-    The only definition of the decisions: Python floats, torch columns and Triton scalars run it. `where` is the select of that world, the sequences are indexed by `layout`'s columns, and all is float64, so every
+    The only definition of the decisions: Python floats and Triton scalars run it. `where` is the select of that world, the sequences are indexed by `layout`'s columns, and all is float64, so every
     world decides the same.
     `both` (a Python bool) = both branches ran, so d is known. A NaN compares false: it never fires a rule nor raises a maximum.
     """

@@ -1,4 +1,4 @@
-"""The sums of anchored guidance (`anchor`) in Triton: six of one sample, over the row's pictures x0(u), x0(c) and the anchor."""
+"""The sums of anchored guidance (`anchor`) in Triton: four of one sample, over the row's pictures x0(u), x0(c) and the anchor."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ with suppress(ImportError):
 
 
 @jit
-def anchor_terms(u_ptr, c_ptr, w_ptr, x_ptr, m_ptr, half, start, n, known, row, BLOCK: tl.constexpr):
+def anchor_terms(u_ptr, c_ptr, w_ptr, x_ptr, anchor_ptr, half, start, n, known, row, BLOCK: tl.constexpr):
     """<a, a>, <delta, a>, <U, U> + <M, M> and <combined - u, a> of `anchor.push`, element by element.
 
-    half: elements from m to mu. known: n where the anchor is written; 0 where it is this row that writes it, or none is read.
+    anchor_ptr: x0(c) of the first row, and `half` elements after it x0(u) of the first row. known: n where the anchor is written; 0 where it is this row that writes it, or none is read.
     """
     offs = start + tl.arange(0, BLOCK)
     mask = offs < n
@@ -23,10 +23,10 @@ def anchor_terms(u_ptr, c_ptr, w_ptr, x_ptr, m_ptr, half, start, n, known, row, 
     delta = tl.load(c_ptr + offs, mask, other=0.0).to(tl.float32) - u
     scale = row[codes.E].to(tl.float32)
     u0 = row[codes.X].to(tl.float32) * tl.load(x_ptr + offs, mask, other=0.0) + scale * u
-    m = tl.load(m_ptr + offs, offs < known, other=0.0)
-    mu = tl.load(m_ptr + half + offs, offs < known, other=0.0)
-    a = tl.where(known > 0, m - u0, scale * delta)
-    spread = tl.where(known > 0, (u0 - mu) * (u0 - mu) + (m - mu) * (m - mu), 0.0)
+    first_c = tl.load(anchor_ptr + offs, offs < known, other=0.0)
+    first_u = tl.load(anchor_ptr + half + offs, offs < known, other=0.0)
+    a = tl.where(known > 0, first_c - u0, scale * delta)
+    spread = tl.where(known > 0, (u0 - first_u) * (u0 - first_u) + (first_c - first_u) * (first_c - first_u), 0.0)
     beside = a
     if w_ptr is not None:
         beside = (tl.load(w_ptr + offs, mask, other=0.0).to(tl.float32) - u) * a
@@ -46,14 +46,14 @@ def added_up(partials_ptr, kind, b, parts, PARTIALS: tl.constexpr):
 
 @jit
 def anchor_sums(
-    u_ptr, c_ptr, w_ptr, x_ptr, m_ptr, partials_ptr, snapshot_ptr, b, half, n, known, row, BLOCK: tl.constexpr, PARTIALS: tl.constexpr
+    u_ptr, c_ptr, w_ptr, x_ptr, anchor_ptr, partials_ptr, snapshot_ptr, b, half, n, known, row, BLOCK: tl.constexpr, PARTIALS: tl.constexpr
 ):  # fmt: skip
     """The sums of `anchor_terms` over a sample, in float64: of all of it here (no snapshot), or of what `_norm_kernel` left."""
     if snapshot_ptr is None:
         aa = tl.zeros([BLOCK], tl.float32)
         da, spread, wa = aa, aa, aa
         for start in range(0, n, BLOCK):
-            terms = anchor_terms(u_ptr, c_ptr, w_ptr, x_ptr, m_ptr, half, start, n, known, row, BLOCK)
+            terms = anchor_terms(u_ptr, c_ptr, w_ptr, x_ptr, anchor_ptr, half, start, n, known, row, BLOCK)
             aa += terms[0]
             da += terms[1]
             spread += terms[2]

@@ -55,7 +55,7 @@ def _squares(u_ptr, c_ptr, start, n, BLOCK: tl.constexpr):
 
 @jit
 def _advance(
-    u_ptr, c_ptr, w_ptr, x_ptr, history_ptr, y_ptr, z_ptr, m_ptr, start, n, slot_stride, y_stride, y_halves, g, as_it_is, f,
+    u_ptr, c_ptr, w_ptr, x_ptr, history_ptr, y_ptr, z_ptr, anchor_ptr, start, n, slot_stride, y_stride, y_halves, g, as_it_is, f,
     known, fresh, row, scale, slots, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Elements start to start + BLOCK of one sample, to whose first element the pointers point."""
@@ -70,13 +70,13 @@ def _advance(
         own = tl.load(w_ptr + offs, mask, other=0.0).to(tl.float32)
         e = tl.where(as_it_is != 0, own, e)
     x = tl.load(x_ptr + offs, mask, other=0.0)
-    if m_ptr is not None and c_ptr is not None:
+    if anchor_ptr is not None and c_ptr is not None:
         on_x, on_e = row[codes.X].to(tl.float32) * x, row[codes.E].to(tl.float32)
-        m = tl.load(m_ptr + offs, offs < known, other=0.0)
-        a = tl.where(known > 0, m - (on_x + on_e * u), on_e * (c - u))
+        first_c = tl.load(anchor_ptr + offs, offs < known, other=0.0)
+        a = tl.where(known > 0, first_c - (on_x + on_e * u), on_e * (c - u))
         e = tl.where(f != 0, e - f * a, e)
-        tl.store(m_ptr + offs, on_x + on_e * c, offs < fresh)
-        tl.store(m_ptr + y_stride + offs, on_x + on_e * u, offs < fresh)
+        tl.store(anchor_ptr + offs, on_x + on_e * c, offs < fresh)
+        tl.store(anchor_ptr + y_stride + offs, on_x + on_e * u, offs < fresh)
     m = weigh(row[codes.P], x, row[codes.Q], e)
     x = weigh(row[codes.A], x, row[codes.B], m)
     x = _add_term(x, row[codes.H0], slots > 0, history_ptr, offs, mask)
@@ -98,7 +98,7 @@ def _advance(
 
 @jit
 def _norm_kernel(
-    u_ptr, c_ptr, w_ptr, x_ptr, m_ptr, state_ptr, rows_ptr, rules_ptr, snapshot_ptr, partials_ptr,
+    u_ptr, c_ptr, w_ptr, x_ptr, anchor_ptr, state_ptr, rows_ptr, rules_ptr, snapshot_ptr, partials_ptr,
     n, u_stride, c_stride, w_stride, UNIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Partial sums of d (and over the anchor), one program per block and sample; the first block's copies the state."""
@@ -113,7 +113,7 @@ def _norm_kernel(
         squares = _squares(u_ptr + b * u_stride * UNIT, c_ptr + b * c_stride * UNIT, part * BLOCK, n * UNIT, BLOCK)
         parts = tl.num_programs(0)
         tl.store(partials_ptr + b * parts + part, tl.sum(squares))
-        if m_ptr is not None:
+        if anchor_ptr is not None:
             kind = tl.num_programs(1).to(tl.int64) * parts
             n = n * UNIT
             state = state_ptr + b * codes.STATE_WIDTH
@@ -121,7 +121,7 @@ def _norm_kernel(
             known, _ = anchor_elements(rules_ptr, state_ptr, b, n)
             aa, da, spread, wa = anchor_terms(
                 u_ptr + b * u_stride * UNIT, c_ptr + b * c_stride * UNIT, None if w_ptr is None else w_ptr + b * w_stride * UNIT,
-                x_ptr + b * n, m_ptr + b * n, tl.num_programs(1) * n.to(tl.int64), part * BLOCK, n, known, row, BLOCK,
+                x_ptr + b * n, anchor_ptr + b * n, tl.num_programs(1) * n.to(tl.int64), part * BLOCK, n, known, row, BLOCK,
             )  # fmt: skip
             partials_ptr += b * parts + part
             tl.store(partials_ptr + kind, tl.sum(aa))
@@ -134,7 +134,7 @@ def _norm_kernel(
 @jit
 def _step_kernel(
     u_ptr, c_ptr, w_ptr, x_ptr, history_ptr, y_ptr, trace_ptr, state_ptr, rows_ptr, rules_ptr, guidance_ptr, z_ptr, times_ptr,
-    m_ptr, shares_ptr, snapshot_ptr, partials_ptr,
+    anchor_ptr, shares_ptr, snapshot_ptr, partials_ptr,
     n, u_stride, c_stride, w_stride, slot_stride, slots, steps, y_halves, t_halves,
     UNIT: tl.constexpr, BLOCK: tl.constexpr, PARTIALS: tl.constexpr,
 ):  # fmt: skip
@@ -171,8 +171,8 @@ def _step_kernel(
         guidance_ptr += (b * steps + k) * 2
         g = tl.where(before, tl.load(guidance_ptr), tl.load(guidance_ptr + 1))
         f, known, fresh = 0.0, 0, 0
-        if m_ptr is not None:
-            m_ptr += b * n
+        if anchor_ptr is not None:
+            anchor_ptr += b * n
             tail = load_3(old_ptr + codes.DECIDED)
             share = tl.full([], float("nan"), tl.float64)
             non_finite = new_state[codes.NON_FINITE]
@@ -180,7 +180,7 @@ def _step_kernel(
             if c_ptr is not None:
                 known, fresh = anchor_elements(rules_ptr, state_ptr if snapshot_ptr is None else snapshot_ptr, b, n)
                 aa, da, spread, wa = anchor_sums(
-                    u_ptr, c_ptr, w_ptr, x_ptr + b * n, m_ptr, partials_ptr, snapshot_ptr, b, batch * n.to(tl.int64), n, known,
+                    u_ptr, c_ptr, w_ptr, x_ptr + b * n, anchor_ptr, partials_ptr, snapshot_ptr, b, batch * n.to(tl.int64), n, known,
                     load_17(rows_ptr), BLOCK, PARTIALS,
                 )  # fmt: skip
                 tail, share, f, scaled, as_it_is = _push(
@@ -194,7 +194,7 @@ def _step_kernel(
         if first == 0:
             tl.debug_barrier()  # every thread has read the state that is overwritten here
             store_state(state_ptr + b * codes.STATE_WIDTH, new_state)
-            if m_ptr is not None:
+            if anchor_ptr is not None:
                 tl.store(state_ptr + b * codes.STATE_WIDTH + codes.NON_FINITE, non_finite)
                 tl.store(state_ptr + b * codes.STATE_WIDTH + codes.DECIDED, strength)
                 tl.store(state_ptr + b * codes.STATE_WIDTH + codes.DECIDED + 1, rho)
@@ -206,12 +206,12 @@ def _step_kernel(
                 tl.store(times_ptr + b, time)
                 if t_halves > 1:
                     tl.store(times_ptr + batch + b, time)
-        row = load_17(rows_ptr)  # again: held across the decision, 15 doubles would spill on gfx942
+        row = load_17(rows_ptr)  # again: held across the decision, 17 doubles would spill on gfx942
         scale = tl.load(next_row_ptr + codes.S)
         for start in range(first, end, BLOCK):
             _advance(
                 u_ptr, c_ptr, w_ptr, x_ptr + b * n, history_ptr + b * n, None if y_ptr is None else y_ptr + b * n,
-                None if z_ptr is None else z_ptr + b * n, m_ptr, start, n, slot_stride.to(tl.int64) * UNIT, batch * n.to(tl.int64), y_halves,
+                None if z_ptr is None else z_ptr + b * n, anchor_ptr, start, n, slot_stride.to(tl.int64) * UNIT, batch * n.to(tl.int64), y_halves,
                 g, as_it_is, f, known, fresh, row, scale, slots, BLOCK,
             )  # fmt: skip
 

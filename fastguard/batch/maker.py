@@ -45,7 +45,7 @@ class Maker:
         self._policy_before = None if before is None else before.policy
         self.pipe, self.settings = pipe, settings
         self.guard = enable(pipe, "cfg")
-        self.guard.told = True  # by the task, of all policies of the job
+        self.guard.steps_checked = True  # by the task, for all policies of the job
         self.device = pipe._execution_device  # walks through all modules: asked once
         self._cuts = Cuts(pipe)
         self._means: dict[tuple[Key, int], float] = {}  # of screened prompts

@@ -97,9 +97,9 @@ def enable(
         guard.policy = chosen
         guard.options = options  # graphs are kept: their keys hold the options
     if not known_policy and chosen.provenance:
-        guard.told = False
-        if told := elsewhere(chosen, facts(pipe)):
-            logger.warning(told)
+        guard.steps_checked = False
+        if note := elsewhere(chosen, facts(pipe)):
+            logger.warning(note)
     guard.unguided = unguided
     guard.probed = not verify and known.name != UNKNOWN.name
     return guard
@@ -117,8 +117,8 @@ class Guard:
         self.options = options
         self.unguided = "raise"
         self.graphs = Graphs()
-        self.probed = True  # False: the next call is probed first
-        self.told = False  # True: nothing is said about the steps of the next call
+        self.probed = True  # `enable` sets False where the next call is to be probed first
+        self.steps_checked = False  # whether a call was compared with the steps that the policy belongs to
         self._pipe = pipe
         self._signature = inspect.signature(stock_class(type(pipe)).__call__)
         self._replaced: _Settings | None = None  # by the last `enable`
@@ -182,10 +182,10 @@ class Guard:
         if not self.probed:
             self.family = checked(self._pipe, self.family, values, stock_call)
             self.probed = True
-        if not self.told:
-            self.told = True
-            if told := elsewhere(self.policy, {"steps": _steps(values)}):
-                logger.warning(told)
+        if not self.steps_checked:
+            self.steps_checked = True
+            if note := elsewhere(self.policy, {"steps": _steps(values)}):
+                logger.warning(note)
         pipe, family = self._pipe, self.family
         denoiser = first_denoiser(pipe, family)
         refused = (

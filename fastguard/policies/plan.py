@@ -178,7 +178,7 @@ def gate_threshold(tau: float, elements: int) -> float:
 
 
 def _switch_row(policy: Any, times: Sequence[float], observed: Sequence[bool]) -> int:
-    """First observing row at or below t_star (static) or the deadline (dynamic)."""
+    """First observing row at or below t_star (static) or the deadline (dynamic); row 0 where anchored guidance alone holds."""
     if policy.transition is None and policy.anchored:
         return 0  # no guidance before a transition: guarded at its own scale from the catch on
     if (last := limit(policy)) is None:
@@ -239,8 +239,8 @@ def _branches(policy: Any, switch_row: int, guidance: Sequence[Sequence[float]])
 def _initial_state(policies: Sequence[Any]) -> torch.Tensor:
     state = torch.zeros(len(policies), len(State), dtype=torch.float64)
     for b, policy in enumerate(policies):
-        gated = Phase.BEFORE if policy.gate is None else Phase.UNDECIDED
-        state[b, State.PHASE] = gated if policy.guarded else Phase.PLAIN
+        first = Phase.BEFORE if policy.gate is None else Phase.UNDECIDED
+        state[b, State.PHASE] = first if policy.guarded else Phase.PLAIN
     state[:, [State.LAST, State.BEFORE_LAST, State.MARGIN]] = math.nan
     state[:, [State.MAXIMUM, State.GATE_D]] = -math.inf
     never = [State.LAST_ROW, State.TRANSITION_STEP, State.MINIMUM_STEP, State.GATE_STEP, State.NON_FINITE]

@@ -45,7 +45,7 @@ def compile_schedule(scheduler: Any, *, step_kwargs: Mapping[str, Any] | None = 
     """Table of `scheduler`, whose timesteps are set; rows from `begin_index` (or the scheduler's own begin_index) on.
 
     step_kwargs are the extra arguments that the caller would pass to step() (eta, s_churn, ...); a generator among them is ignored
-    and not consumed. The scheduler is neither run nor changed. Results are cached by value, any number of threads may call; not those of a
+    and not consumed. A copy of the scheduler is run, itself it is not changed. Results are cached by value, any number of threads may call; not those of a
     scheduler that holds an object whose value nobody can name (a `tau_func` that reads something from outside it).
     """
     arguments = {name: value for name, value in (step_kwargs or {}).items() if name not in _IGNORED_ARGUMENTS}
