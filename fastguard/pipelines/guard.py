@@ -188,16 +188,14 @@ class Guard:
                 logger.warning(note)
         pipe, family = self._pipe, self.family
         denoiser = first_denoiser(pipe, family)
-        refused = (
-            family.refusal(pipe, values) if isinstance(family, OwnFamily) else family.refusal(values) or _unseen(values)
-        )
-        if reason := refused or _unfit(denoiser):
+        if reason := family.refusal(pipe, values) or _unfit(denoiser):
             self.forget()
             raise ValueError(reason)
         with held(pipe, "pipeline"), held(pipe.scheduler, "scheduler"):
             call: Call | OwnCombination
             if isinstance(family, OwnFamily):
-                call = OwnCombination(self.policy, family, values, pipe, unguided=self.unguided)
+                eager = self.options.capture
+                call = OwnCombination(self.policy, family, values, pipe, unguided=self.unguided, capture=eager)
             else:
                 runs, runner = self.options.lend(denoiser, self.graphs)
                 call = Call(self.policy, family, values, pipe, runs, runner, unguided=self.unguided)
@@ -247,21 +245,6 @@ def _unfit(denoiser: Any) -> str | None:
         return None
     name = type(denoiser).__name__
     return f"{name} is torch.float64: a guarded call takes float16, bfloat16 or float32; disable the guard for float64"
-
-
-def _unseen(arguments: Mapping[str, Any]) -> str | None:
-    """What a callback asks for and no guarded call has: the pipeline's own guidance arithmetic runs on placeholders."""
-    wanted = set(arguments.get("callback_on_step_end_tensor_inputs") or ()) & {
-        "noise_pred",
-        "noise_pred_text",
-        "noise_pred_uncond",
-    }
-    if not wanted:
-        return None
-    return (
-        f"callback_on_step_end_tensor_inputs holds {min(wanted)!r}, which is formed inside the fused step and not seen outside; leave it "
-        f"out, or call the pipeline without the guard"
-    )
 
 
 def _known_family(pipe: Any, base: type, family: str | None) -> Family | OwnFamily:

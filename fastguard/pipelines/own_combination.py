@@ -31,6 +31,7 @@ from fastguard.policies.policy import Policy
 from fastguard.policies.presets import policy as make_policy
 
 REASON = "the pipeline combines the branches itself"
+EAGER = "capture={!r} became 'off': the pipeline runs its denoiser itself"
 
 
 class Output(NamedTuple):
@@ -52,16 +53,17 @@ class OwnCombination(Attached):
         pipe: Any,
         *,
         unguided: str = "raise",
+        capture: str = "auto",
         methods: Mapping[str, Any] | None = None,
     ) -> None:
-        """methods: as of `Attached`."""
+        """methods: as of `Attached`; capture: as of `enable`, where nothing is recorded."""
         self.policy, self.family, self.unguided = policy, family, unguided
         self.denoisers = {name: part for name in family.denoisers if (part := getattr(pipe, name, None)) is not None}
         calls = {name: functools.partial(self.denoise, name) for name in self.denoisers}
         super().__init__(pipe, arguments, calls, methods=methods)
         self.row = 0
         self.guide: Guide | None = None
-        self.reason: str | None = None
+        self.reasons = [EAGER.format(capture)] if capture in ("step", "loop") else []  # for the report
         self._step_signature = inspect.signature(pipe.scheduler.step)
         self._outputs: list[Output] = []  # of this row
         # The last result of (denoiser, branch), shown where a call is left out.
@@ -98,6 +100,8 @@ class OwnCombination(Attached):
         bound.arguments["model_output"] = self._guided(combined, sample, bound.arguments["timestep"])
         self._outputs.clear()
         self.row += 1
+        if self.row >= self._skip_until:
+            self._results.clear()
         return self.scheduling.own_step(*bound.args, **bound.kwargs)
 
     # A row -----------------------------------------------------------------------------------------------------------------
@@ -180,7 +184,7 @@ class OwnCombination(Attached):
         if set(plan.branches) == {"both"} or any(policy.transition != "static" for policy in plan.policies):
             return 0
         if (forbids := self._forbids_skipping()) is not None:
-            self.reason = f"both branches run in every row: {forbids}"
+            self.reasons.append(f"both branches run in every row: {forbids}")
             return 0
         return int(plan.rules[:, Rule.SWITCH_ROW].min())
 
@@ -203,7 +207,7 @@ class OwnCombination(Attached):
                 raise no_second_branch(given, self.family.second_branch, self.policy)
             self.policy = make_policy("cfg")
             self.begin(sample, self.scheduling.first_row)
-            self.reason = f"{given}: no second branch, so nothing was guarded (unguided='run')"
+            self.reasons = [f"{given}: no second branch, so nothing was guarded (unguided='run')"]
         if not both and self._both and self.row > 0 and self.policy.guarded:
             warnings.warn(
                 f"the second branch ended at denoiser row {self.row}: the guard ends with it, and an image that has not reached "
@@ -225,7 +229,9 @@ class OwnCombination(Attached):
     def report(self) -> Report | None:
         if self.guide is None or self.row == 0:
             return None
-        return self.guide.report(path="own combination", reason=self.reason, latents=self.scheduling.stepped)
+        return self.guide.report(
+            path="own combination", reason="; ".join(self.reasons) or None, latents=self.scheduling.stepped
+        )
 
 
 def first_denoiser(pipe: Any, family: Family | OwnFamily) -> Any:

@@ -45,7 +45,10 @@ def pipes() -> dict[str, Any]:
     return {}
 
 
-@pytest.fixture(params=CASES)
+_LATER = ("hunyuan-video 1.5, image", "hunyuan-image refiner")
+
+
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.slow) if name in _LATER else name for name in CASES])
 def case(request: Any, pipes: dict[str, Any]) -> tuple[Case, Any]:
     chosen = CASES[request.param]
     pipe = pipes.setdefault(request.param, None) or chosen.make()

@@ -171,3 +171,6 @@ def test_options_for_a_denoiser_that_the_pipeline_runs_are_refused():
             ValueError, match=r"FluxPipeline runs its denoiser itself; set them there \(pipe.transformer"
         ):
             fastguard.enable(pipe, "cfg", **option)
+    with fastguard.enable(pipe, "cfg", capture="step") as guard:
+        run(EVERY["flux"], pipe, EVERY["flux"].guided())
+    assert guard.report.reason == "capture='step' became 'off': the pipeline runs its denoiser itself"

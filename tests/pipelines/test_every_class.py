@@ -14,6 +14,8 @@ from tests import pipelines
 from tests.guarded import mask, picture
 
 NAMES = [name for family in FAMILIES for name in family.pipelines if "PixArt" not in name]
+# What other tests of the core run, too, is of the slow tier here.
+PARAMS = [name if "Union" in name else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
 PROMPTS, NEGATIVES = ["a red cat", "two dogs"], ["blurry", "bad, worse"]
 
 
@@ -38,7 +40,7 @@ def pictures(name):
     return {key: value for key, value in given.items() if key in taken}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PARAMS)
 def test_same_numbers_and_zero_guidance(name):
     pipe, given = made(name), pictures(name)
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 Arguments = Mapping[str, Any]
+# What a callback may ask for and no fused call has: the pipeline's own guidance arithmetic runs on placeholders.
+_UNSEEN = {"noise_pred", "noise_pred_text", "noise_pred_uncond"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +45,15 @@ class Family:
     def guidance_rescale(self, pipe: Any, arguments: Arguments) -> float:
         return float(getattr(pipe, "guidance_rescale", 0.0) or 0.0)
 
-    def refusal(self, arguments: Arguments) -> str | None:
+    def refusal(self, pipe: Any, arguments: Arguments) -> str | None:
         """Why this call cannot be guarded although the class can; names the argument."""
-        return None
+        wanted = _UNSEEN.intersection(arguments.get("callback_on_step_end_tensor_inputs") or ())
+        if not wanted:
+            return None
+        return (
+            f"callback_on_step_end_tensor_inputs holds {min(wanted)!r}, which is formed inside the fused step and not seen outside; leave it "
+            f"out, or call the pipeline without the guard"
+        )
 
     def own_step(self, arguments: Arguments, rows: int) -> str | None:
         """Why the scheduler's own step() must run in a call of so many rows (it returns something that the table does not hold)."""

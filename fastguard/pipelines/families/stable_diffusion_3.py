@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastguard.pipelines.families.base import Arguments, Family
 
 
 class _StableDiffusion3(Family):
-    def refusal(self, arguments: Arguments) -> str | None:
+    def refusal(self, pipe: Any, arguments: Arguments) -> str | None:
         layers = arguments.get("skip_guidance_layers")
         if layers is not None:  # stock asks the same: an empty list runs the third branch, too
             return (
                 f"skip_guidance_layers={layers!r}: skip-layer guidance runs a third branch and changes the combination; "
                 "pass None, or call the pipeline without the guard"
             )
-        return None
+        return super().refusal(pipe, arguments)
 
 
 SD3 = _StableDiffusion3(
