@@ -43,6 +43,18 @@ def statistics(pipe: Any, batch: Sequence[Request], noises: int, *, seed: int = 
     return [values[i : i + noises] for i in range(0, len(values), noises)]
 
 
+def elsewhere(request: Request) -> str | None:
+    """What to tell of a request whose policy's bound was found with another negative prompt or size; None if there is nothing to tell."""
+    known = request.policy.provenance
+    own = {name: getattr(request, name) for name in ("negative_prompt", "width", "height")}
+    differ = [
+        f"{name}={known[name]!r}, not {value!r}" for name, value in own.items() if known.get(name, value) != value
+    ]
+    if not differ or "screen" not in known:
+        return None
+    return f"policy {request.policy.name!r}: its bound for screening was found with {' and '.join(differ)}"
+
+
 def decided(policy: Policy, flagged: bool) -> Policy:
     """What an image gets whose prompt was screened: its policy without the gate, or plain guidance."""
     if flagged:

@@ -19,6 +19,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from fastguard.batch import screening
 from fastguard.batch.fitting import Limits
 from fastguard.batch.job import Interrupted, Job, Runner
 from fastguard.batch.local import LocalRunner
@@ -141,6 +142,7 @@ def _warnings(requests: Sequence[Request], used: Mapping[str, Any]) -> Iterator[
         yield ungated
     for name in dict.fromkeys(r.policy.name for r in requests if r.screen and not r.policy.provenance.get("screen")):
         yield f"policy {name!r} has no bound on the mean over noises: its gate, one for a single image, is taken for screening"
+    yield from dict.fromkeys(told for request in requests if request.screen and (told := screening.elsewhere(request)))
     yield from dict.fromkeys(told for one, steps in uses if (told := elsewhere(one, {**used, "steps": steps})))
 
 

@@ -15,6 +15,8 @@ import typer
 from fastguard.batch.options import JobOptions
 from fastguard.commands.arguments import CALL, Model, Quiet, Verbose, fields_of, new_file, refusing, settle
 
+logger = logging.getLogger("fastguard")
+
 
 @fields_of(JobOptions, "policy", *CALL)
 def screen(
@@ -43,11 +45,14 @@ def screen(
         from tqdm import tqdm
 
         from fastguard import checks
+        from fastguard.batch import screening
         from fastguard.batch.planning import plan
         from fastguard.batch.prompt_files import load
         from fastguard.batch.request import SEEDS
         from fastguard.batch.screening import Journal, key, statistics
         from fastguard.batch.task import model_of, options_for
+        from fastguard.pipelines.loading import facts
+        from fastguard.policies import provenance
 
         settle(quiet, verbose)
         new_file(out, ".jsonl", ".csv")
@@ -60,6 +65,11 @@ def screen(
         requests = list({key(request): request for request in rows}.values())
         settings, load_model, limits = model_of(model, wanted)
         limits.check(requests)
+        if bound is None:
+            used = facts(model, settings["scheduler"], settings["dtype"]) | {"steps": wanted.steps}
+            for told in dict.fromkeys([provenance.elsewhere(wanted.policy, used), *map(screening.elsewhere, requests)]):
+                if told is not None:
+                    logger.warning(told)
         if not requests[0].guided:
             raise ValueError(
                 f"guidance_scale={wanted.guidance_scale:g}: must be above 1, else there is no second branch"
@@ -114,7 +124,7 @@ def _bound(policy: Any, noises: int | None, bound: float | None) -> tuple[int, f
         limit = policy.gate
         noises = noises or own
         text = "the policy has no bound on the mean of %d noises: its gate, one for a single image, is taken"
-        logging.getLogger("fastguard").warning(text, noises)
+        logger.warning(text, noises)
     return noises or own, limit
 
 

@@ -124,6 +124,21 @@ def test_a_bound_is_enough(model, tmp_path, caplog):
     assert "has no gate" in caplog.text
 
 
+def test_a_bound_found_elsewhere_is_told(model, tmp_path, caplog):
+    chosen = screening(0.05)
+    known = {**chosen.provenance, "negative_prompt": "ugly", "width": None, "height": None}
+    dataclasses.replace(chosen, provenance=known).save(tmp_path / "p.json")
+    rows = [
+        {"prompt": "a cat", "negative_prompt": "ugly"},
+        {"prompt": "a dog", "width": 64},
+        {"prompt": "a cow", "width": 64},
+    ]
+    prepare(model, rows, tmp_path / "out", policy=tmp_path / "p.json", screen=True)
+    assert [record.message for record in caplog.records] == [
+        "policy 'og+stp': its bound for screening was found with negative_prompt='ugly', not None and width=None, not 64"
+    ]
+
+
 def test_a_gate_stands_in_for_the_bound(pipe, tmp_path, caplog):
     generate(pipe, ["a cat"], tmp_path, policy="stp", gate=1e-6, screen=True, **OPTIONS)
     (line,) = lines(tmp_path)

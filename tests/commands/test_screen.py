@@ -184,6 +184,10 @@ def test_the_bound_of_a_calibrated_policy(model, rows, tmp_path):
     options = ("--steps", 3, "--guidance-scale", 4, "--device", "cpu", "--policy", file)
     result = invoke("screen", model, rows, "--out", tmp_path / "a.jsonl", *options, "--noises", 2)
     assert "3 prompts, 0 at or above" in result.stdout and "no bound" not in result.stderr
+    elsewhere = (*options, "--negative-prompt", "blur", "--steps", 2)
+    result = invoke("screen", model, rows, "--out", tmp_path / "c.jsonl", *elsewhere)
+    assert "its bound for screening was found with negative_prompt=None, not 'blur'" in result.stderr
+    assert "was calibrated with steps 3, not 2" in result.stderr
     result = invoke("screen", model, rows, "--out", tmp_path / "b.jsonl", *options, "--noises", 1)
     assert f"at or above {Policy.load(file).gate:.6g}" in result.stdout
     assert "has no bound on the mean of 1 noises" in result.stderr
