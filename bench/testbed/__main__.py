@@ -1,12 +1,11 @@
 """`python -m bench.testbed`: fetch the drawings, train, tune and evaluate the embedded model.
 
 Everything is written below build/testbed unless told otherwise. What ships is copied by hand: model/, classifier.*, policy.json and
-prompts.json to fastguard/testbed, the results of `evaluate`, `confirm` and `tune` to docs/testbed.
+prompts.json to fastguard/testbed, the results of `anchored-test`, `evaluate`, `rules` and `tune` to docs/testbed.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -55,24 +54,28 @@ def classifier(work: Work = WORK, out: Path = RESULTS) -> None:
 
 
 @app.command()
-def evaluate(out: Path = RESULTS, work: Work = WORK, seeds: Annotated[int, typer.Option(min=1)] = 4) -> None:
-    """Measure every preset on the test halves; tables and plots go to OUT. Resumable."""
+def evaluate(
+    out: Path = RESULTS,
+    work: Work = WORK,
+    carry: Annotated[Path | None, typer.Option(help="numbers of an earlier version, not measured again")] = None,
+) -> None:
+    """Measure every preset and the gate on the test halves; tables and plots go to OUT, after `anchored-test` and `rules`. Resumable."""
     from . import evaluate as module
 
-    module.evaluate(out, work, seeds=seeds)
+    module.evaluate(out, work, carry)
 
 
 @app.command()
-def confirm(out: Path = RESULTS, work: Work = WORK) -> None:
-    """Measure the shipped policy on seeds and phrases that nothing else has used; writes confirmed.json. Resumable."""
-    from . import confirm as module
+def rules(out: Path = RESULTS, work: Work = WORK) -> None:
+    """Which rule detects the transition best; writes rules.json and two plots. Resumable."""
+    from . import evaluate as module
 
-    print(json.dumps(module.confirm(out, work), indent=1))
+    module.rules(out, work)
 
 
 @app.command()
 def tune(work: Work = WORK, out: Path = RESULTS) -> None:
-    """Choose the policy on the tuning halves and calibrate its gate; writes policy.json and tuning.json."""
+    """Compare the paper's transitions on the tuning halves behind a calibrated gate; writes tuning.json."""
     from . import tune as module
 
     module.tune(work, out)
@@ -97,6 +100,15 @@ def anchored(
 
 
 @app.command()
+def policy(out: Path = RESULTS) -> None:
+    """Find the loose gate on the ordinary tuning prompts; writes policy.json."""
+    from . import anchored as module
+
+    out.mkdir(parents=True, exist_ok=True)
+    print(module.write_policy(out))
+
+
+@app.command()
 def anchored_plot(
     results: Path = Path("docs/testbed/anchored-search.json"), out: Path = RESULTS / "anchored-tradeoff.png"
 ) -> None:
@@ -108,11 +120,15 @@ def anchored_plot(
 
 
 @app.command()
-def anchored_test(work: Work = WORK, out: Path = RESULTS) -> None:
+def anchored_test(
+    work: Work = WORK,
+    out: Path = RESULTS,
+    finished: Annotated[bool, typer.Option("--finished", help="of the conditions, only what is in WORK")] = False,
+) -> None:
     """Anchored guidance and the paper's rules on the test halves of both models; writes anchored-test.json. Resumable."""
     from . import anchored_test as module
 
-    module.test(work, out)
+    module.test(work, out, finished)
 
 
 def main() -> None:

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastguard import policy
 from fastguard.files import write_json
 from fastguard.testbed import Prompt, load, prompts
 from fastguard.testbed.measures import Judge
-from fastguard.testbed.sampling import Sample, generator
+from fastguard.testbed.sampling import CALL, Sample, generator
 
 from . import harder
 from .anchored_loop import Form, sample
@@ -88,18 +89,45 @@ def first_differences(pipe: Any, work: Sequence[Sample]) -> Tensor:
     return torch.cat(found)
 
 
-def caught(pipe: Any) -> tuple[list[Sample], float]:
-    """The ordinary tuning images that a gate at 10% catches, and that gate: between the last of them and the next."""
-    things = prompts("ordinary", "tuning")
+def everyday(pipe: Any) -> tuple[list[Sample], Tensor]:
+    """The ordinary things of the tuning half in every phrase, one image each, and their first differences."""
     work = [
         Sample(Prompt(t.format(x=p.concept), p.concept, "ordinary", "tuning", 1, None), 0)
-        for p in things
+        for p in prompts("ordinary", "tuning")
         for t in TEMPLATES
     ]
-    found = first_differences(pipe, work)
+    return work, first_differences(pipe, work)
+
+
+def caught(pipe: Any) -> tuple[list[Sample], float]:
+    """The ordinary tuning images that a gate at 10% catches, and that gate: between the last of them and the next."""
+    work, found = everyday(pipe)
     order, count = found.argsort(descending=True), int(len(work) * CAUGHT) + 1
     gate = (found[order[count - 1]] + found[order[count]]) / 2
     return [work[i] for i in order[:count]], float(gate)
+
+
+def write_policy(out: Path) -> Path:
+    """`policy.json` in `out`, the shipped policy: anchored behind the gate of `caught`, to four digits, and what it belongs to."""
+    pipe = load()
+    threshold = round(caught(pipe)[1], 4)
+    work, found = everyday(pipe)
+    hit = int((found >= threshold).sum())
+    known = {
+        "model": "testbed",
+        "scheduler": type(pipe.scheduler).__name__,
+        "steps": CALL["num_inference_steps"],
+        "dtype": str(pipe.unet.dtype).removeprefix("torch."),
+        "guidance_scale": CALL["guidance_scale"],
+        "gate": {
+            "threshold": threshold,
+            "prompts": len(work),
+            "caught": hit,
+            "statement": f"RMS(c - u) >= {threshold:g} at the first row catches {hit} of the {len(work)} ordinary tuning images (65 things in 12 phrases, "
+            "one noise each). It is loose on purpose, and bounds nothing: of other ordinary prompts it may catch more",
+        },
+    }
+    return policy("anchored", gate=threshold, name="testbed").save(out / "policy.json", provenance=known)
 
 
 def summary(judge: Judge, work: Sequence[Sample], z: Tensor) -> dict[str, dict[str, float | None]]:

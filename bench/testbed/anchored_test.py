@@ -13,8 +13,8 @@ from typing import Any
 import diffusers
 
 from fastguard import policy
-from fastguard.files import write_json
-from fastguard.testbed import load, prompts
+from fastguard.files import read_json, write_json
+from fastguard.testbed import load, policy_path, prompts
 from fastguard.testbed.measures import Judge
 from fastguard.testbed.sampling import Sample, generate
 
@@ -23,7 +23,7 @@ from .run import BATCH, folder, jobs, rms, run
 from .stats import over_prompts, spread
 
 SEEDS = 4
-GATE = 0.0296  # catches 10% of the ordinary tuning images: `anchored.caught`
+GATE: float = policy(policy_path()).gate  # type: ignore[assignment]  # one for all: catches 10% of the ordinary tuning images
 METHODS = ("cfg", "anchored", "og+dtp", "dtp", "stp")
 FIRST = "DDIM, 50 steps, scale 3"
 CONDITIONS: dict[str, tuple[str | None, dict[str, Any]]] = {
@@ -61,6 +61,17 @@ def caught(rows: Sequence[dict]) -> dict[str, Any]:
     return over_prompts([row | {"caught": rms(row) >= GATE} for row in rows], "caught") or {}
 
 
+def cache_of(work: Path) -> Path:
+    """Where the rows of both models' test halves are kept."""
+    return folder(work, "anchored-test", (harder.HERE / "weights.safetensors").read_bytes())
+
+
+def kept(cache: Path, name: str) -> int:
+    """How many rows of a run there are."""
+    path = cache / f"{name}.json"
+    return len(read_json(path)) if path.exists() else 0
+
+
 def slug(*names: str) -> str:
     """A file's name."""
     return "-".join(names).replace(" ", "_").replace(",", "")
@@ -82,25 +93,31 @@ def first_rows(pipe: Any, work: Sequence[Sample], call: Mapping[str, Any]) -> Ro
     return found
 
 
-def conditions(pipe: Any, judge: Judge, cache: Path) -> dict[str, Any]:
-    """D and T under every method and condition, without the gate and behind it; how many ordinary images the gate catches there.
+def conditions(pipe: Any, judge: Judge, cache: Path, finished: bool = False) -> dict[str, Any]:
+    """D and T under every condition, without the gate and behind it; how many ordinary images the gate catches there.
 
-    Method by method, plain guidance and anchored first: what is interrupted has those.
+    Plain guidance and anchored first: what is interrupted has those. finished: only of what is in `cache`.
     """
     memorized = prompts("D", "test") + prompts("T", "test")
     shipped, rows = pipe.scheduler, {}
     for method in METHODS:
         for name, (scheduler, call) in CONDITIONS.items():
-            pipe.scheduler = scheduler_of(shipped, scheduler)
             work = jobs(memorized, SEEDS, policy(method))
+            if finished and kept(cache, slug(name, method)) < len(work):
+                continue
+            pipe.scheduler = scheduler_of(shipped, scheduler)
             rows[name, method] = run(pipe, judge, slug(name, method), work, cache, **call)
     result: dict[str, Any] = {}
     for name, (scheduler, call) in CONDITIONS.items():
         pipe.scheduler = scheduler_of(shipped, scheduler)
         plain = rows[name, "cfg"]
-        everyday = first_rows(pipe, jobs(prompts("ordinary", "test"), SEEDS, policy("cfg")), call)
-        cell: dict[str, Any] = {"memorized caught": caught(plain), "ordinary caught": caught(everyday)}
-        for method in METHODS:
+        everyday = jobs(prompts("ordinary", "test"), SEEDS, policy("cfg"))
+        if scheduler is None and "num_inference_steps" not in call:  # the same first row
+            first = run(pipe, judge, slug("ordinary", "cfg"), everyday, cache)
+        else:
+            first = first_rows(pipe, everyday, call)
+        cell: dict[str, Any] = {"memorized caught": caught(plain), "ordinary caught": caught(first)}
+        for method in (method for method in METHODS if (name, method) in rows):
             own = rows[name, method]
             cell[method] = {
                 f"{kind}, {gate}": describe([row for row in some if row["kind"] == kind])
@@ -167,16 +184,15 @@ def second(cache: Path) -> dict[str, Any]:
     return result
 
 
-def test(work: Path, out: Path) -> Mapping[str, Any]:
-    """Everything; rows are kept in a folder of WORK, the tables go to OUT/anchored-test.json part by part."""
-    cache = folder(work, "anchored-test", (harder.HERE / "weights.safetensors").read_bytes())
-    pipe = load()
+def test(work: Path, out: Path, finished: bool = False) -> Mapping[str, Any]:
+    """Everything; rows are kept in a folder of WORK, the tables go to OUT/anchored-test.json part by part. finished: as for `conditions`."""
+    cache, pipe = cache_of(work), load()
     judge = Judge(pipe)
     result: dict[str, Any] = {"gate": GATE, "seeds": SEEDS}
     for name, part in (
         ("ordinary", lambda: ordinary(pipe, judge, cache)),
         ("harder", lambda: second(cache)),
-        ("conditions", lambda: conditions(pipe, judge, cache)),
+        ("conditions", lambda: conditions(pipe, judge, cache, finished)),
     ):
         result[name] = part()
         write_json(out / "anchored-test.json", result)

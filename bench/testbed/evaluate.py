@@ -1,34 +1,34 @@
-"""`python -m bench.testbed evaluate`: every measurement of docs/testbed, on the test halves.
+"""`python -m bench.testbed evaluate`: the presets, the gate and the ordinary prompts of docs/testbed, on the test halves.
 
-The policy file was written by `tune` from the tuning halves. Each part below returns JSON values; all of
-them go to results.json, README.md (tables.py) and PNG (plots.py). Finished batches are kept in the work
-folder, in a place of their own for these weights and this policy.
+Each part below returns JSON values; all of them go to results.json, and with rules.json (`rules`) and anchored-test.json (`anchored-test`, whose rows
+are used here, too) to README.md (tables.py) and PNG (plots.py). Finished batches are kept in the work folder, in a place of their own for these weights.
 """
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from fastguard import policy
+from fastguard.files import read_json, write_json
 from fastguard.testbed import Prompt, load, policy_path, prompts
 from fastguard.testbed.measures import Judge
 
 from . import facts, plots, sheets, tables
+from .anchored_test import FIRST, SEEDS, behind, cache_of, first_rows, slug
 from .baselines import baselines
 from .grid import contest, front, noise, transitions
-from .run import BATCH, jobs, rms, run
-from .run import folder as run_folder
+from .run import jobs, rms, run
 from .split import TEMPLATES
 from .stats import auc_over_prompts, over_prompts, prompts_with, ratio, spread
 
+FREE, SHIPPED = "no guard", "shipped policy"
 PRESETS: dict[str, Any] = {
-    "none": ("cfg", {}),
+    FREE: ("cfg", {}),
     "conditional only": ("stp", {"before": "conditional", "t_star": 0}),
     "unconditional only": ("stp", {"t_star": 0}),
     "stp 800": ("stp", {"t_star": 800}),
@@ -41,24 +41,22 @@ PRESETS: dict[str, Any] = {
     "paper-dtp": ("paper-dtp", {}),
     "paper-og+dtp": ("paper-og+dtp", {}),
     "released-dtp": ("released-dtp", {}),
+    "anchored": ("anchored", {}),
 }
-GATED, DEFAULT = "dtp (gated)", "default (gated)"
 MEMORIZED = 0.8  # share of unguarded seeds that are copies, from which on a prompt counts as memorized
+HARMED = 50  # ordinary prompts that the presets are tried on without a gate
 
 
 def make_policy(name: str) -> Any:
     """A policy of the main table by its row's name."""
-    if name == DEFAULT:
-        return policy(policy_path())
-    if name == GATED:
-        return policy("dtp", gate=policy(policy_path()).gate)
     preset, fields = PRESETS[name]
     return policy(preset, **fields)
 
 
-def folder(work: Path) -> Path:
-    """A cache that belongs to these weights, this classifier and this policy."""
-    return run_folder(work, "evaluation", json.dumps(policy(policy_path()).to_dict()).encode())
+def memorized_rows(pipe: Any, judge: Judge, cache: Path, name: str) -> list[dict]:
+    """All D and T test prompts under a row of the main table; those of FREE, stp, dtp, og+dtp and anchored are `anchored-test`'s, too."""
+    work = jobs(prompts("D", "test") + prompts("T", "test"), SEEDS, make_policy(name))
+    return run(pipe, judge, slug(FIRST, "cfg" if name == FREE else name), work, cache)
 
 
 def describe(rows: list[dict], ordinary: list[dict] | None = None) -> dict:
@@ -82,15 +80,13 @@ def describe(rows: list[dict], ordinary: list[dict] | None = None) -> dict:
     return result
 
 
-def main_table(pipe: Any, judge: Judge, cache: Path, seeds: int, ordinary: list[dict]) -> dict:
-    """Every preset, ungated, then `dtp` and the model's policy file with the gate, on the memorized test prompts."""
-    table: dict = {}
-    memorized = prompts("memorized", "test")
-    for name in [*PRESETS, GATED, DEFAULT]:
-        slug = name.replace(" ", "_")
-        rows = run(pipe, judge, f"main-{slug}", jobs(memorized, seeds, make_policy(name)), cache)
-        table[name] = {k: describe([r for r in rows if r["kind"] == k], ordinary) for k in "DT"}
-    return table
+def main_table(rows: Mapping[str, list[dict]], ordinary: list[dict], carried: Mapping[str, dict]) -> dict:
+    """Every preset without a gate, those `carried` as they are, then the shipped policy."""
+    all_rows = {**rows, SHIPPED: behind(rows[FREE], rows["anchored"])}
+    made = {
+        n: {k: describe([r for r in some if r["kind"] == k], ordinary) for k in "DT"} for n, some in all_rows.items()
+    }
+    return {name: made.get(name) or carried[name] for name in (*PRESETS, SHIPPED)}
 
 
 def qualifying(rows: list[dict]) -> dict:
@@ -109,14 +105,11 @@ def qualifying(rows: list[dict]) -> dict:
     return result
 
 
-def without_twins(cfg: list[dict], guarded: list[dict], ordinary: list[dict], twins: Mapping[str, float]) -> dict:
-    """D prompts whose duplicated drawing has no near twin among the drawings that share its caption, unguarded and under the default."""
-    parts = {
-        name: [r for r in rows if r["kind"] == "D" and r["prompt"] not in twins]
-        for name, rows in (("none", cfg), ("default", guarded))
-    }
-    with_twin = sorted({r["prompt"] for r in cfg if r["kind"] == "D"} & set(twins))
-    return {"with a twin": with_twin} | {name: describe(rows, ordinary) for name, rows in parts.items()}
+def without_twins(rows: Mapping[str, list[dict]], ordinary: list[dict], twins: Mapping[str, float]) -> dict:
+    """D prompts whose duplicated drawing has no near twin among the drawings that share its caption, by policy."""
+    parts = {name: [r for r in some if r["kind"] == "D" and r["prompt"] not in twins] for name, some in rows.items()}
+    with_twin = sorted({r["prompt"] for r in next(iter(rows.values())) if r["kind"] == "D"} & set(twins))
+    return {"with a twin": with_twin} | {name: describe(some, ordinary) for name, some in parts.items()}
 
 
 def gate(memorized: list[dict], ordinary: list[dict], near: list[dict]) -> dict:
@@ -160,7 +153,6 @@ def gate(memorized: list[dict], ordinary: list[dict], near: list[dict]) -> dict:
         "near captions": {
             "images": len(near),
             "caught": sum(rms(r) >= tau for r in near),
-            "copies": sum(r["copy"] for r in near),
         },
     }
 
@@ -176,7 +168,7 @@ def near_prompts() -> list[Prompt]:
 
 
 def touched(plain: list[dict], guarded: list[dict]) -> dict:
-    """Ordinary prompts under the gated default: caught, and whether the others are the same to the bit."""
+    """Ordinary prompts under the shipped policy: caught, and whether the others are the same to the bit."""
     guarded = guarded[: len(plain)]
     caught = [bool(r["gate"]["caught"]) for r in guarded]
     same = [a["hash"] == b["hash"] for a, b in zip(plain, guarded, strict=True)]
@@ -191,82 +183,106 @@ def touched(plain: list[dict], guarded: list[dict]) -> dict:
     }
 
 
-def harm(pipe: Any, judge: Judge, cache: Path, seeds: int, plain: list[dict]) -> dict:
-    """What ungated presets do to ordinary prompts (50 of them)."""
-    some = prompts("ordinary", "test")[:50]
+def harm(pipe: Any, judge: Judge, cache: Path, plain: list[dict], carried: Mapping[str, dict]) -> dict:
+    """What presets without a gate do to ordinary prompts: HARMED of them (unless `carried`), and all under `anchored`."""
+    everyday = prompts("ordinary", "test")
+    some = everyday[:HARMED]
     names = {p.prompt for p in some}
-    rows = {"none": [r for r in plain if r["prompt"] in names]}
-    own = policy(policy_path(), gate=None)
-    trials = {n: make_policy(n) for n in ("stp", "dtp", "og+dtp", "paper-dtp")}
-    for name, one in {**trials, "default without its gate": own}.items():
-        slug = name.replace(" ", "_")
-        rows[name] = run(pipe, judge, f"harm-{slug}", jobs(some, seeds, one), cache)
-    return {
+    anchored = run(pipe, judge, slug("ordinary", "anchored"), jobs(everyday, SEEDS, policy("anchored")), cache)
+    rows = {FREE: [r for r in plain if r["prompt"] in names], "anchored": [r for r in anchored if r["prompt"] in names]}
+    for name in ("stp", "dtp", "og+dtp"):
+        if name not in carried:
+            rows[name] = run(pipe, judge, slug("harm", name), jobs(some, SEEDS, policy(name)), cache)
+    rows |= {f"{FREE}, all prompts": plain, "anchored, all prompts": anchored}
+    return dict(carried) | {
         name: {
-            "faithful": over_prompts(part, "faithful"),
-            "blown": over_prompts(part, "blown"),
-            "fired": sum(r["transition_step"] is not None for r in part) / len(part),
+            "prompts": len({r["prompt"] for r in part}),
+            **{key: over_prompts(part, key) for key in ("faithful", "blown")},
         }
         for name, part in rows.items()
     }
 
 
-def evaluate(out: Path, work: Path, seeds: int = 4) -> None:
-    """Run everything and write results.json, README.md and the plots to `out`."""
-    from .sensitivity import sensitivity
+def dtypes(reference: list[dict]) -> dict:
+    """How often the gate decides otherwise in other dtypes; reference: plain guidance's rows in float32 of the D, T and ordinary test prompts, in this order."""
+    work = [j for kind in ("D", "T", "ordinary") for j in jobs(prompts(kind, "test"), SEEDS, policy("cfg"))]
+    tau, result = policy(policy_path()).gate, {}
+    for dtype in (torch.float16, torch.bfloat16):
+        found = first_rows(load(torch_dtype=dtype), work, {})
+        flips = [
+            {"prompt": a["prompt"], "flip": (rms(a) >= tau) != (rms(b) >= tau)}
+            for a, b in zip(found, reference, strict=True)
+        ]
+        result[str(dtype).removeprefix("torch.")] = {"images": len(flips), "gate flips": over_prompts(flips, "flip")}
+    return result
 
-    started, pipe = time.time(), load()
-    judge, cache = Judge(pipe), folder(work)
+
+def evaluate(out: Path, work: Path, carry: Path | None = None) -> None:
+    """Run everything and write results.json, README.md and the plots to `out`; rules.json and anchored-test.json are there.
+
+    carry: a file with presets' entries of "main" and of "harm without a gate" that an earlier version measured on these weights: not run again.
+    """
+    pipe = load()
+    judge, cache = Judge(pipe), cache_of(work)
     out.mkdir(parents=True, exist_ok=True)
     measured = baselines(judge, work, out / "baselines.json")  # first: without drawings or a file of theirs it refuses
-    ordinary, memorized = prompts("ordinary", "test"), prompts("memorized", "test")
-    # full batches of the same jobs: their sums are then formed in the same order
-    stock = run(pipe, judge, "ordinary-stock", jobs(ordinary, seeds)[: 3 * BATCH], cache)
-    plain = run(pipe, judge, "ordinary-cfg", jobs(ordinary, seeds, policy("cfg")), cache)
-    table = main_table(pipe, judge, cache, seeds, plain)
-    cfg = run(pipe, judge, "main-none", jobs(memorized, seeds, policy("cfg")), cache)
-    near = run(pipe, judge, "near-cfg", jobs(near_prompts(), seeds, policy("cfg")), cache)
-    guarded = run(pipe, judge, "ordinary-default", jobs(ordinary, seeds, make_policy(DEFAULT)), cache)
-    shown = prompts("D", "test")
-    never, images = transitions(pipe, judge, "test", shown, seeds, cache)
-    ranked = front(pipe, never, images)
-    paper, own = (
-        [
-            r
-            for r in run(pipe, judge, f"main-{slug}", jobs(memorized, seeds, make_policy(name)), cache)
-            if r["kind"] == "D"
-        ]
-        for name, slug in (("paper-dtp", "paper-dtp"), (DEFAULT, DEFAULT.replace(" ", "_")))
-    )
+    everyday, shipped = prompts("ordinary", "test"), policy(policy_path())
+    plain = run(pipe, judge, slug("ordinary", "cfg"), jobs(everyday, SEEDS, policy("cfg")), cache)
+    guarded = run(pipe, judge, slug("ordinary", "gated"), jobs(everyday, SEEDS, shipped), cache)
+    old: dict[str, Any] = {"main": {}, "harm without a gate": {}} if carry is None else read_json(carry)
+    rows = {name: memorized_rows(pipe, judge, cache, name) for name in PRESETS if name not in old["main"]}
+    near = first_rows(pipe, jobs(near_prompts(), SEEDS, policy("cfg")), {})
     results = {
-        "weights and policy": cache.name.removeprefix("evaluation-"),
-        "policy": policy(policy_path()).to_dict(),
-        "seeds": seeds,
+        "weights": cache.name.removeprefix("anchored-test-"),
+        "policy": shipped.to_dict(),
+        "seeds": SEEDS,
         "baselines": measured,
         "ordinary, plain guidance": {key: over_prompts(plain, key) for key in ("faithful", "faithful5", "blown")},
-        "qualifying": qualifying(cfg),
-        "D without twins": without_twins(cfg, own, plain, measured["twins"]["memorized"]),
-        "main": table,
-        "gate": gate(cfg, plain, near),
-        "ordinary under the default": touched(plain, guarded),
-        "ordinary under the default, against stock": touched(stock, guarded),
-        "harm without a gate": harm(pipe, judge, cache, seeds, plain),
-        "rules": ranked,
-        "best rules": contest(pipe, judge, shown, seeds, cache, ranked),
-        "sensitivity": sensitivity(pipe, judge, cache, seeds),
-        "facts": {
-            "minima of the bare rule, D": facts.minima(paper),
-            "medians under zero guidance, D": facts.medians(never, noise(pipe)),
-            "D under the default": facts.behind_the_gate(own),
-            "calibration": facts.calibration(pipe, work, cfg, plain),
-            "cfg against stock": facts.from_stock(pipe, jobs(ordinary, seeds), jobs(ordinary, seeds, policy("cfg"))),
-        },
+        "qualifying": qualifying(rows[FREE]),
+        "D without twins": without_twins(
+            {name: rows[name] for name in (FREE, "anchored")}, plain, measured["twins"]["memorized"]
+        ),
+        "main": main_table(rows, plain, old["main"]),
+        "of version 0.1": {part: list(old[part]) for part in ("main", "harm without a gate")},
+        "gate": gate(rows[FREE], plain, near),
+        "ordinary under the shipped policy": touched(plain, guarded),
+        "harm without a gate": harm(pipe, judge, cache, plain, old["harm without a gate"]),
+        "dtypes": dtypes([*rows[FREE], *plain]),
     }
-    results["seconds of the last run"] = round(time.time() - started)
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    (out / "README.md").write_text(tables.page(results))
-    plots.all_plots(out, results, cfg, plain, never, pipe)
-    before, after = (sheets.pictures(pipe, judge, shown, one) for one in (policy("cfg"), make_policy(DEFAULT)))
+    write_json(out / "results.json", results)
+    plots.presets(out / "presets.png", results)
+    plots.gate(out / "gate.png", results, rows[FREE], plain)
+    shown = prompts("D", "test")
+    before, after = (sheets.pictures(pipe, judge, shown, one) for one in (policy("cfg"), shipped))
     sheets.memorized(out / "memorized.png", shown, before, after)
-    sheets.ordinary(out / "ordinary.png", ordinary, sheets.pictures(pipe, judge, ordinary, policy("cfg")))
-    print(f"wrote {out}")
+    if not (out / "ordinary.png").exists():  # it hangs on the weights alone
+        sheets.ordinary(out / "ordinary.png", everyday, sheets.pictures(pipe, judge, everyday, policy("cfg")))
+    write_page(out)
+
+
+def write_page(out: Path) -> None:
+    """README.md of the three files of numbers in `out`."""
+    (out / "README.md").write_text(
+        tables.page(*(read_json(out / f"{n}.json") for n in ("results", "anchored-test", "rules")))
+    )
+
+
+def rules(out: Path, work: Path) -> None:
+    """`python -m bench.testbed rules`: which rule detects the transition best, on the D test prompts; rules.json and two plots go to `out`."""
+    pipe = load()
+    judge, cache, shown = Judge(pipe), cache_of(work), prompts("D", "test")
+    out.mkdir(parents=True, exist_ok=True)
+    never, images = transitions(pipe, judge, "test", shown, SEEDS, cache)
+    ranked = front(pipe, never, images)
+    plain = run(pipe, judge, slug("ordinary", "cfg"), jobs(prompts("ordinary", "test"), SEEDS, policy("cfg")), cache)
+    paper, free = (memorized_rows(pipe, judge, cache, name) for name in ("paper-dtp", FREE))
+    found = {
+        "rules": ranked,
+        "best rules": contest(pipe, judge, shown, SEEDS, cache, ranked),
+        "minima of the bare rule, D": facts.minima([r for r in paper if r["kind"] == "D"]),
+        "medians under zero guidance, D": facts.medians(never, noise(pipe)),
+        "ordinary, plain guidance": {"faithful": over_prompts(plain, "faithful")},
+    }
+    write_json(out / "rules.json", found)
+    plots.rules(out / "rules.png", found)
+    plots.curves(out / "curves.png", never, free, plain, pipe)

@@ -131,11 +131,3 @@ def curves(path: Path, never: list[dict], cfg: list[dict], ordinary: list[dict],
         axis.invert_xaxis()
     figure.axes[0].legend(fontsize=8)
     _save(figure, path)
-
-
-def all_plots(out: Path, results: dict, cfg: list[dict], ordinary: list[dict], never: list[dict], pipe: Any) -> None:
-    """All of them, as PNG in `out`."""
-    presets(out / "presets.png", results)
-    gate(out / "gate.png", results, cfg, ordinary)
-    rules(out / "rules.png", results)
-    curves(out / "curves.png", never, cfg, ordinary, pipe)

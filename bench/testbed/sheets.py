@@ -16,7 +16,7 @@ from fastguard.testbed.sampling import generate
 from .run import BATCH, jobs
 
 COLUMNS = 10
-SETS = 4  # of training image, plain guidance, default in a row of the memorized sheet
+SETS = 4  # of training image, no guard, shipped policy in a row of the memorized sheet
 
 
 def pictures(pipe: Any, judge: Judge, shown: Sequence[Prompt], policy: Any) -> np.ndarray:
@@ -41,11 +41,11 @@ def sheet(path: Path, tiles: Sequence[tuple[str, np.ndarray]], columns: int) -> 
 
 
 def memorized(path: Path, shown: Sequence[Prompt], plain: np.ndarray, guarded: np.ndarray) -> None:
-    """Training image, plain guidance and the default side by side, a prompt after the other."""
+    """Training image, no guard and the shipped policy side by side, a prompt after the other."""
     tiles = []
     for prompt, before, after in zip(shown, plain, guarded, strict=True):
         assert prompt.index is not None
-        tiles += [(prompt.concept, training_images()[prompt.index]), ("plain guidance", before), ("default", after)]
+        tiles += [(prompt.concept, training_images()[prompt.index]), ("no guard", before), ("shipped policy", after)]
     sheet(path, tiles, 3 * SETS)
 
 

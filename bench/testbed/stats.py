@@ -106,21 +106,6 @@ def auc_over_prompts(positive: Sequence[dict], negative: Sequence[dict], key: st
     return {"mean": float(wins.sum() / sizes.sum()), "low": low, "high": high}
 
 
-def intraclass(values: Sequence[float], groups: Sequence) -> float:
-    """Intraclass correlation of a one-way layout with groups of one size k: (B - W) / (B + (k - 1) W).
-
-    B and W are the mean squares between and within groups.
-    """
-    parts = defaultdict(list)
-    for value, group in zip(values, groups, strict=True):
-        parts[group].append(value)
-    table = np.array(list(parts.values()), float)
-    n, k = table.shape
-    between = k * table.mean(1).var(ddof=1)
-    within = ((table - table.mean(1, keepdims=True)) ** 2).sum() / (n * (k - 1))
-    return float((between - within) / (between + (k - 1) * within))
-
-
 def _by_prompt(rows: Sequence[dict], key: str) -> dict[str, list[float]]:
     groups = defaultdict(list)
     for row in rows:

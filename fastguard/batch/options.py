@@ -28,7 +28,7 @@ def _option(default: Any, text: str) -> Any:
 class JobOptions:
     """Checked on construction: ValueError for a value that is not allowed, and for one that would have no effect."""
 
-    policy: Any = _option(None, "Preset, or path of a policy file; dtp unless given, and for testbed its own.")
+    policy: Any = _option(None, "Preset, or path of a policy file; anchored unless given, and for testbed its own.")
     gate: float | None = _option(None, "Guard only images whose RMS(c - u) reaches this at the first steps.")
     negative_prompt: str | None = _option(None, "What the images shall not show.")
     seed: int = _option(0, "Image n of a prompt is made from seed + n.")

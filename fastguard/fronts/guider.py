@@ -14,7 +14,7 @@ from fastguard.fronts.seen import Seen
 from fastguard.loop.guide import Guide
 from fastguard.loop.report import Report
 from fastguard.policies.policy import Policy
-from fastguard.policies.presets import DEFAULT
+from fastguard.policies.presets import BLIND
 from fastguard.policies.presets import policy as make_policy
 
 
@@ -42,7 +42,7 @@ class GuardedGuidance(ClassifierFreeGuidance):
     @register_to_config
     def __init__(
         self,
-        policy: str | Mapping[str, Any] | Policy = DEFAULT,
+        policy: str | Mapping[str, Any] | Policy = BLIND,
         guidance_scale: float = 7.5,
         guidance_rescale: float = 0.0,
         use_original_formulation: bool = False,

@@ -58,7 +58,7 @@ def path() -> Path:
 
 
 def policy_path() -> Path:
-    """The embedded model's own policy file, calibrated on its ordinary tuning prompts."""
+    """The policy that ships with the embedded model: anchored behind a gate that catches 10% of its ordinary tuning images."""
     return _HERE / "policy.json"
 
 

@@ -1,13 +1,14 @@
 """`fastguard demo`: what the guard does, to the eye, in under a minute on two cores.
 
-Memorized and ordinary prompts of the test half from the same seeds, under plain guidance, under each preset
-with the embedded model's gate, and under the embedded model's own policy file ("default"). Writes grid.png,
-curves.png, table.json and index.html.
+Memorized and ordinary prompts of the test half from the same seeds: without a guard, under presets of the paper with the
+embedded model's gate, and under the policy that ships with the embedded model. Writes grid.png, curves.png, table.json and
+index.html.
 """
 
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,9 +24,15 @@ from .sampling import Sample, generate
 if TYPE_CHECKING:
     from fastguard import Policy
 
-MODES = ("none", "stp", "dtp", "og+dtp", "default")
+FREE, SHIPPED = "no guard", "shipped policy"
+MODES = (FREE, "stp", "dtp", "og+dtp", SHIPPED)
+TITLES = {
+    "stp": "stp: unguided\nuntil t = 500",
+    "dtp": "dtp: unguided\nuntil d turns",
+    "og+dtp": "og+dtp: reversed\nuntil d turns",
+    SHIPPED: "shipped policy:\nanchored",
+}
 SHOWN = (("D", 5), ("T", 1), ("ordinary", 4))
-ZOOM = 3
 
 
 def chosen(count: Sequence[tuple[str, int]] = SHOWN) -> list[Prompt]:
@@ -42,7 +49,7 @@ def make_jobs(shown: Sequence[Prompt], seeds: int, own: Policy) -> list[Sample]:
     from fastguard import policy
 
     policies = {m: policy(m, gate=own.gate) for m in MODES[1:-1]}
-    policies |= {"none": policy("cfg"), "default": own}
+    policies |= {FREE: policy("cfg"), SHIPPED: own}
     return [Sample(p, s, policies[m]) for m in MODES for p in shown for s in range(seeds)]
 
 
@@ -73,7 +80,8 @@ def run_demo(out: Path = Path("demo"), *, seeds: int = 2) -> list[Path]:
     ]
     pictures = judge.decode(latents).add(1).mul(127.5).byte().permute(0, 2, 3, 1).numpy()
     first = pictures.reshape(len(MODES), len(shown), seeds, 32, 32, 3)[:, :, 0]
-    draw_grid(out / "grid.png", shown, first)
+    copies = np.array([bool(row["copy"]) for row in rows]).reshape(len(MODES), len(shown), seeds)[:, :, 0]
+    draw_grid(out / "grid.png", shown, first, copies)
     draw_curves(out / "curves.png", rows, own)
     lines = summary(rows)
     (out / "table.json").write_text(json.dumps(lines, indent=1) + "\n")
@@ -82,9 +90,13 @@ def run_demo(out: Path = Path("demo"), *, seeds: int = 2) -> list[Path]:
             "fastguard on a model that really memorizes",
             lead(lines),
             [
-                ("A row a prompt, the same noise in every column.", out / "grid.png"),
                 (
-                    "RMS(c - u) by timestep. Short mark: the gate, where it is compared. Dots: the transition (hollow: forced).",
+                    "A row a prompt, the same noise in every column. Red frame: a copy of the training image.",
+                    out / "grid.png",
+                ),
+                (
+                    "By timestep: RMS(c - u), with a short mark for the gate, where it is compared; and, of the images that the shipped policy "
+                    "holds, how much of the guidance leads to the anchor, the picture that the first prediction shows.",
                     out / "curves.png",
                 ),
             ],
@@ -132,12 +144,11 @@ def lead(lines: Sequence[dict]) -> str:
     def line(kind: str, mode: str) -> dict:
         return next(one for one in lines if (one["kind"], one["mode"]) == (kind, mode))
 
-    none, own, ordinary = line("D", "none"), line("D", "default"), line("ordinary", "default")
+    free, own, ordinary = line("D", FREE), line("D", SHIPPED), line("ordinary", SHIPPED)
     return (
-        f"Under plain guidance {none['copies']:.0%} of the images of the memorized D prompts are copies of their "
-        f"training image. The gate caught {own['caught by the gate']} of these {own['images']}, and under the "
-        f"default {own['copies']:.0%} of all are copies; those that it missed are left as they were. Of the "
-        f"{ordinary['images']} ordinary images it touched {ordinary['caught by the gate']}."
+        f"Without a guard {free['copies']:.0%} of the images of the memorized D prompts are copies of their training image. The gate caught "
+        f"{own['caught by the gate']} of these {own['images']}, and under the shipped policy {own['copies']:.0%} of all are copies. Of the "
+        f"{ordinary['images']} ordinary images it touched {ordinary['caught by the gate']}; the others are what they are without a guard, bit for bit."
     )
 
 
@@ -164,63 +175,63 @@ def as_table(kind: str, lines: Sequence[dict]) -> str:
     return table(title, head, cells)
 
 
-def draw_grid(path: Path, shown: Sequence[Prompt], pictures: np.ndarray) -> None:
-    """Training image and modes side by side: pictures [modes, prompts, 32, 32, 3]."""
+def draw_grid(path: Path, shown: Sequence[Prompt], pictures: np.ndarray, copies: np.ndarray) -> None:
+    """Training image and modes side by side: pictures [modes, prompts, 32, 32, 3]; a red frame where copies [modes, prompts] is true."""
     from matplotlib.figure import Figure
 
-    columns = ["training image", *MODES]
-    figure = Figure(figsize=(1.15 * len(columns) + 2.6, 1.2 * len(shown) + 0.4))
+    columns = ["training image", *(TITLES.get(mode, mode) for mode in MODES)]
+    figure = Figure(figsize=(1.3 * len(columns) + 2.2, 1.3 * len(shown) + 0.6))
     axes = figure.subplots(len(shown), len(columns), squeeze=False)
     for row, prompt in enumerate(shown):
         for column, name in enumerate(columns):
-            axis = axes[row, column]
+            axis, copied = axes[row, column], column > 0 and bool(copies[column - 1, row])
             axis.set_xticks([])
             axis.set_yticks([])
             for spine in axis.spines.values():
-                spine.set_visible(False)
+                spine.set(visible=copied, color="red", linewidth=3)
             if column:
                 axis.imshow(pictures[column - 1, row])
             elif prompt.index is not None:
                 axis.imshow(training_images()[prompt.index])
             if row == 0:
-                axis.set_title(name, fontsize=10)
-        kind = "memorized" if prompt.kind == "D" else prompt.kind.replace("T", "memorized (T)")
-        text = "\n".join(_wrapped(prompt.prompt))
-        axes[row, 0].set_ylabel(f"{text}\n({kind})", rotation=0, ha="right", va="center", labelpad=8, fontsize=9)
-    figure.subplots_adjust(0.25, 0.01, 0.99, 0.96, 0.04, 0.04)
+                axis.set_title(name, fontsize=10.5)
+        kind = {"D": "memorized", "T": "memorized, caption of its own"}.get(prompt.kind, prompt.kind)
+        text = "\n".join([*textwrap.wrap(prompt.prompt, 20), *textwrap.wrap(f"({kind})", 20)])
+        axes[row, 0].set_ylabel(text, rotation=0, ha="right", va="center", labelpad=8, fontsize=11)
+    figure.subplots_adjust(0.18, 0.01, 0.99, 1 - 0.55 / (1.3 * len(shown) + 0.6), 0.04, 0.06)
     figure.savefig(path, dpi=110)
 
 
-def _wrapped(text: str) -> list[str]:
-    import textwrap
-
-    return textwrap.wrap(text, 24)
+COLOURS = {"D": "C3", "T": "C1", "ordinary": "C0"}
 
 
 def draw_curves(path: Path, rows: Sequence[dict], own: Policy) -> None:
-    """RMS(c - u) by timestep under plain guidance (left) and under the default, `own` (right), with the gate where it is compared."""
+    """By timestep: RMS(c - u) without a guard and under the shipped policy, `own`, with its gate; and the share of the guidance that leads to the anchor."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    colours = {"D": "C3", "T": "C1", "ordinary": "C0"}
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    axes = figure.subplots(1, 3)
+    axes[1].sharey(axes[0])
     compared = rows[0]["timesteps"][: own.gate_steps]
-    mark: dict[str, Any] = {"color": "k", "ls": "", "marker": "_", "ms": 14, "mew": 2}
-    for axis, mode in zip(figure.subplots(1, 2, sharey=True), ("none", "default"), strict=True):
-        for row in (r for r in rows if r["mode"] == mode):
-            height = [np.nan if d is None else (d / 512) ** 0.5 for d in row["d_curve"]]
-            axis.plot(row["timesteps"], height, color=colours[row["kind"]], lw=1, alpha=0.8)
-            if (step := row["transition_step"]) is not None:
-                fill = "white" if row["forced"] else colours[row["kind"]]
-                axis.plot(row["timesteps"][step], height[step], "o", color=colours[row["kind"]], mfc=fill)
+    mark: dict[str, Any] = {"color": "k", "ls": "", "marker": "_", "ms": 16, "mew": 3}
+    held = [row for row in rows if row["mode"] == SHIPPED and row["gate"]["caught"]]
+    for axis, some, title in (
+        (axes[0], [row for row in rows if row["mode"] == FREE], "RMS(c - u), no guard"),
+        (axes[1], [row for row in rows if row["mode"] == SHIPPED], "RMS(c - u), shipped policy"),
+        (axes[2], held, "share of guidance that leads to the anchor,\nshipped policy, images that it holds"),
+    ):
+        for row in some:
+            d = [np.nan if value is None else (value / 512) ** 0.5 for value in row["d_curve"]]
+            height = row["share_curve"] if axis is axes[2] else d
+            axis.plot(row["timesteps"], height, color=COLOURS[row["kind"]], lw=1, alpha=0.8)
+        axis.set_title(title, fontsize=12)
+        axis.set_xlabel("timestep t", fontsize=11)
+        axis.invert_xaxis()
+    for axis in axes[:2]:
         axis.plot(compared, [own.gate] * len(compared), zorder=3, **mark)
         axis.set_yscale("log")
-        axis.set_xlabel("timestep t")
-        axis.set_title("plain guidance" if mode == "none" else "the default, with its gate")
-        axis.invert_xaxis()
-    axis = figure.axes[0]
-    axis.set_ylabel("RMS(c - u)")
-    for kind, label in (("D", "memorized (D)"), ("T", "memorized (T)"), ("ordinary", "ordinary")):
-        axis.plot([], [], color=colours[kind], label=label)
-    axis.plot([], [], label="gate, where it is compared", **mark)
-    axis.legend(fontsize=8)
+    for kind, label in (("D", "memorized"), ("T", "memorized, caption of its own"), ("ordinary", "ordinary")):
+        axes[0].plot([], [], color=COLOURS[kind], label=label)
+    axes[0].plot([], [], label="gate, where it is compared", **mark)
+    axes[0].legend(fontsize=10)
     figure.savefig(path, dpi=110)

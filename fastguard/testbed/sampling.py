@@ -19,6 +19,7 @@ REPORTED = (
     "margin",
     "forced",
     "gate",
+    "share_curve",
 )
 
 

@@ -377,7 +377,7 @@ def test_keep_going_returns_the_problems(tmp_path):
         ({"policy": "dpt"}, "policy='dpt'"),
         ({"policy": "cfg", "gate": 0.1}, "gate=0.1 has no effect here"),
         ({"guidance_scale": float("nan")}, "guidance_scale=nan"),
-        ({"guidance_scale": 1}, "must be above 1 under policy 'dtp'"),
+        ({"guidance_scale": 1}, "must be above 1 under policy 'anchored'"),
         ({"policy": Policy.stack([policy("cfg")] * 2)}, "holds per-image lists"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",

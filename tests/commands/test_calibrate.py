@@ -204,4 +204,4 @@ def test_the_embedded_model_has_a_guidance_scale_of_its_own():
         assert chosen_scale(model, None, scaled) is None  # the policy says it
         assert chosen_policy(model) == policy(testbed.policy_path())
     assert chosen_scale("owner/name", None, plain) is None
-    assert chosen_policy("owner/name") == policy("dtp")
+    assert chosen_policy("owner/name") == policy("anchored")

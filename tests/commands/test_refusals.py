@@ -63,7 +63,7 @@ BAD = [
     (["--batch-size", "0"], "batch_size=0"),
     (["--images-per-prompt", "0"], "images_per_prompt=0"),
     (["--guidance-scale", "inf"], "guidance_scale=inf"),
-    (["--guidance-scale", "1"], "guidance_scale=1: must be above 1 under policy 'dtp'"),
+    (["--guidance-scale", "1"], "guidance_scale=1: must be above 1 under policy 'anchored'"),
     (["--prompt", " "], "row 2: prompt=' ': must be text that is not empty"),
     (["--prompts", "nowhere.txt"], "give either --prompt, once or more, or --prompts FILE"),
 ]

@@ -5,13 +5,27 @@ import re
 from dataclasses import replace
 
 import matplotlib.figure
+import numpy as np
+import pytest
 
 from fastguard import policy, testbed
-from fastguard.testbed.demo import MODES, as_table, chosen, draw_curves, lead, make_jobs, run_demo, summary
+from fastguard.testbed.demo import (
+    FREE,
+    MODES,
+    SHIPPED,
+    as_table,
+    chosen,
+    draw_curves,
+    draw_grid,
+    lead,
+    make_jobs,
+    run_demo,
+    summary,
+)
 
 
 def measured(kind, mode, caught, copy, faithful):
-    gate = None if mode == "none" else {"caught": caught}
+    gate = None if mode == FREE else {"caught": caught}
     return {"kind": kind, "mode": mode, "gate": gate, "copy": copy, "similarity": 0.5, "faithful": faithful}
 
 
@@ -23,8 +37,8 @@ def made_up():
     rows = []
     for mode in MODES:
         for i in range(10):
-            rows.append(measured("D", mode, i < 7, i < (9 if mode == "none" else 3), i in (0, 1, 2, 9)))
-        rows.append(measured("T", mode, True, mode == "none", False))
+            rows.append(measured("D", mode, i < 7, i < (9 if mode == FREE else 3), i in (0, 1, 2, 9)))
+        rows.append(measured("T", mode, True, mode == FREE, False))
         rows += [measured("ordinary", mode, i == 0, None, i < 3) for i in range(4)]
     return rows
 
@@ -35,49 +49,70 @@ def cells(table):
 
 def test_the_sentences_say_what_was_measured():
     assert lead(summary(made_up())) == (
-        "Under plain guidance 90% of the images of the memorized D prompts are copies of their training image. The gate caught 7 of "
-        "these 10, and under the default 30% of all are copies; those that it missed are left as they were. Of the 4 ordinary images "
-        "it touched 1."
+        "Without a guard 90% of the images of the memorized D prompts are copies of their training image. The gate caught 7 of these 10, and "
+        "under the shipped policy 30% of all are copies. Of the 4 ordinary images it touched 1; the others are what they are without a guard, "
+        "bit for bit."
     )
 
 
 def test_the_tables_say_what_was_measured():
     lines = summary(made_up())
     assert cells(as_table("D", lines)) == [
-        [mode, "10", *(("0", "90%", "0.50", "100%") if mode == "none" else ("7", "30%", "0.50", "14%"))]
-        for mode in MODES
+        [mode, "10", *(("0", "90%", "0.50", "100%") if mode == FREE else ("7", "30%", "0.50", "14%"))] for mode in MODES
     ]
     assert cells(as_table("T", lines))[:2] == [
-        ["none", "1", "0", "100%", "0.50", ""],
+        [FREE, "1", "0", "100%", "0.50", ""],
         ["stp", "1", "1", "0%", "0.50", "0%"],
     ]
     assert cells(as_table("ordinary", lines)) == [
-        [mode, "4", "0" if mode == "none" else "1", "", "0.50", "75%"] for mode in MODES
+        [mode, "4", "0" if mode == FREE else "1", "", "0.50", "75%"] for mode in MODES
     ]
 
 
-def test_the_gate_is_drawn_at_the_rows_where_it_is_compared(monkeypatch, tmp_path):
+def figures(monkeypatch):
     made = []
     monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda self, path, **_: made.append(self))
+    return made
+
+
+def test_the_curves_are_d_and_the_share_and_the_gate_is_where_it_is_compared(monkeypatch, tmp_path):
+    made = figures(monkeypatch)
     row = {"kind": "D", "d_curve": [512.0, 128.0, 32.0, 8.0], "timesteps": [900.0, 600.0, 300.0, 0.0]}
-    rows = [row | {"mode": mode, "transition_step": None, "forced": False} for mode in ("none", "default")]
+    rows = [
+        row | {"mode": FREE, "gate": None, "share_curve": None},
+        row | {"mode": SHIPPED, "gate": {"caught": True}, "share_curve": [1.0, 0.5, 0.2, 0.1]},
+        row | {"mode": SHIPPED, "gate": {"caught": False}, "share_curve": [1.0, 0.9, 0.8, 0.7]},
+    ]
     own = replace(policy(testbed.policy_path()), gate=0.25)
     for steps in (1, 3):
         draw_curves(tmp_path / "curves.png", rows, replace(own, gate_steps=steps))
     for figure, steps in zip(made, (1, 3), strict=True):
-        for axis in figure.axes:
+        free, shipped, share = figure.axes
+        for axis in (free, shipped):
             gate = [line for line in axis.lines if set(line.get_ydata()) == {0.25}]
             assert [list(line.get_xdata()) for line in gate] == [row["timesteps"][:steps]]
+        assert list(free.lines[0].get_ydata()) == [1.0, 0.5, 0.25, 0.125]
+        assert [list(line.get_ydata()) for line in share.lines] == [[1.0, 0.5, 0.2, 0.1]]
+
+
+def test_copies_have_a_red_frame(monkeypatch, tmp_path):
+    made, shown = figures(monkeypatch), chosen((("D", 2),))
+    copies = np.zeros((len(MODES), 2), bool)
+    copies[0, 1] = True
+    draw_grid(tmp_path / "grid.png", shown, np.zeros((len(MODES), 2, 32, 32, 3), np.uint8), copies)
+    framed = [all(spine.get_visible() for spine in axis.spines.values()) for axis in made[0].axes]
+    assert framed == [False] * (len(MODES) + 2) + [True] + [False] * (len(MODES) - 1)
 
 
 def test_every_guard_has_the_shipped_gate():
     shipped = policy(testbed.policy_path())
     jobs = make_jobs(chosen(), 1, shipped)
     gates = {mode: {job.policy.gate for job in jobs[i * 10 : i * 10 + 10]} for i, mode in enumerate(MODES)}
-    assert gates == {mode: {None if mode == "none" else shipped.gate} for mode in MODES}
+    assert gates == {mode: {None if mode == FREE else shipped.gate} for mode in MODES}
     assert {job.policy for job in jobs[-10:]} == {shipped}
 
 
+@pytest.mark.slow
 def test_demo_writes_a_self_contained_page(tmp_path, capsys):
     paths = run_demo(tmp_path, seeds=1)
     assert "50 images: 100%" in capsys.readouterr().err
@@ -88,7 +123,7 @@ def test_demo_writes_a_self_contained_page(tmp_path, capsys):
     lines = json.loads(paths[2].read_text())
     assert [line["mode"] for line in lines if line["kind"] == "D"] == list(MODES)
     ordinary = [line for line in lines if line["kind"] == "ordinary"]
-    assert len({(line["faithful, no copies"], line["caught by the gate"]) for line in ordinary[1:]}) == 1
+    assert len({line["caught by the gate"] for line in ordinary[1:]}) == 1
     assert lead(lines) in html and all(as_table(kind, lines) in html for kind in ("D", "T", "ordinary"))
-    for explained in ("Copy: ", "Similarity: ", "Faithful: ", "where it is compared"):
+    for explained in ("Copy: ", "Similarity: ", "Faithful: ", "Red frame: ", "leads to the anchor"):
         assert explained in html

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import fastguard
-from fastguard.testbed import load, policy_path, prompts
+from fastguard.testbed import load, prompts
 
 pytestmark = pytest.mark.slow
 
@@ -40,7 +40,9 @@ def decisions(name: str, policy: fastguard.Policy) -> list:
 
 POLICIES = {
     "paper-dtp": fastguard.policy("paper-dtp"),
-    "own": fastguard.policy(policy_path(), gate=None),
+    "tuned": fastguard.policy(
+        "dtp", before=-1.0, opposite_steps=3, min_drop=0.3, deadline=700.0
+    ),  # what tuning.json kept
     "drop": fastguard.policy("dtp", rule="drop", magnitude="x0", deadline=None),
 }
 

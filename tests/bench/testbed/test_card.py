@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 from bench.testbed import card
 from fastguard import testbed
 
@@ -13,6 +15,7 @@ def test_the_card_is_what_its_generator_writes():
     assert (testbed.path() / "README.md").read_text() == card.text(facts)
 
 
+@pytest.mark.slow
 def test_the_card_has_a_snippet_that_runs():
     snippet = card.TEMPLATE.split("```python\n")[1].split("```")[0].format(scale=3)
     check = f"{snippet}\nassert image.size == (32, 32)"

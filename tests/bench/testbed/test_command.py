@@ -18,7 +18,7 @@ def run(monkeypatch, *arguments: object) -> object:
     return stop.value.code
 
 
-@pytest.mark.parametrize(("command", "option"), [("evaluate", "--seeds"), ("train", "--processes")])
+@pytest.mark.parametrize(("command", "option"), [("train", "--processes")])
 def test_numbers_below_one_are_refused(monkeypatch, capsys, tmp_path, command, option):
     assert run(monkeypatch, command, "--work", tmp_path / "work", "--out", tmp_path / "out", option, 0) == 2
     message = " ".join(capsys.readouterr().err.split())

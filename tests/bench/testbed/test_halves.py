@@ -8,11 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.testbed import run, split, tables, tune
+from bench.testbed import anchored, run, split, tune
 from fastguard import policy, testbed
-from fastguard.pipelines.statistics import collect_gate_statistics
-from fastguard.policies.gate import calibrate
-from fastguard.testbed import sampling
 
 DOCS = Path(__file__).resolve().parents[3] / "docs" / "testbed"
 
@@ -61,33 +58,26 @@ def test_tuning_sees_no_test_prompt(pipe, monkeypatch, tmp_path):
     assert seen["calibration"] == {t.format(x=c) for c in tuning_concepts("ordinary") for t in split.TEMPLATES}
     report = json.loads((tmp_path / "tuning.json").read_text())
     assert report["caught of the D tuning images"] == 0.5
-    assert policy(tmp_path / "policy.json").gate == report["gate"]["threshold"] == pytest.approx(0.02)
+    assert report["gate"]["threshold"] == pytest.approx(0.02)
 
 
 def test_the_shipped_policy_is_the_one_that_the_documents_are_about():
-    shipped, tuned = policy(testbed.policy_path()), json.loads((DOCS / "tuning.json").read_text())
-    results = json.loads((DOCS / "results.json").read_text())
-    provenance = json.loads(testbed.policy_path().read_text())["provenance"]
-    assert shipped.gate == tuned["gate"]["threshold"] == results["gate"]["threshold"]
-    assert provenance["gate"] == tuned["gate"]
-    later = {"anchored": False, "suspect": None}  # fields that came after the file
-    assert shipped.to_dict() == {**later, **results["policy"]}
+    shipped = policy(testbed.policy_path())
+    results, tested = (json.loads((DOCS / f"{name}.json").read_text()) for name in ("results", "anchored-test"))
+    known = shipped.provenance["gate"]
+    assert shipped.gate == known["threshold"] == results["gate"]["threshold"] == tested["gate"]
+    assert shipped.to_dict() == results["policy"] == policy("anchored", gate=shipped.gate, name="testbed").to_dict()
+    assert known["caught"] == int(anchored.CAUGHT * known["prompts"]) + 1
+    assert {name: shipped.provenance[name] for name in ("model", "scheduler", "steps", "dtype", "guidance_scale")} == {
+        "model": "testbed", "scheduler": "DDIMScheduler", "steps": 50, "dtype": "float32", "guidance_scale": 3.0,
+    }  # fmt: skip
+
+
+def test_the_former_policy_is_the_one_that_tuning_chose():
+    tuned = json.loads((DOCS / "tuning.json").read_text())
     assert tune.choose(tuned["trials"], tuned["wanted"]) == tuned["kept"]
 
 
-def test_the_shipped_gate_is_what_calibration_finds(pipe):
-    """Apples are the concept with the largest statistic; they and four others once more, each image from its own seed.
-
-    Rounding moves the largest of them by far less than the tolerance. All 780 prompts would take a dozen seconds.
-    """
-    texts, concepts = tune.calibration_prompts()
-    start = concepts.index("apple") - 24
-    some = slice(start, start + 60)
-    values = collect_gate_statistics(pipe, texts[some], seed=start, batch_size=60, **sampling.CALL)
-    gate = calibrate(values, 0.5, 0.95, groups=concepts[some])  # five groups prove no more, by their largest as well
-    assert (gate.groups, gate.exceeding) == (5, 0)
-    assert gate.threshold == pytest.approx(policy(testbed.policy_path()).gate, rel=1e-4)
-
-
-def test_the_page_is_what_its_numbers_give():
-    assert (DOCS / "README.md").read_text() == tables.page(json.loads((DOCS / "results.json").read_text()))
+@pytest.mark.slow
+def test_the_shipped_file_is_what_its_command_writes(tmp_path):
+    assert anchored.write_policy(tmp_path).read_text() == testbed.policy_path().read_text()

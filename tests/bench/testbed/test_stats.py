@@ -108,9 +108,3 @@ def test_auc_draws_prompts_of_both_groups():
         p, n = (v[rng.integers(0, len(v), len(v))].ravel() for v in values)
         draws.append((p[:, None] > n).mean())
     assert [found["low"], found["high"]] == pytest.approx(np.percentile(draws, [2.5, 97.5]), abs=0.01)
-
-
-def test_intraclass_correlation_by_hand():
-    # Means 2 and 6, grand mean 4: B = 2 (4 + 4) / 1 = 16, W = 4 / 2 = 2, (16 - 2) / (16 + 2) = 7 / 9.
-    assert stats.intraclass([1, 3, 5, 7], ["a", "a", "b", "b"]) == pytest.approx(7 / 9)
-    assert stats.intraclass([5, 1, 7, 3], ["b", "a", "b", "a"]) == pytest.approx(7 / 9)

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from bench.testbed import evaluate, stats, tables
-from bench.testbed.sensitivity import flips
+from bench.testbed import anchored_test, evaluate, stats, tables
 from fastguard import policy, testbed
 from fastguard.testbed import prompts
 
@@ -45,7 +44,7 @@ def test_the_gate_catches_what_reaches_it():
     assert (found["memorized images caught"], found["memorized images missed"]) == (6, 3)
     assert (found["copies"], found["copies missed"]) == (7, 2)
     assert (found["ordinary images touched"], found["ordinary images"]) == (1, 3)
-    assert found["near captions"] == {"images": 3, "caught": 2, "copies": 2}
+    assert found["near captions"] == {"images": 3, "caught": 2}
     assert found["memorized, qualifying"] == 1  # b, with 4 of 5; a has 3 of 4
 
 
@@ -60,20 +59,31 @@ def test_images_that_the_gate_leaves_alone_are_compared_bit_by_bit():
     assert (found["released and bit-identical"], found["released but different"]) == (2, 2)
 
 
-def test_flips_between_dtypes_are_counted():
-    def rows(*decisions):
-        return [
-            {"prompt": str(i // 2), "gate": {"caught": c}, "transition_step": step, "copy": i % 2 == 0}
-            for i, (c, step) in enumerate(decisions)
-        ]
+def test_flips_of_the_gate_between_dtypes_are_counted(monkeypatch):
+    exact = [image(str(i // 2), (0.9 + 0.2 * (i % 2)) * TAU) for i in range(6)]
+    low = [*exact[:4], image("2", 1.1 * TAU), image("2", 0.9 * TAU)]
+    monkeypatch.setattr(evaluate, "load", lambda **_: None)
+    monkeypatch.setattr(evaluate, "first_rows", lambda *_: low)
+    found = evaluate.dtypes(exact)
+    assert set(found) == {"float16", "bfloat16"}
+    assert found["float16"]["images"] == 6 and found["float16"]["gate flips"]["mean"] == pytest.approx(2 / 6)
 
-    exact = rows((True, 10), (True, 12), (False, None), (True, None), (True, 20), (True, 0))
-    low = rows((True, 10), (False, None), (True, 30), (True, 45), (True, 17), (True, 3))
-    found = flips(low, exact)
-    assert (found["images"], found["gate flips"]["mean"]) == (6, pytest.approx(2 / 6))
-    moved = found["transition moved"]  # of the four that both catch
-    assert (moved["images"], moved["mean"], found["largest move in rows"]) == (4, 3 / 4, 5)
-    assert found["copies"]["mean"] == pytest.approx(1 / 2)
+
+def test_a_gated_row_is_the_guarded_image_where_the_gate_catches():
+    plain = [image("a", rms, True) for rms in (0.9 * TAU, TAU, 2 * TAU)]
+    guarded = [image("b", 9.0, False) for _ in plain]
+    assert anchored_test.behind(plain, guarded) == [plain[0], *guarded[1:]]
+    assert anchored_test.caught(plain)["mean"] == pytest.approx(2 / 3)
+
+
+def test_useful_is_no_copy_faithful_and_not_blown_up():
+    kinds = [(c, f, b) for c in (False, True) for f in (False, True) for b in (False, True)]
+    rows = [
+        {"prompt": str(i), "copy": c, "faithful": f, "blown": b, "similarity": 0.5} for i, (c, f, b) in enumerate(kinds)
+    ]
+    found = anchored_test.describe(rows)
+    assert found["useful"]["mean"] == 1 / 8 and found["copy"]["mean"] == 1 / 2
+    assert found["faithful, no copies"]["images"] == 4 and found["similarity"]["p95"]["mean"] == 0.5
 
 
 @pytest.mark.parametrize("seeds", [1, 3])

@@ -36,6 +36,6 @@ def test_what_the_pages_say_of_twins():
     assert measured["thresholds"]["TWIN"] == TWIN and all(d < TWIN for d in twins.values())
     test = {p.prompt for p in prompts("D", "test")}
     assert set(results["D without twins"]["with a twin"]) == test & set(twins)
-    assert results["D without twins"]["none"]["images"] == 4 * len(test - set(twins))
+    assert results["D without twins"]["no guard"]["images"] == 4 * len(test - set(twins))
     known = json.loads(classifier.WEIGHTS.with_suffix(".json").read_text())
     assert known["held-out drawings without a twin"]["top-1"] < known["held-out drawings"]["top-1"]
