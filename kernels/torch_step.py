@@ -29,7 +29,8 @@ def guided_step_torch(o: Operands) -> None:
     (state, trace, *shares), rows, guidance = host, o.rows.cpu().numpy(), o.guidance.cpu().numpy()
     latents = [_samples(t, size, batch) for t in (o.uncond, o.cond, o.combined, o.x, o.noise)]
     slots = [_samples(slot, size, batch) for slot in o.history]
-    inputs = [] if o.model_input is None else [_samples(half, size, batch) for half in o.model_input.split(batch)]
+    inputs = None if o.model_input is None else _flat(o.model_input, size).view(-1, batch, size).unbind(1)
+    times = None if o.timestep_out is None else o.timestep_out.view(-1, batch).unbind(1)
     anchors = [] if o.anchor is None or o.cond is None else [_samples(half, size, batch) for half in o.anchor]
 
     for b, (old, rule, u, c, own, x, z) in enumerate(zip(state.tolist(), o.rules.tolist(), *latents, strict=True)):
@@ -65,17 +66,16 @@ def guided_step_torch(o: Operands) -> None:
 
         e = own.float() if combines else u.float() if c is None else delta * g + u
         e = e - a * f if f else e  # only an anchored sample has an f
-        m = _weighted((row[codes.Q], e), (row[codes.P], x))
+        m = e if (row[codes.Q], row[codes.P]) == (1.0, 0.0) else _weighted((row[codes.Q], e), (row[codes.P], x))
         past = [(row[codes.H0 + j], slot[b]) for j, slot in enumerate(slots)]
         after = _weighted((row[codes.A], x), (row[codes.B], m), *past, (0.0 if z is None else row[codes.N], z))
         if row[codes.STORE] >= 0:
             slots[int(row[codes.STORE])][b].copy_(m)
         x.copy_(after)
-        y = after * following[codes.S]
-        for half in inputs:
-            half[b].copy_(y)
-        if o.timestep_out is not None:
-            o.timestep_out[b::batch] = following[codes.TIMESTEP]
+        if inputs is not None:  # one or both halves
+            inputs[b].copy_(after if following[codes.S] == 1.0 else after * following[codes.S])
+        if times is not None:
+            times[b].fill_(following[codes.TIMESTEP])
 
     if o.x.device.type != "cpu":
         for tensor, values in zip(written, host, strict=True):
@@ -86,7 +86,11 @@ def _samples(tensor: Tensor | None, size: int, batch: int) -> Sequence[Any]:
     """[size] views of samples that are dense in memory, in memory order; None for each where there is no tensor."""
     if tensor is None:
         return [None] * batch
-    return tensor.as_strided((batch, size), (tensor.stride(0), 1)).unbind()
+    return _flat(tensor, size).unbind()
+
+
+def _flat(tensor: Tensor, size: int) -> Tensor:
+    return tensor.as_strided((tensor.shape[0], size), (tensor.stride(0), 1))
 
 
 def _sum(products: Tensor) -> float:
