@@ -6,6 +6,9 @@ images (65 things in 12 phrases) with the largest first difference, what a gate 
 
 from __future__ import annotations
 
+import math
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastguard import policy
+from fastguard import Policy, policy
 from fastguard.files import write_json
 from fastguard.testbed import Prompt, load, prompts
 from fastguard.testbed.measures import Judge
@@ -27,6 +30,7 @@ from .split import TEMPLATES
 
 BATCH = 64
 CAUGHT = 0.1
+FPR = 0.05  # of the bounds of screening and of suspects; 65 prompts allow no less with confidence 0.95
 SEEDS = 2
 OLD = {"faint": 0.0, "sharp": 0.0, "push": 0.0, "drift": "advance"}
 SCALED = {"bound": None}  # the strength scales what is taken out, whatever the scale
@@ -127,7 +131,26 @@ def write_policy(out: Path) -> Path:
             "one noise each). It is loose on purpose, and bounds nothing: of other ordinary prompts it may catch more",
         },
     }
-    return policy("anchored", gate=threshold, name="testbed").save(out / "policy.json", provenance=known)
+    bounds = calibrated(out)
+    # Rounded away from the ordinary prompts, so that a last digit of another machine changes nothing.
+    suspect = math.floor(100 * bounds.suspect) / 100  # type: ignore[operator]
+    screen = bounds.provenance["screen"]
+    known["screen"] = screen | {"threshold": math.ceil(1e4 * screen["threshold"]) / 1e4}
+    known["bounds"] = (
+        f"screen and suspect: fastguard calibrate, {FPR:.0%} of {bounds.provenance['prompts']} ordinary tuning prompts"
+    )
+    mine = policy("anchored", gate=threshold, suspect=suspect, name="testbed")
+    return mine.save(out / "policy.json", provenance=known)
+
+
+def calibrated(out: Path) -> Policy:
+    """What `fastguard calibrate` says of the ordinary tuning prompts, one phrase each."""
+    texts, found = out / "ordinary.txt", out / "calibrated.json"
+    texts.write_text("\n".join(prompt.prompt for prompt in prompts("ordinary", "tuning")))
+    found.unlink(missing_ok=True)
+    command = ["calibrate", "testbed", "--policy", "anchored", "--fpr", str(FPR), "--quiet"]
+    subprocess.run([sys.executable, "-m", "fastguard", *command, "--prompts", texts, "--out", found], check=True)
+    return Policy.load(found)
 
 
 def summary(judge: Judge, work: Sequence[Sample], z: Tensor) -> dict[str, dict[str, float | None]]:
