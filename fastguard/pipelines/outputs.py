@@ -91,7 +91,7 @@ def keeps_state(denoiser: Any) -> str | None:
         if "forward" in vars(module) and not hasattr(module, "_hf_hook") and registry is None:
             return f"forward() is replaced on a {name}"
         # forward: of the class, which TeaCache's users replace.
-        for where in (type(module).__module__, type(module).forward.__module__):
+        for where in (type(module).__module__, getattr(type(module).forward, "__module__", None) or "?"):
             if where.split(".")[0] not in _LIBRARIES:
                 return f"{where}.{name} is not one of the libraries' own layers"
         processor = getattr(module, "processor", None)

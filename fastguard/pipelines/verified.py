@@ -27,7 +27,9 @@ def checked(pipe: Any, family: Family | OwnFamily, values: Mapping[str, Any], st
 
 
 def examined(pipe: Any, family: Family | OwnFamily, values: Mapping[str, Any], stock_call: Callable[..., Any]) -> Probe:
-    """A probe of the call, held against the family."""
+    """A probe of the call, held against the family (UNKNOWN: against the inferred one)."""
+    if family.name == UNKNOWN.name:
+        family = infer(pipe, _named(values), stock_call)
     return probe(pipe, _named(values), in_own_terms(family), stock_call)
 
 

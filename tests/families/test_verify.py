@@ -56,6 +56,7 @@ def test_an_unknown_class_is_taken_at_the_users_word(flux):
     stock, zero = run(tiny, flux, tiny.guided()), run(tiny, flux, tiny.alone(2))
     with fastguard.enable(pipe, "cfg", family="probe") as guard:
         arguments = tiny.guided()
+        assert str(guard.probe(**arguments, num_inference_steps=2)).startswith("probe: two calls c, u, true_cfg_scale")
         assert torch.equal(run(tiny, pipe, arguments), stock)
         assert guard.family.calls == 2 and guard.family.order == ("cond", "uncond")
     with fastguard.enable(pipe, "stp", t_star=0, family="probe"):

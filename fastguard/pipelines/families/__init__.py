@@ -11,32 +11,13 @@ import functools
 from typing import Any
 
 from fastguard.pipelines.families.base import Family
+from fastguard.pipelines.families.fused import FUSED
 from fastguard.pipelines.families.guiders import GUIDERS
 from fastguard.pipelines.families.own import OwnFamily
-from fastguard.pipelines.families.pixart import PIXART
 from fastguard.pipelines.families.refused import reason_against
-from fastguard.pipelines.families.stable_diffusion import (
-    CONTROLNET,
-    CONTROLNET_FIXED,
-    CONTROLNET_INPAINT,
-    IMAGE_TO_IMAGE,
-    INPAINT,
-    TEXT_TO_IMAGE,
-)
-from fastguard.pipelines.families.stable_diffusion_3 import SD3, SD3_INPAINT
 from fastguard.pipelines.families.table import TABLE
 
-FAMILIES: tuple[Family, ...] = (
-    TEXT_TO_IMAGE,
-    IMAGE_TO_IMAGE,
-    INPAINT,
-    CONTROLNET,
-    CONTROLNET_FIXED,
-    CONTROLNET_INPAINT,
-    SD3,
-    SD3_INPAINT,
-    PIXART,
-)
+FAMILIES: tuple[Family, ...] = FUSED
 OWN_FAMILIES: tuple[OwnFamily, ...] = (*TABLE, *GUIDERS)
 
 

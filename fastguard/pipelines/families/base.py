@@ -58,13 +58,3 @@ class Family:
     def own_step(self, arguments: Arguments, rows: int) -> str | None:
         """Why the scheduler's own step() must run in a call of so many rows (it returns something that the table does not hold)."""
         return None
-
-
-class FixedScale(Family):
-    """Pipelines that combine with their argument and never look at themselves again: a callback cannot change the scale."""
-
-    def guidance_scale(self, pipe: Any, arguments: Arguments) -> float:
-        return float(arguments["guidance_scale"])
-
-    def guidance_rescale(self, pipe: Any, arguments: Arguments) -> float:
-        return float(arguments.get("guidance_rescale") or 0.0)
