@@ -135,7 +135,7 @@ def _group_offloaded(pipe):
 
 
 def _cached(pipe):
-    pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.5))
+    pipe.transformer.enable_cache(diffusers.TaylorSeerCacheConfig(cache_interval=3, disable_cache_before_step=1))
 
 
 @pytest.mark.parametrize("attach", [_offloaded, _group_offloaded, _cached])

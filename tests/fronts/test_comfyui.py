@@ -14,6 +14,7 @@ from diffusers import EulerDiscreteScheduler
 import fastguard.fronts.comfyui as pack
 from fastguard.fronts.comfyui.node import GuardReport, MemorizationGuard
 from fastguard.fronts.comfyui.patch import Guarded
+from fastguard.kernels.layout import Rule
 from fastguard.loop.loop import Loop
 from fastguard.policies.plan import lower
 from fastguard.policies.policy import Policy
@@ -345,5 +346,6 @@ def test_anchored_is_what_the_loop_does(gate: float | None) -> None:
         c, u = model.predict(loop.x, sigma.expand(batch), [["positive"], ["negative"]])
         loop.advance((loop.x - u) / sigma, (loop.x - c) / sigma)
     torch.testing.assert_close(ours, loop.x, rtol=0, atol=2e-4)
+    torch.testing.assert_close(guard._guide.loop.rules[:, Rule.ANCHORED :], loop.rules[:, Rule.ANCHORED :])
     assert guard.report[0].share_curve == pytest.approx(loop.shares[:8, 0].tolist(), rel=1e-3, abs=1e-4)
     assert (ours[0] - ours[3]).abs().max() > 0.1  # it did something
