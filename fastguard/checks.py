@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import importlib
 import math
+import sys
+import warnings
 from collections.abc import Callable, Iterable
 from numbers import Integral, Real
 from typing import Any
@@ -57,3 +59,11 @@ def extra(module: str, name: str, purpose: str) -> Any:
     except ImportError:
         package = module.partition(".")[0]
         raise ValueError(f"{purpose}: needs {package}; pip install 'diffusers-fastguard[{name}]'") from None
+
+
+def warn(message: str) -> None:
+    """A warning that points at the caller's line: the first frame outside of this package, diffusers and torch."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in ("fastguard", "diffusers", "torch"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 
+from fastguard import checks
 from fastguard.pipelines.attached import no_second_branch, policies_of
 from fastguard.pipelines.families import Family
 from fastguard.pipelines.outputs import needs_both
@@ -62,7 +62,7 @@ class Guidance:
             self.plan = self._lower()
             self.reason = self.reason and f"both branches run in every row: {self.reason}"
         for sentence in unfit_guards(self.plan, rows):
-            warnings.warn(sentence, stacklevel=2)
+            checks.warn(sentence)
         return self.plan
 
     def changed(self) -> bool:
@@ -81,10 +81,9 @@ class Guidance:
         """`on` at this row; warns if guidance ends before the guard does."""
         on = self.on
         if not on and row > 0 and self.policy.guarded and self._was_on:
-            warnings.warn(
+            checks.warn(
                 f"guidance was switched off at denoiser row {row} (by a callback): the guard ends with it, and an image that has "
                 f"not reached its transition gets the conditional branch alone, which copies",
-                stacklevel=2,
             )
         self._was_on = on
         if self.rescale > 0.0 and schedule.linear:

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import functools
 import inspect
-import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 
+from fastguard import checks
 from fastguard.kernels.layout import Rule
 from fastguard.loop.guide import Guide
 from fastguard.loop.report import Report
@@ -176,7 +176,7 @@ class OwnCombination(Attached):
         policies = policies_of(self.policy, self.arguments, len(latents))
         guide = Guide(policies, schedule, guidance_scale=self._scale(next(iter(self.denoisers))), latents=latents)
         for sentence in unfit_guards(guide.plan, self.scheduling.rows_of_the_loop()):
-            warnings.warn(sentence, stacklevel=2)
+            checks.warn(sentence)
         self.guide, self._skip_until = guide, self._skips_until(guide.plan)
 
     def _skips_until(self, plan: Plan) -> int:
@@ -209,10 +209,9 @@ class OwnCombination(Attached):
             self.begin(sample, self.scheduling.first_row)
             self.reasons = [f"{given}: no second branch, so nothing was guarded (unguided='run')"]
         if not both and self._both and self.row > 0 and self.policy.guarded:
-            warnings.warn(
+            checks.warn(
                 f"the second branch ended at denoiser row {self.row}: the guard ends with it, and an image that has not reached "
                 f"its transition gets the conditional branch alone, which copies",
-                stacklevel=2,
             )
         self._both = both
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -136,8 +137,9 @@ def test_a_guider_without_a_second_branch_is_refused(case: Any) -> None:
 def test_stop_ends_the_guard_with_a_warning(case: Any) -> None:
     tiny, pipe = case
     pipe.guider = diffusers.ClassifierFreeGuidance(4.0, stop=0.5)
-    with pytest.warns(UserWarning, match="the second branch ended at denoiser row 2"):
+    with pytest.warns(UserWarning, match="the second branch ended at denoiser row 2") as told:
         guarded(tiny, pipe, "stp", t_star=0)
+    assert "tests/families" in Path(told[-1].filename).as_posix(), "a warning points at the user's line"
 
 
 def test_other_guiders_are_refused_by_name(case: Any) -> None:

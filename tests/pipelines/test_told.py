@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fastguard
-from tests import pipelines
+from tests import guarded, pipelines
 from tests.guarded import STEPS, call, picture
 
 
@@ -106,7 +106,8 @@ def test_a_guard_that_ends_before_it_begins_is_told():
         with warnings.catch_warnings(record=True) as found, fastguard.enable(pipe, name):
             warnings.simplefilter("always")
             call(pipe, **image)
-        assert sum("has no effect in this call: t_star=500" in str(w.message) for w in found) == said
+        told = [w for w in found if "has no effect in this call: t_star=500" in str(w.message)]
+        assert [w.filename for w in told] == [guarded.__file__] * said, "a warning points at the user's line"
 
 
 def test_a_guard_that_outlasts_its_call_is_told():
