@@ -26,6 +26,7 @@ COLOURS = (
     "#5f6368",
 )
 DASHES = ("-", "--", ":")
+MARKERS = dict(zip(DASHES, "os^", strict=True))  # a curve of one point has no line
 GAP = 0.034  # least distance of two labels, as a share of the axis
 ROOM = 0.25  # for them, as a share of the width
 
@@ -74,7 +75,9 @@ def styles_of(names: Sequence[str]) -> dict[str, tuple[str, str]]:
 def line(panel: Any, points: Sequence[Mapping[str, Any]], colour: str, dash: str, strong: bool) -> None:
     """A method's points with their intervals, its scales beside them where it is `strong`."""
     x, y = ([p[side]["mean"] for p in points] for side in "xy")
-    panel.plot(x, y, color=colour, linestyle=dash, marker="o", ms=4 if strong else 2.5, lw=2.2 if strong else 1)
+    panel.plot(
+        x, y, color=colour, linestyle=dash, marker=MARKERS[dash], ms=4 if strong else 2.5, lw=2.2 if strong else 1
+    )
     if strong:
         spread = [[p["y"]["mean"] - p["y"]["low"], p["y"]["high"] - p["y"]["mean"]] for p in points]
         panel.errorbar(x, y, yerr=np.array(spread).clip(0).T, fmt="none", ecolor=colour, elinewidth=0.5)
