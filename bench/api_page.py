@@ -53,7 +53,7 @@ def entry(module: str, name: str) -> str:
         lines.append(fields)
     for key, member in vars(thing).items() if inspect.isclass(thing) else ():
         target = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
-        if not key.startswith("_") and inspect.isfunction(target) and inspect.getdoc(target):
+        if not key.startswith("_") and inspect.isfunction(target) and target.__doc__:
             shown = key if isinstance(member, property) else f"{key}{_signature(getattr(thing, key))}"
             lines.append(_block(f"{name}.{shown}", inspect.getdoc(target)))
     return "\n".join(lines)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import fastguard
+from bench.api_page import page
 from fastguard import testbed
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,3 +49,7 @@ def test_the_first_snippet(tmp_path, monkeypatch, capsys):
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["False", "True"]
     assert fastguard.policy("policy.json").gate == names["gate"].threshold and names["gate"].fpr == 0.05
     assert type(names["pipe"]).__call__ is type(testbed.load()).__call__ and len(names["images"]) == 2
+
+
+def test_the_api_page_is_current():
+    assert (ROOT / "docs" / "api.md").read_text() == page(), "python -m bench.api_page"
