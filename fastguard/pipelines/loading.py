@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 import warnings
 from collections.abc import Mapping
@@ -209,15 +210,12 @@ def load_pipeline(
 
 
 def _variant_hint(model: str, variant: str | None) -> str:
-    """Which variant to ask for, where a directory has weights of one alone."""
-    names = [path.name for path in Path(resolve(model)).glob("*/*.safetensors")]
-    found = sorted({name.split(".")[-2] for name in names if name.count(".") > 1 and "-of-" not in name})
-    plain = any(name.count(".") == 1 for name in names)
-    return (
-        f" (there are weights of variant {found[0]!r} alone: give variant)"
-        if found and not plain and variant != found[0]
-        else ""
-    )
+    """Which variant to ask for, where a part of the model has weights of one alone."""
+    for part in sorted(path for path in Path(resolve(model)).glob("*") if path.is_dir()):
+        names = [path.name for path in part.glob("*.safetensors") if "-of-" not in path.name]
+        if names and all(name.count(".") > 1 for name in names) and variant != (found := names[0].split(".")[-2]):
+            return f" ({part.name} has weights of variant {found!r} alone: give variant)"
+    return ""
 
 
 def skeleton(model: str, *, scheduler: str | None = None) -> Any:
@@ -289,10 +287,10 @@ def _line(error: BaseException) -> str:
 
 
 def quiet() -> None:
-    """Only errors from the libraries that load the model: for programs whose output somebody reads."""
+    """Nothing from the libraries that load the model, for programs whose output somebody reads: what goes wrong there raises, and we tell it."""
     import diffusers
     import transformers
 
     for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
+        library.utils.logging.set_verbosity(logging.CRITICAL)
         library.utils.logging.disable_progress_bar()

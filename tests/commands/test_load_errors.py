@@ -27,6 +27,11 @@ def only_variant(model: Path) -> None:
         path.rename(path.with_suffix(".fp16.safetensors"))
 
 
+def one_variant(model: Path) -> None:
+    path = model / "unet" / "diffusion_pytorch_model.safetensors"
+    path.rename(path.with_suffix(".fp16.safetensors"))
+
+
 def cut(model: Path) -> None:
     path = model / "unet" / "diffusion_pytorch_model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
@@ -48,7 +53,8 @@ def no_checker(model: Path) -> None:
 @pytest.mark.parametrize(
     ("breaks", "message"),
     [
-        (only_variant, "there are weights of variant 'fp16' alone: give variant"),
+        (only_variant, "has weights of variant 'fp16' alone: give variant"),
+        (one_variant, "unet has weights of variant 'fp16' alone: give variant"),
         (cut, "cannot be loaded: "),
         (other_shape, "cannot be loaded: "),
         (no_checker, "cannot be loaded: "),
@@ -62,6 +68,7 @@ def no_checker(model: Path) -> None:
     ],
     ids=[
         "variant",
+        "variant of a part",
         "cut weights",
         "shape",
         "safety checker",

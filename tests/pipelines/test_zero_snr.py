@@ -26,4 +26,4 @@ def test_few_steps_are_nearer_to_float64_than_stock(steps):
     assert ours < 1e-5, (
         "4,096 times float32's relative error is 5e-4: this much is lost if the first row is formed as stock does"
     )
-    assert 1e-5 < stock < 1e-3
+    assert 1e-5 < stock < 4e-4
