@@ -96,6 +96,7 @@ def anchored(
     """Forms of anchored guidance on the tuning halves of both models; writes anchored-tuning.json."""
     from . import anchored as module
 
+    out.mkdir(parents=True, exist_ok=True)
     module.tune(out, form)
 
 
