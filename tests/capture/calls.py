@@ -13,6 +13,7 @@ POLICIES = [
     fastguard.policy("stp", t_star=600),
     fastguard.policy("og+dtp", gate=0.01),
     fastguard.policy("dtp", rule="drop"),
+    fastguard.policy("anchored"),
 ]
 
 

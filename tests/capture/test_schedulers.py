@@ -25,12 +25,17 @@ MORE = {
 LINEAR = {**schedulers.SD, **MORE}
 
 
-# The third decides at every row, so it stands for the others where time is short; `test_graphed.py` has every policy under one scheduler.
-EACH = [pytest.param(policy, marks=[] if n == 2 else pytest.mark.slow, id=str(n)) for n, policy in enumerate(POLICIES)]
+# The third decides at every row, so it stands for the others where time is short, and anchors have two schedulers, without history and
+# with; `test_graphed.py` has every policy under one scheduler.
+SHORT = {*((name, 2) for name in LINEAR), ("ddim", 4), ("dpm-2m", 4)}
+EACH = [
+    pytest.param(name, policy, marks=[] if (name, n) in SHORT else pytest.mark.slow, id=f"{name}-{n}")
+    for name in LINEAR
+    for n, policy in enumerate(POLICIES)
+]
 
 
-@pytest.mark.parametrize("policy", EACH)
-@pytest.mark.parametrize("name", LINEAR)
+@pytest.mark.parametrize(("name", "policy"), EACH)
 def test_schedulers(sd, name, policy):
     sd.scheduler = LINEAR[name]()
     policy = schedulers.suited(name, policy)
@@ -48,9 +53,10 @@ def test_ddim_that_clips(sd, policy):
         check(sd, policy, mode, path="own step, step graph", against=against)
 
 
+@pytest.mark.parametrize("policy", ["og+dtp", pytest.param("anchored", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", schedulers.OWN_STEP)
-def test_schedulers_with_a_step_of_their_own(name):
+def test_schedulers_with_a_step_of_their_own(name, policy):
     """Denoiser, decision and guidance are recorded, the scheduler's own step() runs."""
     pipe = pipelines.sd(scheduler=schedulers.OWN_STEP[name]())
     for mode in ("step", "loop"):
-        check(pipe, "og+dtp", mode, path="own step, step graph", steps=50)
+        check(pipe, policy, mode, path="own step, step graph", steps=50)

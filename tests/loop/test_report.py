@@ -181,6 +181,25 @@ def test_plot(mixed, tmp_path):
     assert ("v", 500.0, math.sqrt(0.75)) in marks
 
 
+def test_a_plot_shows_the_shares_of_anchored_images_on_an_axis_of_their_own():
+    colors = pytest.importorskip("matplotlib.colors")
+    shares = torch.tensor([[NAN] * 5, [1, 0.75, 0.5, NAN, 0.25]]).T
+    figure = report([policy("cfg"), policy("anchored")], [[4, 4, 4, 4, 4]] * 2, [{}, {}], shares=shares).plot()
+    left, right = figure.axes
+    assert right.get_ylabel() == "share of the guidance that leads to the anchor (dashed)"
+    assert right.yaxis.get_label_position() == "right" and right.xaxis_inverted()
+    plain, anchored = right.lines
+    assert anchored.get_linestyle() == "--" and colors.same_color(anchored.get_color(), left.lines[1].get_color())
+    assert list(anchored.get_xdata()) == TIMES
+    assert list(anchored.get_ydata()) == pytest.approx([1, 0.75, 0.5, NAN, 0.25], nan_ok=True)
+    assert all(map(math.isnan, plain.get_ydata()))
+
+
+def test_a_plot_without_anchored_images_has_one_axis(mixed):
+    pytest.importorskip("matplotlib")
+    assert len(mixed.plot().axes) == 1
+
+
 def test_plot_of_a_transition_without_a_curve(tmp_path):
     """A static transition at a row without d is a line, and a curve of zeros or none at all does not break the axis."""
     pytest.importorskip("matplotlib")
