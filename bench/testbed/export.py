@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from . import card, models, pictures, unet
 from . import vae as autoencoder
@@ -42,6 +43,10 @@ def export(work: Path, folder: Path) -> None:
     config = folder / "text_encoder" / "config.json"
     # transformers would keep the stored float16, diffusers casts to float32: say float32 to both
     config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
+    # Under the names that Stable Diffusion's files have: every transformers knows them, those that new ones write are unknown to old ones.
+    weights = folder / "text_encoder" / "model.safetensors"
+    named = {"text_model." + name.removeprefix("text_model."): tensor for name, tensor in load_file(weights).items()}
+    save_file(named, weights, metadata={"format": "pt"})
     set_ = pictures.build(work)
     tiles = list(set_.images[: set_.memorized])
     tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % COLUMNS)

@@ -2,6 +2,7 @@
 
 import torch
 from diffusers import StableDiffusionPipeline
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from fastguard import testbed
@@ -36,3 +37,12 @@ def test_training_images_are_one_per_memorized_prompt():
 def test_decoded_output_is_a_picture(pipe):
     image = pipe("a dog", num_inference_steps=2).images[0]
     assert image.size == (32, 32)
+
+
+def test_the_text_encoder_has_names_that_every_transformers_knows():
+    """Under others an old one fills it with random numbers, and says so in a log alone."""
+    path = testbed.path() / "text_encoder" / "model.safetensors"
+    with safe_open(path, "pt") as weights:
+        assert all(name.startswith("text_model.") for name in weights.keys())  # noqa: SIM118 - no mapping
+    first, second = (testbed.load().encode_prompt(["a dog"], "cpu", 1, True)[0] for _ in range(2))
+    assert torch.equal(first, second)
