@@ -27,7 +27,11 @@ from fastguard.schedules.compiler import compile_schedule
 
 @dataclass(frozen=True)
 class RowInfo:
-    """One denoiser evaluation. before, after: g in e = u + g (c - u). denoiser_rows: rows of the batch per image."""
+    """One denoiser evaluation.
+
+    before, after   g in e = u + g (c - u) until a transition (None if there is none) and from it on
+    denoiser_rows   rows of the batch per image
+    """
 
     row: int
     timestep: float
@@ -80,6 +84,7 @@ class Inspection:
 
     def __str__(self) -> str:
         name, kind = self.policy["name"], self.policy["transition"]
+        what = ["anchored"] * self.policy["anchored"] + [f"transition {kind}"] * (kind is not None)
         facts = {
             "model": f"{self.model} ({self.pipeline})",
             "path": self.path + (f": {self.reason}" if self.reason else ""),
@@ -87,14 +92,14 @@ class Inspection:
             "scheduler": self.scheduler,
             "table": f"form {self.form}, lags {self.history}, noise draws {self.noise_draws}, residual "
             + ("none (own step)" if self.residual is None else f"{self.residual:.1e}"),
-            "policy": f"{name}, transition {kind or 'none'}, gate {self.policy['gate'] or 'none'}, "
+            "policy": f"{name}, {', '.join(what) or 'transition none'}, gate {self.policy['gate'] or 'none'}, "
             f"guidance scale {self._scales()}",
             "cost": f"{self.denoiser_rows} denoiser rows per image in {len(self.rows)} evaluations; plain guidance "
             f"{self.plain_rows} ({self.denoiser_rows / self.plain_rows:.0%})",
         }
         if self.switch_row is not None:
-            what = "t* at" if kind == "static" else "deadline at"
-            facts["switch"] = f"{what} row {self.switch_row}, t = {self.rows[self.switch_row].timestep:g}"
+            limit = "t* at" if kind == "static" else "deadline at"
+            facts["switch"] = f"{limit} row {self.switch_row}, t = {self.rows[self.switch_row].timestep:g}"
         lines = [f"{key:<10} {value}" for key, value in facts.items()]
         lines += ["", f"{'row':>4} {'t':>9}  observed  branches  rows  g before   g after"]
         for r in self.rows:
@@ -149,15 +154,16 @@ def inspect_model(
         raise ValueError(f"steps={count}: {type(made).__name__} refuses: {error}") from None
     body = schedule.rows[:-1]
     (sample,) = policy.samples(1)
-    guarded = sample.guarded
-    if scale <= 1 and guarded:
+    if scale <= 1 and sample.guarded:
         raise ValueError(
             f"{name}={given:g}: must be above {1 - offset:g} under policy {sample.name!r} (at or below it pipelines run no unconditional branch)"
         )
     plan = lower([sample], schedule, scale, elements=1)  # only the gate's threshold on d depends on the elements
     # One call for both branches is made whole; of two, each runs in the first row.
     branches = plan.branches if own is None else _called(plan.branches, own)
-    switch = int(plan.rules[0, Rule.SWITCH_ROW])
+    # Without a transition nothing comes before; the rule of an anchored policy begins at row 0 all the same.
+    switches = sample.transition is not None
+    switch = int(plan.rules[0, Rule.SWITCH_ROW]) if switches else NEVER
     rows = tuple(
         RowInfo(
             row=k,
@@ -165,7 +171,7 @@ def inspect_model(
             observe=bool(body[k, Row.OBSERVE]),
             branches=branches,
             denoiser_rows=2 if branches == "both" else 1,
-            before=before if guarded else None,
+            before=before if switches else None,
             after=after,
             switch=k == switch,
         )

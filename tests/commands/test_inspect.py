@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -70,6 +71,21 @@ def test_inspect_shows_the_scale_that_is_used(model, tmp_path):
     assert "guidance scale 2 to 4, by row" in invoke("inspect", model, "--policy", by_row, "--steps", 3).stdout
     assert {r.after for r in inspect_model(str(model), policy("cfg"), steps=3, guidance_scale=-3.0).rows} == {1.0}
     assert "steps=3: PNDMScheduler refuses" in refused("inspect", model, "--scheduler", "PNDM", "--steps", 3)
+
+
+def test_inspect_anchored():
+    """Nothing is switched and nothing holds before: images are anchored from the first row on, at one scale."""
+    text = invoke("inspect", "testbed").stdout
+    assert re.search(r"^policy +testbed, anchored, gate 0\.\d+, guidance scale 3\n", text, re.MULTILINE)
+    assert "deadline" not in text and "switch" not in text and "transition" not in text
+    rows = text.partition("g after\n")[2].splitlines()
+    assert len(rows) == 50 and all(row.split()[-2:] == ["-", "3"] for row in rows)
+    found = inspect_model("testbed", policy("anchored"), steps=5, guidance_scale=4.0)
+    assert found.switch_row is None and not any(row.switch for row in found.rows)
+    assert {(row.before, row.after) for row in found.rows} == {(None, 4.0)}
+    both = inspect_model("testbed", policy("stp", anchored=True), steps=5)
+    assert both.switch_row is not None and both.rows[0].before == 0.0
+    assert "stp, anchored, transition static" in str(both)
 
 
 def test_version():
