@@ -143,7 +143,7 @@ def _warnings(requests: Sequence[Request], used: Mapping[str, Any]) -> Iterator[
     for name in dict.fromkeys(r.policy.name for r in requests if r.screen and not r.policy.provenance.get("screen")):
         yield f"policy {name!r} has no bound on the mean over noises: its gate, one for a single image, is taken for screening"
     yield from dict.fromkeys(told for request in requests if request.screen and (told := screening.elsewhere(request)))
-    yield from dict.fromkeys(told for one, steps in uses if (told := elsewhere(one, {**used, "steps": steps})))
+    yield from dict.fromkeys(told for one, steps in uses for told in elsewhere(one, {**used, "steps": steps}))
 
 
 def model_of(model: Any, options: JobOptions) -> tuple[dict[str, Any], Callable[[], Any], Limits]:

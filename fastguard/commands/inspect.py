@@ -34,7 +34,7 @@ def inspect(
         chosen = chosen_policy(model, options["policy"], options["gate"])
         scale = chosen_scale(model, options["guidance_scale"], chosen)
         found = inspect_model(model, chosen, steps=steps, guidance_scale=scale, scheduler=options["scheduler"])
-        if told := elsewhere(chosen, {**facts(model, found.scheduler), "steps": found.steps}):
+        for told in elsewhere(chosen, {**facts(model, found.scheduler), "steps": found.steps}):
             typer.echo(f"note: {told}", err=True)
         looked = probe_model(found) if probe and found.path != "refused" else None
     values = found.to_dict() | ({} if looked is None else {"probe": looked.to_dict()})

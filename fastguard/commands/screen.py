@@ -67,9 +67,9 @@ def screen(
         limits.check(requests)
         if bound is None:
             used = facts(model, settings["scheduler"], settings["dtype"]) | {"steps": wanted.steps}
-            for told in dict.fromkeys([provenance.elsewhere(wanted.policy, used), *map(screening.elsewhere, requests)]):
-                if told is not None:
-                    logger.warning(told)
+            of_screening = filter(None, map(screening.elsewhere, requests))
+            for told in dict.fromkeys([*provenance.elsewhere(wanted.policy, used), *of_screening]):
+                logger.warning(told)
         if not requests[0].guided:
             raise ValueError(
                 f"guidance_scale={wanted.guidance_scale:g}: must be above 1, else there is no second branch"

@@ -98,7 +98,7 @@ def enable(
         guard.options = options  # graphs are kept: their keys hold the options
     if not known_policy and chosen.provenance:
         guard.steps_checked = False
-        if note := elsewhere(chosen, facts(pipe)):
+        for note in elsewhere(chosen, facts(pipe)):
             logger.warning(note)
     guard.unguided = unguided
     guard.probed = not verify and known.name != UNKNOWN.name
@@ -184,7 +184,7 @@ class Guard:
             self.probed = True
         if not self.steps_checked:
             self.steps_checked = True
-            if note := elsewhere(self.policy, {"steps": _steps(values)}):
+            for note in elsewhere(self.policy, {"steps": _steps(values)}):
                 logger.warning(note)
         pipe, family = self._pipe, self.family
         denoiser = first_denoiser(pipe, family)

@@ -32,6 +32,7 @@ FORMAT = 1  # version of the policy file
 UNGATED_COST = (
     " (on the embedded model 80.5% of 400 ordinary images still showed their caption when anchored, 84.8% unguarded)"
 )
+PER_IMAGE = "per_image"  # in a provenance: a list of one per image
 SUFFIX = ".json"  # by which a policy file is told from a preset's name
 
 
@@ -53,14 +54,15 @@ class Policy:
     min_drop        in [0, 1). "minimum" counts only if it lies below (1 - min_drop) times the maximum so far
     opposite_steps  opposite guidance (`before` = "opposite" or a negative number) holds for at most this many first rows, zero
                     guidance after them until the transition; None: no limit
-    monitor         run both branches also where the guidance needs only one, so that the report's curve has no holes
+    monitor         run both branches also where the guidance needs only one, so that the report's curve has no holes; an
+                    anchored policy does anyway
     anchored        take out of the guidance what leads to the picture that the model's own first prediction shows (kernels/anchor.py), with or
                     without a transition, which sets the scale. Both branches run at every row
     suspect         bound on d at mid-run over d at the first row: an image below it, if it got plain guidance, is `suspect` in the report; None: no verdict
     guidance_scale  None: the pipeline's own. A number, or a tuple with one value per denoiser row
     name            shown in reports; at most 200 characters
-    provenance      how gate and suspect were found, and what they belong to (model, scheduler, steps, dtype): JSON values, the same for all
-                    images, no part of a comparison
+    provenance      how gate and suspect were found, and what they belong to (model, scheduler, steps, dtype): JSON values, no part
+                    of a comparison
 
     `RANGES` has the limits of the numbers. A value that is not allowed, or that would have no effect (a deadline without a dynamic
     transition, ...), raises ValueError with the argument's name, the value and what is allowed.
@@ -146,13 +148,15 @@ class Policy:
                 f"policy {self.name!r} has per-image lists of {length} values, but the batch has {batch} images; values per denoiser row "
                 "are a tuple"
             )
-        return [Policy(**_pick(self._values(), i), provenance=self.provenance) for i in range(length)]
+        notes = self.provenance.get(PER_IMAGE)
+        each = notes if isinstance(notes, list) and len(notes) == length else [self.provenance] * length
+        return [Policy(**_pick(self._values(), i), provenance=each[i]) for i in range(length)]
 
     @classmethod
     def stack(cls, policies: Sequence[Policy]) -> Policy:
         """One policy for a batch, image b under policies[b]. ValueError if there are none or one holds per-image lists already.
 
-        It keeps a provenance that they have in common.
+        Its provenance is the one that they have in common, or {"per_image": [...]}.
         """
         if not policies:
             raise ValueError("policies=[]: must hold at least one policy")
@@ -162,8 +166,9 @@ class Policy:
                     f"policies[{b}] already holds per-image lists of {one.images} values: must be for one image"
                 )
         each = [one._values() for one in policies]
-        common = policies[0].provenance if all(one.provenance == policies[0].provenance for one in policies) else {}
-        return cls(**{key: [values[key] for values in each] for key in each[0]}, provenance=common)
+        notes = [one.provenance for one in policies]
+        known = notes[0] if all(note == notes[0] for note in notes) else {PER_IMAGE: notes}
+        return cls(**{key: [values[key] for values in each] for key in each[0]}, provenance=known)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, without the provenance, as JSON values: a list is per image, {"per_step": [...]} is per denoiser row."""

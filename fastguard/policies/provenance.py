@@ -16,11 +16,16 @@ from fastguard.policies.policy import Policy
 EMBEDDED = "testbed"
 
 
-def elsewhere(policy: Policy, used: Mapping[str, Any]) -> str | None:
-    """What to tell of a policy whose gate or bound was calibrated with something else than `used`; None if there is nothing to tell.
+def elsewhere(policy: Policy, used: Mapping[str, Any]) -> list[str]:
+    """What to tell of a policy whose gate or bound was calibrated with something else than `used`: of one per image, each once.
 
     used: model, scheduler (class or short name), steps, dtype; None where it is not known.
     """
+    told = (_elsewhere(one, used) for one in policy.samples(policy.images or 1))
+    return list(dict.fromkeys(text for text in told if text is not None))
+
+
+def _elsewhere(policy: Policy, used: Mapping[str, Any]) -> str | None:
     if policy.gate is None and policy.suspect is None:
         return None
     known = {name: policy.provenance.get(name) for name in ("model", "scheduler", "steps", "dtype")}

@@ -73,6 +73,12 @@ def test_a_gate_of_another_scheduler_dtype_or_number_of_steps_is_told_once(sd, c
         fastguard.enable(sd, own, gate=0.2)
         call(sd)
         assert not told()
+    with fastguard.enable(sd, [own, "cfg"]):
+        (said,) = told()
+        assert said.startswith("policy 'own' was calibrated with scheduler HeunDiscreteScheduler")
+        call(sd)
+        (said,) = told()
+        assert f"with steps {STEPS + 1}, not {STEPS}:" in said
     here = {"scheduler": kind, "dtype": "float32", "steps": STEPS}
     with fastguard.enable(sd, dataclasses.replace(own, provenance=known | here)):
         call(sd)

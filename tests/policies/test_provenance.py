@@ -1,5 +1,8 @@
 """What a policy was calibrated with, against what it is used with."""
 
+import dataclasses
+import json
+
 import pytest
 
 from fastguard.policies.policy import Policy
@@ -22,7 +25,7 @@ GATED = Policy(anchored=True, gate=0.1, name="own", provenance=KNOWN)
     ],
 )
 def test_the_same_and_the_unknown_are_not_told(used):
-    assert elsewhere(GATED, used) is None
+    assert elsewhere(GATED, used) == []
 
 
 @pytest.mark.parametrize(
@@ -37,7 +40,7 @@ def test_the_same_and_the_unknown_are_not_told(used):
     ],
 )
 def test_each_of_the_four_is_told(used, said):
-    told = elsewhere(GATED, {**KNOWN, **used})
+    (told,) = elsewhere(GATED, {**KNOWN, **used})
     assert told.startswith("policy 'own' was calibrated with " + said)
 
 
@@ -53,12 +56,34 @@ def test_each_of_the_four_is_told(used, said):
 )
 def test_folders_are_known_by_their_last_part(one, other, same):
     known = Policy(anchored=True, gate=0.1, provenance={"model": one})
-    assert (elsewhere(known, {"model": other}) is None) is same
+    assert (elsewhere(known, {"model": other}) == []) is same
 
 
 def test_what_has_no_calibrated_number_belongs_nowhere():
-    assert elsewhere(Policy(anchored=True, provenance=KNOWN), {"steps": 25}) is None
+    assert elsewhere(Policy(anchored=True, provenance=KNOWN), {"steps": 25}) == []
     assert elsewhere(Policy(anchored=True, suspect=0.1, provenance=KNOWN), {"steps": 25})
-    assert elsewhere(Policy(anchored=True, gate=0.1), {"steps": 25}) is None
-    several = Policy.stack([GATED, GATED])
-    assert "steps 50, not 25" in elsewhere(several, {"steps": 25})
+    assert elsewhere(Policy(anchored=True, gate=0.1), {"steps": 25}) == []
+
+
+def test_each_policy_of_a_list_is_told_once_by_its_name():
+    other = dataclasses.replace(GATED, name="other", provenance={"steps": 10})
+    here = dataclasses.replace(GATED, name="here", provenance={"steps": 25})
+
+    def told(*policies):
+        return [text.partition(":")[0] for text in elsewhere(Policy.stack(policies), {"steps": 25})]
+
+    own = "policy 'own' was calibrated with steps 50, not 25"
+    assert told(GATED, GATED) == [own]
+    assert told(GATED, Policy()) == told(here, GATED) == [own]
+    assert told(GATED, other, here, GATED) == [own, "policy 'other' was calibrated with steps 10, not 25"]
+
+
+def test_a_list_keeps_what_each_belongs_to(tmp_path):
+    pair = Policy.stack([GATED, Policy()])
+    for one in (pair, Policy.load(pair.save(tmp_path / "pair.json"))):
+        assert [sample.provenance for sample in one.samples(2)] == [KNOWN, {}]
+    assert Policy.stack([GATED, GATED]).provenance == KNOWN
+    assert Policy.stack([Policy(), Policy()]).provenance == {}
+    file = tmp_path / "odd.json"
+    file.write_text(json.dumps(pair.to_dict() | {"provenance": {"per_image": [KNOWN]}}))
+    assert elsewhere(Policy.load(file), {"steps": 25}) == []
