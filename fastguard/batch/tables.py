@@ -58,6 +58,8 @@ def _listed(prompts: Iterable[Any]) -> Rows:
         raise ValueError(
             f"prompts: a {type(prompts).__name__} is no list; put a single row in one, of several splits give one"
         )
+    if isinstance(prompts, (set, frozenset)):
+        raise ValueError(f"prompts: a {type(prompts).__name__} has no order: must be a list")
     for number, prompt in enumerate(_records(prompts), 1):
         if isinstance(prompt, (str, Mapping)):
             yield number, {"prompt": prompt} if isinstance(prompt, str) else prompt

@@ -41,13 +41,17 @@ def calibrate(
         from fastguard.batch.request import parse
         from fastguard.batch.screening import statistics
         from fastguard.batch.task import model_of, options_for
+        from fastguard.files import short
         from fastguard.pipelines.statistics import observe
         from fastguard.policies.gate import calibrate as choose
         from fastguard.policies.gate import check_sample
 
         settle(quiet, verbose)
-        # A gate of any height: refuses a policy that cannot have one.
-        wanted = options_for(model, JobOptions(**options, gate=1.0))
+        wanted = options_for(model, JobOptions(**options))
+        if not wanted.policy.guarded:
+            raise ValueError(
+                f"policy={short(wanted.policy.name)}: can have no gate, it guards no image; calibrate one that does, e.g. 'anchored'"
+            )
         found, groups = draws(prompts)
         units = (len(found), "prompts") if groups is None else (len(set(groups)), "groups of prompts")
         check_sample(units[0], fpr, confidence, f"{units[1]} in {str(prompts)!r}")

@@ -136,6 +136,7 @@ def _combination(v: Mapping[str, Any]) -> None:
         ),
         ("rho", 0.3, dynamic and v["rule"] == "drop", "transition='dynamic' with rule='drop'"),
         ("gate", None, guarded, "a transition ('static' or 'dynamic') or anchored=True"),
+        ("monitor", False, not v["anchored"], "anchored=False (anchored runs both branches anyway)"),
         ("gate_steps", 1, v["gate"] is not None, "a gate"),
         (
             "opposite_steps",

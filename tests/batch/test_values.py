@@ -97,6 +97,14 @@ def test_a_dict_is_no_list_of_prompts():
         load({"prompt": "a cat"}, DEFAULTS)
 
 
+@pytest.mark.parametrize("kind", [set, frozenset])
+def test_a_set_is_no_list_of_prompts(kind):
+    """Its order, and with it ids and seeds, would be another one in each process."""
+    with pytest.raises(ValueError, match=f"prompts: a {kind.__name__} has no order: must be a list"):
+        load(kind({"a cat", "a dog"}), DEFAULTS)
+    assert len(load({"a cat": 1, "a dog": 2}.keys(), DEFAULTS)[0]) == 2
+
+
 def test_scalars_of_numpy():
     row = {
         "prompt": np.str_("a"),

@@ -241,6 +241,8 @@ def test_policy():
         policy("anchored", anchored="yes")
     with pytest.raises(ValueError, match="has no effect"):
         policy("cfg", gate=0.1)
+    with pytest.raises(ValueError, match="monitor=True has no effect here: it needs anchored=False"):
+        policy("anchored", monitor=True)
 
 
 def test_a_loop_without_anchor_buffers_refuses_an_anchored_plan():
