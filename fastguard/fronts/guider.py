@@ -1,4 +1,4 @@
-"""The guard as a diffusers guider: for modular pipelines, and for any loop of one's own that asks a guider. Needs diffusers 0.36."""
+"""The guard as a diffusers guider: for modular pipelines, and for any loop of one's own that asks a guider."""
 
 from __future__ import annotations
 

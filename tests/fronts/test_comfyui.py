@@ -307,6 +307,7 @@ def test_the_workflow_fits_the_nodes() -> None:
             (n, t[0]) for n, t in declared.items() if n not in widgets
         ]
         assert [o["type"] for o in node["outputs"]] == list(cls.RETURN_TYPES)
+        assert node["widgets_values"] == [declared[name][1]["default"] for name in widgets]
         MemorizationGuard().patch(comfy.Patcher(None), *node["widgets_values"]) if node["widgets_values"] else None
 
 
