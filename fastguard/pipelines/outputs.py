@@ -6,12 +6,16 @@ that one branch will not be used, only its B rows are run, if the denoiser treat
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import types
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
+from fastguard.capture.obstacles import hooks
 from fastguard.capture.static_inputs import tensors_of
+from fastguard.pipelines.shadow import original_of
 
 Branches = str  # "both" | "uncond" | "cond"
 UNBRANCHED = ("ip_adapter_masks",)  # one per adapter, whatever their number
@@ -23,6 +27,7 @@ HARMLESS_HOOKS = {
     "lazy_prefetch_group_offloading",
     "layerwise_casting",
 }  # of diffusers, which move weights
+_WRAPPERS = ("accelerate.hooks", "diffusers.hooks.hooks")  # what puts hooks around a forward
 _BY_HALVES = ("PAG", "CrossFrame")  # in the names of diffusers' processors that treat parts of the batch differently
 
 
@@ -79,16 +84,16 @@ def keeps_state(denoiser: Any) -> str | None:
     """Who keeps features from row to row, or reads a batch as [u, c]: a batch of one branch would be wrong there, without an error.
 
     Known to treat rows alike are the libraries' own layers and attention processors. Anything else may be such a one: feature
-    caches hang hooks on modules or replace their forward, token merging replaces their classes.
+    caches hang hooks on modules or replace their forward, token merging replaces their classes. A hook on the denoiser itself counts.
     """
+    denoiser = original_of(denoiser)
+    if any(hooks(())):
+        return "a forward hook for every module (torch.nn.modules.module) may keep features from row to row"
     for module in denoiser.modules() if isinstance(denoiser, torch.nn.Module) else ():
         name = type(module).__name__
-        registry = getattr(module, "_diffusers_hook", None)
-        if registry is not None and (found := set(registry.hooks) - HARMLESS_HOOKS):
-            return f"the hook {min(found)} on {name} may keep features from row to row"
-        if module is not denoiser and (module._forward_hooks or module._forward_pre_hooks):
-            return f"a forward hook on {name} may keep features from row to row"
-        if "forward" in vars(module) and not hasattr(module, "_hf_hook") and registry is None:
+        if (hook := next(_foreign_hooks(module), None)) is not None:
+            return f"{hook} on {name} may keep features from row to row"
+        if not _own_forward(module):
             return f"forward() is replaced on a {name}"
         # forward: of the class, which TeaCache's users replace.
         for where in (type(module).__module__, getattr(type(module).forward, "__module__", None) or "?"):
@@ -101,6 +106,41 @@ def keeps_state(denoiser: Any) -> str | None:
         ):
             return f"the attention processor {kind.__name__} may treat the two branches differently"
     return None
+
+
+def _foreign_hooks(module: torch.nn.Module) -> Iterator[str]:
+    """Hooks on a module, but for fastguard's own, which only look, and those of diffusers and accelerate that move weights."""
+    registry = getattr(module, "_diffusers_hook", None)
+    if registry is not None:
+        yield from (f"the hook {name}" for name in sorted(set(registry.hooks) - HARMLESS_HOOKS))
+    for hook in _in_sequence(getattr(module, "_hf_hook", None)):
+        if type(hook).__module__.split(".")[0] not in _LIBRARIES:
+            yield f"the hook {type(hook).__name__}"
+    for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+        if (getattr(hook, "__module__", None) or "?").split(".")[0] != "fastguard":
+            yield "a forward hook"
+
+
+def _in_sequence(hook: Any) -> Iterator[Any]:
+    """The hooks in one of accelerate's, which may be a SequentialHook of others."""
+    if hasattr(hook, "hooks"):
+        for one in hook.hooks:
+            yield from _in_sequence(one)
+    elif hook is not None:
+        yield hook
+
+
+def _own_forward(module: torch.nn.Module) -> bool:
+    """Whether a module runs its class's forward, be it inside the wrappers of accelerate's and diffusers' hooks."""
+    own = types.MethodType(type(module).forward, module)
+    forward = vars(module).get("forward", own)
+    while isinstance(forward, functools.partial) and getattr(forward.func, "__module__", None) in _WRAPPERS:
+        inner = forward.__wrapped__  # type: ignore[attr-defined]
+        # accelerate's wrapper calls what lies in _old_forward now, which may be another than what it was put around.
+        if forward.func.__module__ == "accelerate.hooks" and getattr(module, "_old_forward", None) != inner:
+            return False
+        forward = inner
+    return forward == own
 
 
 def split(output: torch.Tensor, branches: Branches) -> tuple[torch.Tensor, torch.Tensor | None]:

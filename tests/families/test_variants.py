@@ -10,6 +10,7 @@ import types
 import diffusers
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 
 import fastguard
 from tests.families.more import EVERY
@@ -127,12 +128,34 @@ def _hook(pipe, patch):
 
 
 @contextlib.contextmanager
+def _hook_on_the_denoiser(pipe, patch):
+    kept = []
+
+    def hook(module, given, output):
+        kept.append(output if len(kept) // 2 % 2 == 0 else kept[-2])
+        return kept[-1]
+
+    pipe.transformer.register_forward_hook(hook)
+    yield
+
+
+@contextlib.contextmanager
+def _forward_over_offload(pipe, patch):
+    add_hook_to_module(pipe.transformer, ModelHook())
+    caching = _caching(lambda self, *args, _forward=pipe.transformer.forward, **kwargs: _forward(*args, **kwargs))
+    pipe.transformer.forward = types.MethodType(caching, pipe.transformer)
+    yield
+
+
+@contextlib.contextmanager
 def _first_block(pipe, patch):
     pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.5))
     yield
 
 
-@pytest.mark.parametrize("cache", [_class_forward, _object_forward, _hook, _first_block])
+@pytest.mark.parametrize(
+    "cache", [_class_forward, _object_forward, _hook, _hook_on_the_denoiser, _forward_over_offload, _first_block]
+)
 def test_no_call_is_left_out_while_something_remembers_them(cache, monkeypatch):
     tiny = EVERY["flux"]
 

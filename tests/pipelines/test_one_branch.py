@@ -6,12 +6,14 @@ import re
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from accelerate.hooks import ModelHook as OffloadHook
 from accelerate.hooks import add_hook_to_module
-from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks import HookRegistry, ModelHook, apply_group_offloading
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, PAGCFGIdentitySelfAttnProcessor2_0
 
 import fastguard
+from fastguard.fronts.seen import Seen
 from fastguard.pipelines.outputs import needs_both
 from tests import pipelines
 from tests.guarded import STEPS, call
@@ -90,7 +92,77 @@ def another_class(unet):
     block.__class__ = Merged
 
 
+def second_half_less(output):
+    u, c = output[0].chunk(2)
+    return (torch.cat([u, 0.9 * c]),)
+
+
+def outer_hook(unet):
+    unet.register_forward_hook(lambda module, inputs, output: second_half_less(output))
+
+
+def outer_pre_hook(unet):
+    def hook(module, inputs):
+        u, c = inputs[0].chunk(2)
+        return (torch.cat([u, 0.9 * c]), *inputs[1:])
+
+    unet.register_forward_pre_hook(hook)
+
+
+def replace_with_less(unet):
+    forward = unet.forward
+    unet.forward = lambda *args, **kwargs: second_half_less(forward(*args, **kwargs))
+
+
+def replaced_over_offload(unet):
+    add_hook_to_module(unet, OffloadHook())
+    replace_with_less(unet)
+
+
+def replaced_under_offload(unet):
+    replace_with_less(unet)
+    add_hook_to_module(unet, OffloadHook(), append=True)
+
+
+def replaced_inside_offload(unet):
+    add_hook_to_module(unet, OffloadHook())
+    forward = unet._old_forward
+    unet._old_forward = lambda *args, **kwargs: second_half_less(forward(*args, **kwargs))
+
+
+def replaced_over_registry(unet):
+    HookRegistry.check_if_exists_or_initialize(unet)
+    replace_with_less(unet)
+
+
+def replaced_over_group_offload(unet):
+    group_offload(unet)
+    replace_with_less(unet)
+
+
+def group_offload(unet):
+    cpu = torch.device("cpu")
+    apply_group_offloading(unet, onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
+
+
+def accelerate_hook(unet):
+    class Less(OffloadHook):
+        def post_forward(self, module, output):
+            return second_half_less(output)
+
+    add_hook_to_module(unet, OffloadHook())
+    add_hook_to_module(unet, Less(), append=True)
+
+
 PLANTS = {
+    outer_hook: "a forward hook on UNet2DConditionModel",
+    outer_pre_hook: "a forward hook on UNet2DConditionModel",
+    replaced_over_offload: r"forward\(\) is replaced on a UNet2DConditionModel",
+    replaced_under_offload: r"forward\(\) is replaced on a UNet2DConditionModel",
+    replaced_inside_offload: r"forward\(\) is replaced on a UNet2DConditionModel",
+    replaced_over_registry: r"forward\(\) is replaced on a UNet2DConditionModel",
+    replaced_over_group_offload: r"forward\(\) is replaced on a UNet2DConditionModel",
+    accelerate_hook: "the hook Less on UNet2DConditionModel",
     by_halves: "attention processor Halves",
     replaced_forward: r"forward\(\) is replaced",
     inner_hook: "a forward hook on",
@@ -131,16 +203,42 @@ def test_diffusers_processors_that_read_halves():
     assert "PAGCFGIdentity" in needs_both(pipe.unet, {})
 
 
-@pytest.mark.parametrize("harmless", ["counting", "processors", "offload"])
+def test_a_hook_for_every_module():
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        assert "a forward hook for every module" in needs_both(pipelines.sd().unet, {})
+    finally:
+        handle.remove()
+
+
+HARMLESS = {
+    "nothing": lambda unet: None,
+    "fastguard's own hook": lambda unet: Seen().watch(unet),
+    "processors": lambda unet: unet.set_attn_processor(AttnProcessor2_0()),
+    "offload": lambda unet: add_hook_to_module(unet, OffloadHook()),
+    "offload twice": lambda unet: [add_hook_to_module(unet, OffloadHook(), append=True) for _ in range(2)],
+    "offload of the layers": lambda unet: cpu_offload(unet, execution_device=torch.device("cpu")),
+    "group offload": group_offload,
+    "group offload and offload": lambda unet: (group_offload(unet), add_hook_to_module(unet, OffloadHook())),
+    "an empty registry": HookRegistry.check_if_exists_or_initialize,
+}
+
+
+@pytest.mark.parametrize("harmless", HARMLESS)
 def test_one_branch_where_rows_are_alike(harmless):
-    pipe, rows = pipelines.sd(), []
-    if harmless == "counting":
-        pipe.unet.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
-    elif harmless == "processors":
-        pipe.unet.set_attn_processor(AttnProcessor2_0())
-    else:
-        add_hook_to_module(pipe.unet, OffloadHook())
-    with fastguard.enable(pipe, "stp", t_star=500) as guard:
-        call(pipe)
-        assert guard.report[0].denoiser_rows < 2 * STEPS and guard.report.reason is None
-    assert harmless != "counting" or sum(rows) == 2 * guard.report[0].denoiser_rows
+    images = []
+    for plant in ("nothing", harmless):
+        pipe, rows = pipelines.sd(), []
+        HARMLESS[plant](pipe.unet)
+        embed = pipe.unet.get_time_embed
+
+        def counting(sample, timestep, embed=embed, rows=rows):
+            rows.append(len(sample))
+            return embed(sample, timestep)
+
+        pipe.unet.get_time_embed = counting
+        with fastguard.enable(pipe, "stp", t_star=500) as guard:
+            images.append(call(pipe))
+            assert guard.report[0].denoiser_rows < 2 * STEPS and guard.report.reason is None
+        assert sum(rows) == 2 * guard.report[0].denoiser_rows
+    torch.testing.assert_close(*images, rtol=0, atol=1e-5)
