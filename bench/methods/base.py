@@ -114,6 +114,7 @@ def count_rows(module: torch.nn.Module) -> Iterator[list[int]]:
         first: Any = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
         rows.append(int(first.shape[0]))
 
+    note.only_looks = True  # type: ignore[attr-defined]  # so fastguard still runs one branch where that is enough
     hook = module.register_forward_pre_hook(note, with_kwargs=True)
     try:
         yield rows

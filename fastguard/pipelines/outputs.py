@@ -109,7 +109,7 @@ def keeps_state(denoiser: Any) -> str | None:
 
 
 def _foreign_hooks(module: torch.nn.Module) -> Iterator[str]:
-    """Hooks on a module, but for fastguard's own, which only look, and those of diffusers and accelerate that move weights."""
+    """Hooks on a module, but for fastguard's own and those with an attribute `only_looks`, and those of diffusers and accelerate that move weights."""
     registry = getattr(module, "_diffusers_hook", None)
     if registry is not None:
         yield from (f"the hook {name}" for name in sorted(set(registry.hooks) - HARMLESS_HOOKS))
@@ -117,7 +117,8 @@ def _foreign_hooks(module: torch.nn.Module) -> Iterator[str]:
         if type(hook).__module__.split(".")[0] not in _LIBRARIES:
             yield f"the hook {type(hook).__name__}"
     for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-        if (getattr(hook, "__module__", None) or "?").split(".")[0] != "fastguard":
+        own = (getattr(hook, "__module__", None) or "?").split(".")[0] == "fastguard"
+        if not (own or getattr(hook, "only_looks", False)):
             yield "a forward hook"
 
 

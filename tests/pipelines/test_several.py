@@ -61,7 +61,12 @@ def test_policy_lists_follow_prompts_or_images(sd):
 
 def test_one_pass(sd):
     counts = []
-    handle = sd.unet.register_forward_pre_hook(lambda module, args: counts.append(args[0].shape[0]))
+
+    def count(module, args):
+        counts.append(args[0].shape[0])
+
+    count.only_looks = True
+    handle = sd.unet.register_forward_pre_hook(count)
     try:
         for policy, share in (("cfg", 1.0), ("og+dtp", 1.0), ("stp", 0.75)):
             counts.clear()
