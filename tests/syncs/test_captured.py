@@ -21,6 +21,7 @@ from tests import schedulers
 pytestmark = pytest.mark.slow
 
 STEPS = 4
+POLICIES = ["og+dtp", "anchored"]
 
 
 class FakeRecorder:
@@ -78,12 +79,13 @@ def sized(request):
         yield lambda scheduler: real_size.pipeline(request.param, scheduler, model)
 
 
+@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("mode", ["step", "loop"])
 @pytest.mark.parametrize("name", schedulers.SD)
 @pytest.mark.filterwarnings("ignore")  # diffusers' about the schedulers' configurations
-def test_neither_waits_nor_copies(sized, device, name, mode):
+def test_neither_waits_nor_copies(sized, device, name, mode, policy):
     pipe = sized(schedulers.SD[name]())
-    with fastguard.enable(pipe, schedulers.suited(name, "og+dtp", gate=0.02), capture=mode):
+    with fastguard.enable(pipe, schedulers.suited(name, policy, gate=0.02), capture=mode):
         report = fastguard.assert_sync_free(pipe, steps=STEPS)
     assert report.steps >= STEPS
     (runner,) = runners
@@ -108,10 +110,11 @@ def flow():
         yield lambda scheduler: real_size.sd3(scheduler, model)
 
 
+@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("name", schedulers.FLOW)
-def test_flow_step_neither_waits_nor_copies(flow, device, name):
+def test_flow_step_neither_waits_nor_copies(flow, device, name, policy):
     pipe = flow(schedulers.FLOW[name]())
-    with fastguard.enable(pipe, "og+dtp", gate=0.02, capture="step"):
+    with fastguard.enable(pipe, policy, gate=0.02, capture="step"):
         report = fastguard.assert_sync_free(pipe, steps=STEPS)
     (runner,) = runners
     assert runner.replays == report.steps - runner.recorded >= STEPS

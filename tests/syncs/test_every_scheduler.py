@@ -18,6 +18,7 @@ from tests import schedulers
 pytestmark = pytest.mark.slow
 
 STEPS = 4
+POLICIES = ["og+dtp", "anchored"]
 
 
 @pytest.fixture(scope="module", params=real_size.SIZES)
@@ -28,12 +29,13 @@ def sized(request):
         yield request.param, lambda scheduler: real_size.pipeline(request.param, scheduler, model)
 
 
+@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("name", schedulers.SD)
 @pytest.mark.filterwarnings("ignore")  # diffusers' about the schedulers' configurations
-def test_guarded_loop_neither_waits_nor_copies(sized, name):
+def test_guarded_loop_neither_waits_nor_copies(sized, name, policy):
     _, pipeline = sized
     pipe = pipeline(schedulers.SD[name]())
-    with fastguard.enable(pipe, schedulers.suited(name, "og+dtp", gate=0.02)):
+    with fastguard.enable(pipe, schedulers.suited(name, policy, gate=0.02)):
         report = fastguard.assert_sync_free(pipe, steps=STEPS)
     assert report.technique == "labelled" and report.guarded
     assert report.steps >= STEPS
@@ -47,11 +49,12 @@ def flow():
         yield lambda scheduler: real_size.sd3(scheduler, model)
 
 
+@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("name", schedulers.FLOW)
 @pytest.mark.filterwarnings("ignore")
-def test_guarded_flow_loop_neither_waits_nor_copies(flow, name):
+def test_guarded_flow_loop_neither_waits_nor_copies(flow, name, policy):
     pipe = flow(schedulers.FLOW[name]())
-    with fastguard.enable(pipe, "og+dtp", gate=0.02):
+    with fastguard.enable(pipe, policy, gate=0.02):
         report = fastguard.assert_sync_free(pipe, steps=STEPS)
     assert report.technique == "labelled" and report.guarded
     assert report.steps >= STEPS

@@ -19,8 +19,14 @@ def lines(pipe, arguments):
     return sorted((op.sync, op.code) for op in report.ops)
 
 
-@pytest.mark.parametrize("name", ["flux", "qwen", "wan"])
-@pytest.mark.parametrize("policy", ["cfg", "og+dtp", "stp"])
+EACH = [
+    pytest.param(name, policy, marks=pytest.mark.slow if policy == "anchored" and name != "flux" else [])
+    for policy in ("cfg", "og+dtp", "stp", "anchored")
+    for name in ("flux", "qwen", "wan")
+]
+
+
+@pytest.mark.parametrize(("name", "policy"), EACH)
 def test_the_same_waits_as_stock(name, policy):
     case = CASES[name]
     pipe, arguments = case.make(), case.guided()
@@ -97,5 +103,6 @@ def wan():
 def test_the_same_waits_as_stock_at_real_size(make):
     pipe, arguments = make()
     stock = lines(pipe, arguments)
-    with fastguard.enable(pipe, "og+dtp", gate=0.02):
-        assert lines(pipe, arguments) == stock
+    for policy in ("og+dtp", "anchored"):
+        with fastguard.enable(pipe, policy, gate=0.02):
+            assert lines(pipe, arguments) == stock, policy
