@@ -32,7 +32,7 @@ What holds for own combination:
   u - g (c - u): the pipeline's own formula at a negative scale is not what the method describes.
 - The gate's unit is RMS(c - u) over what `scheduler.step` gets for one image.
 - Where two calls are made, the one whose branch no image needs is left out: under a static policy for all images, from the second row
-  on, unless somebody may remember calls (a cache, a hook on a layer, a replaced `forward`, layers that are not the libraries' own) or an
+  on, unless somebody may remember calls (a cache, a forward hook without an attribute `only_looks = True`, a replaced `forward`, layers that are not the libraries' own) or an
   IP-Adapter is in use. The report says so then.
 - A call in which no second branch runs in its first row raises. Where the second branch ends later (a truncated guidance), a warning
   says so: an image still guarded gets the conditional output from there.
