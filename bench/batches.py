@@ -33,7 +33,8 @@ from tqdm import tqdm
 from bench.pairs import alternating
 from fastguard.batch.task import generate
 from fastguard.files import write_json
-from fastguard.pipelines.loading import load_pipeline, quiet, resolve
+from fastguard.pipelines.loading import load_pipeline, resolve
+from fastguard.pipelines.quiet import quiet
 
 ROOT = Path(__file__).parents[1]
 SUBJECTS = ("apple", "cat", "dog", "house", "tree", "boat", "fish", "bird", "car", "star")

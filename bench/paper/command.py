@@ -24,6 +24,7 @@ from bench.paper.store import Store
 from bench.paper.work import Made, Unit, ahead, make, run, units
 from fastguard.batch.conveyor import out_of_memory
 from fastguard.pipelines import loading as models
+from fastguard.pipelines.quiet import quiet
 
 
 def find_sscd(name: str, device: str) -> Sscd | None:
@@ -142,7 +143,7 @@ def prepare(request: Request) -> Callable[[Unit], Made]:
     """The same in a process of its own: everything loaded again."""
     _, training = read(request)
     device, dtype = models.prepare(request.device, request.dtype)
-    models.quiet()
+    quiet()
     pipe = request.load(device, dtype)
     chosen = choose(request, pipe)
     clip = None if request.clip is None else Clip(request.clip, device)
@@ -163,7 +164,7 @@ def paper(request: Request) -> dict[str, Any] | None:
     clip, fid = find_scores(request, device)
     model = request.model or models.TESTBED
     models.model_index(model)
-    models.quiet()
+    quiet()
     pipe = request.load(device, dtype)
     chosen, amount = choose(request, pipe), request.amount
     measures, show = measuring(request, pipe, sscd, clip, training)

@@ -17,7 +17,8 @@ from fastguard.batch.options import JobOptions
 from fastguard.batch.prompt_files import load
 from fastguard.batch.screening import statistics
 from fastguard.batch.task import model_of, options_for
-from fastguard.pipelines.loading import EMBEDDED, quiet
+from fastguard.pipelines.loading import EMBEDDED
+from fastguard.pipelines.quiet import quiet
 from fastguard.policies.gate import calibrate
 
 COUNTS = (1, 2, 4, 8)

@@ -30,6 +30,7 @@ from fastguard.batch.summary import Summary
 from fastguard.batch.tables import Problem, Prompts
 from fastguard.pipelines import loading as models
 from fastguard.pipelines.enabled import guard_disabled
+from fastguard.pipelines.quiet import hushed
 from fastguard.policies.policy import Policy
 from fastguard.policies.provenance import elsewhere
 
@@ -63,7 +64,9 @@ def generate(
     that the guard does not know. Afterwards `Interrupted` (SIGTERM, SIGINT), OSError (disk full) or the error of an image: what the
     manifest lists by then is done, and the same call goes on from there.
     """
-    with prepare(model, prompts, out, **options).open() as task:
+    with ExitStack() as stack:
+        with hushed():
+            task = stack.enter_context(prepare(model, prompts, out, **options).open())
         return task.run(progress=progress)
 
 

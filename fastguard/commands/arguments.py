@@ -95,9 +95,9 @@ def listen(quiet: bool = False, verbose: bool = False) -> None:
 
 def settle(quiet: bool = False, verbose: bool = False) -> None:
     """`listen`, and the libraries that load models say only errors: before anything loads."""
-    from fastguard.pipelines import loading
+    from fastguard.pipelines.quiet import quiet as hush
 
     listen(quiet, verbose)
     if not verbose:
         warnings.simplefilter("ignore", FutureWarning)  # other libraries' about each other; ours are of another kind
-        loading.quiet()
+        hush()

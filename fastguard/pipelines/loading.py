@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import logging
 import os
 import warnings
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastguard import checks
 from fastguard.files import read_json
+from fastguard.pipelines.quiet import hushed
 from fastguard.policies.policy import Policy
 from fastguard.policies.presets import DEFAULT, policy
 
@@ -193,7 +193,7 @@ def load_pipeline(
     from diffusers import AutoPipelineForText2Image, DiffusionPipeline
 
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), hushed():
             # torch_dtype is the name that every supported diffusers knows; new ones call it deprecated.
             warnings.simplefilter("ignore", FutureWarning)
             pipe = (AutoPipelineForText2Image if auto else DiffusionPipeline).from_pretrained(
@@ -284,13 +284,3 @@ def _line(error: BaseException) -> str:
     """The first line that an error says."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
-
-
-def quiet() -> None:
-    """Nothing from the libraries that load the model, for programs whose output somebody reads: what goes wrong there raises, and we tell it."""
-    import diffusers
-    import transformers
-
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity(logging.CRITICAL)
-        library.utils.logging.disable_progress_bar()

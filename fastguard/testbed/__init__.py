@@ -65,14 +65,11 @@ def policy_path() -> Path:
 def load(**kwargs: Any) -> StableDiffusionPipeline:
     """The pipeline, stored in float16 and loaded in float32; `kwargs` go to from_pretrained."""
     from diffusers import StableDiffusionPipeline
-    from diffusers.utils import logging
 
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()  # it would say at length that AutoencoderTiny is no AutoencoderKL
-    try:
+    from fastguard.pipelines.quiet import hushed
+
+    with hushed():  # it would be said at length that AutoencoderTiny is no AutoencoderKL
         pipe = StableDiffusionPipeline.from_pretrained(path(), **kwargs)
-    finally:
-        logging.set_verbosity(level)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -37,3 +37,17 @@ def test_standard_error_is_empty(command, tmp_path):
     run = [sys.executable, "-m", "fastguard", *(part.format(tmp_path) for part in command)]
     done = subprocess.run(run, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout and not done.stderr
+
+
+@pytest.mark.slow
+def test_python_says_nothing_of_other_libraries_either(tmp_path):
+    """And leaves their logging as it was."""
+    code = (
+        "import fastguard, diffusers, transformers; from fastguard import testbed\n"
+        "logs = [library.utils.logging for library in (diffusers, transformers)]\n"
+        "before = [log.get_verbosity() for log in logs]\n"
+        f"fastguard.generate('testbed', ['a'], {str(tmp_path / 'out')!r}, steps=2, gate=9.0, progress=False); testbed.load()\n"
+        "assert [log.get_verbosity() for log in logs] == before and all(log.is_progress_bar_enabled() for log in logs)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
