@@ -48,6 +48,8 @@ def rows(prompts: Prompts, fields: Sequence[str], *, strict: bool = True) -> Row
         return _listed(prompts)
     path = Path(prompts)
     readers = {".txt": _txt, ".csv": _csv, ".jsonl": _jsonl, ".parquet": _parquet}
+    if path.is_dir() and any(path.rglob("*.parquet")):
+        return _parquet(path, fields, strict)
     if path.suffix.lower() not in readers:
         raise ValueError(f"prompts={str(path)!r}: must end in {', '.join(readers)}")
     return readers[path.suffix.lower()](path, fields, strict)

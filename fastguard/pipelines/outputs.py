@@ -95,8 +95,8 @@ def keeps_state(denoiser: Any) -> str | None:
             return f"{hook} on {name} may keep features from row to row"
         if not _own_forward(module):
             return f"forward() is replaced on a {name}"
-        # forward: of the class, which TeaCache's users replace.
-        for where in (type(module).__module__, getattr(type(module).forward, "__module__", None) or "?"):
+        # forward: of the class, which TeaCache's users replace, under the old one's name if it goes by functools.wraps.
+        for where in (type(module).__module__, getattr(type(module).forward, "__globals__", {}).get("__name__", "?")):
             if where.split(".")[0] not in _LIBRARIES:
                 return f"{where}.{name} is not one of the libraries' own layers"
         processor = getattr(module, "processor", None)

@@ -134,13 +134,15 @@ def test_whole_numbers_of_tables(tmp_path, text):
         assert [r.seed for r in load(tmp_path / name, DEFAULTS)[0]] == [7]
 
 
-def test_a_directory_of_parquet_files(tmp_path):
+@pytest.mark.parametrize("name", ["p.parquet", "p"])
+def test_a_directory_of_parquet_files(tmp_path, name):
     """As Spark and Ray write a table; rows are counted through."""
-    (tmp_path / "p.parquet").mkdir()
+    folder = tmp_path / name
+    folder.mkdir()
     for i, prompts in enumerate((["a", "b"], ["c"])):
-        parquet.write_table(pa.table({"prompt": prompts}), tmp_path / "p.parquet" / f"part-{i}.parquet")
-    (tmp_path / "p.parquet" / "_SUCCESS").touch()
-    assert [(r.prompt, r.line) for r in load(tmp_path / "p.parquet", DEFAULTS)[0]] == [("a", 1), ("b", 2), ("c", 3)]
+        parquet.write_table(pa.table({"prompt": prompts}), folder / f"part-{i}.parquet")
+    (folder / "_SUCCESS").touch()
+    assert [(r.prompt, r.line) for r in load(folder, DEFAULTS)[0]] == [("a", 1), ("b", 2), ("c", 3)]
 
 
 def test_a_cell_beyond_the_limit_of_csv(tmp_path):

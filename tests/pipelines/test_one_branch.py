@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 import pytest
@@ -209,6 +210,21 @@ def test_a_hook_for_every_module():
         assert "a forward hook for every module" in needs_both(pipelines.sd().unet, {})
     finally:
         handle.remove()
+
+
+def test_a_class_forward_replaced_under_its_old_name(monkeypatch):
+    """functools.wraps copies the library's module name onto the user's function."""
+    unet = pipelines.sd().unet
+    kind = type(unet.mid_block)
+    original = kind.forward
+
+    @functools.wraps(original)
+    def cached(self, *args, **kwargs):
+        return original(self, *args, **kwargs)
+
+    assert needs_both(unet, {}) is None
+    monkeypatch.setattr(kind, "forward", cached)
+    assert "is not one of the libraries' own layers" in needs_both(unet, {})
 
 
 HARMLESS = {
