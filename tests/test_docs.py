@@ -47,7 +47,9 @@ def test_the_first_snippet(tmp_path, monkeypatch, capsys):
     names: dict = {}
     exec(snippet("README.md"), names)
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["False", "True"]
-    assert fastguard.policy("policy.json").gate == names["gate"].threshold and names["gate"].fpr == 0.05
+    saved = fastguard.policy("policy.json")
+    assert saved.gate == names["gate"].threshold and names["gate"].fpr == 0.05
+    assert saved.provenance == {"model": "testbed", "scheduler": "DDIMScheduler", "dtype": "float32", "steps": 50}
     assert type(names["pipe"]).__call__ is type(testbed.load()).__call__ and len(names["images"]) == 2
 
 
