@@ -9,7 +9,6 @@ from typing import Any
 
 import diffusers
 import numpy as np
-import pytest
 import torch
 from PIL import Image
 
@@ -490,10 +489,3 @@ MORE |= {
     "skyreels": another("wan", "SkyReelsV2Pipeline", parts={"scheduler": unipc}),
     "ltx condition": another("ltx", "LTXConditionPipeline", parts={"vae": ltx_vae}, elements=8 * 3 * 16 * 16),
 }
-
-EVERY = {**CASES, **MORE}
-_FIRST = ("kontext", "qwen edit", "qwen edit plus", "wan i2v", "ltx i2v", "hidream")
-PARAMS = [
-    *CASES,
-    *(name if name in _FIRST else pytest.param(name, marks=pytest.mark.slow) for name in MORE),
-]

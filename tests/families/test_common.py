@@ -11,7 +11,7 @@ import torch
 
 import fastguard
 from fastguard.pipelines import guard as guards
-from tests.families.more import EVERY, PARAMS
+from tests.families.every import EVERY, PARAMS
 from tests.families.tiny import run
 
 

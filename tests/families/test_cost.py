@@ -8,7 +8,7 @@ import pytest
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastguard
-from tests.families.more import EVERY
+from tests.families.every import EVERY
 from tests.families.tiny import run
 
 MIXED = ["stp", "cfg"]

@@ -8,7 +8,7 @@ import torch
 import fastguard
 from tests import pipelines
 from tests.families import tiny_guiders
-from tests.families.more import EVERY
+from tests.families.every import EVERY
 from tests.families.tiny import run
 
 POLICIES = [

@@ -16,7 +16,7 @@ from fastguard.pipelines.families import find
 from fastguard.pipelines.families.own import OwnFamily
 from fastguard.pipelines.probe import probe
 from fastguard.pipelines.verified import infer
-from tests.families.more import EVERY, PARAMS
+from tests.families.every import EVERY, PARAMS
 from tests.families.tiny import euler, flux_transformer, parts, run
 
 

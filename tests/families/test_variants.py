@@ -13,7 +13,7 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 
 import fastguard
-from tests.families.more import EVERY
+from tests.families.every import EVERY
 from tests.families.tiny import flux_transformer, parts, run, unipc, wan
 
 # (instance, arguments that switch something on, whether both branches run to the end)

@@ -1,0 +1,15 @@
+"""All tiny instances, by name, and which of them run in the fast tier."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.families.more import MORE
+from tests.families.older import OLDER
+from tests.families.recent import RECENT
+from tests.families.tiny import CASES
+from tests.families.videos import VIDEOS
+
+EVERY = {**CASES, **MORE, **OLDER, **VIDEOS, **RECENT}
+_FAST = (*CASES, "kontext", "qwen edit", "qwen edit plus", "wan i2v", "ltx i2v", "hidream")
+PARAMS = [name if name in _FAST else pytest.param(name, marks=pytest.mark.slow) for name in EVERY]

@@ -1,0 +1,7 @@
+"""Tiny instances of recent image pipelines."""
+
+from __future__ import annotations
+
+from tests.families.tiny import Tiny
+
+RECENT: dict[str, Tiny] = {}
