@@ -51,7 +51,7 @@ class Rule(IntEnum):
     GATE_STEPS = 3  # observations in which the gate may catch; 0 = no gate
     MIN_STEP = 4  # observation index before which minima (drops) are ignored
     FLOOR = 5  # 1 - min_drop: a minimum counts only below FLOOR * maximum up to and including it
-    RHO = 6  # drop rule: fires below RHO * maximum so far
+    RHO = 6  # drop rule: fires below RHO * maximum so far; `rho` of the policy
     MAGNITUDE = 7  # Magnitude
     COMBINED = 8  # 1: while unguarded the caller's own combination is the output, where there is one; 0: the policy has its own scale
     ANCHORED = 9  # 1: guarded by its anchor (`anchor.push`, which has the formulas of the columns that follow)
@@ -82,7 +82,7 @@ class State(IntEnum):
     FORCED = 13  # 1 if a dynamic rule was overruled by SWITCH_ROW
     NON_FINITE = 14  # first row with a non-finite d
     STRENGTH = 15  # s of the anchor
-    RHO = 16  # push of the drift
+    PUSH = 16  # of the drift: rho in `anchor.push`
     ANCHOR = 17  # Anchor
 
 

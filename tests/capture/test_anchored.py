@@ -33,7 +33,7 @@ def _stale(monkeypatch, what):
         state = self.state.clone()
         load(self, *args)
         if again and what == "rho":
-            self.state[:, State.RHO] = state[:, State.RHO]
+            self.state[:, State.PUSH] = state[:, State.PUSH]
 
     def advanced(self, *args):
         advance(self, *args)

@@ -112,7 +112,7 @@ def make(
     rules[:, Rule.RHO] = 0.3
     rules[:, Rule.MAGNITUDE] = rng.choice([int(magnitude) for magnitude in Magnitude], batch)
     rules[:, Rule.COMBINED] = rng.choice([0.0, 1.0], batch)
-    state[:, [State.STRENGTH, State.RHO, State.ANCHOR]] = 0
+    state[:, [State.STRENGTH, State.PUSH, State.ANCHOR]] = 0
     if anchored:
         _anchor(rng, state, rules, elements)
     guidance = rng.choice([0.0, 1.0, -7.5, 7.5], (batch, steps, 2)).astype(np.float32)
@@ -172,7 +172,7 @@ def _anchor(rng: np.random.Generator, state: np.ndarray, rules: np.ndarray, elem
     rules[:, Rule.FAINT], rules[:, Rule.SHARP] = elements**0.5 * np.array([0.5, 2.0])[:, None]
     rules[:, Rule.BACK], rules[:, Rule.ETA] = rng.choice([0.0, 0.1], batch), rng.choice([0.0, 2.0], batch)
     rules[:, Rule.DRIFT], rules[:, Rule.MOST] = rng.choice([-0.5, 0.2], batch), 4.0
-    state[:, State.STRENGTH], state[:, State.RHO] = rng.uniform(0, 1, batch), rng.uniform(0, 1, batch)
+    state[:, State.STRENGTH], state[:, State.PUSH] = rng.uniform(0, 1, batch), rng.uniform(0, 1, batch)
     state[:, State.ANCHOR] = rng.choice([0.0, 1.0, 1.0], batch)
 
 

@@ -98,7 +98,7 @@ def anchored(
     elif row[Row.OBSERVE] and s["ANCHOR"] == 1:
         U, M = u0 - mu, m - mu
         v = 2 * float((U * M).sum()) / float((U**2).sum() + (M**2).sum())
-        s["RHO"] = min(max(s["RHO"] + rule[Rule.ETA] * (v - rule[Rule.DRIFT]), 0), rule[Rule.MOST])
+        s["PUSH"] = min(max(s["PUSH"] + rule[Rule.ETA] * (v - rule[Rule.DRIFT]), 0), rule[Rule.MOST])
     a, d0 = m - u0, c0 - u0
     p = float((d0 * a).sum() / (a**2).sum())
     if not np.isfinite(a).all() or s["ANCHOR"] == 2:
@@ -109,7 +109,7 @@ def anchored(
     s["ANCHOR"] = 1
     if s["PHASE"] == Phase.UNDECIDED:
         return output, 0 * u, p, write
-    g_a = (1 - s["STRENGTH"]) - rule[Rule.BACK] * max(g, 0) * s["STRENGTH"] - s["RHO"]
+    g_a = (1 - s["STRENGTH"]) - rule[Rule.BACK] * max(g, 0) * s["STRENGTH"] - s["PUSH"]
     along = float(((output - u) * E * a).sum() / (a**2).sum()) if combined is not None else g * p  # in x0
     f = max(along - g_a * p, 0) if p > 0 else 0.0
     error = (abs(g) + abs(g_a)) * np.abs(d0 * a).sum() / (a**2).sum() + abs(f)

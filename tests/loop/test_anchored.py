@@ -153,7 +153,7 @@ def test_rho_moves_at_observations_only():
     for k in range(len(schedule.timesteps)):
         u, c = denoise(k, loop.x.double())
         loop.advance(u.float(), c.float())
-        rho = float(loop.state[0, State.RHO])
+        rho = float(loop.state[0, State.PUSH])
         assert schedule.rows[k, 10] or rho == before
         before = rho
     assert before > 0
