@@ -88,11 +88,6 @@ READ = frozenset(  # declared from reading: no instance of them runs in the test
         # videos
         "AceStepPipeline",
         "AllegroPipeline",
-        "AnimateDiffControlNetPipeline",
-        "AnimateDiffSDXLPipeline",
-        "AnimateDiffSparseControlNetPipeline",
-        "AnimateDiffVideoToVideoControlNetPipeline",
-        "AnimateDiffVideoToVideoPipeline",
         "AnyFlowPipeline",
         "AudioLDM2Pipeline",
         "CogVideoXFunControlPipeline",

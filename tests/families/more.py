@@ -432,7 +432,7 @@ def unet(name: str, make: Callable[[], Any]) -> Callable[[], Any]:
     return lambda: parts(getattr(diffusers, name), unet=seeded(make), vae=pipelines.vae(), scheduler=pipelines.ddim())
 
 
-def motion_unet() -> Any:
+def motion_unet(**config: Any) -> Any:
     return diffusers.UNetMotionModel(
         block_out_channels=(8, 8),
         layers_per_block=1,
@@ -444,6 +444,7 @@ def motion_unet() -> Any:
         norm_num_groups=2,
         motion_num_attention_heads=2,
         motion_max_seq_length=8,
+        **config,
     )
 
 

@@ -88,16 +88,17 @@ def test_scales_of_rows_are_found():
 
 def test_nothing_is_left_behind(case):
     tiny, pipe = case
-    generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    generators = tiny.generators(1, 2)
 
     def callback(*_):
         raise AssertionError("a probe calls no callback")
 
-    before = [*(one.get_state() for one in generators), torch.get_rng_state()]
+    each = generators if isinstance(generators, list) else [generators]
+    before = [*(one.get_state() for one in each), torch.get_rng_state()]
     attributes, scheduler = dict(vars(pipe)), dict(vars(pipe.scheduler))
     denoisers = {name: (part, set(vars(part))) for name in find(type(pipe)).denoisers if (part := getattr(pipe, name))}
-    probe(pipe, _arguments(tiny, generator=generators[: tiny.images], callback_on_step_end=callback), find(type(pipe)))
-    after = [*(one.get_state() for one in generators), torch.get_rng_state()]
+    probe(pipe, _arguments(tiny, generator=generators, callback_on_step_end=callback), find(type(pipe)))
+    after = [*(one.get_state() for one in each), torch.get_rng_state()]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert dict(vars(pipe)) == attributes
     assert set(vars(pipe.scheduler)) == set(scheduler)

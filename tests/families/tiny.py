@@ -47,6 +47,11 @@ class Tiny:
         """The arguments of a stock call with guidance off: branch 1 is the prompt, 2 the negative prompt."""
         return {**self.fixed, **self.branch(seed), **self.off, **changes}
 
+    def generators(self, *seeds: int) -> Any:
+        """One for each image; where one image comes of a call, the generator itself: some pipelines take no list."""
+        made = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return made if self.images > 1 else made[0]
+
     shared: tuple[str, ...] = ()  # embeddings without a negative
 
 
@@ -55,7 +60,7 @@ def run(tiny: Tiny, pipe: Any, arguments: dict[str, Any], **changes: Any) -> tor
         "num_inference_steps": tiny.steps,
         "output_type": "latent",
         "return_dict": False,
-        "generator": [torch.Generator().manual_seed(seed) for seed in (5, 6)][: tiny.images],
+        "generator": tiny.generators(5, 6),
         **arguments,
         **changes,
     }

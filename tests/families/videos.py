@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from tests.families.tiny import Tiny
+from tests.families.videos_motion import MOTION
 
-VIDEOS: dict[str, Tiny] = {}
+VIDEOS: dict[str, Tiny] = {**MOTION}
