@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -35,16 +36,14 @@ def picture(seed: int = 0, size: int = 32) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def small_qwen(name: str) -> Callable[[], Any]:
-    """The edit pipelines scale pictures to a million pixels; here to 32 x 32."""
+def small_qwen(name: str, **given: Any) -> Callable[[], Any]:
+    """The pipelines that scale pictures to a million pixels; here to 32 x 32."""
 
     def make() -> Any:
-        import importlib
-
-        file = {"QwenImageEditPipeline": "edit", "QwenImageEditPlusPipeline": "edit_plus"}[name]
-        module = importlib.import_module(f"diffusers.pipelines.qwenimage.pipeline_qwenimage_{file}")
-        module.calculate_dimensions = lambda area, ratio: (32, 32, None) if file == "edit" else (32, 32)
-        return qwen(name, vae=qwen_vae)()
+        module: Any = sys.modules[getattr(diffusers, name).__module__]
+        size = module.calculate_dimensions(32 * 32, 1.0)
+        module.calculate_dimensions = lambda area, ratio: size
+        return qwen(name, vae=qwen_vae, **given)()
 
     return make
 
@@ -169,11 +168,11 @@ def krea2() -> Any:
     return parts(diffusers.Krea2Pipeline, transformer=transformer, scheduler=euler(), text_encoder_select_layers=(1, 2))
 
 
-def cogview4() -> Any:
+def cogview4(name: str = "CogView4Pipeline", channels: int = 4, **extra: Any) -> Any:
     transformer = seeded(
         lambda: diffusers.CogView4Transformer2DModel(
             patch_size=2,
-            in_channels=4,
+            in_channels=channels,
             out_channels=4,
             num_layers=1,
             attention_head_dim=4,
@@ -184,7 +183,7 @@ def cogview4() -> Any:
             rope_axes_dim=(256, 256),
         )
     )
-    return parts(diffusers.CogView4Pipeline, transformer=transformer, scheduler=euler())
+    return parts(getattr(diffusers, name), transformer=transformer, scheduler=euler(), **extra)
 
 
 def cogview3() -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tests.families.recent_variants import VARIANTS
 from tests.families.tiny import Tiny
 
-RECENT: dict[str, Tiny] = {}
+RECENT: dict[str, Tiny] = {**VARIANTS}

@@ -12,7 +12,7 @@ import torch
 import fastguard
 from fastguard.pipelines import guard as guards
 from tests.families.every import EVERY, PARAMS
-from tests.families.tiny import run
+from tests.families.tiny import negative_alone, run
 
 
 @functools.lru_cache(maxsize=1)
@@ -58,7 +58,7 @@ def test_unguarded_images_keep_stocks_bits(case):
 def test_zero_is_stock_on_the_negative_prompt(case):
     tiny, pipe, stock = case
     ours, report = _guarded(tiny, pipe, _held(tiny))
-    expected = run(tiny, pipe, tiny.alone(2))
+    expected = negative_alone(tiny, pipe)
     assert (expected - stock).abs().max() > 1e-5 * stock.abs().max()
     _assert_same(ours, expected, tiny.exact)
     calls = guards.find(type(pipe)).calls
@@ -135,7 +135,7 @@ def test_a_wrong_order_does_not_pass(case, monkeypatch):
     wrong = dataclasses.replace(family, order=family.order[::-1])
     monkeypatch.setattr(guards, "find", lambda _: wrong)
     ours, _ = _guarded(tiny, pipe, _held(tiny))
-    expected = run(tiny, pipe, tiny.alone(2))
+    expected = negative_alone(tiny, pipe)
     assert (ours - expected).abs().max() > 1e-5 * expected.abs().max()
 
 

@@ -23,6 +23,7 @@ class Tiny:
     bends: whether its combination is not linear in the two branches.
     full_rows: rows that run both branches where only one is needed: the first of each denoiser.
     exact: whether one branch alone has the bits that it has in a batch of both.
+    prompt_only: the arguments of its controlnet that come from the prompt in both branches, also in the negative prompt's.
     """
 
     make: Callable[[], Any]
@@ -38,6 +39,7 @@ class Tiny:
     images: int = 2
     counts_steps: bool = True
     kept: tuple[int, int | None] = (0, None)
+    prompt_only: tuple[str, ...] = ()
 
     def guided(self, **changes: Any) -> dict[str, Any]:
         negative = {f"negative_{name}": value for name, value in self.branch(2).items() if name not in self.shared}
@@ -56,6 +58,7 @@ class Tiny:
 
 
 def run(tiny: Tiny, pipe: Any, arguments: dict[str, Any], **changes: Any) -> torch.Tensor:
+    torch.manual_seed(0)  # some pipelines encode a picture without the generator that they are given
     given = {
         "num_inference_steps": tiny.steps,
         "output_type": "latent",
@@ -64,7 +67,29 @@ def run(tiny: Tiny, pipe: Any, arguments: dict[str, Any], **changes: Any) -> tor
         **arguments,
         **changes,
     }
-    return pipe(**given)[0]
+    found = pipe(**given)[0]
+    return torch.cat(found) if isinstance(found, list) else found
+
+
+def negative_alone(tiny: Tiny, pipe: Any) -> torch.Tensor:
+    """Stock on the negative prompt, with a controlnet that sees of the prompts what it sees in a guided call."""
+    if not tiny.prompt_only:
+        return run(tiny, pipe, tiny.alone(2))
+    seen: dict[str, Any] = {}
+
+    def look(module: Any, args: Any, given: dict[str, Any]) -> None:
+        seen.update({name: given[name] for name in tiny.prompt_only})
+
+    def replace(module: Any, args: Any, given: dict[str, Any]) -> Any:
+        return args, {**given, **seen}
+
+    for hook, seed in ((look, 1), (replace, 2)):
+        handle = pipe.controlnet.register_forward_pre_hook(hook, with_kwargs=True)
+        try:
+            found = run(tiny, pipe, tiny.alone(seed))
+        finally:
+            handle.remove()
+    return found
 
 
 def seeded(make: Callable[[], torch.nn.Module], seed: int = 0) -> Any:
@@ -130,7 +155,7 @@ def flux(name: str = "FluxPipeline", **extra: Any) -> Callable[[], Any]:
     )
 
 
-def qwen(name: str = "QwenImagePipeline", **extra: Any) -> Callable[[], Any]:
+def qwen(name: str = "QwenImagePipeline", config: Any = None, **extra: Any) -> Callable[[], Any]:
     def make() -> Any:
         transformer = seeded(
             lambda: diffusers.QwenImageTransformer2DModel(
@@ -141,6 +166,7 @@ def qwen(name: str = "QwenImagePipeline", **extra: Any) -> Callable[[], Any]:
                 num_attention_heads=2,
                 joint_attention_dim=16,
                 axes_dims_rope=(8, 4, 4),
+                **(config or {}),
             )
         )
         return parts(
@@ -184,8 +210,8 @@ def unipc() -> Any:
     )
 
 
-def z_image() -> Any:
-    transformer = seeded(
+def z_image_transformer(**config: Any) -> Any:
+    return seeded(
         lambda: diffusers.ZImageTransformer2DModel(
             in_channels=16,
             dim=32,
@@ -196,9 +222,13 @@ def z_image() -> Any:
             cap_feat_dim=16,
             axes_dims=[8, 4, 4],
             axes_lens=[256, 32, 32],
+            **config,
         )
     )
-    return parts(diffusers.ZImagePipeline, transformer=transformer, scheduler=euler())
+
+
+def z_image() -> Any:
+    return parts(diffusers.ZImagePipeline, transformer=z_image_transformer(), scheduler=euler())
 
 
 def klein() -> Any:
