@@ -14,6 +14,8 @@ from typing import Annotated, Any
 
 import typer
 
+from fastguard.pipelines.quiet import quiet as hush
+
 REFUSED = 2  # exit code
 
 Model = Annotated[
@@ -24,22 +26,21 @@ Quiet = Annotated[
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more, and let other libraries speak.")]
 
+CALL = (
+    "steps", "guidance_scale", "negative_prompt", "width", "height", "batch_size", "dtype", "device", "scheduler", "variant",
+)  # fmt: skip
+"""Fields of `JobOptions` for a verb that calls the pipeline as `generate` will."""
+
 
 @contextmanager
 def refusing() -> Iterator[None]:
-    """Turn errors in what the user gave into one line and exit code 2."""
+    """Turn errors in what the user gave into one line and exit code 2. Also a decorator."""
     try:
         yield
     except (ValueError, OSError) as error:
         message = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.filename else str(error)
         typer.echo(f"error: {message}", err=True)
         raise typer.Exit(REFUSED) from None
-
-
-CALL = (
-    "steps", "guidance_scale", "negative_prompt", "width", "height", "batch_size", "dtype", "device", "scheduler", "variant",
-)  # fmt: skip
-"""Fields of `JobOptions` for a verb that calls the pipeline as `generate` will."""
 
 
 def new_file(out: Path, *endings: str) -> None:
@@ -55,49 +56,35 @@ def fields_of(table: type, *names: str) -> Callable[[Callable[..., None]], Calla
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = inspect.signature(command, eval_str=True).parameters.values()
-        hints = typing.get_type_hints(table)
-        options = [
-            inspect.Parameter(
-                field.name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=field.default,
-                annotation=Annotated[_on_the_command_line(hints[field.name]), _described(field)],
-            )
-            for field in dataclasses.fields(table)
-            if not names or field.name in names
-        ]
-        kept = [parameter for parameter in own if parameter.kind is not parameter.VAR_KEYWORD]
-        command.__signature__ = inspect.Signature([*kept, *options])  # type: ignore[attr-defined]
+        parameters = [parameter for parameter in own if parameter.kind is not parameter.VAR_KEYWORD]
+        kinds = typing.get_type_hints(table)
+        for field in dataclasses.fields(table):
+            if field.name in names or not names:
+                kind = str | None if kinds[field.name] is Any else kinds[field.name]
+                flag = "--" + field.name.replace("_", "-")  # given outright, it has no --no-flag beside it
+                option = typer.Option(flag, help=field.metadata["help"], show_default=field.default is not False)
+                parameters.append(
+                    inspect.Parameter(
+                        field.name,
+                        inspect.Parameter.KEYWORD_ONLY,
+                        default=field.default,
+                        annotation=Annotated[kind, option],
+                    )
+                )
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {}  # typer would take the types from here, too
         return command
 
     return decorate
 
 
-def _on_the_command_line(kind: Any) -> Any:
-    return str | None if kind is Any else kind
-
-
-def _described(field: dataclasses.Field[Any]) -> Any:
-    flag = "--" + field.name.replace("_", "-")
-    # A flag has no --no-flag beside it.
-    return typer.Option(flag, help=field.metadata["help"], show_default=field.default is not False)
-
-
-def listen(quiet: bool = False, verbose: bool = False) -> None:
-    """Messages of the library's one logger, "fastguard", on standard error; other libraries' only if `verbose`."""
+def settle(quiet: bool = False, verbose: bool = False) -> None:
+    """Our one logger speaks on standard error, other libraries only if `verbose`: said before anything loads."""
     logger = logging.getLogger("fastguard")
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     logger.handlers, logger.propagate = [handler], False
     logger.setLevel(logging.ERROR if quiet else logging.DEBUG if verbose else logging.INFO)
-
-
-def settle(quiet: bool = False, verbose: bool = False) -> None:
-    """`listen`, and the libraries that load models say only errors: before anything loads."""
-    from fastguard.pipelines.quiet import quiet as hush
-
-    listen(quiet, verbose)
     if not verbose:
         warnings.simplefilter("ignore", FutureWarning)  # other libraries' about each other; ours are of another kind
         hush()

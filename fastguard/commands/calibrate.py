@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from fastguard import checks
 from fastguard.batch.options import JobOptions
+from fastguard.batch.prompt_files import Source, load
+from fastguard.batch.request import Request
+from fastguard.batch.tables import Problem, rows
 from fastguard.commands.arguments import CALL, Model, Quiet, Verbose, fields_of, new_file, refusing, settle
+from fastguard.files import short
+from fastguard.policies.gate import calibrate as choose
+from fastguard.policies.gate import check_sample
 
 
 @fields_of(JobOptions, "policy", *CALL)
+@refusing()
 def calibrate(
     model: Model,
     prompts: Annotated[
@@ -35,105 +44,75 @@ def calibrate(
     **options: Any,
 ) -> None:
     """Choose the gate from ordinary prompts, with a guarantee on how many of them it may catch, and write a policy file."""
-    with refusing():
-        from fastguard import checks
-        from fastguard.batch.planning import arguments
-        from fastguard.batch.request import parse
-        from fastguard.batch.screening import statistics
-        from fastguard.batch.task import model_of, options_for
-        from fastguard.files import short
-        from fastguard.pipelines.statistics import observe
-        from fastguard.policies.gate import calibrate as choose
-        from fastguard.policies.gate import check_sample
+    from fastguard.batch.planning import arguments
+    from fastguard.batch.screening import statistics
+    from fastguard.batch.task import model_of, options_for
+    from fastguard.pipelines.statistics import observe
 
-        settle(quiet, verbose)
-        wanted = options_for(model, JobOptions(**options))
-        if not wanted.policy.guarded:
-            raise ValueError(
-                f"policy={short(wanted.policy.name)}: can have no gate, it guards no image; calibrate one that does, e.g. 'anchored'"
-            )
-        found, groups = draws(prompts)
-        units = (len(found), "prompts") if groups is None else (len(set(groups)), "groups of prompts")
-        check_sample(units[0], fpr, confidence, f"{units[1]} in {str(prompts)!r}")
-        checks.integer("seeds", seeds, 1)
-        checks.integer("noises", noises, 0, 1000)
-        new_file(out, ".json")
-        requests = [parse({"prompt": prompt}, wanted, i)[0] for i, prompt in enumerate(found)]
-        settings, load_model, limits = model_of(model, wanted)
-        limits.check(requests)
-        pipe = load_model()
-        check_tokens(pipe, found, prompts)
-        scale = requests[0].stock_scale
-        call = arguments([request for request in requests for _ in range(seeds)])
-        call |= {} if scale is None else {"guidance_scale": scale}
-        images = list(
-            observe(
-                pipe,
-                seeds=range(len(found) * seeds),
-                gate_steps=wanted.policy.gate_steps,
-                to_mid_run=suspect,
-                batch_size=wanted.batch_size,
-                progress=not quiet,
-                **call,
-            )
+    settle(quiet, verbose)
+    wanted = options_for(model, JobOptions(**options))
+    if not wanted.policy.guarded:
+        raise ValueError(
+            f"policy={short(wanted.policy.name)}: can have no gate, it guards no image; calibrate one that does, e.g. 'anchored'"
         )
-        each = [images[i : i + seeds] for i in range(0, len(images), seeds)]
-        gate = choose([max(image.gate["rms"] for image in own) for own in each], fpr, confidence, groups=groups)
-        bounds: dict[str, Any] = {}
-        known = gate.to_dict() | settings | {"scheduler": type(pipe.scheduler).__name__, "seeds": seeds}
-        for name in CALL:
-            if name not in ("batch_size", "device", *settings):
-                known[name] = getattr(wanted, name)
-        if suspect:  # small values are caught: their inverses are large
-            inverse = [max(1 / max(image.collapse, 1e-30) for image in own) for own in each]
-            found_bound = choose(inverse, fpr, confidence, groups=groups)
-            bounds["suspect"] = 1 / found_bound.threshold
-            known["suspect"] = {"threshold": bounds["suspect"], "exceeding": found_bound.exceeding}
-        if noises:
-            means = [sum(own) / noises for own in statistics(pipe, requests, noises, most=wanted.batch_size)]
-            mean = choose(means, fpr, confidence, groups=groups)
-            known["screen"] = {"noises": noises, "threshold": mean.threshold, "exceeding": mean.exceeding}
-        dataclasses.replace(wanted.policy, gate=gate.threshold, **bounds, provenance=known).save(out)
-    typer.echo(f"gate {gate.threshold:.6g}. {gate.statement}.")
-    if suspect:
-        typer.echo(f"suspect below {bounds['suspect']:.6g}: collapse of the curve, at the same rate")
+    requests, groups = draws(prompts, wanted)
+    units = (len(requests), "prompts") if groups is None else (len(set(groups)), "groups of prompts")
+    check_sample(units[0], fpr, confidence, f"{units[1]} in {str(prompts)!r}")
+    checks.integer("seeds", seeds, 1)
+    checks.integer("noises", noises, 0, 1000)
+    new_file(out, ".json")
+    settings, load_model, limits = model_of(model, wanted)
+    limits.check(requests)
+    pipe = load_model()
+    check_tokens(pipe, [request.prompt for request in requests], prompts)
+
+    call = arguments([request for request in requests for _ in range(seeds)])
+    if (scale := requests[0].stock_scale) is not None:
+        call["guidance_scale"] = scale
+    call |= {"batch_size": wanted.batch_size, "gate_steps": wanted.policy.gate_steps, "to_mid_run": suspect}
+    images = list(observe(pipe, seeds=range(len(requests) * seeds), progress=not quiet, **call))
+    each = [images[i : i + seeds] for i in range(0, len(images), seeds)]
+    bound = functools.partial(choose, fpr=fpr, confidence=confidence, groups=groups)
+
+    gate = bound([max(image.gate["rms"] for image in own) for own in each])
+    fields: dict[str, Any] = {"gate": gate.threshold}
+    known = {name: getattr(wanted, name) for name in CALL if name not in ("batch_size", "device")}
+    known |= gate.to_dict() | settings | {"scheduler": type(pipe.scheduler).__name__, "seeds": seeds}
+    told = [f"gate {gate.threshold:.6g}. {gate.statement}."]
+    if suspect:  # small values are caught: their inverses are large
+        inverse = bound([max(1 / max(image.collapse, 1e-30) for image in own) for own in each])
+        fields["suspect"] = 1 / inverse.threshold
+        known["suspect"] = {"threshold": fields["suspect"], "exceeding": inverse.exceeding}
+        told.append(f"suspect below {fields['suspect']:.6g}: collapse of the curve, at the same rate")
     if noises:
-        typer.echo(f"screening flags from {mean.threshold:.6g} on: mean over {noises} noises, at the same rate")
-    typer.echo(out)
+        mean = bound([sum(own) / noises for own in statistics(pipe, requests, noises, most=wanted.batch_size)])
+        known["screen"] = {"noises": noises, "threshold": mean.threshold, "exceeding": mean.exceeding}
+        told.append(f"screening flags from {mean.threshold:.6g} on: mean over {noises} noises, at the same rate")
+    dataclasses.replace(wanted.policy, **fields, provenance=known).save(out)
+    typer.echo("\n".join([*told, str(out)]))
 
 
-def draws(path: Path) -> tuple[list[str], list[str] | None]:
-    """The prompt of every row, and the group of every row if they have one.
+def draws(path: Path, options: JobOptions) -> tuple[list[Request], list[str] | None]:
+    """A request for every row, and the group of every row if they have one.
 
-    A prompt is given back as it stands; a group without the spaces around it. Neither differs from another by spaces alone: that changes
-    no token. ValueError if a row has no prompt, repeats one, cannot be read or has a group where others have none; OSError if the file
-    cannot be read.
+    Spaces alone make neither another prompt nor another group: they change no token. ValueError if a row is bad, repeats a prompt or
+    has a group where others have none; OSError if the file cannot be read.
     """
-    from fastguard.batch.prompt_files import Source
-    from fastguard.batch.tables import Problem, rows
-
-    prompts: list[str] = []
-    groups: list[str] = []
-    seen: dict[str, int] = {}
+    requests, _ = load(path, options, ("prompt",))
+    groups = [
+        row.get("group") for _, row in rows(path, ("prompt", "group"), strict=False) if not isinstance(row, Problem)
+    ]
     unit = Source.of(path).unit
-    for number, row in rows(path, ("prompt", "group"), strict=False):
-        where = f"prompts={str(path)!r}: {unit} {number}"
-        if isinstance(row, Problem):
-            raise ValueError(f"{where}: {row.message}")
-        prompt, group = row.get("prompt"), row.get("group")
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise ValueError(f"{where}: prompt={prompt!r}: must be text that is not empty")
-        if (first := seen.setdefault(_spaced(prompt), number)) != number:
+    seen: dict[str, int | None] = {}
+    for request, group in zip(requests, groups, strict=True):
+        where = f"prompts={str(path)!r}: {unit} {request.line}"
+        if (first := seen.setdefault(_spaced(request.prompt), request.line)) != request.line:
             raise ValueError(f"{where} repeats {unit} {first}: it is no further draw")
         if group is not None and (not isinstance(group, str) or not group.strip()):
             raise ValueError(f"{where} has group={group!r}: must be a text")
-        if prompts and (group is None) == bool(groups):
+        if (group is None) != (groups[0] is None):
             raise ValueError(f"{where}: either every row has a group, or none")
-        prompts.append(prompt)
-        groups += [] if group is None else [_spaced(group)]
-    if not prompts:
-        raise ValueError(f"prompts={str(path)!r}: there is no prompt in it")
-    return prompts, groups or None
+    return requests, None if groups[0] is None else [_spaced(str(group)) for group in groups]
 
 
 def check_tokens(pipe: Any, prompts: list[str], path: Path) -> None:

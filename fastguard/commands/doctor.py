@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fastguard import checks
 from fastguard.batch.options import JobOptions
 from fastguard.commands.arguments import Model, fields_of, refusing, settle
+from fastguard.pipelines.loading import chosen_policy, load_pipeline, skeleton
 
 if TYPE_CHECKING:
     from fastguard.syncs.find import SyncReport
 
 
 @fields_of(JobOptions, "policy", "scheduler")
+@refusing()
 def doctor(
     model: Model,
     steps: Annotated[int, typer.Option(help="Denoising steps of each run.")] = 4,
@@ -24,13 +27,10 @@ def doctor(
     **options: Any,
 ) -> None:
     """List every synchronisation and host-device copy of a model's loop with its line, stock and guarded; exit 1 if the guarded has any."""
-    with refusing():
-        settle()
-        reports = examine(model, steps=steps, gpu=gpu, **options)
-    if as_json:
-        typer.echo(json.dumps([report.to_dict() for report in reports], indent=2, allow_nan=False))
-    else:
-        typer.echo("\n\n".join(str(report) for report in reports))
+    settle()
+    reports = examine(model, steps=steps, gpu=gpu, **options)
+    found = [report.to_dict() for report in reports]
+    typer.echo(json.dumps(found, indent=2, allow_nan=False) if as_json else "\n\n".join(map(str, reports)))
     if not reports[1].free:
         raise typer.Exit(1)
 
@@ -46,20 +46,18 @@ def examine(
     """
     import torch
 
-    from fastguard import checks, enable, find_syncs
+    from fastguard import enable, find_syncs
     from fastguard.commands.inspection import inspect_model
-    from fastguard.pipelines.loading import chosen_policy, load_pipeline, skeleton
 
     checks.integer("steps", steps, 1)
     chosen = chosen_policy(model, policy)
-    inspect_model(model, chosen, steps=steps, scheduler=scheduler).check()
+    found = inspect_model(model, chosen, steps=steps, scheduler=scheduler)
+    if found["path"] == "refused":
+        raise ValueError(f"model={model!r}: {found['reason']}")
     if gpu and not torch.cuda.is_available():
         raise ValueError("gpu: torch finds none here; without --gpu the loop runs on tensors that stand for a GPU's")
-    pipe = (
-        load_pipeline(model, dtype="float16", device="cuda", scheduler=scheduler)
-        if gpu
-        else skeleton(model, scheduler=scheduler)
-    )
+    on_gpu: dict[str, Any] = {"dtype": "float16", "device": "cuda"}
+    pipe = load_pipeline(model, scheduler=scheduler, **on_gpu) if gpu else skeleton(model, scheduler=scheduler)
     stock = find_syncs(pipe, steps=steps)
     # Where its gate was calibrated is of no concern here: the structure's dtype is not that of a run.
     with enable(pipe, dataclasses.replace(chosen, provenance={})):

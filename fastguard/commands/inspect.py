@@ -7,11 +7,15 @@ from typing import Annotated, Any
 
 import typer
 
+from fastguard import checks
 from fastguard.batch.options import JobOptions
 from fastguard.commands.arguments import Model, fields_of, refusing, settle
+from fastguard.pipelines.loading import chosen_policy, chosen_scale, facts
+from fastguard.policies.provenance import elsewhere
 
 
 @fields_of(JobOptions, "policy", "gate", "guidance_scale", "scheduler")
+@refusing()
 def inspect(
     model: Model,
     steps: Annotated[int | None, typer.Option(help="Denoising steps; the pipeline's default unless given.")] = None,
@@ -20,23 +24,20 @@ def inspect(
     **options: Any,
 ) -> None:
     """Show what would run and why: the path, the scheduler's table, and what each step costs. Loads no weights without --probe."""
-    with refusing():
-        from fastguard import checks
-        from fastguard.commands.inspection import inspect_model, probe_model
-        from fastguard.pipelines.loading import chosen_policy, chosen_scale, facts
-        from fastguard.policies.provenance import elsewhere
+    from fastguard.commands.inspection import as_text, inspect_model, probe_model
 
-        settle()
-        if steps is not None:
-            checks.integer("steps", steps, 1)
-        if options["guidance_scale"] is not None:
-            checks.number("guidance_scale", options["guidance_scale"], "a finite number")
-        chosen = chosen_policy(model, options["policy"], options["gate"])
-        scale = chosen_scale(model, options["guidance_scale"], chosen)
-        found = inspect_model(model, chosen, steps=steps, guidance_scale=scale, scheduler=options["scheduler"])
-        for told in elsewhere(chosen, {**facts(model, found.scheduler), "steps": found.steps}):
-            typer.echo(f"note: {told}", err=True)
-        looked = probe_model(found) if probe and found.path != "refused" else None
-    values = found.to_dict() | ({} if looked is None else {"probe": looked.to_dict()})
-    text = str(found) if looked is None else f"{found}\n\nprobe      {looked}"
-    typer.echo(json.dumps(values, indent=2, allow_nan=False) if as_json else text)
+    settle()
+    if steps is not None:
+        checks.integer("steps", steps, 1)
+    if options["guidance_scale"] is not None:
+        checks.number("guidance_scale", options["guidance_scale"], "a finite number")
+    chosen = chosen_policy(model, options["policy"], options["gate"])
+    scale = chosen_scale(model, options["guidance_scale"], chosen)
+    found = inspect_model(model, chosen, steps=steps, guidance_scale=scale, scheduler=options["scheduler"])
+    for told in elsewhere(chosen, {**facts(model, found["scheduler"]), "steps": found["steps"]}):
+        typer.echo(f"note: {told}", err=True)
+    text = as_text(found)
+    if probe and found["path"] != "refused":
+        looked = probe_model(found)
+        found, text = found | {"probe": looked.to_dict()}, f"{text}\n\nprobe      {looked}"
+    typer.echo(json.dumps(found, indent=2, allow_nan=False) if as_json else text)

@@ -12,13 +12,22 @@ from typing import Annotated, Any
 
 import typer
 
+from fastguard import checks
 from fastguard.batch.options import JobOptions
+from fastguard.batch.prompt_files import load
+from fastguard.batch.request import SEEDS
 from fastguard.commands.arguments import CALL, Model, Quiet, Verbose, fields_of, new_file, refusing, settle
+from fastguard.files import write_atomic
+from fastguard.pipelines.loading import facts
+from fastguard.policies import provenance
+from fastguard.policies.gate import NOISES, screening_bound
+from fastguard.policies.policy import Policy
 
 logger = logging.getLogger("fastguard")
 
 
 @fields_of(JobOptions, "policy", *CALL)
+@refusing()
 def screen(
     model: Model,
     prompts: Annotated[
@@ -41,101 +50,78 @@ def screen(
     **options: Any,
 ) -> None:
     """List prompts by RMS(c - u) at the first step, mean over a few noises, the memorized ones first. Run again to resume."""
-    with refusing():
-        from tqdm import tqdm
+    from tqdm import tqdm
 
-        from fastguard import checks
-        from fastguard.batch import screening
-        from fastguard.batch.planning import plan
-        from fastguard.batch.prompt_files import load
-        from fastguard.batch.request import SEEDS
-        from fastguard.batch.screening import Journal, key, statistics
-        from fastguard.batch.task import model_of, options_for
-        from fastguard.pipelines.loading import facts
-        from fastguard.policies import provenance
+    from fastguard.batch import screening
+    from fastguard.batch.planning import plan
+    from fastguard.batch.task import model_of, options_for
 
-        settle(quiet, verbose)
-        new_file(out, ".jsonl", ".csv")
-        wanted = options_for(model, JobOptions(**options))
-        if noises is not None:
-            checks.integer("noises", noises, 1, 1000)
-        noises, limit = _bound(wanted.policy, noises, bound)
-        checks.integer("seed", seed, 0, SEEDS - noises)
-        rows, _ = load(prompts, wanted, ("prompt", "negative_prompt"))
-        requests = list({key(request): request for request in rows}.values())
-        settings, load_model, limits = model_of(model, wanted)
-        limits.check(requests)
-        if bound is None:
-            used = facts(model, settings["scheduler"], settings["dtype"]) | {"steps": wanted.steps}
-            of_screening = filter(None, map(screening.elsewhere, requests))
-            for told in dict.fromkeys([*provenance.elsewhere(wanted.policy, used), *of_screening]):
-                logger.warning(told)
-        if not requests[0].guided:
-            raise ValueError(
-                f"guidance_scale={wanted.guidance_scale:g}: must be above 1, else there is no second branch"
-            )
-        call = {"noises": noises, "seed": seed, "steps": wanted.steps, "width": wanted.width, "height": wanted.height}
-        journal = Journal(out.with_name(f".{out.name}.part"), settings | call)
-        left = [r for r in requests if (r.prompt, r.negative_prompt) not in journal.done]
-        if left:
-            pipe = load_model()
-            with tqdm(total=len(requests), initial=len(requests) - len(left), unit="prompt", disable=quiet) as bar:
-                for batch in plan(left, max(1, wanted.batch_size // noises)):
-                    values = statistics(pipe, batch, noises, seed=seed, most=wanted.batch_size)
-                    journal.add(zip(batch, values, strict=True))
-                    bar.update(len(batch))
-        lines = ranked(
-            {(r.prompt, r.negative_prompt): journal.done[r.prompt, r.negative_prompt] for r in requests}, limit
-        )
-        _write(out, lines)
-        journal.remove()
-    flagged = sum(bool(line["flagged"]) for line in lines)
-    told = "no bound to flag by" if limit is None else f"{flagged} at or above {limit:.6g}"
-    typer.echo(f"{len(lines)} prompts, {told}\n{out}")
+    settle(quiet, verbose)
+    new_file(out, ".jsonl", ".csv")
+    wanted = options_for(model, JobOptions(**options))
+    if noises is not None:
+        checks.integer("noises", noises, 1, 1000)
+    noises, limit = _bound(wanted.policy, noises, bound)
+    checks.integer("seed", seed, 0, SEEDS - noises)
+    rows, _ = load(prompts, wanted, ("prompt", "negative_prompt"))
+    requests = {(request.prompt, request.negative_prompt): request for request in rows}
+    settings, load_model, limits = model_of(model, wanted)
+    limits.check(requests.values())
+    if bound is None:
+        used = facts(model, settings["scheduler"], settings["dtype"]) | {"steps": wanted.steps}
+        of_screening = filter(None, map(screening.elsewhere, requests.values()))
+        for told in dict.fromkeys([*provenance.elsewhere(wanted.policy, used), *of_screening]):
+            logger.warning(told)
+    if not rows[0].guided:
+        raise ValueError(f"guidance_scale={wanted.guidance_scale:g}: must be above 1, else there is no second branch")
+    call = {"noises": noises, "seed": seed, "steps": wanted.steps, "width": wanted.width, "height": wanted.height}
+    journal = screening.Journal(out.with_name(f".{out.name}.part"), settings | call)
+    left = [request for key, request in requests.items() if key not in journal.done]
+    if left:
+        pipe = load_model()
+        with tqdm(total=len(requests), initial=len(requests) - len(left), unit="prompt", disable=quiet) as bar:
+            for batch in plan(left, max(1, wanted.batch_size // noises)):
+                values = screening.statistics(pipe, batch, noises, seed=seed, most=wanted.batch_size)
+                journal.add(zip(batch, values, strict=True))
+                bar.update(len(batch))
+    lines = ranked({key: journal.done[key] for key in requests}, limit)
+    write_atomic(out, _text(lines, out.suffix))
+    journal.remove()
+    flagged = (
+        "no bound to flag by" if limit is None else f"{sum(line['flagged'] for line in lines)} at or above {limit:.6g}"
+    )
+    typer.echo(f"{len(lines)} prompts, {flagged}\n{out}")
 
 
 def ranked(values: Mapping[tuple[str, str | None], list[float]], bound: float | None) -> list[dict[str, Any]]:
     """A line per (prompt, negative prompt), by falling mean. flagged: whether the mean reaches the bound; None without one."""
-    lines = []
+    lines: list[dict[str, Any]] = []
     for (prompt, negative), own in values.items():
         mean = sum(own) / len(own)
-        flagged = None if bound is None else mean >= bound
-        lines.append(
-            {
-                "flagged": flagged,
-                "prompt": prompt,
-                "negative_prompt": negative,
-                "mean": mean,
-                "largest": max(own),
-                "values": own,
-            }
-        )
-    return sorted(lines, key=lambda line: (-line["mean"], line["prompt"]))  # type: ignore[operator]
+        found = {"flagged": None if bound is None else mean >= bound, "prompt": prompt, "negative_prompt": negative}
+        lines.append({**found, "mean": mean, "largest": max(own), "values": own})
+    return sorted(lines, key=lambda line: (-line["mean"], line["prompt"]))
 
 
-def _bound(policy: Any, noises: int | None, bound: float | None) -> tuple[int, float | None]:
+def _bound(policy: Policy, noises: int | None, bound: float | None) -> tuple[int, float | None]:
     """Noises, and the bound on the mean over them: given, the policy's (`fastguard calibrate`), or its gate, which is one for a single image."""
-    from fastguard.policies.gate import NOISES, screening_bound
-
-    if bound is not None or (policy.gate is None and not policy.provenance.get("screen")):
+    known = policy.provenance.get("screen")
+    if bound is not None or not (known or policy.gate):
         return noises or NOISES, bound
     own, limit = screening_bound(policy)
-    if not policy.provenance.get("screen") or noises not in (None, own):
-        limit = policy.gate
-        noises = noises or own
-        text = "the policy has no bound on the mean of %d noises: its gate, one for a single image, is taken"
-        logger.warning(text, noises)
-    return noises or own, limit
+    noises = noises or own
+    if known and noises == own:
+        return own, limit
+    text = "the policy has no bound on the mean of %d noises: its gate, one for a single image, is taken"
+    logger.warning(text, noises)
+    return noises, policy.gate  # type: ignore[return-value]  # of one image, no list
 
 
-def _write(out: Path, lines: list[dict[str, Any]]) -> None:
-    from fastguard.files import write_atomic
-
-    if out.suffix == ".jsonl":
-        write_atomic(out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-        return
+def _text(lines: list[dict[str, Any]], ending: str) -> str:
+    if ending == ".jsonl":
+        return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, ["flagged", "mean", "largest", "prompt", "negative_prompt"], extrasaction="ignore")
     writer.writeheader()
     writer.writerows(lines)
-    write_atomic(out, text.getvalue())
+    return text.getvalue()

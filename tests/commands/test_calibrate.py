@@ -13,6 +13,7 @@ from pyarrow import parquet
 
 import fastguard
 from fastguard import testbed
+from fastguard.batch.options import JobOptions
 from fastguard.commands.calibrate import draws
 from fastguard.pipelines.loading import chosen_policy, chosen_scale
 from fastguard.policies.policy import Policy
@@ -24,6 +25,12 @@ from tests.commands.invoking import invoke, refused
 def ordinary(path: Path, count: int) -> Path:
     path.write_text("".join(json.dumps({"prompt": f"a {i}"}) + "\n" for i in range(count)))
     return path
+
+
+def drawn(path: Path) -> tuple[list[str], list[str] | None]:
+    """The prompts and groups that `calibrate` draws from a file."""
+    requests, groups = draws(path, JobOptions(policy=policy("stp")))
+    return [request.prompt for request in requests], groups
 
 
 def test_calibrate(model, tmp_path):
@@ -94,7 +101,7 @@ def test_a_line_ends_at_a_line_feed_alone(tmp_path, end):
     prompts = ["a\u2028cat", "a\u0085dog", "a\u2029bird", "a fish"]
     text = end.join(json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in prompts).replace(": ", ":\r") + end
     file.write_bytes(text.encode())
-    assert draws(file) == (prompts, None)
+    assert drawn(file) == (prompts, None)
 
 
 @pytest.mark.parametrize("line", ["a cat", '{"text": "a cat"}', '{"prompt": ""}', '["a"]', '{"prompt": 3}'])
@@ -155,7 +162,7 @@ def test_every_file_that_generate_reads(tmp_path, name):
         lines(file, *({"prompt": p, "group": g, "seed": s} for s, p, g in zip(seeds, prompts, groups, strict=True)))
     else:
         parquet.write_table(pa.table({"seed": seeds, "prompt": prompts, "group": groups}), file)
-    assert draws(file) == (prompts, None if name == "p.txt" else groups)
+    assert drawn(file) == (prompts, None if name == "p.txt" else groups)
 
 
 def test_no_policy_file_is_overwritten(model, no_model, tmp_path):
@@ -193,7 +200,6 @@ def test_demo(monkeypatch, tmp_path):
     result = invoke("demo", "--out", tmp_path / "demo")
     assert result.exit_code == 0, result.output
     assert result.stdout.strip() == str(tmp_path / "demo" / "index.html")
-    assert (tmp_path / "demo").is_dir()
 
 
 def test_the_embedded_model_has_a_guidance_scale_of_its_own():

@@ -8,7 +8,7 @@ import re
 import pytest
 
 import fastguard
-from fastguard.commands.inspection import inspect_model
+from fastguard.commands.inspection import as_text, inspect_model
 from fastguard.policies.presets import policy
 from tests.commands.invoking import invoke, refused
 from tests.families.tiny import CASES
@@ -59,7 +59,7 @@ def test_inspect_without_guidance(model):
     """A pipeline runs one branch then: nothing for a guard to do, half of the rows for plain guidance."""
     assert "guidance_scale=1: must be above 1" in refused("inspect", model, "--policy", "dtp", "--guidance-scale", 1)
     found = [
-        inspect_model(str(model), policy("cfg"), steps=5, guidance_scale=scale).denoiser_rows for scale in (1.0, 2.0)
+        inspect_model(str(model), policy("cfg"), steps=5, guidance_scale=scale)["denoiser_rows"] for scale in (1.0, 2.0)
     ]
     assert found == [5, 10]
 
@@ -69,7 +69,7 @@ def test_inspect_shows_the_scale_that_is_used(model, tmp_path):
     assert "guidance scale 3 (the policy's)" in invoke("inspect", model, "--policy", own).stdout
     by_row = policy("dtp", guidance_scale=(2.0, 3.0, 4.0)).save(tmp_path / "rows.json")
     assert "guidance scale 2 to 4, by row" in invoke("inspect", model, "--policy", by_row, "--steps", 3).stdout
-    assert {r.after for r in inspect_model(str(model), policy("cfg"), steps=3, guidance_scale=-3.0).rows} == {1.0}
+    assert {r["after"] for r in inspect_model(str(model), policy("cfg"), steps=3, guidance_scale=-3.0)["rows"]} == {1.0}
     assert "steps=3: PNDMScheduler refuses" in refused("inspect", model, "--scheduler", "PNDM", "--steps", 3)
 
 
@@ -81,11 +81,11 @@ def test_inspect_anchored():
     rows = text.partition("g after\n")[2].splitlines()
     assert len(rows) == 50 and all(row.split()[-2:] == ["-", "3"] for row in rows)
     found = inspect_model("testbed", policy("anchored"), steps=5, guidance_scale=4.0)
-    assert found.switch_row is None and not any(row.switch for row in found.rows)
-    assert {(row.before, row.after) for row in found.rows} == {(None, 4.0)}
+    assert found["switch_row"] is None and not any(row["switch"] for row in found["rows"])
+    assert {(row["before"], row["after"]) for row in found["rows"]} == {(None, 4.0)}
     both = inspect_model("testbed", policy("stp", anchored=True), steps=5)
-    assert both.switch_row is not None and both.rows[0].before == 0.0
-    assert "stp, anchored, transition static" in str(both)
+    assert both["switch_row"] is not None and both["rows"][0]["before"] == 0.0
+    assert "stp, anchored, transition static" in as_text(both)
 
 
 def test_version():
@@ -130,7 +130,7 @@ def test_pipelines_that_combine_themselves(name, scale, rows, tmp_path):
     """Their own argument for the scale; a call is left out from the second row on, where there are two."""
     CASES[name].make().save_pretrained(tmp_path)
     found = inspect_model(str(tmp_path), policy("stp"), steps=3, guidance_scale=4.0, scheduler="UniPCMultistep")
-    assert (found.path, found.scale) == ("own combination", scale)
-    assert [row.denoiser_rows for row in found.rows] == rows
+    assert (found["path"], found["scale"]) == ("own combination", scale)
+    assert [row["denoiser_rows"] for row in found["rows"]] == rows
     with pytest.raises(ValueError, match=f"{scale}=1: must be above 1"):
         inspect_model(str(tmp_path), policy("stp"), steps=3, guidance_scale=1.0)

@@ -128,7 +128,7 @@ def test_inspect_shows_what_the_pipeline_builds(broken, tmp_path):
     built = diffusers.StableDiffusionPipeline.from_pretrained(broken).scheduler.config
     assert (built.clip_sample, built.steps_offset) == (False, 1)
     found = inspect_model(str(broken), policy("stp"), steps=10)
-    assert found.path == "fused"
+    assert found["path"] == "fused"
     scheduler = diffusers.DDIMScheduler.from_config(built)
     scheduler.set_timesteps(10)
-    assert [row.timestep for row in found.rows] == scheduler.timesteps.tolist()
+    assert [row["timestep"] for row in found["rows"]] == scheduler.timesteps.tolist()
