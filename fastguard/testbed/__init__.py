@@ -10,10 +10,12 @@
 from __future__ import annotations
 
 import functools
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from fastguard import checks
+from fastguard.files import read_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -77,12 +79,12 @@ def load(**kwargs: Any) -> StableDiffusionPipeline:
 @functools.cache
 def concepts() -> dict[str, str]:
     """Caption -> code point of its drawing, in a fixed order."""
-    return json.loads((_HERE / "concepts.json").read_text())
+    return read_json(_HERE / "concepts.json")
 
 
 @functools.cache
 def _all_prompts() -> tuple[Prompt, ...]:
-    split = json.loads((_HERE / "prompts.json").read_text())
+    split = read_json(_HERE / "prompts.json")
     memorized = [
         Prompt(e["prompt"], e["concept"], e["type"], e["half"], e["factor"], i)
         for i, e in enumerate(split["memorized"])
@@ -93,15 +95,10 @@ def _all_prompts() -> tuple[Prompt, ...]:
 
 def prompts(kind: str | None = None, half: str | None = None) -> list[Prompt]:
     """The prompts of a kind ("D", "T", "memorized", "ordinary"; None: all) and half (None: both)."""
-    if kind not in (None, "D", "T", "memorized", "ordinary"):
-        raise ValueError(f"kind={kind!r}: must be 'D', 'T', 'memorized', 'ordinary' or None")
-    if half not in (None, "tuning", "test"):
-        raise ValueError(f"half={half!r}: must be 'tuning', 'test' or None")
-    return [
-        p
-        for p in _all_prompts()
-        if (kind in (None, p.kind) or (kind == "memorized" and p.memorized)) and half in (None, p.half)
-    ]
+    checks.choice("kind", kind, ("D", "T", "memorized", "ordinary", None))
+    checks.choice("half", half, ("tuning", "test", None))
+    kinds = {None: ("D", "T", "ordinary"), "memorized": ("D", "T")}.get(kind, (kind,))
+    return [p for p in _all_prompts() if p.kind in kinds and half in (None, p.half)]
 
 
 @functools.cache
@@ -111,7 +108,5 @@ def training_images() -> np.ndarray:
     from PIL import Image
 
     sheet = np.asarray(Image.open(path() / "memorized.png").convert("RGB"))
-    rows, columns = sheet.shape[0] // _TILE, sheet.shape[1] // _TILE
-    tiles = sheet.reshape(rows, _TILE, columns, _TILE, 3).swapaxes(1, 2)
-    count = len(prompts("memorized"))
-    return tiles.reshape(-1, _TILE, _TILE, 3)[:count]
+    tiles = sheet.reshape(sheet.shape[0] // _TILE, _TILE, -1, _TILE, 3).swapaxes(1, 2).reshape(-1, _TILE, _TILE, 3)
+    return tiles[: len(prompts("memorized"))]

@@ -27,21 +27,38 @@ if TYPE_CHECKING:
 FREE, SHIPPED = "no guard", "shipped policy"
 MODES = (FREE, "stp", "dtp", "og+dtp", SHIPPED)
 TITLES = {
+    FREE: FREE,
     "stp": "stp: unguided\nuntil t = 500",
     "dtp": "dtp: unguided\nuntil d turns",
     "og+dtp": "og+dtp: reversed\nuntil d turns",
     SHIPPED: "shipped policy:\nanchored",
 }
 SHOWN = (("D", 5), ("T", 1), ("ordinary", 4))
+KINDS = {"D": "memorized", "T": "memorized, caption of its own", "ordinary": "ordinary"}
+COLOURS = {"D": "C3", "T": "C1", "ordinary": "C0"}
+TABLES = {
+    "D": "Memorized prompts, plain captions shared with other drawings (D)",
+    "T": "Memorized prompts with a caption of their own (T): a stress case",
+    "ordinary": "Ordinary prompts",
+}
+COLUMNS = {
+    "images": "{}", "caught by the gate": "{}", "copies": "{:.0%}", "similarity": "{:.2f}", "faithful, no copies": "{:.0%}",
+}  # fmt: skip
+GRID = "A row a prompt, the same noise in every column. Red frame: a copy of the training image."
+CURVES = (
+    "By timestep: RMS(c - u), with a short mark for the gate, where it is compared; and, of the images that the shipped policy "
+    "holds, how much of the guidance leads to the anchor, the picture that the first prediction shows."
+)
+FOOT = (
+    f"Copy: an image whose latents differ from the training image's by a root mean square below {COPY:g}. Similarity: "
+    "the cosine of the two latents, on average. Faithful: a classifier's first choice for the image is what the "
+    "caption names; images that are copies are not counted, for it never saw their training images. "
+)
 
 
 def chosen(count: Sequence[tuple[str, int]] = SHOWN) -> list[Prompt]:
     """The first test prompts of each kind, the most duplicated ones first: not picked by result."""
-    picked = []
-    for kind, number in count:
-        of_kind = sorted(prompts(kind, "test"), key=lambda p: -p.factor)
-        picked += of_kind[:number]
-    return picked
+    return [p for kind, number in count for p in sorted(prompts(kind, "test"), key=lambda p: -p.factor)[:number]]
 
 
 def make_jobs(shown: Sequence[Prompt], seeds: int, own: Policy) -> list[Sample]:
@@ -67,84 +84,55 @@ def run_demo(out: Path = Path("demo"), *, seeds: int = 2) -> list[Path]:
     pipe.set_progress_bar_config(desc=f"{len(work)} images", unit="step")
     latents, reports = generate(pipe, work)
     measured = judge(latents, [job.prompt for job in work])
-    rows = [
-        {
-            "mode": MODES[i // (len(shown) * seeds)],
-            "kind": job.prompt.kind,
-            "prompt": job.prompt.prompt,
-        }
-        | {"seed": job.seed}
-        | {key: values[i] for key, values in measured.items()}
-        | reports[i]
+    each = len(shown) * seeds
+    rows: list[dict[str, Any]] = [
+        {"mode": MODES[i // each], "kind": job.prompt.kind, **{name: values[i] for name, values in measured.items()}, **reports[i]}
         for i, job in enumerate(work)
-    ]
+    ]  # fmt: skip
     pictures = judge.decode(latents).add(1).mul(127.5).byte().permute(0, 2, 3, 1).numpy()
-    first = pictures.reshape(len(MODES), len(shown), seeds, 32, 32, 3)[:, :, 0]
-    copies = np.array([bool(row["copy"]) for row in rows]).reshape(len(MODES), len(shown), seeds)[:, :, 0]
-    draw_grid(out / "grid.png", shown, first, copies)
-    draw_curves(out / "curves.png", rows, own)
-    lines = summary(rows)
-    (out / "table.json").write_text(json.dumps(lines, indent=1) + "\n")
-    (out / "index.html").write_text(
-        page(
-            "fastguard on a model that really memorizes",
-            lead(lines),
-            [
-                (
-                    "A row a prompt, the same noise in every column. Red frame: a copy of the training image.",
-                    out / "grid.png",
-                ),
-                (
-                    "By timestep: RMS(c - u), with a short mark for the gate, where it is compared; and, of the images that the shipped policy "
-                    "holds, how much of the guidance leads to the anchor, the picture that the first prediction shows.",
-                    out / "curves.png",
-                ),
-            ],
-            "".join(as_table(kind, lines) for kind in ("D", "T", "ordinary")),
-            f"Copy: an image whose latents differ from the training image's by a root mean square below {COPY:g}. Similarity: "
-            "the cosine of the two latents, on average. Faithful: a classifier's first choice for the image is what the "
-            "caption names; images that are copies are not counted, for it never saw their training images. "
-            f"{len(work)} images, {seeds} seeds a prompt; prompts of the test half, the most duplicated "
-            "first. The full measurement with confidence intervals is in docs/testbed.",
-        )
+    copies = np.array([bool(row["copy"]) for row in rows])
+    names = ("grid.png", "curves.png", "table.json", "index.html")
+    grid, curves, numbers, index = paths = [out / name for name in names]
+    draw_grid(
+        grid, shown, pictures[::seeds].reshape(len(MODES), -1, 32, 32, 3), copies[::seeds].reshape(len(MODES), -1)
     )
-    return [out / name for name in ("grid.png", "curves.png", "table.json", "index.html")]
+    draw_curves(curves, rows, own)
+    lines = summary(rows)
+    numbers.write_text(json.dumps(lines, indent=1) + "\n")
+    foot = (
+        f"{FOOT}{len(work)} images, {seeds} seeds a prompt; prompts of the test half, the most duplicated first. "
+        "The full measurement with confidence intervals is in docs/testbed."
+    )
+    tables = "".join(as_table(kind, lines) for kind in KINDS)
+    title = "fastguard on a model that really memorizes"
+    index.write_text(page(title, lead(lines), [(GRID, grid), (CURVES, curves)], tables, foot))
+    return paths
 
 
-def mean(values: Sequence[Any]) -> float | None:
-    """Mean of what is there; None if nothing is."""
-    known = [float(v) for v in values if v is not None]
-    return sum(known) / len(known) if known else None
-
-
-def summary(rows: Sequence[dict]) -> list[dict]:
+def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Per kind and mode: copies, similarity, faithfulness of what is no copy, images touched by the guard."""
+
+    def mean(part: Sequence[dict[str, Any]], name: str) -> float | None:
+        known = [float(row[name]) for row in part if row[name] is not None]
+        return sum(known) / len(known) if known else None
+
     result = []
-    for kind, _ in SHOWN:
-        for mode in MODES:
-            part = [r for r in rows if r["kind"] == kind and r["mode"] == mode]
-            caught = [bool(r["gate"] and r["gate"]["caught"]) for r in part]
-            result.append(
-                {
-                    "kind": kind,
-                    "mode": mode,
-                    "images": len(part),
-                    "caught by the gate": sum(caught),
-                    "copies": mean([r["copy"] for r in part]),
-                    "similarity": mean([r["similarity"] for r in part]),
-                    "faithful, no copies": mean([r["faithful"] for r in part if not r["copy"]]),
-                }
-            )
+    for kind, mode in ((kind, mode) for kind in KINDS for mode in MODES):
+        part = [row for row in rows if (row["kind"], row["mode"]) == (kind, mode)]
+        line = {"kind": kind, "mode": mode, "images": len(part), "caught by the gate": sum(map(_caught, part))}
+        line |= {"copies": mean(part, "copy"), "similarity": mean(part, "similarity")}
+        result.append(line | {"faithful, no copies": mean([row for row in part if not row["copy"]], "faithful")})
     return result
 
 
-def lead(lines: Sequence[dict]) -> str:
+def _caught(row: dict[str, Any]) -> bool:
+    return bool(row["gate"] and row["gate"]["caught"])
+
+
+def lead(lines: Sequence[dict[str, Any]]) -> str:
     """Three sentences about what was measured just now."""
-
-    def line(kind: str, mode: str) -> dict:
-        return next(one for one in lines if (one["kind"], one["mode"]) == (kind, mode))
-
-    free, own, ordinary = line("D", FREE), line("D", SHIPPED), line("ordinary", SHIPPED)
+    of = {(line["kind"], line["mode"]): line for line in lines}
+    free, own, ordinary = of["D", FREE], of["D", SHIPPED], of["ordinary", SHIPPED]
     return (
         f"Without a guard {free['copies']:.0%} of the images of the memorized D prompts are copies of their training image. The gate caught "
         f"{own['caught by the gate']} of these {own['images']}, and under the shipped policy {own['copies']:.0%} of all are copies. Of the "
@@ -152,85 +140,65 @@ def lead(lines: Sequence[dict]) -> str:
     )
 
 
-def as_table(kind: str, lines: Sequence[dict]) -> str:
+def as_table(kind: str, lines: Sequence[dict[str, Any]]) -> str:
     """The lines of one kind as an HTML table."""
-    title = {
-        "D": "Memorized prompts, plain captions shared with other drawings (D)",
-        "T": "Memorized prompts with a caption of their own (T): a stress case",
-        "ordinary": "Ordinary prompts",
-    }[kind]
-    head = ["guard", "images", "caught", "copies", "similarity", "faithful, no copies"]
     cells = [
-        [
-            line["mode"],
-            str(line["images"]),
-            str(line["caught by the gate"]),
-            "" if line["copies"] is None else f"{line['copies']:.0%}",
-            "" if line["similarity"] is None else f"{line['similarity']:.2f}",
-            "" if line["faithful, no copies"] is None else f"{line['faithful, no copies']:.0%}",
-        ]
+        [line["mode"], *("" if line[name] is None else form.format(line[name]) for name, form in COLUMNS.items())]
         for line in lines
         if line["kind"] == kind
     ]
-    return table(title, head, cells)
+    return table(TABLES[kind], ["guard", *COLUMNS], cells)
 
 
 def draw_grid(path: Path, shown: Sequence[Prompt], pictures: np.ndarray, copies: np.ndarray) -> None:
     """Training image and modes side by side: pictures [modes, prompts, 32, 32, 3]; a red frame where copies [modes, prompts] is true."""
     from matplotlib.figure import Figure
 
-    columns = ["training image", *(TITLES.get(mode, mode) for mode in MODES)]
-    figure = Figure(figsize=(1.3 * len(columns) + 2.2, 1.3 * len(shown) + 0.6))
+    columns = ["training image", *(TITLES[mode] for mode in MODES)]
+    height = 1.3 * len(shown) + 0.6
+    figure = Figure(figsize=(1.3 * len(columns) + 2.2, height))
     axes = figure.subplots(len(shown), len(columns), squeeze=False)
+    for axis, name in zip(axes[0], columns, strict=True):
+        axis.set_title(name, fontsize=10.5)
     for row, prompt in enumerate(shown):
-        for column, name in enumerate(columns):
-            axis, copied = axes[row, column], column > 0 and bool(copies[column - 1, row])
-            axis.set_xticks([])
-            axis.set_yticks([])
+        original = None if prompt.index is None else training_images()[prompt.index]
+        for column, axis in enumerate(axes[row]):
+            picture, copied = (pictures[column - 1, row], copies[column - 1, row]) if column else (original, False)
+            if picture is not None:
+                axis.imshow(picture)
+            axis.set(xticks=[], yticks=[])
             for spine in axis.spines.values():
-                spine.set(visible=copied, color="red", linewidth=3)
-            if column:
-                axis.imshow(pictures[column - 1, row])
-            elif prompt.index is not None:
-                axis.imshow(training_images()[prompt.index])
-            if row == 0:
-                axis.set_title(name, fontsize=10.5)
-        kind = {"D": "memorized", "T": "memorized, caption of its own"}.get(prompt.kind, prompt.kind)
-        text = "\n".join([*textwrap.wrap(prompt.prompt, 20), *textwrap.wrap(f"({kind})", 20)])
+                spine.set(visible=bool(copied), color="red", linewidth=3)
+        text = "\n".join([*textwrap.wrap(prompt.prompt, 20), *textwrap.wrap(f"({KINDS[prompt.kind]})", 20)])
         axes[row, 0].set_ylabel(text, rotation=0, ha="right", va="center", labelpad=8, fontsize=11)
-    figure.subplots_adjust(0.18, 0.01, 0.99, 1 - 0.55 / (1.3 * len(shown) + 0.6), 0.04, 0.06)
+    figure.subplots_adjust(0.18, 0.01, 0.99, 1 - 0.55 / height, 0.04, 0.06)
     figure.savefig(path, dpi=110)
 
 
-COLOURS = {"D": "C3", "T": "C1", "ordinary": "C0"}
-
-
-def draw_curves(path: Path, rows: Sequence[dict], own: Policy) -> None:
+def draw_curves(path: Path, rows: Sequence[dict[str, Any]], own: Policy) -> None:
     """By timestep: RMS(c - u) without a guard and under the shipped policy, `own`, with its gate; and the share of the guidance that leads to the anchor."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     axes = figure.subplots(1, 3)
     axes[1].sharey(axes[0])
-    compared = rows[0]["timesteps"][: own.gate_steps]
-    mark: dict[str, Any] = {"color": "k", "ls": "", "marker": "_", "ms": 16, "mew": 3}
-    held = [row for row in rows if row["mode"] == SHIPPED and row["gate"]["caught"]]
-    for axis, some, title in (
-        (axes[0], [row for row in rows if row["mode"] == FREE], "RMS(c - u), no guard"),
-        (axes[1], [row for row in rows if row["mode"] == SHIPPED], "RMS(c - u), shipped policy"),
-        (axes[2], held, "share of guidance that leads to the anchor,\nshipped policy, images that it holds"),
-    ):
+    free, shipped = ([row for row in rows if row["mode"] == mode] for mode in (FREE, SHIPPED))
+    share = "share of guidance that leads to the anchor,\nshipped policy, images that it holds"
+    titles = ("RMS(c - u), no guard", "RMS(c - u), shipped policy", share)
+    for axis, some, title in zip(axes, (free, shipped, filter(_caught, shipped)), titles, strict=True):
         for row in some:
             d = [np.nan if value is None else (value / 512) ** 0.5 for value in row["d_curve"]]
-            height = row["share_curve"] if axis is axes[2] else d
-            axis.plot(row["timesteps"], height, color=COLOURS[row["kind"]], lw=1, alpha=0.8)
+            heights = row["share_curve"] if axis is axes[2] else d
+            axis.plot(row["timesteps"], heights, color=COLOURS[row["kind"]], lw=1, alpha=0.8)
         axis.set_title(title, fontsize=12)
         axis.set_xlabel("timestep t", fontsize=11)
         axis.invert_xaxis()
+    compared = rows[0]["timesteps"][: own.gate_steps]
+    mark: dict[str, Any] = {"color": "k", "ls": "", "marker": "_", "ms": 16, "mew": 3}
     for axis in axes[:2]:
         axis.plot(compared, [own.gate] * len(compared), zorder=3, **mark)
         axis.set_yscale("log")
-    for kind, label in (("D", "memorized"), ("T", "memorized, caption of its own"), ("ordinary", "ordinary")):
+    for kind, label in KINDS.items():
         axes[0].plot([], [], color=COLOURS[kind], label=label)
     axes[0].plot([], [], label="gate, where it is compared", **mark)
     axes[0].legend(fontsize=10)

@@ -75,20 +75,13 @@ class Judge:
         logits = torch.cat([self.classifier(part) for part in pictures.split(256)])
         label = torch.tensor([self.names[p.concept] for p in prompts])
         best = logits.topk(5).indices == label[:, None]
-        cycle = distance(self.encode(pictures), z)
-        loud = z.square().flatten(1).mean(1).sqrt()
-        result = {
-            "faithful": best[:, 0].tolist(),
-            "faithful5": best.any(1).tolist(),
-            "cycle": cycle.tolist(),
-            "rms": loud.tolist(),
-            "blown": ((cycle > BLOWN) | (loud > LOUD)).tolist(),
-        }
-        index = torch.tensor([-1 if p.index is None else p.index for p in prompts])
-        target = self.targets[index.clamp(min=0)]
-        far, near = distance(z, target).tolist(), similarity(z, target).tolist()
-        known = (index >= 0).tolist()
-        result["distance"] = [v if k else None for v, k in zip(far, known, strict=True)]
-        result["similarity"] = [v if k else None for v, k in zip(near, known, strict=True)]
-        result["copy"] = [v < COPY if k else None for v, k in zip(far, known, strict=True)]
+        cycle, loud = distance(self.encode(pictures), z), z.square().flatten(1).mean(1).sqrt()
+        target = self.targets[[p.index or 0 for p in prompts]]
+        far = distance(z, target)
+        of_all = {"faithful": best[:, 0], "faithful5": best.any(1), "cycle": cycle, "rms": loud}
+        of_all["blown"] = (cycle > BLOWN) | (loud > LOUD)
+        of_memorized = {"distance": far, "similarity": similarity(z, target), "copy": far < COPY}
+        result = {name: values.tolist() for name, values in of_all.items()}
+        for name, values in of_memorized.items():
+            result[name] = [v if p.memorized else None for v, p in zip(values.tolist(), prompts, strict=True)]
         return result

@@ -13,14 +13,8 @@ from . import GUIDANCE_SCALE, Prompt
 
 CALL = {"num_inference_steps": 50, "guidance_scale": GUIDANCE_SCALE}
 REPORTED = (
-    "transition_step",
-    "transition_timestep",
-    "minimum_timestep",
-    "margin",
-    "forced",
-    "gate",
-    "share_curve",
-)
+    "transition_step", "transition_timestep", "minimum_timestep", "margin", "forced", "gate", "share_curve", "denoiser_rows",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -41,28 +35,16 @@ def generate(pipe: Any, batch: Sequence[Sample], **call: Any) -> tuple[torch.Ten
     """Latents [B, 8, 8, 8] and, per image, what the guard reports (empty without one)."""
     from fastguard.pipelines.guard import enable
 
-    arguments = {
-        "prompt": [job.prompt.prompt for job in batch],
-        "generator": [generator(job) for job in batch],
-        "output_type": "latent",
-        **CALL,
-        **call,
-    }
+    arguments = {"prompt": [job.prompt.prompt for job in batch], "generator": [generator(job) for job in batch]}
+    arguments |= {"output_type": "latent", **CALL, **call}
     if all(job.policy is None for job in batch):
         return pipe(**arguments).images, [{} for _ in batch]
-    guard = enable(pipe, [job.policy for job in batch])
-    try:
+    with enable(pipe, [job.policy for job in batch]) as guard:
         images = pipe(**arguments).images
         return images, [record(one) for one in guard.report]
-    finally:
-        guard.disable()
 
 
 def record(report: Any) -> dict:
     """The fields of an image's report that the tables need, as JSON values."""
-    return {
-        **{name: getattr(report, name) for name in REPORTED},
-        "d_curve": list(report.d_curve),
-        "timesteps": [float(t) for t in report.timesteps],
-        "denoiser_rows": report.denoiser_rows,
-    }
+    curves = {"d_curve": list(report.d_curve), "timesteps": [float(t) for t in report.timesteps]}
+    return {name: getattr(report, name) for name in REPORTED} | curves

@@ -114,7 +114,7 @@ def test_every_guard_has_the_shipped_gate():
 
 @pytest.mark.slow
 def test_demo_writes_a_self_contained_page(tmp_path, capsys):
-    paths = run_demo(tmp_path, seeds=1)
+    paths = run_demo(tmp_path / "made" / "here", seeds=1)
     assert "50 images: 100%" in capsys.readouterr().err
     assert [p.name for p in paths] == ["grid.png", "curves.png", "table.json", "index.html"]
     html = paths[-1].read_text()
