@@ -51,18 +51,13 @@ class SyncReport:
 
     def lines(self) -> list[dict[str, Any]]:
         """By line of Python, in the order of their first occurrence."""
-        places = Counter((op.line, op.code, op.sync, op.denoiser) for op in self.ops)
+        places: dict[tuple[str, str, str, bool], list[int]] = {}
+        for op in self.ops:
+            places.setdefault((op.line, op.code, op.sync, op.denoiser), []).append(op.row)
         return [
-            {
-                "line": line,
-                "code": code,
-                "kind": kind,
-                "count": count,
-                "in_denoiser": denoiser,
-                "rows": sorted({op.row for op in self.ops if (op.line, op.sync) == (line, kind)}),
-            }
-            for (line, code, kind, denoiser), count in places.items()
-        ]
+            {"line": line, "code": code, "kind": kind, "count": len(rows), "in_denoiser": inside, "rows": sorted(set(rows))}
+            for (line, code, kind, inside), rows in places.items()
+        ]  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
         names = ("pipeline", "scheduler", "guarded", "technique", "steps", "broke_off", "free")
@@ -75,12 +70,9 @@ class SyncReport:
         head = f"{self.pipeline} ({how}), {self.scheduler}, {self.steps} denoiser calls, {self.technique} tensors: "
         text = [head + (counts or "no synchronisation, no copy")]
         for found in self.lines():
-            rows = found["rows"]
             where = f"{found['line']}{' (in the denoiser)' if found['in_denoiser'] else ''}"
-            text.append(
-                f"  {found['count']:>4} x {found['kind']:<15}  {where}  after denoiser calls {rows[0]} to {rows[-1]}"
-            )
-            text.append(f"         {found['code']}")
+            rows = f"after denoiser calls {found['rows'][0]} to {found['rows'][-1]}"
+            text += [f"  {found['count']:>4} x {found['kind']:<15}  {where}  {rows}", f"         {found['code']}"]
         if self.broke_off is not None:
             text.append(f"  the loop broke off: {self.broke_off}")
         return "\n".join(text)
@@ -91,35 +83,24 @@ def find_syncs(pipe: Any, *, steps: int = 4, **arguments: Any) -> SyncReport:
 
     pipe       a diffusers pipeline that shows a progress bar around its loop, guarded or not, on a GPU or on the CPU
     steps      num_inference_steps of the call
-    arguments  of the call. Without any, text-to-image pipelines get one prompt's embeddings (zeros); on a GPU a prompt
+    arguments  of the call. Without any, text-to-image pipelines get one prompt's embeddings (zeros)
 
     ValueError where the arguments of the call are needed and missing.
     """
     on_gpu = torch.device(pipe.device).type == "cuda"
-    given, arguments = arguments, arguments or probe.example_arguments(pipe)
-    arguments = {"output_type": "latent", "num_inference_steps": steps, **arguments}
+    given = {"output_type": "latent", "num_inference_steps": steps, **(arguments or probe.example_arguments(pipe))}
     try:
-        stream, broke_off = (_on_gpu(pipe, arguments), None) if on_gpu else probe.run(pipe, arguments)
+        stream, broke_off = (_on_gpu(pipe, given), None) if on_gpu else probe.run(pipe, given)
     except Exception as error:  # before the loop; whatever happens in it is reported
-        if given and not on_gpu and isinstance(error, RuntimeError):
-            raise ValueError(
-                f"{type(pipe).__name__}: the call broke off before its loop, on a device that is not there ({error});"
-                " pictures may have to be given as latents, which need no encoder"
-            ) from error
-        if given:
+        if on_gpu and arguments:
             raise
         raise ValueError(
-            f"{type(pipe).__name__}: pass the arguments of a call, e.g. image=..., prompt_embeds=... ({error})"
+            f"{type(pipe).__name__}: the call broke off before its loop ({error}); pass the arguments of a call, e.g. image=..., "
+            "prompt_embeds=...; pictures may have to be given as latents, which need no encoder"
         ) from error
-    return SyncReport(
-        pipeline=type(pipe).__name__,
-        scheduler=type(pipe.scheduler).__name__,
-        guarded=Guard.of(pipe) is not None,
-        technique="gpu" if on_gpu else "labelled",
-        steps=stream.row,
-        ops=tuple(stream.ops),
-        broke_off=broke_off,
-    )
+    technique, guarded = "gpu" if on_gpu else "labelled", Guard.of(pipe) is not None
+    names = type(pipe).__name__, type(pipe.scheduler).__name__
+    return SyncReport(*names, guarded, technique, steps=stream.row, ops=tuple(stream.ops), broke_off=broke_off)
 
 
 def assert_sync_free(pipe: Any, *, steps: int = 4, **arguments: Any) -> SyncReport:

@@ -9,12 +9,11 @@ What lives on the host stays real. Fake `cuda` tensors need a torch built with C
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import _disable_current_modes as nobody_watching
 from torch.utils._pytree import tree_map_only
 
 from fastguard.capture.static_inputs import tensors_of
@@ -30,13 +29,9 @@ class Labelled(torch.Tensor):
 
     @staticmethod
     def __new__(cls, held: torch.Tensor) -> Labelled:
+        shape, strides, offset = held.shape, held.stride(), held.storage_offset()
         tensor = torch.Tensor._make_wrapper_subclass(
-            cls,
-            held.shape,
-            strides=held.stride(),
-            storage_offset=held.storage_offset(),
-            dtype=held.dtype,
-            device=DEVICE,
+            cls, shape, strides=strides, storage_offset=offset, dtype=held.dtype, device=DEVICE
         )
         tensor.held = held
         return tensor
@@ -53,7 +48,7 @@ class Labelled(torch.Tensor):
 
 
 class Pretend(Watching):
-    """While entered, `cuda` tensors exist, labelled ones: made from the host's (`tensor`) or by factories.
+    """While entered, `cuda` tensors exist, labelled ones: made from the host's (`tensor`) or by factories; in the denoiser fake ones.
 
     Fake tensors made elsewhere come in only with their mode, `fake`.
     """
@@ -62,7 +57,6 @@ class Pretend(Watching):
         super().__init__(stream)
         # Its presence also keeps torch from looking for a driver when somebody names the device.
         self._fake = fake or FakeTensorMode(allow_non_fake_inputs=True)
-        self._values = True
 
     def __enter__(self) -> Pretend:
         self._fake.__enter__()
@@ -73,26 +67,16 @@ class Pretend(Watching):
         super().__exit__(*exception)
         self._fake.__exit__(*exception)
 
-    @contextmanager
-    def without_values(self) -> Iterator[None]:
-        """Inside, new device tensors are fake ones."""
-        self._values = False
-        try:
-            yield
-        finally:
-            self._values = True
-
     def _run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         given = {id(tensor): tensor for tensor in tensors_of((args, kwargs))}
-        device = kwargs.get("device")
-        on_device = device is not None and torch.device(device).type == DEVICE.type
-        if any(isinstance(tensor, FakeTensor) for tensor in given.values()) or (on_device and not self._values):
-            return func(*args, **kwargs)
         labelled = {id(tensor.held): tensor for tensor in given.values() if isinstance(tensor, Labelled)}
+        device = kwargs.get("device")
+        on_device = bool(labelled) if device is None else torch.device(device).type == DEVICE.type
+        made_in_denoiser = on_device and not labelled and self._stream.denoiser
+        if made_in_denoiser or any(isinstance(tensor, FakeTensor) for tensor in given.values()):
+            return func(*args, **kwargs)
         args, kwargs = tree_map_only(Labelled, lambda tensor: tensor.held, (args, kwargs))
         kwargs.pop("pin_memory", None)
-        if device is None:
-            on_device = bool(labelled)
         if "device" in kwargs:
             kwargs["device"] = torch.device("cpu")
         if func is torch.ops.fastguard.guided_step.default:
@@ -107,20 +91,19 @@ class Pretend(Watching):
 
         return tree_map_only(torch.Tensor, outward, result)
 
-    # Onto the device, without anybody watching -----------------------------------------------------------------------------
-
     def tensor(self, tensor: torch.Tensor) -> torch.Tensor:
-        with unset_fake_temporarily():
+        """The tensor on the device."""
+        with nobody_watching():
             return Labelled(tensor.detach())
 
     def fake(self, tensor: torch.Tensor) -> torch.Tensor:
         """A fake tensor of the same shape, strides and dtype."""
-        with self.without_values(), self._fake:
+        with nobody_watching(), self._fake:
             return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=DEVICE)
 
     def drawn(self, fake: torch.Tensor) -> torch.Tensor:
         """A labelled tensor like a fake one, standard normal (integers: 0)."""
-        with unset_fake_temporarily():
+        with nobody_watching():
             held = torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype)
             return Labelled(held.normal_() if fake.dtype.is_floating_point else held.zero_())
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import diffusers
@@ -27,13 +27,13 @@ from fastguard.syncs.stream import Op, Stream
 _DENOISERS = ("unet", "transformer", "transformer_2")
 
 
-@dataclass
 class Memory:
     """Fake copies of models and what their forward gave for each kind of arguments, for use by several runs (`remembering`)."""
 
-    fake: FakeTensorMode = field(default_factory=lambda: FakeTensorMode(allow_non_fake_inputs=True))
-    models: dict[torch.nn.Module, Any] = field(default_factory=dict)
-    results: dict[tuple[torch.nn.Module, str], tuple[Any, list[Op]]] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.models: dict[torch.nn.Module, Any] = {}
+        self.results: dict[tuple[torch.nn.Module, str], tuple[Any, list[Op]]] = {}
 
 
 _memory: ContextVar[Memory | None] = ContextVar("_memory", default=None)
@@ -97,15 +97,12 @@ def copy_of(pipe: Any, stream: Stream, device: torch.device | None) -> Any:
         namespace["device"] = namespace["_execution_device"] = property(lambda self: device)
     copied = object.__new__(type(base)(base.__name__, (base,), namespace))
     copied.__dict__.update({name: value for name, value in vars(pipe).items() if guard is None or value is not guard})
-    copied.__dict__["scheduler"] = copy.copy(pipe.scheduler)
-    copied.__dict__["_progress_bar_config"] = {"disable": True}
-    copied.__dict__["_all_hooks"] = []
+    own = {"scheduler": copy.copy(pipe.scheduler), "_progress_bar_config": {"disable": True}, "_all_hooks": []}
+    copied.__dict__.update(own)
     if guard is not None:
-        options = guard.options
-        # A denoiser that is not there cannot be compiled, nor an attention kernel tried on it; what is captured is the same.
-        real: dict[str, Any] = (
-            {"attention_backend": options.attention_backend, "compile": options.compile or False} if not device else {}
-        )
+        options, real = guard.options, dict[str, Any]()
+        if device is None:  # one that is not there cannot be compiled for, nor an attention kernel tried on it
+            real = {"attention_backend": options.attention_backend, "compile": options.compile or False}
         enable(copied, guard.policy, unguided=guard.unguided, capture=options.capture, **real)
     return copied
 
@@ -114,24 +111,12 @@ def copy_of(pipe: Any, stream: Stream, device: torch.device | None) -> Any:
 def counted(pipe: Any, stream: Stream) -> Iterator[None]:
     """Inside, the calls of the pipeline's denoiser are the stream's."""
     denoiser = next(getattr(pipe, name) for name in _DENOISERS if getattr(pipe, name, None) is not None)
-
-    def before(*_: Any) -> None:
-        stream.denoiser = True
-
-    def after(*_: Any) -> None:
-        stream.denoiser = False
-        stream.row += 1
-
-    hooks = (denoiser.register_forward_pre_hook(before), denoiser.register_forward_hook(after))
-    try:
+    with denoiser.register_forward_pre_hook(stream.enter), denoiser.register_forward_hook(stream.leave):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _listening(model: torch.nn.Module, memory: Memory, pretend: Pretend, stream: Stream, *, counts: bool) -> Any:
-    """A fake copy of the model, whose forward runs once for each kind of arguments; counts: its calls are the stream's."""
+    """A fake copy of the model, whose forward runs once for each kind of arguments; counts: its calls are rows of the stream."""
     if model not in memory.models:
         memory.models[model] = pretend.module(model)
     copied = copy.copy(memory.models[model])
@@ -139,23 +124,20 @@ def _listening(model: torch.nn.Module, memory: Memory, pretend: Pretend, stream:
 
     @functools.wraps(forward)
     def listening(*args: Any, **kwargs: Any) -> Any:
-        was_open, stream.open = stream.open, False
         args, kwargs = tree_map_only(Labelled, pretend.fake, (args, kwargs))
         key = model, repr(tree_map_only(torch.Tensor, _kind, (args, kwargs)))
-        stream.open = was_open
-        with stream.in_denoiser() if counts else nullcontext():
-            if key not in memory.results:
-                before = len(stream.ops)
-                with pretend.without_values():
-                    result = forward(*args, **kwargs)
-                memory.results[key] = result, stream.ops[before:]
-            else:
+        stream.enter()
+        try:
+            if key in memory.results:
                 result, ops = memory.results[key]
                 stream.ops += [replace(op, row=stream.row) for op in ops]
-        stream.open = False
-        result = tree_map_only(torch.Tensor, pretend.drawn, result)
-        stream.open = was_open
-        return result
+            else:
+                before = len(stream.ops)
+                result = forward(*args, **kwargs)
+                memory.results[key] = result, stream.ops[before:]
+        finally:
+            stream.leave(counts=counts)
+        return tree_map_only(torch.Tensor, pretend.drawn, result)
 
     copied.forward = listening
     return copied

@@ -6,7 +6,6 @@ import contextlib
 import linecache
 import sys
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,14 +76,13 @@ class Stream:
     def after(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         """It has run. For those who count more than waits and copies."""
 
-    @contextlib.contextmanager
-    def in_denoiser(self) -> Iterator[None]:
+    def enter(self, *_: Any) -> None:
+        """The denoiser begins, as a hook is told."""
         self.denoiser = True
-        try:
-            yield
-        finally:
-            self.denoiser = False
-            self.row += 1
+
+    def leave(self, *_: Any, counts: bool = True) -> None:
+        self.denoiser = False
+        self.row += counts
 
     def warned(self, where: tuple[str, int]) -> None:
         """torch said that the line synchronised: noted unless an operation of that line has been, since the last denoiser call."""
