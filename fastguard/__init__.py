@@ -20,26 +20,16 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 __all__ = [
-    "PRESETS",
-    "Guard",
-    "ImageReport",
-    "Policy",
-    "Report",
-    "SyncReport",
-    "assert_sync_free",
-    "enable",
-    "find_syncs",
-    "generate",
-    "policy",
-]
+    "PRESETS", "Guard", "ImageReport", "Policy", "Report", "SyncReport", "assert_sync_free", "enable", "find_syncs", "generate", "policy",
+]  # fmt: skip
 
 # Where each public name lives. Imported when it is asked for: torch and diffusers take seconds, `fastguard --version` needs neither.
 _HOMES = {
     **dict.fromkeys(("Guard", "enable"), "pipelines.guard"),
     **dict.fromkeys(("PRESETS", "policy"), "policies.presets"),
-    **dict.fromkeys(("Policy",), "policies.policy"),
     **dict.fromkeys(("ImageReport", "Report"), "loop.report"),
-    **dict.fromkeys(("generate",), "batch.task"),
+    "Policy": "policies.policy",
+    "generate": "batch.task",
     **dict.fromkeys(("SyncReport", "assert_sync_free", "find_syncs"), "syncs.find"),
 }
 

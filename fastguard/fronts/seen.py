@@ -45,15 +45,13 @@ class Seen:
             self._scales = schedule.rows[:, Row.S].tolist()
             return Guide(policies, schedule, guidance_scale=scale, latents=pred)
         for one in policies:
+            what = "is anchored" if one.anchored else f"has magnitude={one.magnitude!r}"
             if one.anchored or one.magnitude != "output":
-                what = "is anchored" if one.anchored else f"has magnitude={one.magnitude!r}"
                 raise ValueError(
                     f"policy {one.name!r} {what}, which needs noise levels: set guider.scheduler = pipe.scheduler"
                 )
-            if timestep is None and limit(one) is not None:
-                raise ValueError(
-                    f"policy {one.name!r} ends at timestep {limit(one):g}: call set_state before the first row"
-                )
+            if timestep is None and (last := limit(one)) is not None:
+                raise ValueError(f"policy {one.name!r} ends at timestep {last:g}: call set_state before the first row")
         return Stepwise(policies, guidance_scale=scale, latents=pred)
 
     def row(self, guide: Guide, pred: torch.Tensor, timestep: Any) -> torch.Tensor | None:

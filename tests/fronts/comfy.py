@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from fastguard.fronts.comfyui.patch import Guarded
+
 SHAPE = (4, 6, 6)
 
 
@@ -141,6 +143,24 @@ def sample(
 
     noise = torch.randn(batch, *SHAPE, generator=torch.Generator().manual_seed(11))
     return sampler(denoise, noise * sigmas[0], sigmas)
+
+
+# What the tests patch with it ----------------------------------------------------------------------------------------------
+
+
+SIGMAS = torch.cat([Discrete().sigmas[list(range(999, 0, -111))], torch.zeros(1)])  # t = 999, 888, ... 111
+
+
+def dip(b: int, sigma: float) -> float:
+    """RMS-like size of (c - u) in epsilon: falls to a minimum at another sigma for every image, then rises."""
+    return 1.0 + abs(math.log(sigma) - 0.8 + 0.7 * (b % 3)) + 0.1 * b
+
+
+def guarded(chosen: Any, model: Any = None) -> Patcher:
+    """The patched model as the node makes it, with a policy that no widget can hold."""
+    patcher = Patcher(model or Model(Discrete(), dip)).clone()
+    patcher.set_model_sampler_post_cfg_function(Guarded(chosen), disable_cfg1_optimization=True)
+    return patcher
 
 
 # Samplers: (denoise, x, sigmas) -> x. -------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -11,33 +10,18 @@ import pytest
 import torch
 from diffusers import EulerDiscreteScheduler
 
-import fastguard.fronts.comfyui as pack
-from fastguard.fronts.comfyui.node import GuardReport, MemorizationGuard
+from fastguard.fronts.comfyui.node import MemorizationGuard
 from fastguard.fronts.comfyui.patch import Guarded
 from fastguard.kernels.layout import Rule
 from fastguard.loop.loop import Loop
 from fastguard.policies.plan import lower
 from fastguard.policies.policy import Policy
-from fastguard.policies.presets import PRESETS, policy
+from fastguard.policies.presets import policy
 from fastguard.schedules.compiler import compile_schedule
 from tests.fronts import comfy
 
-FOLDER = Path(pack.__file__).parent
 CFG = 7.5
-SIGMAS = torch.cat([comfy.Discrete().sigmas[list(range(999, 0, -111))], torch.zeros(1)])  # t = 999, 888, ... 111
 SAMPLERS = [comfy.euler, comfy.heun, comfy.rounded, comfy.dpm_2, comfy.ancestral, comfy.churned]
-
-
-def dip(b: int, sigma: float) -> float:
-    """RMS-like size of (c - u) in epsilon: falls to a minimum at another sigma for every image, then rises."""
-    return 1.0 + abs(math.log(sigma) - 0.8 + 0.7 * (b % 3)) + 0.1 * b
-
-
-def guarded(chosen: Any, model: Any = None) -> comfy.Patcher:
-    """The patched model as the node makes it, with a policy that no widget can hold."""
-    patcher = comfy.Patcher(model or comfy.Model(comfy.Discrete(), dip)).clone()
-    patcher.set_model_sampler_post_cfg_function(Guarded(chosen), disable_cfg1_optimization=True)
-    return patcher
 
 
 def spied(patcher: comfy.Patcher) -> list[dict[str, Any]]:
@@ -94,13 +78,13 @@ POLICIES = [
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_evaluation_is_the_plain_loops(sampler: Any) -> None:
-    patcher, sampling = guarded(Policy.stack(POLICIES)), comfy.Discrete()
+    patcher, sampling = comfy.guarded(Policy.stack(POLICIES)), comfy.Discrete()
     seen = spied(patcher)
-    comfy.sample(patcher, sampler, SIGMAS, batch=len(POLICIES))
+    comfy.sample(patcher, sampler, comfy.SIGMAS, batch=len(POLICIES))
     transitions = set()
     for b, p in enumerate(POLICIES):
         wanted, transition = expected(
-            p, seen, b, SIGMAS, lambda sigma: float(sampling.timestep(torch.tensor([sigma]))[0])
+            p, seen, b, comfy.SIGMAS, lambda sigma: float(sampling.timestep(torch.tensor([sigma]))[0])
         )
         transitions.add(transition)
         for g, args in zip(wanted, seen, strict=True):
@@ -114,12 +98,12 @@ def test_every_evaluation_is_the_plain_loops(sampler: Any) -> None:
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_the_report_counts_a_sigma_once(sampler: Any) -> None:
-    patcher = guarded(policy("paper-dtp"))
+    patcher = comfy.guarded(policy("paper-dtp"))
     (guard,) = patcher.model_options["sampler_post_cfg_function"]
     seen = spied(patcher)
-    comfy.sample(patcher, sampler, SIGMAS)
+    comfy.sample(patcher, sampler, comfy.SIGMAS)
     image = guard.report[0]
-    _, transition = expected(policy("paper-dtp"), seen, 0, SIGMAS, None)
+    _, transition = expected(policy("paper-dtp"), seen, 0, comfy.SIGMAS, None)
     assert image.transition_step == transition is not None
     deltas = [(args["cond_denoised"] - args["uncond_denoised"]) / args["sigma"] for args in seen]
     assert image.d_curve == pytest.approx([float(delta.square().sum()) for delta in deltas], rel=1e-5)
@@ -127,16 +111,16 @@ def test_the_report_counts_a_sigma_once(sampler: Any) -> None:
 
 
 def test_a_mixed_batch_is_its_single_images_bit_for_bit() -> None:
-    together = comfy.sample(guarded(Policy.stack(POLICIES[:3])), comfy.heun, SIGMAS, batch=3)
+    together = comfy.sample(comfy.guarded(Policy.stack(POLICIES[:3])), comfy.heun, comfy.SIGMAS, batch=3)
     for b in range(3):
-        alone = comfy.sample(guarded(Policy.stack([POLICIES[b]] * 3)), comfy.heun, SIGMAS, batch=3)
+        alone = comfy.sample(comfy.guarded(Policy.stack([POLICIES[b]] * 3)), comfy.heun, comfy.SIGMAS, batch=3)
         assert torch.equal(together[b], alone[b])
 
 
 def test_plain_guidance_and_released_images_keep_the_bits() -> None:
-    stock = comfy.sample(comfy.Patcher(comfy.Model(comfy.Discrete(), dip)), comfy.heun, SIGMAS, batch=2)
+    stock = comfy.sample(comfy.Patcher(comfy.Model(comfy.Discrete(), comfy.dip)), comfy.heun, comfy.SIGMAS, batch=2)
     for chosen in (policy("cfg"), policy("dtp", gate=100.0)):
-        assert torch.equal(comfy.sample(guarded(chosen), comfy.heun, SIGMAS, batch=2), stock)
+        assert torch.equal(comfy.sample(comfy.guarded(chosen), comfy.heun, comfy.SIGMAS, batch=2), stock)
 
 
 def test_another_nodes_guidance_is_kept_for_unguarded_images() -> None:
@@ -144,32 +128,32 @@ def test_another_nodes_guidance_is_kept_for_unguarded_images() -> None:
         return args["denoised"] * 0.5 + args["cond_denoised"] * 0.5
 
     def patched(chosen: Policy) -> comfy.Patcher:
-        patcher = comfy.Patcher(comfy.Model(comfy.Discrete(), dip))
+        patcher = comfy.Patcher(comfy.Model(comfy.Discrete(), comfy.dip))
         patcher.set_model_sampler_cfg_function(lambda args: args["uncond"] + 3.0 * (args["cond"] - args["uncond"]))
         patcher.set_model_sampler_post_cfg_function(halved)
         patcher.set_model_sampler_post_cfg_function(Guarded(chosen), disable_cfg1_optimization=True)
         return patcher
 
     unguarded, zero = policy("dtp", gate=100.0), policy("stp", t_star=0)
-    stock = comfy.sample(patched(policy("cfg")), comfy.euler, SIGMAS, batch=2)
-    mixed = comfy.sample(patched(Policy.stack([unguarded, zero])), comfy.euler, SIGMAS, batch=2)
+    stock = comfy.sample(patched(policy("cfg")), comfy.euler, comfy.SIGMAS, batch=2)
+    mixed = comfy.sample(patched(Policy.stack([unguarded, zero])), comfy.euler, comfy.SIGMAS, batch=2)
     assert torch.equal(mixed[0], stock[0])
     model = comfy.Model(comfy.Discrete(), lambda b, sigma: 0.0)  # c = u: unconditional
-    torch.testing.assert_close(mixed[1], comfy.sample(comfy.Patcher(model), comfy.euler, SIGMAS, batch=2)[1])
+    torch.testing.assert_close(mixed[1], comfy.sample(comfy.Patcher(model), comfy.euler, comfy.SIGMAS, batch=2)[1])
 
 
 @pytest.mark.parametrize("share_options", [False, True])
 def test_every_run_decides_anew(share_options: bool) -> None:
     chosen = policy("dtp", gate=2.6)
-    patcher = guarded(chosen)
-    alone = {batch: comfy.sample(guarded(chosen), comfy.heun, SIGMAS, batch=batch) for batch in (1, 3)}
+    patcher = comfy.guarded(chosen)
+    alone = {batch: comfy.sample(comfy.guarded(chosen), comfy.heun, comfy.SIGMAS, batch=batch) for batch in (1, 3)}
     for batch in (3, 3, 1, 3):
-        result = comfy.sample(patcher, comfy.heun, SIGMAS, batch=batch, share_options=share_options)
+        result = comfy.sample(patcher, comfy.heun, comfy.SIGMAS, batch=batch, share_options=share_options)
         assert torch.equal(result, alone[batch])
-    comfy.sample(patcher, lambda denoise, x, sigmas: denoise(x, sigmas[0]), SIGMAS, batch=3)  # interrupted
-    assert torch.equal(comfy.sample(patcher, comfy.heun, SIGMAS, batch=1), alone[1])
-    late = comfy.sample(patcher, comfy.heun, SIGMAS[3:], batch=3)  # image to image
-    assert torch.equal(late, comfy.sample(guarded(chosen), comfy.heun, SIGMAS[3:], batch=3))
+    comfy.sample(patcher, lambda denoise, x, sigmas: denoise(x, sigmas[0]), comfy.SIGMAS, batch=3)  # interrupted
+    assert torch.equal(comfy.sample(patcher, comfy.heun, comfy.SIGMAS, batch=1), alone[1])
+    late = comfy.sample(patcher, comfy.heun, comfy.SIGMAS[3:], batch=3)  # image to image
+    assert torch.equal(late, comfy.sample(comfy.guarded(chosen), comfy.heun, comfy.SIGMAS[3:], batch=3))
 
 
 def test_the_guard_follows_the_cfg_of_the_evaluation() -> None:
@@ -188,29 +172,29 @@ def test_the_guard_follows_the_cfg_of_the_evaluation() -> None:
             torch.testing.assert_close(e, u + g * (c - u), rtol=1e-5, atol=2e-4)
         return x
 
-    model, guard = comfy.Model(comfy.Discrete(), dip), Guarded(policy("paper-og+dtp"))
-    comfy.sample(comfy.Patcher(model), rising, SIGMAS)
+    model, guard = comfy.Model(comfy.Discrete(), comfy.dip), Guarded(policy("paper-og+dtp"))
+    comfy.sample(comfy.Patcher(model), rising, comfy.SIGMAS)
     assert guard.report[0].transition_step
 
 
 def test_at_cfg_1_both_branches_run(tmp_path: Path) -> None:
     path = str(policy("stp", t_star=0).save(tmp_path / "p.json"))
-    (patcher,) = MemorizationGuard().patch(comfy.Patcher(comfy.Model(comfy.Discrete(), dip)), "cfg", 0.0, path)
+    (patcher,) = MemorizationGuard().patch(comfy.Patcher(comfy.Model(comfy.Discrete(), comfy.dip)), "cfg", 0.0, path)
     zero = comfy.Model(comfy.Discrete(), lambda b, sigma: 0.0)
-    expected = comfy.sample(comfy.Patcher(zero), comfy.euler, SIGMAS)
-    torch.testing.assert_close(comfy.sample(patcher, comfy.euler, SIGMAS, cfg=1.0), expected)
+    expected = comfy.sample(comfy.Patcher(zero), comfy.euler, comfy.SIGMAS)
+    torch.testing.assert_close(comfy.sample(patcher, comfy.euler, comfy.SIGMAS, cfg=1.0), expected)
 
 
 def test_without_a_negative_branch_a_guard_is_refused() -> None:
     for negative in (None, []):
         with pytest.raises(ValueError, match="policy 'dtp': this sampler runs no negative branch"):
-            comfy.sample(guarded(policy("dtp")), comfy.euler, SIGMAS, negative=negative)
-        comfy.sample(guarded(policy("cfg")), comfy.euler, SIGMAS, negative=negative)
+            comfy.sample(comfy.guarded(policy("dtp")), comfy.euler, comfy.SIGMAS, negative=negative)
+        comfy.sample(comfy.guarded(policy("cfg")), comfy.euler, comfy.SIGMAS, negative=negative)
 
 
 @pytest.mark.parametrize(("sampling", "sigmas"), [(comfy.Flow(), 1.0), (comfy.Flow(1.0), 1.0)])
 def test_flow_models_have_thousandths_for_timesteps_and_velocities_for_d(sampling: Any, sigmas: float) -> None:
-    patcher = guarded(policy("stp", t_star=500), comfy.Model(sampling, dip))
+    patcher = comfy.guarded(policy("stp", t_star=500), comfy.Model(sampling, comfy.dip))
     (guard,) = patcher.model_options["sampler_post_cfg_function"]
     seen = spied(patcher)
     comfy.sample(patcher, comfy.euler, torch.linspace(sigmas, 0, 11))
@@ -226,9 +210,9 @@ def test_flow_models_have_thousandths_for_timesteps_and_velocities_for_d(samplin
 @pytest.mark.parametrize("sampling", [comfy.Discrete(), comfy.Flow()])
 def test_statistics_in_other_spaces(magnitude: str, sampling: Any) -> None:
     flow = isinstance(sampling, comfy.Flow)
-    sigmas = torch.linspace(1, 0, 11) if flow else SIGMAS
+    sigmas = torch.linspace(1, 0, 11) if flow else comfy.SIGMAS
     size = (lambda b, sigma: sigma) if flow else (lambda b, sigma: 1.0)
-    patcher = guarded(policy("paper-dtp", rule="drop", rho=0.3, magnitude=magnitude), comfy.Model(sampling, size))
+    patcher = comfy.guarded(policy("paper-dtp", rule="drop", rho=0.3, magnitude=magnitude), comfy.Model(sampling, size))
     (guard,) = patcher.model_options["sampler_post_cfg_function"]
     comfy.sample(patcher, comfy.euler, sigmas)
     levels = [float(s) for s in sigmas[:-1]]
@@ -239,85 +223,10 @@ def test_statistics_in_other_spaces(magnitude: str, sampling: Any) -> None:
 
 
 def test_models_without_training_steps_take_no_limit_in_steps() -> None:
-    model = comfy.Model(comfy.Continuous(), dip)
+    model = comfy.Model(comfy.Continuous(), comfy.dip)
     with pytest.raises(ValueError, match="deadline=600 counts training steps"):
-        comfy.sample(guarded(policy("dtp"), model), comfy.euler, SIGMAS)
-    comfy.sample(guarded(policy("paper-dtp"), model), comfy.euler, SIGMAS)
-
-
-# The nodes and what is beside them -----------------------------------------------------------------------------------------
-
-
-def test_the_nodes_patch_and_report() -> None:
-    model = comfy.Patcher(comfy.Model(comfy.Discrete(), dip))
-    (patched,) = MemorizationGuard().patch(model, "dtp", gate=2.6)
-    assert model.model_options == {"transformer_options": {}}
-    latent = {"samples": torch.zeros(1)}
-    assert GuardReport().report(patched, latent)[1] == "no run yet"
-    result = comfy.sample(patched, comfy.euler, SIGMAS, batch=2)
-    assert torch.equal(result, comfy.sample(guarded(policy("dtp", gate=2.6)), comfy.euler, SIGMAS, batch=2))
-    passed, text = GuardReport().report(patched.clone(), latent)
-    assert passed is latent and "2 images, ComfyUI path" in text and "caught at row 0" in text
-    with pytest.raises(ValueError, match="model: must come from the Memorization Guard node"):
-        GuardReport().report(model, latent)
-
-
-def test_the_node_reads_a_policy_file_and_says_that_there_is_no_gate(tmp_path: Path, caplog: Any) -> None:
-    path = policy("stp", t_star=300, gate=0.5).save(tmp_path / "mine.json")
-    (patched,) = MemorizationGuard().patch(comfy.Patcher(None), "dtp", gate=0.0, policy_file=str(path))
-    (guard,) = patched.model_options["sampler_post_cfg_function"]
-    assert guard.policy == Policy.load(path) and not caplog.text
-    MemorizationGuard().patch(comfy.Patcher(None), "dtp", gate=0.0)
-    assert "has no gate" in caplog.text
-    (plain,) = MemorizationGuard().patch(comfy.Patcher(None), "cfg", gate=0.0)
-    assert "disable_cfg1_optimization" not in plain.model_options  # plain guidance costs nothing more
-
-
-@pytest.mark.parametrize("node", pack.NODE_CLASS_MAPPINGS.values())
-def test_nodes_have_what_comfyui_asks_for(node: Any) -> None:
-    inputs = node.INPUT_TYPES()
-    names = [*inputs["required"], *inputs.get("optional", {})]
-    assert callable(getattr(node, node.FUNCTION)) and isinstance(node.CATEGORY, str) and node.DESCRIPTION
-    code = getattr(node, node.FUNCTION).__code__
-    assert list(code.co_varnames[1 : code.co_argcount]) == names
-    assert all(kind.isupper() for kind in node.RETURN_TYPES)
-    assert pack.NODE_CLASS_MAPPINGS.keys() == pack.NODE_DISPLAY_NAME_MAPPINGS.keys()
-    assert MemorizationGuard.INPUT_TYPES()["required"]["policy"][0] == list(PRESETS)
-
-
-def test_the_workflow_fits_the_nodes() -> None:
-    (path,) = (FOLDER / "example_workflows").glob("*.json")
-    workflow = json.loads(path.read_text())
-    nodes = {node["id"]: node for node in workflow["nodes"]}
-    for number, source, output, target, slot, kind in workflow["links"]:
-        given, taken = nodes[source]["outputs"][output], nodes[target]["inputs"][slot]
-        assert number in given["links"] and taken["link"] == number and kind == given["type"]
-        assert taken["type"] in (kind, "*")
-    assert {node["type"] for node in nodes.values()} >= pack.NODE_CLASS_MAPPINGS.keys()
-    for node in nodes.values():
-        if (cls := pack.NODE_CLASS_MAPPINGS.get(node["type"])) is None:
-            continue
-        inputs = cls.INPUT_TYPES()
-        declared = {**inputs["required"], **inputs.get("optional", {})}
-        widgets = [
-            name for name, (kind, *_) in declared.items() if isinstance(kind, list) or kind in ("FLOAT", "STRING")
-        ]
-        assert len(node["widgets_values"]) == len(widgets)
-        assert [(i["name"], i["type"]) for i in node["inputs"]] == [
-            (n, t[0]) for n, t in declared.items() if n not in widgets
-        ]
-        assert [o["type"] for o in node["outputs"]] == list(cls.RETURN_TYPES)
-        assert node["widgets_values"] == [declared[name][1]["default"] for name in widgets]
-        MemorizationGuard().patch(comfy.Patcher(None), *node["widgets_values"]) if node["widgets_values"] else None
-
-
-def test_registry_metadata() -> None:
-    tomllib = pytest.importorskip("tomllib")
-    metadata = tomllib.loads((FOLDER / "pyproject.toml").read_text())
-    version = next(line for line in Path("setup.py").read_text().splitlines() if "version=" in line).split('"')[1]
-    assert metadata["project"]["version"] == version
-    assert metadata["project"]["name"] in metadata["project"]["dependencies"]
-    assert metadata["tool"]["comfy"]["PublisherId"] and metadata["tool"]["comfy"]["DisplayName"]
+        comfy.sample(comfy.guarded(policy("dtp"), model), comfy.euler, comfy.SIGMAS)
+    comfy.sample(comfy.guarded(policy("paper-dtp"), model), comfy.euler, comfy.SIGMAS)
 
 
 class Drawn(comfy.Model):
@@ -335,8 +244,8 @@ def test_anchored_is_what_the_loop_does(gate: float | None) -> None:
     policies = [policy("anchored", gate=gate), policy("og+stp", gate=gate), policy("anchored", gate=1e3), policy("cfg")]
     scheduler = EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     scheduler.set_timesteps(8)
-    model, sigmas, batch = Drawn(comfy.Discrete(), dip), scheduler.sigmas.clone(), len(policies)
-    patcher = guarded(Policy.stack(policies), model)
+    model, sigmas, batch = Drawn(comfy.Discrete(), comfy.dip), scheduler.sigmas.clone(), len(policies)
+    patcher = comfy.guarded(Policy.stack(policies), model)
     (guard,) = patcher.model_options["sampler_post_cfg_function"]
     ours = comfy.sample(patcher, comfy.euler, sigmas, batch=batch, cfg=CFG)
 
