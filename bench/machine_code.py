@@ -11,9 +11,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import re
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +21,7 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from bench.assembly import Code, read_cuda, read_hip
 from fastguard.kernels import triton_step as kernels
 from fastguard.kernels.layout import Row, Rule, State
 
@@ -103,7 +101,7 @@ class Configuration:
         _, _, chosen = kernels.launch_shape(SIZES[self.launches], self.aligned, hip)
         built = triton.compile(self.source(), target=gpu, options={**chosen, **options})
         threads = built.metadata.num_warps * gpu.warp_size
-        return (_read_hip if hip else _read_cuda)(built, threads)
+        return (read_hip if hip else read_cuda)(built, threads)
 
     def tile_bytes(self) -> dict[str, int]:
         """Bytes of latents that the kernel's text reads and writes per element, each access counted once."""
@@ -130,107 +128,22 @@ class Configuration:
         wide = SIZES[self.launches] // block * 16 * code.threads * (code.wide_loads + code.wide_stores)
         return wide + programs * code.narrow_bytes
 
-
-@dataclass(frozen=True)
-class Code:
-    """What the assembler's output says. Wide = 16 bytes; an access counts once, however often it runs."""
-
-    threads: int
-    registers: int
-    shared: int
-    spills: int  # bytes of stack and local memory, spilled registers
-    parked: (
-        int  # scalar registers that gfx942 keeps in lanes of a vector register: no spills, as that touches no memory
-    )
-    wide_loads: int
-    wide_stores: int
-    narrow_bytes: int  # bytes of all other accesses of one thread
-
-    def faults(self, configuration: Configuration) -> list[str]:
+    def faults(self, code: Code) -> list[str]:
         """Why this code must not ship."""
         found = []
-        if self.spills:
-            found.append(f"{self.spills} spilled")
-        if configuration.aligned:
-            block, _, _ = kernels.launch_shape(SIZES[configuration.launches])
-            tile = configuration.tile_bytes()
-            for name, have in (("loads", self.wide_loads), ("stores", self.wide_stores)):
-                want = block * tile[name] / (16 * self.threads)
+        if code.spills:
+            found.append(f"{code.spills} spilled")
+        if self.aligned:
+            block, _, _ = kernels.launch_shape(SIZES[self.launches])
+            tile = self.tile_bytes()
+            for name, have in (("loads", code.wide_loads), ("stores", code.wide_stores)):
+                want = block * tile[name] / (16 * code.threads)
                 if have != want:
                     found.append(f"{have} 16-byte {name} instead of {want:g}")
-            counted, paper = configuration.counted_bytes(self), configuration.paper_bytes()
+            counted, paper = self.counted_bytes(code), self.paper_bytes()
             if paper and not 0.95 * paper <= counted <= 1.05 * paper:
                 found.append(f"{counted} bytes a sample, {paper} on paper")
         return found
-
-
-def _read_cuda(built: Any, threads: int) -> Code:
-    binaries = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(built.asm["cubin"])
-        file.flush()
-        usage = subprocess.run(
-            [binaries / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-        sass = subprocess.run(
-            [binaries / "cuobjdump", "-sass", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    local = len(re.findall(r"\b(?:LDL|STL)\b", sass))
-    # Widths from the PTX: ptxas keeps them, and unrolls loops, in which an access would count more than once.
-    accesses = re.findall(r"\b(ld|st)\.global(?:\.[a-zA-Z_:0-9]+?)*?(?:\.v(\d))?\.[busf](\d+)\s", built.asm["ptx"])
-    widest = {("ld", "LDG"): 0, ("st", "STG"): 0}
-    for kind, name in widest:
-        widest[kind, name] = len(re.findall(rf"\b{name}\.E\.(?:\w+\.)*128\b", sass))
-    loads, stores, narrow = 0, 0, 0
-    for kind, lanes, bits in accesses:
-        size = int(lanes or 1) * int(bits) // 8
-        if size == 16:
-            loads, stores = loads + (kind == "ld"), stores + (kind == "st")
-        else:
-            narrow += size
-    if (loads and not widest["ld", "LDG"]) or (stores and not widest["st", "STG"]):
-        loads = stores = 0  # ptxas split them
-    return Code(
-        threads,
-        registers=numbers["REG"],
-        shared=built.metadata.shared,
-        spills=numbers["STACK"] + numbers["LOCAL"] + local,
-        parked=0,
-        wide_loads=loads,
-        wide_stores=stores,
-        narrow_bytes=narrow,
-    )
-
-
-def _read_hip(built: Any, threads: int) -> Code:
-    text = built.asm["amdgcn"]
-
-    def number(name: str) -> int:
-        return int(re.findall(rf"\.{name}:\s*(\d+)", text)[-1])
-
-    # Widths from LLVM's IR, as the assembler also joins neighbouring scalars; it must then hold at least as many 16-byte accesses.
-    sizes = {"double": 8, "float": 4, "i64": 8, "i32": 4, "half": 2, "bfloat": 2, "i16": 2}
-    loads, stores, narrow = 0, 0, 0
-    pattern = r"\b(load|store) (?:volatile )?(?:<(\d+) x )?(\w+)>?[^,\n]*, ptr addrspace\(1\)"
-    for kind, lanes, unit in re.findall(pattern, built.asm["llir"]):
-        size = int(lanes or 1) * sizes[unit]
-        if size == 16:
-            loads, stores = loads + (kind == "load"), stores + (kind == "store")
-        else:
-            narrow += size
-    for kind, found in (("load", loads), ("store", stores)):
-        assert len(re.findall(rf"\b(?:global|flat|buffer)_{kind}_dwordx4\b", text)) >= found, "LLVM split a wide access"
-    return Code(
-        threads,
-        registers=number("vgpr_count"),
-        shared=built.metadata.shared,
-        spills=number("vgpr_spill_count") + number("private_segment_fixed_size"),
-        parked=number("sgpr_spill_count"),
-        wide_loads=loads,
-        wide_stores=stores,
-        narrow_bytes=narrow,
-    )
 
 
 def configurations() -> Iterator[Configuration]:
@@ -282,7 +195,7 @@ def markdown(chosen: list[Configuration]) -> str:
     ]
     for target, configuration in tqdm(list(itertools.product(TARGETS, chosen)), desc="compile"):
         code = configuration.compile(target)
-        if faults := code.faults(configuration):
+        if faults := configuration.faults(code):
             raise RuntimeError(f"{target}, {configuration}: {'; '.join(faults)}")
         if not configuration.aligned:
             continue

@@ -46,7 +46,7 @@ COVERING = [
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("configuration", COVERING, ids=str)
 def test_no_fault(configuration, target):
-    assert configuration.compile(target).faults(configuration) == []
+    assert configuration.faults(configuration.compile(target)) == []
 
 
 def test_the_page_is_current():
@@ -69,7 +69,7 @@ def test_the_sample_covers_every_property():
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
 def test_planted_spill_is_found(target):
     code = STEP.compile(target, maxnreg=32)
-    assert any("spilled" in fault for fault in code.faults(STEP))
+    assert any("spilled" in fault for fault in STEP.faults(code))
 
 
 def test_planted_spill_of_gfx942_is_found(monkeypatch):
@@ -83,7 +83,7 @@ def test_planted_spill_of_gfx942_is_found(monkeypatch):
         return SimpleNamespace(asm={**built.asm, "amdgcn": text}, metadata=built.metadata)
 
     monkeypatch.setattr(triton, "compile", spilling)
-    assert STEP.compile("gfx942").faults(STEP) == ["3 spilled"]
+    assert STEP.faults(STEP.compile("gfx942")) == ["3 spilled"]
 
 
 def test_registers_that_gfx942_parks_in_lanes_are_shown_and_are_no_spill():
@@ -95,7 +95,7 @@ def test_registers_that_gfx942_parks_in_lanes_are_shown_and_are_no_spill():
 def test_planted_scalar_load_is_found(target):
     """Code compiled without the promise of alignment, held to what aligned code must do."""
     code = dataclasses.replace(STEP, aligned=False).compile(target)
-    faults = code.faults(STEP)
+    faults = STEP.faults(code)
     assert any("16-byte loads" in fault for fault in faults)
     assert any("16-byte stores" in fault for fault in faults)
 
@@ -103,7 +103,7 @@ def test_planted_scalar_load_is_found(target):
 def test_planted_extra_bytes_are_found():
     """Code that reads noise, held to the count of a step without."""
     code = dataclasses.replace(STEP, noise="fp32").compile("sm_90")
-    assert any("on paper" in fault for fault in code.faults(STEP))
+    assert any("on paper" in fault for fault in STEP.faults(code))
 
 
 class Recorder:
