@@ -22,6 +22,8 @@ VARIANTS = {
     "z-image, truncated": ("z-image", {"cfg_truncation": 0.2}, False),
     "lumina 2, truncated": ("lumina 2", {"cfg_trunc_ratio": 0.5}, False),
     "ltx, rescaled": ("ltx", {"guidance_rescale": 0.7}, True),
+    "hunyuan-dit, rescaled": ("hunyuan-dit text", {"guidance_rescale": 0.7}, True),
+    "adapter xl, rescaled": ("adapter xl", {"guidance_rescale": 0.7}, True),
     "wan 2.2, one scale": ("wan 2.2", {"guidance_scale_2": None}, True),
     "wan 2.2, second transformer unguided": ("wan 2.2", {"guidance_scale_2": 1.0}, True),
     "cogvideox, dynamic scale": ("cogvideox, dpm", {"use_dynamic_cfg": True}, True),

@@ -23,6 +23,7 @@ class Tiny:
     bends: whether its combination is not linear in the two branches.
     full_rows: rows that run both branches where only one is needed: the first of each denoiser.
     exact: whether one branch alone has the bits that it has in a batch of both.
+    no_negative: why no call of stock runs on the negative branch alone, where none does (`negative_alone`).
     prompt_only: the arguments of its controlnet that come from the prompt in both branches, also in the negative prompt's.
     """
 
@@ -39,6 +40,7 @@ class Tiny:
     images: int = 2
     counts_steps: bool = True
     kept: tuple[int, int | None] = (0, None)
+    no_negative: str = ""
     prompt_only: tuple[str, ...] = ()
 
     def guided(self, **changes: Any) -> dict[str, Any]:
@@ -73,6 +75,8 @@ def run(tiny: Tiny, pipe: Any, arguments: dict[str, Any], **changes: Any) -> tor
 
 def negative_alone(tiny: Tiny, pipe: Any) -> torch.Tensor:
     """Stock on the negative prompt, with a controlnet that sees of the prompts what it sees in a guided call."""
+    if tiny.no_negative:
+        return _unconditional_twice(tiny, pipe)
     if not tiny.prompt_only:
         return run(tiny, pipe, tiny.alone(2))
     seen: dict[str, Any] = {}
@@ -90,6 +94,21 @@ def negative_alone(tiny: Tiny, pipe: Any) -> torch.Tensor:
         finally:
             handle.remove()
     return found
+
+
+def _unconditional_twice(tiny: Tiny, pipe: Any) -> torch.Tensor:
+    """Stock's guided call with u in the place of c, so that e = u."""
+
+    def twice(module: Any, given: Any, output: Any) -> Any:
+        u, _ = output[0].chunk(2)
+        both = torch.cat([u, u])
+        return type(output)(sample=both) if isinstance(output, dict) else (both, *output[1:])
+
+    hook = pipe.unet.register_forward_hook(twice)
+    try:
+        return run(tiny, pipe, tiny.guided())
+    finally:
+        hook.remove()
 
 
 def seeded(make: Callable[[], torch.nn.Module], seed: int = 0) -> Any:
