@@ -19,7 +19,7 @@ def number(name: str, value: Any, allowed: str, test: Callable[[float], bool] = 
     try:
         valid = not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value) and test(float(value))
     except OverflowError:  # an integer beyond every float
-        raise ValueError(f"{name}={short(value)}: must be {allowed}") from None
+        valid = False
     if not valid:
         raise ValueError(f"{name}={short(value)}: must be {allowed}")
     return float(value)

@@ -27,7 +27,7 @@ class Op:
 
     name      torch's, e.g. "aten.mul.Tensor"
     row       denoiser calls made before it
-    denoiser  it is a part of the denoiser
+    denoiser  it is a part of the denoiser, or of a ControlNet
     sync      WAIT, TO_HOST or TO_DEVICE
     blocking  the host waits for it (always for WAIT; for copies unless non_blocking was given)
     where     (file, line) of the innermost Python line outside torch

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from fastguard import Policy
 
 FREE, SHIPPED = "no guard", "shipped policy"
-MODES = (FREE, "stp", "dtp", "og+dtp", SHIPPED)
 TITLES = {
     FREE: FREE,
     "stp": "stp: unguided\nuntil t = 500",
@@ -33,6 +32,7 @@ TITLES = {
     "og+dtp": "og+dtp: reversed\nuntil d turns",
     SHIPPED: "shipped policy:\nanchored",
 }
+MODES = tuple(TITLES)
 SHOWN = (("D", 5), ("T", 1), ("ordinary", 4))
 KINDS = {"D": "memorized", "T": "memorized, caption of its own", "ordinary": "ordinary"}
 COLOURS = {"D": "C3", "T": "C1", "ordinary": "C0"}

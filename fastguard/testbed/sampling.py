@@ -12,9 +12,6 @@ import torch
 from . import GUIDANCE_SCALE, Prompt
 
 CALL = {"num_inference_steps": 50, "guidance_scale": GUIDANCE_SCALE}
-REPORTED = (
-    "transition_step", "transition_timestep", "minimum_timestep", "margin", "forced", "gate", "share_curve", "denoiser_rows",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -41,10 +38,4 @@ def generate(pipe: Any, batch: Sequence[Sample], **call: Any) -> tuple[torch.Ten
         return pipe(**arguments).images, [{} for _ in batch]
     with enable(pipe, [job.policy for job in batch]) as guard:
         images = pipe(**arguments).images
-        return images, [record(one) for one in guard.report]
-
-
-def record(report: Any) -> dict:
-    """The fields of an image's report that the tables need, as JSON values."""
-    curves = {"d_curve": list(report.d_curve), "timesteps": [float(t) for t in report.timesteps]}
-    return {name: getattr(report, name) for name in REPORTED} | curves
+        return images, [one.to_dict() for one in guard.report]
