@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 
@@ -29,6 +30,16 @@ def test_every_class_stands_in_one_place():
 def test_a_class_is_called_read_where_no_instance_of_it_runs():
     made = {type(tiny.make()).__name__ for tiny in (*EVERY.values(), *GUIDED.values())}
     assert {name for family in OWN_FAMILIES for name in family.pipelines} - made == READ
+
+
+def test_a_family_rescales_where_its_call_has_that_argument():
+    declared = {
+        name: "guidance_rescale" in (family.nonlinear or "") for family in OWN_FAMILIES for name in family.pipelines
+    }
+    found = {
+        name: "guidance_rescale" in inspect.signature(getattr(diffusers, name).__call__).parameters for name in declared
+    }
+    assert declared == found
 
 
 def test_loops_are_those_of_the_installed_diffusers():
