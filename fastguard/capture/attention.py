@@ -15,23 +15,16 @@ import torch.nn.functional as F
 from diffusers.models import attention_dispatch as dispatch
 from torch.overrides import TorchFunctionMode
 
-from fastguard.capture.torch_compile import is_compiled
-
 Backend = dispatch.AttentionBackendName
-_ALIASES = {"sdpa": Backend.NATIVE}
-
-
-def names() -> list[str]:
-    """What `attention_backend` may be: diffusers' names, those without a leading underscore too, and "sdpa" for torch's own choice."""
-    return sorted({*_ALIASES, *(backend.value.removeprefix("_") for backend in Backend)})
+# What `attention_backend` may be: diffusers' names, without the leading underscore that some have, and "sdpa" for torch's own choice.
+BACKENDS: dict[str, Any] = {"sdpa": Backend.NATIVE, **{backend.value.removeprefix("_"): backend for backend in Backend}}
 
 
 def find(name: str) -> Any:
-    """The dispatcher's backend of this name; ValueError lists what there is."""
-    known = {**_ALIASES, **{backend.value.removeprefix("_"): backend for backend in Backend}}
-    found = known.get(name.removeprefix("_")) if isinstance(name, str) else None
+    """The dispatcher's backend of this name, with or without a leading underscore; ValueError lists what there is."""
+    found = BACKENDS.get(name.removeprefix("_")) if isinstance(name, str) else None
     if found is None:
-        raise ValueError(f"attention_backend={name!r}: allowed are None, {', '.join(names())}")
+        raise ValueError(f"attention_backend={name!r}: allowed are None, {', '.join(sorted(BACKENDS))}")
     return found
 
 
@@ -64,35 +57,28 @@ def check(name: str, device: torch.device, dtype: torch.dtype, sizes: Iterable[i
         ) from error
 
 
-class Ignored(ValueError):
-    """The denoiser never asked for what `attention_backend` names."""
-
-
 class Attending:
     """`runs`, which is `denoiser` or its compiled form, with its attention computed by the named backend (None: as it is)."""
 
     def __init__(self, name: str | None, denoiser: torch.nn.Module, runs: Callable[..., Any]) -> None:
         self._name, self._denoiser, self._runs = name, denoiser, runs
-        self._compiled_asks = False
+        self._asks_unseen = False  # it asks, but its compiled form, which counts nothing, does not show it
 
     def in_a_call(self) -> Callable[..., Any]:
         """For one call of the pipeline.
 
-        Its first row raises Ignored if the denoiser asks for no attention: its processors compute it by themselves. (Later rows may skip
-        it: diffusers' caches do.) Of a compiled denoiser, which counts nothing, the first call alone is looked at.
+        ValueError at its first row if the denoiser asks for no attention: its processors compute it by themselves. (Later rows may skip
+        it: diffusers' caches do.) Of a compiled denoiser the first call alone is looked at.
         """
         if self._name is None:
             return self._runs
-        backend, asked = find(self._name), self._compiled_asks
+        backend, asked = find(self._name), False
 
         def row(*args: Any, **kwargs: Any) -> Any:
             nonlocal asked
-            if not asked and self._runs is not self._denoiser:
-                self._ask_as_written(backend, args, kwargs)
-                asked = True
             with _Attention(backend) as attention:
                 result = self._runs(*args, **kwargs)
-            if not asked and not attention.asked:
+            if not (asked or attention.asked or self._asks_unseen):
                 self._ask_as_written(backend, args, kwargs)
             asked = True
             return result
@@ -100,12 +86,11 @@ class Attending:
         return row
 
     def _ask_as_written(self, backend: Any, args: tuple, kwargs: dict) -> None:
-        if self._runs is not self._denoiser or is_compiled(self._denoiser.modules()):
-            with torch.compiler.set_stance("force_eager"), _Attention(backend) as attention:
-                self._denoiser(*args, **kwargs)
-            self._compiled_asks = bool(attention.asked)
-        if not self._compiled_asks:
-            raise Ignored(
+        with torch.compiler.set_stance("force_eager"), _Attention(backend) as attention:
+            self._denoiser(*args, **kwargs)
+        self._asks_unseen = attention.asked
+        if not attention.asked:
+            raise ValueError(
                 f"attention_backend={self._name!r}: {type(self._denoiser).__name__} never calls scaled_dot_product_attention of torch, "
                 f"so nothing would change; set processors that do (AttnProcessor2_0), or attention_backend=None"
             )
@@ -116,29 +101,18 @@ class _Attention(TorchFunctionMode):
 
     def __init__(self, backend: Any) -> None:
         super().__init__()
-        self.backend, self.asked = backend, 0
+        self.backend, self.asked = backend, False
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is F.scaled_dot_product_attention:
-            self.asked += 1
+            self.asked = True
             return _dispatched(self.backend, *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
 def _dispatched(
-    backend: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
+    backend: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
 ) -> torch.Tensor:
-    """[B, heads, length, size] as torch has it; the dispatcher has length before heads."""
-    query, key, value = (t.transpose(1, 2) for t in (query, key, value))
-    result = dispatch.dispatch_attention_fn(
-        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend=backend
-    )
-    return result.transpose(1, 2)
+    """[B, heads, length, size] as torch has it; the dispatcher has length before heads, and the other arguments in torch's order."""
+    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    return dispatch.dispatch_attention_fn(query, key, value, *args, backend=backend, **kwargs).transpose(1, 2)

@@ -7,44 +7,28 @@ run, as long as no two of them run at the same time: per device, a lock orders t
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import cuda
 
-from fastguard.capture.program import Body
-
+Body = Callable[[], None]
 WARM_UPS = 2  # the first builds kernels and library handles for the capturing stream, the second is as any later run
 
 # torch allows one capture at a time in a process, and nobody to empty its cache (of all devices at once) during it.
 _alone = threading.RLock()
 
 
-class _Device:
-    """What all recorders of a device share.
-
-    lock    one capture or launch at a time, whichever guard makes it
-    stream  for captures: the allocator reuses a pool's blocks only on the stream that they were made for
-    used    the last use of any pool and of the buffers around it; not per pool: libraries keep things per stream, and all captures share one
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.lock = threading.RLock()
-        self.stream = cuda.Stream(device)
-        self.used = cuda.Event()
-
-
-_devices: dict[torch.device, _Device] = {}
-
-
-def _shared(device: torch.device) -> _Device:
-    with _alone:
-        if device not in _devices:
-            _devices[device] = _Device(device)
-        return _devices[device]
+@functools.cache
+def _shared(device: torch.device) -> tuple[Any, Any, Any]:
+    """What all recorders of a device share: a lock, for one capture or launch at a time; a stream for captures, since the allocator
+    reuses a pool's blocks only on the stream that they were made for; and an event: the last use of any pool and of the buffers
+    around it. One event for all pools, because libraries keep things per stream, and all captures share one."""
+    return threading.RLock(), cuda.Stream(device), cuda.Event()
 
 
 class Recorder:
@@ -52,8 +36,8 @@ class Recorder:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        shared = _shared(device)
-        self._lock, self._stream, self._used = shared.lock, shared.stream, shared.used
+        with _alone:  # threads that come at once get the same
+            self._lock, self._stream, self._used = _shared(device)
         self.new_pool()
 
     def new_pool(self) -> None:
@@ -73,7 +57,9 @@ class Recorder:
             caller = cuda.current_stream(self.device)
             self._warm_up(warm_up, keeps, caller)
             graph = cuda.CUDAGraph()
-            with _alone, _own_workspace(), _own_draws(self.device, graph):
+            if _ONE_STATE:
+                _own_draws(self.device, graph)
+            with _alone, _own_workspace():
                 try:
                     # torch.cuda.graph waits for the device and empties the allocator's cache before it begins.
                     # "thread_local": other threads may go on allocating and launching; only what this one must not do is an error.
@@ -145,34 +131,30 @@ def _own_workspace() -> Iterator[None]:
     cudagraph trees always did. One made during the capture and given up here goes back to the pool, which lasts until its last
     graph is reset; another graph of that pool may work in the same block, since no two run at once and none reads what it did not write.
     """
-    clear = torch._C._cuda_clearCublasWorkspaces
-    clear()
+    torch._C._cuda_clearCublasWorkspaces()
     try:
         yield
     finally:
-        clear()
+        torch._C._cuda_clearCublasWorkspaces()
 
 
 # Up to torch 2.12 a state of a generator is in a capture or not, for all threads; from 2.13 on each capture keeps one for itself.
 _ONE_STATE = torch.__version__ < "2.13"
 
 
-@contextmanager
-def _own_draws(device: torch.device, graph: Any) -> Iterator[None]:
-    """Inside, a capture of `graph` leaves the device's default generator to everybody else.
+def _own_draws(device: torch.device, graph: Any) -> None:
+    """Let a capture of `graph` leave the device's default generator to everybody else.
 
     Beginning one marks the state that the generator has at that moment, and nothing but ending it well takes the mark off: while it
     lasts, and for good where it fails, draws of all threads would raise, and replays of all graphs that were begun with that state.
     So the state that gets the mark is a copy, which goes when the graph goes. A body that draws has none to draw from, and its
-    capture fails. Not done where it is not needed: what another thread draws from the copy, in the moment that beginning
-    takes, is drawn again later.
+    capture fails. What another thread draws from the copy, in the moment that beginning takes, is drawn again later. Not around
+    torch.cuda.graph: that also waits for the device and empties its cache.
     """
-    if not _ONE_STATE:
-        yield
-        return
     begin, generator = graph.capture_begin, cuda.default_generators[device.index]
 
     def capture_begin(*args: Any, **kwargs: Any) -> None:
+        del graph.capture_begin
         own = generator.graphsafe_get_state()
         generator.graphsafe_set_state(generator.clone_state())
         try:
@@ -180,13 +162,7 @@ def _own_draws(device: torch.device, graph: Any) -> Iterator[None]:
         finally:
             generator.graphsafe_set_state(own)
 
-    graph.capture_begin = (
-        capture_begin  # not around torch.cuda.graph: that also waits for the device and empties its cache
-    )
-    try:
-        yield
-    finally:
-        del graph.capture_begin
+    graph.capture_begin = capture_begin
 
 
 def _end_allocation(device: torch.device, pool: Any) -> None:

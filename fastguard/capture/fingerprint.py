@@ -18,9 +18,8 @@ from collections import deque
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from functools import partial
 from itertools import chain, starmap
-from types import BuiltinFunctionType, FunctionType, MemberDescriptorType, MethodType, ModuleType
+from types import BuiltinFunctionType, FunctionType, MemberDescriptorType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -47,7 +46,7 @@ class Key:
 
 
 class Fingerprint:
-    """The key of one module, now. Cheap while nothing changed."""
+    """The key of one module, now, and why the module must not be recorded (`obstacle`). Cheap while nothing changed."""
 
     def __init__(self, module: torch.nn.Module) -> None:
         self._module = module
@@ -85,7 +84,7 @@ class Fingerprint:
         return [*(found for of in kinds for found in map(of, plain)), *(array.tobytes() for array in self._arrays)]
 
     def _plain(self) -> list[torch.Tensor]:
-        return [*self._tensors, *(part for tensor in self._wrappers for part in parts(tensor))]
+        return [*self._tensors, *chain.from_iterable(map(parts, self._wrappers))]
 
     # Reading ---------------------------------------------------------------------------------------------------------------
 
@@ -107,12 +106,10 @@ class Fingerprint:
         self._hooks = hooks(self._modules)
         self._hooked = any(self._hooks)  # once more, then, to see whether they are gone
         self._filled = list(filter(None, self._mappings))
-        self._contents, self._counted = list(self._entries()), self._lengths()
-        self._addresses = self._where()
-        digest = hashlib.sha256(text.encode())
-        digest.update(repr(self._addresses).encode())
-        self._key = Key(digest.hexdigest(), tuple(self._held))
-        self.obstacle = obstacle(self._modules)  # why the module must not be recorded
+        self._contents, self._counted, self._addresses = list(self._entries()), self._lengths(), self._where()
+        digest = hashlib.sha256(f"{text}{self._addresses}".encode()).hexdigest()
+        self._key = Key(digest, tuple(self._held))
+        self.obstacle = obstacle(self._modules)
 
     def _describe(self, value: Any, depth: int) -> Hashable | list[Any]:
         if isinstance(value, float):
@@ -122,26 +119,19 @@ class Fingerprint:
         if isinstance(value, torch.Tensor):
             return self._tensor(value, depth)
         if isinstance(value, np.ndarray):
-            return self._array(value)
+            self._arrays.append(value)
+            return (value.shape, str(value.dtype), kind(value))
         if isinstance(value, torch.nn.Module):
             return self._refer(value, 0)
-        if isinstance(value, MethodType):
-            return self._method(value, depth)
-        if isinstance(value, partial):
-            return self._partial(value, depth)
         if isinstance(value, _OPAQUE) or depth >= _DEPTH or kind(value).startswith(_COMPILERS):
             return self._identity(value)
         return self._refer(value, depth + 1)
 
     def _tensor(self, tensor: torch.Tensor, depth: int) -> list[Any]:
         """Its layout, and what is noted on it: quantisers say there what a weight is, compilers what is theirs."""
-        inner: list[str] = []
-        context: Any = None
-        if hasattr(tensor, "__tensor_flatten__"):
-            inner, context = tensor.__tensor_flatten__()
-            self._wrappers.append(tensor)
-        else:
-            self._tensors.append(tensor)
+        wraps = hasattr(tensor, "__tensor_flatten__")
+        (self._wrappers if wraps else self._tensors).append(tensor)
+        inner, context = tensor.__tensor_flatten__() if wraps else ((), None)
         found: list[Any] = [tuple(tensor.shape), str(tensor.dtype), kind(tensor)]
         if depth < _DEPTH:
             noted = [name for name in vars(tensor) if not name.startswith("_dynamo") and name not in inner]
@@ -181,46 +171,27 @@ class Fingerprint:
         return [self._classes(value), *found] if found else self._identity(value)
 
     def _slotted(self, value: Any, depth: int) -> list[Any]:
-        names = [
-            name
-            for cls in _python_classes(value)
-            for name, entry in vars(cls).items()
-            if isinstance(entry, MemberDescriptorType)
-        ]
+        """What lies in slots: a class's own, the function and object of a method, the parts of functools.partial."""
+        entries = chain.from_iterable(vars(cls).items() for cls in type(value).__mro__)
+        names = [name for name, entry in entries if isinstance(entry, MemberDescriptorType)]
         self._slots += [(value, name, None) for name in names]
         return [(name, self._describe(getattr(value, name, None), depth)) for name in names]
 
     def _classes(self, value: Any) -> list[str]:
         """Values and functions on the classes; what these hold, one step deep."""
-        return [self._refer(cls, _DEPTH - 1) for cls in _python_classes(value)]
-
-    def _method(self, method: MethodType, depth: int) -> list[Any]:
-        return ["method", self._identity(method.__func__), self._describe(method.__self__, depth)]
-
-    def _partial(self, value: partial, depth: int) -> list[Any]:
-        return [kind(value), *(self._describe(part, depth) for part in (value.func, value.args, value.keywords))]
-
-    def _array(self, array: np.ndarray) -> Hashable:
-        self._arrays.append(array)
-        return (array.shape, str(array.dtype), kind(array))
+        return [self._refer(cls, _DEPTH - 1) for cls in type(value).__mro__ if cls.__module__ != "builtins"]
 
     def _identity(self, value: Any) -> str:
         self._held.append(value)
         return f"{kind(value)} {id(value)}"
 
 
-def _python_classes(value: Any) -> list[type]:
-    return [cls for cls in type(value).__mro__ if cls.__module__ != "builtins"]
-
-
 def kind(value: Any) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
-def parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Of a subclass that holds several tensors (quantised weights)."""
+def parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The tensor, or of a subclass that holds several tensors (quantised weights) these."""
     if not hasattr(tensor, "__tensor_flatten__"):
-        yield tensor
-        return
-    for name in tensor.__tensor_flatten__()[0]:
-        yield from parts(getattr(tensor, name))
+        return [tensor]
+    return [part for name in tensor.__tensor_flatten__()[0] for part in parts(getattr(tensor, name))]

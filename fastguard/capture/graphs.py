@@ -1,28 +1,42 @@
-"""Run a body eagerly or as a graph that was recorded once and is replayed from then on. Knows nothing of diffusion.
+"""Graphs that are recorded once and replayed from then on: their memory, order and failure. Knows nothing of diffusion.
 
-A *body* is a function without arguments or result that works on tensors at fixed addresses. Those tensors belong to a *workspace*,
-which one call at a time may lease. A graph is kept under a key that must name all that a replay cannot notice: whoever makes the
-key (`fastguard.capture.runner`) answers for it, this file answers for memory, order and failure.
+A graph is a body over tensors at fixed addresses: a generation's own, which one call at a time leases, and copies of its arguments.
+It is kept under a key that must name all that a replay cannot notice: whoever makes the key (`fastguard.capture.runner`) answers
+for it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from fastguard.capture import cuda_graphs
-from fastguard.capture.program import Program, Recorder, Workspace, error_text, first_error, name
+from fastguard.capture.static_inputs import StaticInputs
 
 MODES = ("off", "step", "loop", "auto")
-BUDGET = 4 << 30  # bytes of pool and workspaces together
+BUDGET = 4 << 30  # bytes of pool, inputs and generations' tensors together
 LIMIT = 32  # graphs; the driver's own memory for nodes (980 a forward of SD 1.5's UNet, 2,980 of SDXL's) cannot be asked for
-CLEARED = "the graphs were given up while this call was running"
+
+Body = Callable[[Any], None]  # of the arguments
+
+
+class Recorder(Protocol):
+    """What records on a device: `cuda_graphs.Recorder`, or the simulator of the tests. It has locks of its own, and calls nobody's."""
+
+    def record(self, body: Callable, warm_up: Callable, keeps: Sequence[torch.Tensor]) -> Any: ...
+    def replay(self, graph: Any) -> None: ...
+    def release(self, graph: Any) -> None: ...
+    def join(self, tensors: Iterable[torch.Tensor] = ()) -> None: ...
+    def pool_bytes(self) -> int: ...
+    def new_pool(self) -> None: ...
+
 
 # The one place that chooses what records on which type of device; tests add the simulator here.
 RECORDERS: dict[str, Callable[[torch.device], Recorder]] = {"cuda": cuda_graphs.Recorder}
@@ -39,14 +53,24 @@ def holds(tensor: torch.Tensor) -> bool:
 
 
 @dataclass(eq=False)
-class _Graph:
-    recorded: Any
-    # Both keep the addresses alive that the graph holds.
-    workspace: Workspace
-    program: Program
-    bytes: int  # by which the pool grew; graphs of equal shapes share what the first of them took
-    seconds: float
+class Graph:
+    """A body and the tensors that it works on, whose addresses it keeps alive; and what was recorded of it.
+
+    content  the generation's: has `tensors`, those of them that a body changes in `changed`, and `nbytes`
+    warm_up  shows the device everything that the body uses
+    watch    called before the body runs for the first time; what it gives says afterwards why a replay would not do the same
+    bytes    by which the pool grew; graphs of equal shapes share what the first of them took
+    """
+
+    content: Any
+    inputs: StaticInputs
+    body: Body
+    warm_up: Body
+    watch: Callable[[], Callable[[], str | None]]
+    recorded: Any = None
+    bytes: int = 0
     replays: int = 0
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -63,7 +87,8 @@ class GraphInfo:
 class Graphs:
     """The graphs of one guard: least recently used go first, until between calls there are at most `budget` bytes and `limit` graphs.
 
-    Call it for a table of what is there.
+    Call it for a table of what is there. A graph's key is a tuple that begins with the key of its generation's tensors. Whoever
+    leases, runs and gives back holds the `lock` meanwhile.
     """
 
     budget: int = BUDGET
@@ -71,201 +96,173 @@ class Graphs:
     failure: str | None = None  # why nothing is recorded any more
     clears: int = 0
     model: Any = None  # what `runner.Model` knows of the denoiser: it goes when the graphs do
+    lock: Any = field(default_factory=threading.RLock)
     _bounds: tuple[int, int] = (BUDGET, LIMIT)  # the last that were applied to what is there
-    _recorder: Recorder | None = None
+    _recorder: Any = None  # Recorder
     _device: torch.device | None = None
-    _graphs: OrderedDict[Hashable, _Graph] = field(default_factory=OrderedDict)
-    _workspaces: dict[Hashable, Workspace] = field(default_factory=dict)
+    _graphs: OrderedDict[tuple, Graph] = field(default_factory=OrderedDict)
+    _workspaces: dict[Hashable, Any] = field(default_factory=dict)  # tensors of generations
+    _leased: list[Hashable] = field(default_factory=list)
     _refused: dict[Hashable, str] = field(default_factory=dict)
-    _lock: Any = field(default_factory=threading.RLock)
 
     def __call__(self) -> list[GraphInfo]:
         """Least recently used first."""
-        with self._lock:
-            return [GraphInfo(name(key), g.bytes, g.replays, g.seconds) for key, g in self._graphs.items()]
+        with self.lock:
+            names = [hashlib.sha256(repr(key).encode()).hexdigest()[:12] for key in self._graphs]
+            graphs = zip(names, self._graphs.values(), strict=True)
+            return [GraphInfo(name, g.bytes, g.replays, g.seconds) for name, g in graphs]
 
     @property
     def bytes(self) -> int:
-        """Pool and workspaces."""
-        with self._lock:
+        """Pool, inputs and generations' tensors."""
+        with self.lock:
             pool = self._recorder.pool_bytes() if self._recorder else 0
-            inputs = sum(graph.program.nbytes for graph in self._graphs.values())
-            return pool + inputs + sum(w.content.nbytes for w in self._workspaces.values())
+            inputs = sum(graph.inputs.nbytes for graph in self._graphs.values())
+            return pool + inputs + sum(content.nbytes for content in self._workspaces.values())
 
     def clear(self) -> None:
         """Forget every graph, and every failure. Calls that have begun record nothing any more: no graph is left behind them."""
-        with self._lock:
+        with self.lock:
             self.clears += 1
             self.model = None
             self._forget()
 
     def _forget(self) -> None:
         self._evict_all()
-        for workspace in self._workspaces.values():
-            workspace.cleared = True
         self._workspaces = {}
         self._refused.clear()
         self.failure = None
         if self._recorder is not None:
             self._recorder.new_pool()  # whatever a failed capture left in the old one
 
-    def _evict_all(self) -> None:
-        while self._graphs:
-            self._evict(next(iter(self._graphs)))
-
     # A call's tensors ------------------------------------------------------------------------------------------------------
 
-    def lease(
-        self,
-        key: Hashable,
-        device: torch.device,
-        make: Callable[[], Any],
-        *,
-        begun: int | None = None,
-    ) -> Workspace | None:
-        """Tensors for this key, for one call until its `give_back`; what `make` gives the first time.
+    def lease(self, key: Hashable, device: torch.device, make: Callable[[], Any]) -> Any:
+        """Tensors for this key, for one call until its `give_back`; what `make` gives the first time."""
+        if device != self._device:
+            self._forget()
+            self._device, self._recorder = device, RECORDERS[device.type](device)
+        if key not in self._workspaces:
+            with torch.inference_mode(False):  # so that calls in either mode may write to them
+                self._workspaces[key] = make()
+        self._leased.append(key)
+        self._recorder.join()
+        return self._workspaces[key]
 
-        begun: `clears` when the call began; None if there was one since.
-        """
-        with self._lock:
-            if begun not in (None, self.clears):
-                return None
-            if device != self._device:
-                self._forget()
-                self._device = device
-                self._recorder = RECORDERS[device.type](device)
-            assert self._recorder is not None
-            workspace = self._workspaces.get(key)
-            if workspace is None:
-                with torch.inference_mode(False):  # so that calls in either mode may write to them
-                    workspace = self._workspaces[key] = Workspace(key, make(), self._recorder)
-            workspace.leased = True
-            self._recorder.join()
-            return workspace
+    def give_back(self, key: Hashable, content: Any) -> None:
+        """Everything that the caller wants to keep is copied; tensors over which there is no graph are dropped."""
+        self._recorder.join(content.tensors)
+        self._leased.remove(key)
+        self._drop_unused()
+        # Looked at when somebody has set them: asking for the pool's size takes a while.
+        if self._bounds != (self.budget, self.limit):
+            self._bounds = self.budget, self.limit
+            self._make_room()
 
-    def give_back(self, workspace: Workspace) -> None:
-        """Everything that the caller wants to keep is copied; a workspace over which there is no graph is dropped."""
-        with self._lock:
-            workspace.recorder.join(workspace.content.tensors)
-            workspace.leased = False
-            self._drop_if_unused(workspace)
-            # Looked at when somebody has set them: asking for the pool's size takes a while.
-            if self._bounds != (self.budget, self.limit):
-                self._bounds = self.budget, self.limit
-                self._make_room()
-
-    def _drop_if_unused(self, workspace: Workspace) -> None:
-        mine = self._workspaces.get(workspace.key) is workspace
-        if mine and not workspace.leased and not workspace.graphs:
-            del self._workspaces[workspace.key]
+    def _drop_unused(self) -> None:
+        used = {key[0] for key in self._graphs}.union(self._leased)
+        self._workspaces = {key: content for key, content in self._workspaces.items() if key in used}
 
     # Running ---------------------------------------------------------------------------------------------------------------
 
-    def refusal(self, workspace: Workspace, key: Hashable) -> str | None:
-        """Why nothing would be recorded under this key."""
-        if workspace.cleared:
-            return CLEARED
-        return self.failure or self._refused.get((workspace.key, key))
+    def refusal(self, key: tuple) -> str | None:
+        """Why no graph is recorded under this key."""
+        return self.failure or self._refused.get(key)
 
-    def program(self, workspace: Workspace, key: Hashable, make: Callable[[], Program]) -> Program:
-        """The program recorded under this key, else a new one."""
-        with self._lock:
-            graph = self._graphs.get((workspace.key, key))
-            if graph is not None:
-                return graph.program
+    def run(self, key: tuple, arguments: Any, make: Callable[[], Graph]) -> str | None:
+        """Run the graph of this key on these arguments; what `make` gives the first time, which runs eagerly if no graph comes of it
+        (the reason why). Its own errors are raised."""
+        graph = self._graphs.get(key)
+        if graph is None:
             with torch.inference_mode(False):
-                return make()
-
-    def run(self, workspace: Workspace, key: Hashable, program: Program) -> str | None:
-        """Run the body once, whose inputs are loaded: as a graph (None), or eagerly (the reason why). Its own errors are raised."""
-        whole = (workspace.key, key)
-        with self._lock:
-            if whole in self._graphs:
-                assert self._graphs[whole].program is program
-                self._replay(whole)
-                return None
-            reason = self.refusal(workspace, key)
-            if reason is None:
-                return self._first_run(whole, workspace, program)
-        program.body()
-        return reason
-
-    def _replay(self, key: Hashable) -> None:
-        graph = self._graphs[key]
+                graph = make()
+        graph.inputs.load(arguments)
+        if graph.recorded is None and (reason := self._first_run(key, graph)) is not None:
+            return reason
         self._graphs.move_to_end(key)
         graph.replays += 1
-        graph.workspace.recorder.replay(graph.recorded)
-
-    def _first_run(self, key: Hashable, workspace: Workspace, program: Program) -> str | None:
-        """Eagerly, and what comes of that counts unless a graph could be made: its errors, its result, whatever it changed elsewhere."""
-        before = [tensor.clone() for tensor in program.keeps]
-        changed = program.watch()
-        program.body()
-        reason = changed() or self._record(key, workspace, program)
-        if reason is None and (reason := changed()) is not None:
-            self._evict(key)
-        if reason is not None:
-            return reason
-        for tensor, copy in zip(program.keeps, before, strict=True):
-            tensor.copy_(copy)
-        self._replay(key)
+        self._recorder.replay(graph.recorded)
         return None
 
-    def _record(self, key: Hashable, workspace: Workspace, program: Program) -> str | None:
+    def _first_run(self, key: tuple, graph: Graph) -> str | None:
+        """Eagerly, and what comes of that counts unless a graph could be made: its errors, its result, whatever it changed elsewhere."""
+        before = [tensor.clone() for tensor in graph.content.changed]
+        changed = graph.watch()
+        graph.body(graph.inputs.tree)
+        reason = changed() or self._record(key, graph)
+        if reason is None and (reason := changed()) is not None:
+            self._evict(key)
+        if reason is None:
+            for tensor, copy in zip(graph.content.changed, before, strict=True):
+                tensor.copy_(copy)
+        return reason
+
+    def _record(self, key: tuple, graph: Graph) -> str | None:
         """Record and keep a graph within the budget; the reason if that cannot be. A capture that fails is the last one."""
-        recorder = workspace.recorder
+        recorder, inputs = self._recorder, graph.inputs
         # What this graph needs alone: nobody knows the whole of it before it is recorded.
-        own = workspace.content.nbytes + program.nbytes
+        own = graph.content.nbytes + inputs.nbytes
         for _ in range(2 if own <= self.budget else 0):
-            self._make_room(graphs=1, nbytes=program.nbytes)
+            self._make_room(graphs=1, nbytes=inputs.nbytes)
             before, start = recorder.pool_bytes(), time.perf_counter()
             try:
-                recorded = recorder.record(program.body, program.warm_up or program.body, program.keeps)
+                graph.recorded = recorder.record(
+                    lambda: graph.body(inputs.tree), lambda: graph.warm_up(inputs.tree), graph.content.changed
+                )
             except Exception as error:
                 return self._failed(key, error)
-            seconds = time.perf_counter() - start
-            grown = recorder.pool_bytes() - before
-            self._graphs[key] = _Graph(recorded, workspace, program, grown, seconds)
-            workspace.graphs += 1
-            if self._make_room(but=key):
+            graph.seconds, graph.bytes = time.perf_counter() - start, recorder.pool_bytes() - before
+            self._graphs[key] = graph
+            self._make_room()
+            if key in self._graphs:
                 return None
-            own = workspace.content.nbytes + program.nbytes + grown
-            self._evict(key)
+            own = graph.content.nbytes + inputs.nbytes + graph.bytes
             # Blocks of graphs that are gone stay in the pool while a graph is left in it: once more, in an empty pool.
-            if not before or self._graphs:
+            if not before:
                 break
         return self._refuse(key, f"a graph would need {own:,} bytes or more, guard.graphs.budget is {self.budget:,}")
 
-    def _make_room(self, *, graphs: int = 0, nbytes: int = 0, but: Hashable = None) -> bool:
-        """Whether so much more is within the bounds, when others went for it, the least recently used first."""
-        while len(self._graphs) + graphs > self.limit or self.bytes + nbytes > self.budget:
-            oldest = next((key for key in self._graphs if key != but), None)
-            if oldest is None:
-                return False
-            self._evict(oldest)
-        return True
+    def _make_room(self, *, graphs: int = 0, nbytes: int = 0) -> None:
+        """Let the least recently used go until so much more is within the bounds, or nothing is left."""
+        while self._graphs and (len(self._graphs) + graphs > self.limit or self.bytes + nbytes > self.budget):
+            self._evict(next(iter(self._graphs)))
 
-    def _failed(self, key: Hashable, error: Exception) -> str:
+    def _failed(self, key: tuple, error: Exception) -> str:
         """Whatever a model does that no capture allows is the last capture's end; a lack of memory is this graph's alone."""
-        if isinstance(first_error(error), torch.OutOfMemoryError):
-            if not self._graphs and self._recorder is not None:
+        if isinstance(_first(error), torch.OutOfMemoryError):
+            if not self._graphs:
                 self._recorder.new_pool()  # whatever the failed capture left in the old one
             return self._refuse(key, f"a graph could not be recorded: {error_text(error)}")
         self.failure = f"capture failed, everything runs eagerly from here on: {error_text(error)}"
         self._evict_all()  # nobody would replay them
         return self.failure
 
-    def _refuse(self, key: Hashable, reason: str) -> str:
-        while len(self._refused) >= 64:
+    def _refuse(self, key: tuple, reason: str) -> str:
+        if len(self._refused) >= 64:
             del self._refused[next(iter(self._refused))]
         self._refused[key] = reason
         return reason
 
-    def _evict(self, key: Hashable) -> None:
-        graph = self._graphs.pop(key)
-        recorder = graph.workspace.recorder
-        recorder.release(graph.recorded)
-        graph.workspace.graphs -= 1
-        self._drop_if_unused(graph.workspace)
+    def _evict_all(self) -> None:
+        while self._graphs:
+            self._evict(next(iter(self._graphs)))
+
+    def _evict(self, key: tuple) -> None:
+        self._recorder.release(self._graphs.pop(key).recorded)
+        self._drop_unused()
         if not self._graphs:  # torch asserts that nothing is captured into a pool whose graphs are all gone
-            recorder.new_pool()
+            self._recorder.new_pool()
+
+
+def _first(error: BaseException) -> BaseException:
+    """The error that began it: ending a capture that the body broke raises an error of its own over it."""
+    while error.__context__ is not None and not error.__suppress_context__:
+        error = error.__context__
+    return error
+
+
+def error_text(error: BaseException) -> str:
+    """An error in a line, with the one that began it."""
+    first = _first(error)
+    said = [f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'no message'}" for e in (first, error)]
+    return said[0] if first is error else f"{said[0]} (then {said[1]})"

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._inductor import config as inductor
 
 from fastguard.capture.attention import Attending, check, find, head_sizes
 from fastguard.capture.graphs import MODES, Graphs
+from fastguard.capture.obstacles import own_graphs
 from fastguard.capture.runner import BodyRunner, Model
-from fastguard.capture.torch_compile import check_compile, compile_denoiser, records_graphs
+
+COMPILE_MODES = (None, "default", "max-autotune-no-cudagraphs")
+_SWITCH = "triton.cudagraphs"
+_ARGUMENTS = tuple(inspect.signature(torch.compile).parameters)[1:]  # but the model
 
 
 @dataclass(frozen=True)
@@ -24,35 +30,58 @@ class Options:
 
     @classmethod
     def of(
-        cls,
-        denoiser: torch.nn.Module | None,
-        *,
-        capture: str,
-        attention_backend: str | None,
-        compile: bool | Mapping[str, Any],
+        cls, denoiser: Any, *, capture: str, attention_backend: str | None, compile: bool | Mapping[str, Any]
     ) -> Options:
-        """ValueError names the option that is not allowed, or that cannot work with this denoiser where it is now."""
+        """ValueError names the option that is not allowed, or that cannot work with this denoiser where it is now.
+
+        denoiser: None of a pipeline that was built to encode prompts alone; its call would fail in stock as well.
+        """
         if capture not in MODES:
             raise ValueError(f"capture={capture!r}: allowed are {', '.join(map(repr, MODES))}")
-        if denoiser is None:  # a pipeline that was built to encode prompts alone; its call would fail in stock as well
-            return cls(capture, attention_backend, check_compile(compile))
-        arguments = check_compile(compile)
-        if arguments is not None and not isinstance(denoiser, torch.nn.Module):
+        options = cls(capture, attention_backend, _compile_arguments(compile))
+        if denoiser is None:
+            return options
+        if options.compile is not None and not isinstance(denoiser, torch.nn.Module):
             raise ValueError(f"compile={compile!r}: {type(denoiser).__name__} is no torch module")
-        if capture in ("step", "loop") and (found := records_graphs(denoiser.modules())) is not None:
+        if capture in ("step", "loop") and (found := own_graphs(denoiser.modules())) is not None:
             raise ValueError(f"capture={capture!r}: {found}")
         if attention_backend is not None:
             find(attention_backend)
             some = next(denoiser.parameters(), torch.empty(0))
             dtype = some.dtype if some.is_floating_point() else torch.float16  # quantised weights
             check(attention_backend, some.device, dtype, head_sizes(denoiser))
-        return cls(capture, attention_backend, arguments)
+        return options
 
     def lend(self, denoiser: torch.nn.Module, graphs: Graphs) -> tuple[Callable[..., Any], BodyRunner]:
         """The denoiser as a call shall run it, and what runs the call's rows. Calls of a guard follow each other."""
         decides = (self.attention_backend, repr(self.compile))
         if graphs.model is None or (graphs.model.denoiser, graphs.model.decides) != (denoiser, decides):
-            runs = Attending(self.attention_backend, denoiser, compile_denoiser(denoiser, self.compile))
-            graphs.model = Model(denoiser, decides, runs)
+            # The module is not changed; its weights, LoRA scales and so on stay its own.
+            compiled: Any = denoiser if self.compile is None else torch.compile(denoiser, **self.compile)
+            graphs.model = Model(denoiser, decides, Attending(self.attention_backend, denoiser, compiled))
         model = graphs.model
         return model.runs.in_a_call(), BodyRunner(self.capture, graphs, model)
+
+
+def _compile_arguments(compile: bool | Mapping[str, Any]) -> dict[str, Any] | None:
+    """Arguments of torch.compile, or None for False. ValueError for those that would record graphs themselves."""
+    if compile is False:
+        return None
+    if compile is not True and not isinstance(compile, Mapping):
+        raise ValueError(f"compile={compile!r}: must be True, False or a dictionary of torch.compile's arguments")
+    given = {} if compile is True else dict(compile)
+    if unknown := [name for name in given if name not in _ARGUMENTS]:
+        allowed = ", ".join(_ARGUMENTS)
+        raise ValueError(f"compile: {unknown[0]!r} is no argument of torch.compile; allowed are {allowed}")
+    if (mode := given.get("mode")) not in COMPILE_MODES:
+        allowed = ", ".join(map(repr, COMPILE_MODES))
+        raise ValueError(
+            f"compile: mode={mode!r} would record CUDA graphs of its own; allowed are {allowed} (capture records ours)"
+        )
+    backend, switches = given.get("backend", "inductor"), given.get("options") or {}
+    own = inductor.triton.cudagraphs if backend == "inductor" else False  # the process's setting
+    if switches.get(_SWITCH, own) or backend == "cudagraphs":
+        raise ValueError(
+            f"compile={compile!r}: {_SWITCH} must be off (here, in torch._inductor.config, in TORCHINDUCTOR_CUDAGRAPHS): capture records the graphs"
+        )
+    return given

@@ -8,9 +8,9 @@ from run to run has to be read from tensors.
 from __future__ import annotations
 
 import os
+import pickle
 import random
 from collections.abc import Callable, Hashable
-from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -19,23 +19,22 @@ import torch
 
 from fastguard.capture import graphs
 from fastguard.capture.fingerprint import Fingerprint
-from fastguard.capture.graphs import Graphs
-from fastguard.capture.program import Program, Workspace
-from fastguard.capture.static_inputs import StaticInputs, signature, unhashable
-from fastguard.capture.switches import surroundings
+from fastguard.capture.graphs import Body, Graph, Graphs
+from fastguard.capture.obstacles import surroundings
+from fastguard.capture.static_inputs import StaticInputs, signature
 
 # "auto" records where launches take longer than the work: the denoiser's rows (2 B guided, else B) times the latents' positions h w. A
 # forward of SD 1.5 / SDXL is about 980 / 2,980 kernels, 5 / 15 ms of launches at 5 us each, whatever the batch. This is SD 1.5
 # (64 x 64) up to batch 4 and SDXL (128 x 128) at batch 1; on an H200 graphs save 9 to 62% up to there, 0 to 4% beyond (docs/gpu).
 LAUNCH_BOUND = 2 * 4 * 64 * 64
 
+CLEARED = "the graphs were given up while this call was running"
 MOVES = (
     "the forward changes the model, writes to its tensors, or draws from Python's or NumPy's random numbers, none of which a replay does "
     "(guard.graphs.clear() looks again)"
 )
 
 Arguments = tuple[tuple, dict]
-Body = Callable[[Arguments], None]
 
 
 class Model:
@@ -46,7 +45,7 @@ class Model:
     moves    how often in a row it was found changed by its own forward, by what is recorded
     """
 
-    def __init__(self, denoiser: torch.nn.Module, decides: Hashable, runs: Any = None) -> None:
+    def __init__(self, denoiser: torch.nn.Module, decides: Hashable, runs: Any) -> None:
         self.denoiser, self.decides, self.runs = denoiser, decides, runs
         self.moves: dict[Hashable, int] = {}
 
@@ -63,8 +62,10 @@ class BodyRunner:
 
     def __init__(self, mode: str, graphs: Graphs, model: Model) -> None:
         self._mode, self._graphs, self._model, self._begun = mode, graphs, model, graphs.clears
-        self._workspace: Workspace | None = None
-        self._print: Hashable = None
+        self._shape: Hashable = None
+        self._content: Any = None  # what is leased under this shape
+        self._print: Hashable = None  # of the model; None: it is to be looked at
+        self._obstacle: str | None = None
         self.replayed = 0
         self.reason: str | None = None
 
@@ -77,27 +78,21 @@ class BodyRunner:
 
         like: a tensor of the generation; positions: what its forward works on, see LAUNCH_BOUND.
         """
-        if self._mode == "off" or (self._mode == "auto" and not graphs.records(like.device)):
+        device, mode = like.device, self._mode
+        if mode == "off" or (mode == "auto" and not graphs.records(device)):
             return None
-        refusal = self._refusal(like, positions)
-        self.reason = refusal or self.reason
-        if refusal is not None or not self._may_record(like.device):
-            return None
-        self._workspace = self._graphs.lease(key, like.device, make, begun=self._begun)
-        if self._workspace is None:
-            self.reason = graphs.CLEARED
-            return None
-        return self._workspace.content
-
-    def _refusal(self, like: torch.Tensor, positions: int) -> str | None:
-        """Why a generation of this device and size is not recorded."""
-        if not graphs.records(like.device):
-            return f"capture={self._mode!r}: nothing records graphs on device {like.device.type!r}"
-        if not graphs.holds(like):
-            return f"latents are a {type(like).__name__}, which no graph can hold"
-        if self._mode == "auto" and positions > LAUNCH_BOUND:
-            return f"capture='auto' records up to {LAUNCH_BOUND:,} positions a forward (launches take longer there), here are {positions:,}"
-        return None
+        refusal = None
+        if not graphs.records(device):
+            refusal = f"capture={mode!r}: nothing records graphs on device {device.type!r}"
+        elif not graphs.holds(like):
+            refusal = f"latents are a {type(like).__name__}, which no graph can hold"
+        elif mode == "auto" and positions > LAUNCH_BOUND:
+            refusal = f"capture='auto' records up to {LAUNCH_BOUND:,} positions a forward (launches take longer there), here are {positions:,}"
+        with self._graphs.lock:
+            if self._refused(refusal or self._look(device, again=True)):
+                return None
+            self._shape, self._content = key, self._graphs.lease(key, device, make)
+            return self._content
 
     def run(
         self, what: Hashable, body: Body, arguments: Arguments, *, warm_up: Body | None = None, look_again: bool = False
@@ -107,64 +102,58 @@ class BodyRunner:
         warm_up: shows the device everything that the body uses; the body itself unless given.
         look_again: somebody may have changed the model since the last run.
         """
-        if not self._replay(what, body, arguments, warm_up or body, look_again):
-            body(arguments)
+        with self._graphs.lock:
+            key = None if self._content is None else self._key(what, arguments, look_again)
+            if key is not None:
+                self._run(key, body, arguments, warm_up or body)
+                return
+        body(arguments)
 
     def give_back(self) -> None:
         """The generation is over; what it returned is copied."""
-        if self._workspace is not None:
-            self._graphs.give_back(self._workspace)
-            self._workspace = None
+        if self._content is not None:
+            with self._graphs.lock:
+                self._graphs.give_back(self._shape, self._content)
+            self._content = None
 
     # Recording -------------------------------------------------------------------------------------------------------------
 
-    def _may_record(self, device: torch.device) -> bool:
-        """Look at the model: take its fingerprint, or the reason against recording it."""
-        fingerprint = self._model.fingerprint
-        self._print = fingerprint()
-        found = self._graphs.failure or fingerprint.obstacle or surroundings(device)
-        self.reason = found or self.reason
-        return found is None
+    def _refused(self, reason: str | None) -> bool:
+        self.reason = reason or self.reason
+        return reason is not None
 
-    def _replay(self, what: Hashable, body: Body, arguments: Arguments, warm_up: Body, look_again: bool) -> bool:
-        """False: nothing was run, `reason` says why."""
-        workspace = self._workspace
-        if workspace is None:
-            return False
-        tensors = workspace.content.tensors
-        device = tensors[0].device
-        if (look_again or self._print is None) and not self._may_record(device):
-            return False
-        if (problem := unhashable(arguments)) is not None:
-            self.reason = f"{problem}: nobody can tell whether it changes"
-            return False
-        layout = signature(arguments, tensors)
-        key = (what, layout, self._print, self._model.decides, os.environ.get("FASTGUARD_BACKEND"))
-        place = (workspace.key, what, layout)
-        if (refusal := self._graphs.refusal(workspace, key) or self._moving(place)) is not None:
-            self.reason = refusal
-            return False
+    def _look(self, device: torch.device, *, again: bool) -> str | None:
+        """Take the model's fingerprint, if it is not known or `again`; why nothing must be recorded."""
+        if again or self._print is None:
+            self._print = self._model.fingerprint()
+            self._obstacle = self._model.fingerprint.obstacle or surroundings(device)
+        return CLEARED if self._graphs.clears != self._begun else self._graphs.failure or self._obstacle
 
-        def program() -> Program:
-            inputs = StaticInputs(arguments, device, tensors)
-            return Program(
-                body=lambda: body(inputs.tree),
-                warm_up=lambda: warm_up(inputs.tree),
-                inputs=inputs,
-                keeps=workspace.content.changed,
-                nbytes=inputs.nbytes,
-            )
+    def _key(self, what: Hashable, arguments: Arguments, look_again: bool) -> tuple | None:
+        """What the graph of a run is kept under: its place (what is asked for) and who computes it. None where it must not be one."""
+        tensors = self._content.tensors
+        obstacle = self._look(tensors[0].device, again=look_again)
+        try:
+            place = (self._shape, what, signature(arguments, tensors))
+        except ValueError as error:
+            self.reason = str(error)
+            return None
+        key = (*place, self._print, self._model.decides, os.environ.get("FASTGUARD_BACKEND"))
+        refused = self._refused(obstacle or self._graphs.refusal(key) or self._moving(place))
+        return None if refused else key
 
-        found = self._graphs.program(workspace, key, lambda: replace(program(), watch=lambda: self._watch(place)))
-        found.inputs.load(arguments)
-        failed = self._graphs.run(workspace, key, found)
-        self.reason = failed or self.reason
-        self.replayed += failed is None
-        if failed is None:
+    def _run(self, key: tuple, body: Body, arguments: Arguments, warm_up: Body) -> None:
+        content, place = self._content, key[:3]
+
+        def make() -> Graph:
+            inputs = StaticInputs(arguments, content.tensors[0].device, content.tensors)
+            return Graph(content, inputs, body, warm_up, lambda: self._watch(place))
+
+        if not self._refused(self._graphs.run(key, arguments, make)):
+            self.replayed += 1
             self._model.moves.pop(place, None)
-        return True
 
-    def _watch(self, place: Hashable) -> Callable[[], str | None]:
+    def _watch(self, place: tuple) -> Callable[[], str | None]:
         """Begin to look at the model; what this gives says whether it is still the one that the key names, written to by nobody."""
         fingerprint, moves = self._model.fingerprint, self._model.moves
         written, drawn = fingerprint.written(), [_drawn()]
@@ -181,13 +170,11 @@ class BodyRunner:
 
         return moved
 
-    def _moving(self, place: Hashable) -> str | None:
+    def _moving(self, place: tuple) -> str | None:
         """Once may be what a model does in its first forward to make itself ready."""
-        again = self._model.moves.get(place, 0) > 1
-        return MOVES if again else None
+        return MOVES if self._model.moves.get(place, 0) > 1 else None
 
 
 def _drawn() -> tuple[Any, ...]:
     """Where Python's and NumPy's global generators are."""
-    numpy: Any = np.random.get_state()
-    return random.getstate(), *(part.tobytes() if isinstance(part, np.ndarray) else part for part in numpy)
+    return random.getstate(), pickle.dumps(np.random.get_state())

@@ -6,7 +6,7 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
-from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_leaves, tree_map_only
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map_only
 
 _PLAIN = (bool, int, float, str, type(None), torch.dtype)
 
@@ -30,10 +30,7 @@ class StaticInputs:
             return self._buffers[-1]
 
         self.tree = tree_map_only(torch.Tensor, fixed, tree)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(buffer.untyped_storage().nbytes() for buffer in self._buffers)
+        self.nbytes = sum(buffer.untyped_storage().nbytes() for buffer in self._buffers)
 
     def load(self, tree: Any) -> None:
         """Copy everything, changed or not: nobody can tell. Memory that another graph's replay fills (a ControlNet compiled with
@@ -46,32 +43,26 @@ class StaticInputs:
 def signature(tree: Any, resident: Sequence[torch.Tensor]) -> Hashable:
     """All of `tree` but the contents of its tensors; of resident ones also which they are and from where on.
 
-    Not their addresses: what is known of a signature holds for other tensors of the same kind.
+    Not their addresses: what is known of a signature holds for other tensors of the same kind. ValueError where the tree holds
+    something that is neither a tensor nor a plain value.
     """
     which = {_storage(tensor): number for number, tensor in enumerate(resident)}
-
-    def described(leaf: Any) -> Hashable:
-        if not isinstance(leaf, torch.Tensor):
-            return type(leaf).__name__, leaf
-        number = which.get(_storage(leaf))
-        place = None if number is None else (number, leaf.storage_offset())
-        return tuple(leaf.shape), leaf.stride(), place, leaf.dtype, str(leaf.device)
-
-    leaves, structure = tree_flatten(tree)
-    return repr(structure), tuple(map(described, leaves))
-
-
-def unhashable(tree: Any) -> str | None:
-    """Where `tree` holds something that is neither a tensor nor a plain value, so that nobody can tell whether it changed."""
-    for path, leaf in tree_flatten_with_path(tree, is_leaf=_holds_more)[0]:
-        if not isinstance(leaf, (torch.Tensor, *_PLAIN)):
-            return f"arguments{keystr(path)} is a {type(leaf).__name__}"
-    return None
-
-
-def _holds_more(node: Any) -> bool:
-    """A named tuple or the like, which may hold more than its items."""
-    return isinstance(node, (tuple, list)) and type(node) not in (tuple, list)
+    # What may hold more than its items, as a named tuple, counts as one thing.
+    leaves, structure = tree_flatten_with_path(
+        tree, is_leaf=lambda node: isinstance(node, (tuple, list)) and type(node) not in (tuple, list)
+    )
+    found: list[Hashable] = [repr(structure)]
+    for path, leaf in leaves:
+        if isinstance(leaf, torch.Tensor):
+            number = which.get(_storage(leaf))
+            place = None if number is None else (number, leaf.storage_offset())
+            found.append((tuple(leaf.shape), leaf.stride(), place, leaf.dtype, str(leaf.device)))
+        elif isinstance(leaf, _PLAIN):
+            found.append((type(leaf).__name__, leaf))
+        else:
+            where = f"arguments{keystr(path)} is a {type(leaf).__name__}"
+            raise ValueError(f"{where}: nobody can tell whether it changes")
+    return tuple(found)
 
 
 def tensors_of(tree: Any) -> list[torch.Tensor]:

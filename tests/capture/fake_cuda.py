@@ -161,3 +161,11 @@ def _WAITS(cuda):
         "wait_stream": lambda self, other: cuda.log.append(f"main waits for {other.name}"),
         "wait_event": lambda self, event: cuda.log.append("main waits for event"),
     }
+
+
+def in_threads(work, count=1):
+    threads = [threading.Thread(target=work) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()

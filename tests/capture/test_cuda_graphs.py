@@ -4,30 +4,26 @@ from __future__ import annotations
 
 import threading
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from fastguard.capture import cuda_graphs
 from fastguard.capture.graphs import Graphs, records
-from fastguard.capture.program import Program
-from tests.capture.fake_cuda import DEVICE, Cuda
+from tests.capture.fake_cuda import DEVICE, Cuda, in_threads
+from tests.capture.leases import content, give_back, run
 
 
 @pytest.fixture
 def cuda(monkeypatch):
     fake = Cuda()
     monkeypatch.setattr(cuda_graphs, "cuda", fake)
-    monkeypatch.setattr(cuda_graphs, "_devices", {})
+    cuda_graphs._shared.cache_clear()
     monkeypatch.setattr(cuda_graphs, "_ONE_STATE", True)
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", fake.end_allocation, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", fake.clear_workspaces, raising=False)
-    return fake
-
-
-def content():
-    return SimpleNamespace(tensors=[], nbytes=8)
+    yield fake
+    cuda_graphs._shared.cache_clear()
 
 
 def test_warm_up_capture_and_replay(cuda):
@@ -136,9 +132,8 @@ def test_draws_and_replays_go_on_during_and_after_a_failed_capture(cuda, where, 
 
 def test_where_each_capture_has_a_state_of_its_own_the_generator_is_left_alone(cuda, monkeypatch):
     monkeypatch.setattr(cuda_graphs, "_ONE_STATE", False)
-    monkeypatch.delattr(cuda, "default_generators")
-    with cuda_graphs._own_draws(DEVICE, SimpleNamespace()):
-        pass
+    monkeypatch.setattr(cuda.default_generators[0], "graphsafe_set_state", None)
+    cuda_graphs.Recorder(DEVICE).record(lambda: None, lambda: None, [])
 
 
 def test_a_cache_that_cannot_be_emptied_is_no_failure(cuda):
@@ -186,25 +181,17 @@ def test_a_devices_lock_is_one_for_threads_that_come_at_once(cuda, monkeypatch):
     assert len({id(recorder._lock) for recorder in made}) == 1 and len(made) == 4
 
 
-def in_threads(work, count=1):
-    threads = [threading.Thread(target=work) for _ in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-
-
 @pytest.mark.parametrize("other", [DEVICE, torch.device("cuda", 1)], ids=str)
 @pytest.mark.parametrize("what", ["new", "clear", "capture"])
 def test_nobody_disturbs_a_capture(cuda, what, other):
     """torch has one capture at a time in a process, and asserts that nobody empties its cache meanwhile, of whatever device."""
     recorder, second, began, done = cuda_graphs.Recorder(DEVICE), Graphs(), threading.Event(), threading.Event()
-    workspace = second.lease("shape", other, content)
-    second.run(workspace, "k", second.program(workspace, "k", lambda: Program(lambda: None)))
+    held = second.lease("shape", other, content)
+    run(second, held, "k", lambda: None)
     acts = {
         "new": lambda: Graphs().lease("shape", other, content),
         "clear": second.clear,
-        "capture": lambda: second.run(workspace, "l", second.program(workspace, "l", lambda: Program(lambda: None))),
+        "capture": lambda: run(second, held, "l", lambda: None),
     }
 
     def act():
@@ -257,100 +244,16 @@ def test_capture_uses_it_on_cuda(cuda, monkeypatch):
     assert not records(DEVICE)
     graphs = Graphs(limit=1)
     streams = []
-    tensor = SimpleNamespace(record_stream=lambda stream: streams.append(stream.name))
-    workspace = graphs.lease("shape", DEVICE, lambda: SimpleNamespace(tensors=[tensor], nbytes=8))
+    x = torch.ones(2)
+    x.record_stream = lambda stream: streams.append(stream.name)
+    held = graphs.lease("shape", DEVICE, lambda: content(x))
     assert cuda.log[-2:] == ["main waits for event", "event on main"], "whoever leases writes after the last turn"
     for key in ("a", "a", "b"):
-        program = graphs.program(workspace, key, lambda: Program(lambda: None))
-        assert graphs.run(workspace, key, program) is None
-    graphs.give_back(workspace)
+        assert run(graphs, held, key, lambda: None) is None
+    give_back(graphs, held)
     kinds = [line.split(" ")[0] for line in cuda.log if line.split(" ")[0] in ("capture", "replay", "reset")]
     assert kinds == ["capture", "replay", "replay", "reset", "capture", "replay"]
     captures = [line.split(" ")[3] for line in cuda.log if line.startswith("capture in")]
     assert captures == ["1", "2"], "the pool of a graph that was the only one is not taken again"
     assert [info.replays for info in graphs()] == [1]
     assert streams == ["main"], "memory that another stream frees is not used again before this one is through with it"
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_real_graph():
-    graphs = Graphs()
-    device = torch.device("cuda", torch.cuda.current_device())
-    x = torch.zeros(1024, device=device)
-    workspace = graphs.lease("shape", device, lambda: SimpleNamespace(tensors=[x], nbytes=x.nbytes))
-    weight = torch.arange(1024.0, device=device)
-
-    def body():
-        x.add_(weight * 2)
-
-    for _ in range(3):
-        program = graphs.program(workspace, "k", lambda: Program(body, keeps=[x]))
-        assert graphs.run(workspace, "k", program) is None
-    assert torch.equal(x, weight * 6)
-    graphs.give_back(workspace)
-    assert graphs()[0].bytes > 0 and graphs()[0].replays == 3
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_real_capture_that_fails_leaves_draws_and_other_graphs_alone():
-    device = torch.device("cuda", torch.cuda.current_device())
-    x = torch.zeros(1024, device=device)
-    other = cuda_graphs.Recorder(device)
-    graph = other.record(lambda: x.add_(1), lambda: x.add_(1), [x])
-    drawn = []
-
-    def draws():
-        drawn.append(torch.randn(4, device=device))
-
-    def body():
-        in_threads(draws)
-        x.sum().item()
-
-    recorder = cuda_graphs.Recorder(device)
-    torch.manual_seed(1)
-    with pytest.raises(RuntimeError):
-        recorder.record(body, lambda: None, [])
-    draws()
-    other.replay(graph)
-    recorder.new_pool()
-    recorder.replay(recorder.record(lambda: x.add_(1), lambda: None, [x]))
-    assert x.tolist() == [2] * 1024
-    torch.manual_seed(1)
-    expected = [torch.randn(4, device=device) for _ in drawn]
-    assert len(drawn) == 2 and all(map(torch.equal, drawn, expected)), "no number twice, none left out"
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("released", [0, 1])
-def test_a_graph_outlives_another_that_was_captured_on_the_same_stream(released):
-    """cuBLAS keeps a workspace per stream: whatever is freed with one graph, the other's replay must not read or write."""
-    device = torch.device("cuda", torch.cuda.current_device())
-    a = torch.randn(
-        512, 8192, device=device, dtype=torch.float16
-    )  # long sums of few rows: split, with partial sums in the workspace
-    b = torch.randn(8192, 512, device=device, dtype=torch.float16)
-    expected = a @ b
-    made = []
-    for _ in range(2):
-        out = torch.empty_like(expected)
-        recorder = cuda_graphs.Recorder(device)
-
-        def body(out=out):
-            torch.mm(a, b, out=out)
-
-        made.append((recorder, recorder.record(body, body, [out]), out))
-    recorder, graph, _ = made[released]
-    recorder.release(graph)
-    recorder.new_pool()
-    free, _ = torch.cuda.mem_get_info(device)
-    others = [torch.full((1 << 20,), 7, device=device, dtype=torch.uint8) for _ in range(min(256, free >> 21))]
-    recorder, graph, out = made[1 - released]
-    for _ in range(2):
-        out.fill_(float("nan"))
-        recorder.replay(graph)
-        recorder.join()
-        torch.testing.assert_close(out, expected, rtol=1e-2, atol=1.0)  # sums of 8,192 products, standard deviation 90
-    assert all(bool((other == 7).all()) for other in others), "it wrote into memory that was freed"

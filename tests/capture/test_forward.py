@@ -16,7 +16,7 @@ from fastguard.capture.runner import BodyRunner
 from tests import pipelines
 from tests.capture import simulator
 from tests.capture.calls import call, eager
-from tests.capture.test_stale import lora_scale, with_lora
+from tests.capture.changes import lora_scale, with_lora
 
 pytestmark = pytest.mark.usefixtures("recorders")
 

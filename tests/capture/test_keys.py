@@ -12,12 +12,11 @@ import torch
 import fastguard
 from fastguard.capture import attention, fingerprint, options, runner
 from fastguard.capture.fingerprint import Fingerprint
-from fastguard.capture.graphs import Graphs
 from fastguard.capture.static_inputs import StaticInputs
 from fastguard.loop.loop import Loop
 from tests import pipelines, schedulers
 from tests.capture.calls import POLICIES, call, eager
-from tests.capture.test_stale import with_lora
+from tests.capture.changes import with_lora
 from tests.guarded import picture
 
 pytestmark = pytest.mark.usefixtures("recorders")
@@ -113,10 +112,10 @@ def _halved_attention(monkeypatch):
 def _halving_compiler(monkeypatch):
     """A torch.compile after which the denoiser gives half of what it did."""
 
-    def compiled(denoiser, options):
-        return denoiser if options is None else lambda *args, **kwargs: (denoiser(*args, **kwargs)[0] * 0.5,)
+    def compiled(denoiser):
+        return lambda *args, **kwargs: (denoiser(*args, **kwargs)[0] * 0.5,)
 
-    monkeypatch.setattr(options, "compile_denoiser", compiled)
+    monkeypatch.setattr(torch, "compile", compiled)
     return {}, {"compile": True}
 
 
@@ -227,11 +226,11 @@ BODIES = {  # part of the key: two calls that it tells apart, and the key withou
 def test_the_body_is_in_the_key(sd, part, blind, monkeypatch):
     first, second, without = BODIES[part]
     if blind:
-        replay = runner.BodyRunner._replay
+        run = runner.BodyRunner.run
         monkeypatch.setattr(
             runner.BodyRunner,
-            "_replay",
-            lambda self, what, *args, **kwargs: replay(self, without(what), *args, **kwargs),
+            "run",
+            lambda self, what, *args, **kwargs: run(self, without(what), *args, **kwargs),
         )
     after, expected = compare(sd, first, second)
     assert (after is not None and torch.equal(after, expected)) != blind
@@ -253,12 +252,12 @@ SHAPES = {  # fields of the shape: two calls that they tell apart
 def test_the_shape_of_the_loops_tensors_is_in_the_key(fields, blind, monkeypatch):
     pipe = pipelines.sd()
     if blind:
-        lease = Graphs.lease
+        lease = runner.BodyRunner.lease
 
-        def without(self, shape, device, make, **kwargs):
-            return lease(self, shape._replace(**dict.fromkeys(fields)), device, make, **kwargs)
+        def without(self, shape, *args, **kwargs):
+            return lease(self, shape._replace(**dict.fromkeys(fields)), *args, **kwargs)
 
-        monkeypatch.setattr(Graphs, "lease", without)
+        monkeypatch.setattr(runner.BodyRunner, "lease", without)
     after, expected = compare(pipe, *SHAPES[fields])
     assert (after is not None and torch.equal(after, expected)) != blind
 

@@ -16,8 +16,8 @@ from diffusers import hooks
 from torch.overrides import TorchFunctionMode
 
 import fastguard
-from fastguard.capture import static_inputs
-from fastguard.capture.graphs import Graphs
+from fastguard.capture.runner import BodyRunner
+from fastguard.capture.static_inputs import signature
 from tests import pipelines
 from tests.capture.calls import call as two
 
@@ -220,7 +220,7 @@ def test_a_guard_that_is_disabled_during_a_call_leaves_no_graph(when, monkeypatc
 
     threads = []
     if when == "in the loop":
-        monkeypatch.setattr(Graphs, "run", disabling(Graphs.run))
+        monkeypatch.setattr(BodyRunner, "run", disabling(BodyRunner.run))
     else:
         pipe.encode_prompt = disabling(pipe.encode_prompt)
     assert torch.equal(call(pipe), expected)
@@ -230,10 +230,11 @@ def test_a_guard_that_is_disabled_during_a_call_leaves_no_graph(when, monkeypatc
 
 
 def test_arguments_that_nobody_can_compare_stay_eager(sd):
-    assert static_inputs.unhashable(((torch.ones(1), 2.0, None), {"a": [{"b": "c"}]})) is None
-    found = static_inputs.unhashable(((), {"cross_attention_kwargs": {"mask": object()}}))
-    assert found == "arguments[1]['cross_attention_kwargs']['mask'] is a object"
-    assert static_inputs.unhashable((Pair(1, 2),)) == "arguments[0] is a Pair", "it may hold more than its items"
+    assert signature(((torch.ones(1), 2.0, None), {"a": [{"b": "c"}]}), [])
+    with pytest.raises(ValueError, match=r"arguments\[1\]\['cross_attention_kwargs'\]\['mask'\] is a object: nobody"):
+        signature(((), {"cross_attention_kwargs": {"mask": object()}}), [])
+    with pytest.raises(ValueError, match=r"arguments\[0\] is a Pair"):  # it may hold more than its items
+        signature((Pair(1, 2),), [])
 
 
 def test_calls_of_several_threads_follow_each_other():

@@ -10,7 +10,7 @@ from torch._dynamo.backends.common import aot_autograd
 import fastguard
 from tests.capture import simulator
 from tests.capture.calls import call, check
-from tests.capture.test_stale import lora_scale, moved, stale, with_lora
+from tests.capture.changes import lora_scale, moved, stale, with_lora
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("recorders")]
 
