@@ -2,11 +2,8 @@
 
 | file | what it is |
 |---|---|
-| `options` | the options of `enable`, checked |
+| `options`, `attention` | the options of `enable`, checked; attention backends |
 | `runner` | runs the bodies of one generation eagerly or as graphs, and makes the graphs' keys |
 | `fingerprint`, `switches`, `obstacles` | what a replay cannot notice: in the model, in torch's switches; what must not be recorded |
-| `static_inputs` | arguments at fixed addresses |
-| `graphs`, `program` | memory, order and failure of recorded bodies; their nouns |
-| `cuda_graphs` | every call of torch.cuda |
-| `attention`, `torch_compile` | attention backends; torch.compile |
+| `graphs`, `static_inputs`, `cuda_graphs` | the graphs: memory, order, failure; arguments at fixed addresses; every call of torch.cuda |
 """

@@ -61,8 +61,6 @@ class Fingerprint:
         """All tensors as of the last call, and how often each was written to; those made in inference mode do not count that."""
         return [(tensor, 0 if tensor.is_inference() else tensor._version) for tensor in self._plain()]
 
-    # Comparing -------------------------------------------------------------------------------------------------------------
-
     def _changed(self) -> bool:
         if self._hooked or any(self._hooks) or self._lengths() != self._counted:
             return True
@@ -85,8 +83,6 @@ class Fingerprint:
 
     def _plain(self) -> list[torch.Tensor]:
         return [*self._tensors, *chain.from_iterable(map(parts, self._wrappers))]
-
-    # Reading ---------------------------------------------------------------------------------------------------------------
 
     def _read(self) -> None:
         self._mappings: list[Mapping] = []
@@ -129,9 +125,9 @@ class Fingerprint:
 
     def _tensor(self, tensor: torch.Tensor, depth: int) -> list[Any]:
         """Its layout, and what is noted on it: quantisers say there what a weight is, compilers what is theirs."""
-        wraps = hasattr(tensor, "__tensor_flatten__")
-        (self._wrappers if wraps else self._tensors).append(tensor)
-        inner, context = tensor.__tensor_flatten__() if wraps else ((), None)
+        flatten = getattr(tensor, "__tensor_flatten__", None)
+        (self._tensors if flatten is None else self._wrappers).append(tensor)
+        inner, context = ((), None) if flatten is None else flatten()
         found: list[Any] = [tuple(tensor.shape), str(tensor.dtype), kind(tensor)]
         if depth < _DEPTH:
             noted = [name for name in vars(tensor) if not name.startswith("_dynamo") and name not in inner]

@@ -11,9 +11,9 @@ import hashlib
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -27,19 +27,8 @@ LIMIT = 32  # graphs; the driver's own memory for nodes (980 a forward of SD 1.5
 Body = Callable[[Any], None]  # of the arguments
 
 
-class Recorder(Protocol):
-    """What records on a device: `cuda_graphs.Recorder`, or the simulator of the tests. It has locks of its own, and calls nobody's."""
-
-    def record(self, body: Callable, warm_up: Callable, keeps: Sequence[torch.Tensor]) -> Any: ...
-    def replay(self, graph: Any) -> None: ...
-    def release(self, graph: Any) -> None: ...
-    def join(self, tensors: Iterable[torch.Tensor] = ()) -> None: ...
-    def pool_bytes(self) -> int: ...
-    def new_pool(self) -> None: ...
-
-
 # The one place that chooses what records on which type of device; tests add the simulator here.
-RECORDERS: dict[str, Callable[[torch.device], Recorder]] = {"cuda": cuda_graphs.Recorder}
+RECORDERS: dict[str, Callable[[torch.device], Any]] = {"cuda": cuda_graphs.Recorder}
 
 
 def records(device: torch.device) -> bool:
@@ -98,11 +87,10 @@ class Graphs:
     model: Any = None  # what `runner.Model` knows of the denoiser: it goes when the graphs do
     lock: Any = field(default_factory=threading.RLock)
     _bounds: tuple[int, int] = (BUDGET, LIMIT)  # the last that were applied to what is there
-    _recorder: Any = None  # Recorder
+    _recorder: Any = None
     _device: torch.device | None = None
     _graphs: OrderedDict[tuple, Graph] = field(default_factory=OrderedDict)
-    _workspaces: dict[Hashable, Any] = field(default_factory=dict)  # tensors of generations
-    _leased: list[Hashable] = field(default_factory=list)
+    _leased: Any = None  # tensors of the generation that runs: calls of a guard follow each other
     _refused: dict[Hashable, str] = field(default_factory=dict)
 
     def __call__(self) -> list[GraphInfo]:
@@ -118,7 +106,9 @@ class Graphs:
         with self.lock:
             pool = self._recorder.pool_bytes() if self._recorder else 0
             inputs = sum(graph.inputs.nbytes for graph in self._graphs.values())
-            return pool + inputs + sum(content.nbytes for content in self._workspaces.values())
+            of_graphs = (graph.content for graph in self._graphs.values())
+            held = {id(content): content.nbytes for content in (self._leased, *of_graphs) if content is not None}
+            return pool + inputs + sum(held.values())
 
     def clear(self) -> None:
         """Forget every graph, and every failure. Calls that have begun record nothing any more: no graph is left behind them."""
@@ -129,41 +119,31 @@ class Graphs:
 
     def _forget(self) -> None:
         self._evict_all()
-        self._workspaces = {}
         self._refused.clear()
         self.failure = None
         if self._recorder is not None:
             self._recorder.new_pool()  # whatever a failed capture left in the old one
 
-    # A call's tensors ------------------------------------------------------------------------------------------------------
-
     def lease(self, key: Hashable, device: torch.device, make: Callable[[], Any]) -> Any:
-        """Tensors for this key, for one call until its `give_back`; what `make` gives the first time."""
+        """Tensors for this key, for one call until its `give_back`: those that a graph holds, else what `make` gives."""
         if device != self._device:
             self._forget()
             self._device, self._recorder = device, RECORDERS[device.type](device)
-        if key not in self._workspaces:
+        self._leased = next((graph.content for (shape, *_), graph in self._graphs.items() if shape == key), None)
+        if self._leased is None:
             with torch.inference_mode(False):  # so that calls in either mode may write to them
-                self._workspaces[key] = make()
-        self._leased.append(key)
+                self._leased = make()
         self._recorder.join()
-        return self._workspaces[key]
+        return self._leased
 
-    def give_back(self, key: Hashable, content: Any) -> None:
-        """Everything that the caller wants to keep is copied; tensors over which there is no graph are dropped."""
-        self._recorder.join(content.tensors)
-        self._leased.remove(key)
-        self._drop_unused()
+    def give_back(self) -> None:
+        """Everything that the caller wants to keep is copied."""
+        self._recorder.join(self._leased.tensors)
+        self._leased = None
         # Looked at when somebody has set them: asking for the pool's size takes a while.
         if self._bounds != (self.budget, self.limit):
             self._bounds = self.budget, self.limit
             self._make_room()
-
-    def _drop_unused(self) -> None:
-        used = {key[0] for key in self._graphs}.union(self._leased)
-        self._workspaces = {key: content for key, content in self._workspaces.items() if key in used}
-
-    # Running ---------------------------------------------------------------------------------------------------------------
 
     def refusal(self, key: tuple) -> str | None:
         """Why no graph is recorded under this key."""
@@ -238,8 +218,6 @@ class Graphs:
         return self.failure
 
     def _refuse(self, key: tuple, reason: str) -> str:
-        if len(self._refused) >= 64:
-            del self._refused[next(iter(self._refused))]
         self._refused[key] = reason
         return reason
 
@@ -249,7 +227,6 @@ class Graphs:
 
     def _evict(self, key: tuple) -> None:
         self._recorder.release(self._graphs.pop(key).recorded)
-        self._drop_unused()
         if not self._graphs:  # torch asserts that nothing is captured into a pool whose graphs are all gone
             self._recorder.new_pool()
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch._inductor import config as inductor
 
-from fastguard.capture.attention import Attending, check, find, head_sizes
+from fastguard.capture.attention import Attending, check
 from fastguard.capture.graphs import MODES, Graphs
 from fastguard.capture.obstacles import own_graphs
 from fastguard.capture.runner import BodyRunner, Model
@@ -46,10 +46,9 @@ class Options:
         if capture in ("step", "loop") and (found := own_graphs(denoiser.modules())) is not None:
             raise ValueError(f"capture={capture!r}: {found}")
         if attention_backend is not None:
-            find(attention_backend)
             some = next(denoiser.parameters(), torch.empty(0))
             dtype = some.dtype if some.is_floating_point() else torch.float16  # quantised weights
-            check(attention_backend, some.device, dtype, head_sizes(denoiser))
+            check(attention_backend, some.device, dtype)
         return options
 
     def lend(self, denoiser: torch.nn.Module, graphs: Graphs) -> tuple[Callable[..., Any], BodyRunner]:

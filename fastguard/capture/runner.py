@@ -11,6 +11,7 @@ import os
 import pickle
 import random
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -37,6 +38,7 @@ MOVES = (
 Arguments = tuple[tuple, dict]
 
 
+@dataclass(eq=False)
 class Model:
     """What a guard keeps of its denoiser from call to call.
 
@@ -45,9 +47,10 @@ class Model:
     moves    how often in a row it was found changed by its own forward, by what is recorded
     """
 
-    def __init__(self, denoiser: torch.nn.Module, decides: Hashable, runs: Any) -> None:
-        self.denoiser, self.decides, self.runs = denoiser, decides, runs
-        self.moves: dict[Hashable, int] = {}
+    denoiser: torch.nn.Module
+    decides: Hashable
+    runs: Any
+    moves: dict[Hashable, int] = field(default_factory=dict)
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
@@ -113,10 +116,8 @@ class BodyRunner:
         """The generation is over; what it returned is copied."""
         if self._content is not None:
             with self._graphs.lock:
-                self._graphs.give_back(self._shape, self._content)
+                self._graphs.give_back()
             self._content = None
-
-    # Recording -------------------------------------------------------------------------------------------------------------
 
     def _refused(self, reason: str | None) -> bool:
         self.reason = reason or self.reason

@@ -62,9 +62,9 @@ class Guide:
 
         RuntimeError after the last row.
         """
-        loop = self.loop
         if self.row == len(self.plan.timesteps):
             raise RuntimeError(f"all {self.row} rows of the schedule have run")
+        loop = self.loop
         if x is not None:
             loop.x.copy_(x)
         loop.model_input = guided = torch.empty_like(loop.x, dtype=(uncond if combined is None else combined).dtype)
@@ -84,17 +84,8 @@ class Guide:
         self, *, path: str = "guidance alone", reason: str | None = None, latents: torch.Tensor | None = None
     ) -> Report:
         """What happened in the rows so far. `latents` at the end, where the caller has them: whether they are finite."""
-        return Report(
-            self.loop.state,
-            self.loop.trace,
-            self.so_far(),
-            path=path,
-            reason=reason,
-            shares=self.loop.shares,
-            latents=latents,
-            steps=self.row,
-            rows_run=self._rows_run,
-        )
+        told = self.loop, self.so_far()
+        return Report(*told, rows_run=self._rows_run, path=path, reason=reason, latents=latents)
 
     def so_far(self) -> Plan:
         """The plan as the report shows it."""

@@ -16,27 +16,19 @@ _GRAIN = 64  # rows are allocated in multiples of it, so that one graph of a ste
 
 
 class LoopShape(NamedTuple):
-    """All that the addresses and sizes of a loop's tensors depend on: a loop of an equal shape may be loaded anew.
+    """All that the addresses and sizes of a loop's tensors depend on: a loop of an equal shape may be loaded anew."""
 
-    shape, stride   of the latents [B, C, *S]; dtype as they come (and as the denoiser takes them)
-    halves          2 where the denoiser runs both branches, else 1
-    history         slots that the scheduler needs
-    draws           noise tensors kept at once
-    rows            capacity in denoiser evaluations
-    anchored        whether some image needs an anchor
-    """
-
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # of the latents [B, C, *S]
     stride: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: torch.dtype  # of the latents as they come and as the denoiser takes them
     device: torch.device
-    halves: int
-    history: int
-    draws: int
+    halves: int  # 2 where the denoiser runs both branches, else 1
+    history: int  # slots that the scheduler needs
+    draws: int  # noise tensors kept at once
     noise_dtype: torch.dtype
     timestep_dtype: torch.dtype
-    rows: int
-    anchored: bool
+    rows: int  # capacity in denoiser evaluations
+    anchored: bool  # whether some image needs an anchor
 
     @classmethod
     def of(cls, schedule: Schedule, plan: Plan, latents: torch.Tensor, *, halves: int = 2, draws: int = 1) -> LoopShape:
@@ -108,10 +100,6 @@ class Loop:
 
     def load_plan(self, plan: Plan) -> None:
         """Take new guidance and rules (a callback changed the guidance scale); counters, history and anchors stay."""
-        if plan.anchored and self.anchor is None:
-            raise ValueError(
-                "the plan has anchored images, but this loop was made for one without: it has no anchor buffers"
-            )
         self.rules.copy_(plan.rules, non_blocking=True)
         self.guidance[:, : plan.guidance.shape[1]].copy_(plan.guidance, non_blocking=True)
 
@@ -132,26 +120,10 @@ class Loop:
         cond      None where one branch ran
         combined  the caller's own guided output, for the images that are not guarded at this row
         """
-        guided_step(
-            Operands(
-                uncond,
-                cond,
-                self.x,
-                self.history,
-                self.model_input,
-                self.trace,
-                self.state,
-                self.rows,
-                self.rules,
-                self.guidance,
-                combined=combined,
-                noise=noise,
-                timestep_out=self.timestep,
-                anchor=self.anchor,
-                shares=self.shares,
-                scratch=self.scratch,
-            )
-        )
+        # In the order of the op's operands.
+        held = (self.x, self.history, self.model_input, self.trace, self.state, self.rows, self.rules, self.guidance)
+        rest = (self.timestep, self.anchor, self.shares, self.scratch)
+        guided_step(Operands(uncond, cond, *held, combined, noise, *rest))
 
     def latents(self) -> torch.Tensor:
         """A copy of the latents in the dtype in which they came."""

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 def plot_curves(images: Sequence[ImageReport], path: str | os.PathLike[str] | None = None) -> Any:
     """RMS(c - u) = sqrt(d / elements) over the timestep, one line per image, on a logarithmic axis.
 
-    Of anchored images the share of the guidance that leads to the anchor, dashed, on an axis of its own to the right. A dot marks the transition (hollow: forced by the deadline), a triangle the minimum that fired it, a dashed line the gate's threshold.
+    Of anchored images the share of the guidance that leads to the anchor, dashed, on an axis of its own to the right. A dot marks the
+    transition (hollow: forced by the deadline), a triangle the minimum that fired it, a dashed line the gate's threshold.
     Returns the matplotlib Figure; saves it to `path` if one is given. ImportError without matplotlib.
     """
     try:
@@ -26,36 +27,28 @@ def plot_curves(images: Sequence[ImageReport], path: str | os.PathLike[str] | No
         raise ImportError("plots need matplotlib: pip install 'diffusers-fastguard[plot]'") from error
 
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")  # no pyplot: no global state, no display
-    axes = figure.add_subplot()
+    axes = figure.add_subplot(xlabel="timestep t", ylabel="RMS(c - u)")
+    axes.set_title("Guidance difference; dots: transition, triangles: minimum")
+    shared = any(share is not None for image in images for share in image.share_curve)
+    right = axes.twinx() if shared else None
     for b, image in enumerate(images):
-        heights = [float("nan") if r is None else r for r in image.rms_curve]  # NaN: a gap
-        (line,) = axes.plot(image.timesteps, heights, lw=1.2, label=f"{b}: {image.policy.name}")
-        gaps = [True, *(h != h for h in heights), True]
-        alone = [k for k, h in enumerate(heights) if h == h and gaps[k] and gaps[k + 2]]  # no line goes through them
-        if alone:
-            axes.plot([image.timesteps[k] for k in alone], [heights[k] for k in alone], ".", color=line.get_color())
-        _mark(axes, image, image.transition_step, line.get_color(), "o", hollow=image.forced)
-        _mark(axes, image, image.minimum_step, line.get_color(), "v")
+        colour, label = f"C{b % 10}", f"{b}: {image.policy.name}"
+        # Small dots: between two gaps there is no line to see.
+        axes.plot(image.timesteps, _with_gaps(image.rms_curve), lw=1.2, marker=".", ms=2, color=colour, label=label)
+        _mark(axes, image, image.transition_step, "o", colour, "white" if image.forced else colour)
+        _mark(axes, image, image.minimum_step, "v", colour, colour)
+        if right is not None:
+            right.plot(image.timesteps, _with_gaps(image.share_curve), ls="--", lw=1, color=colour)
     gates = {(image.gate["threshold"], image.policy.gate_steps) for image in images if image.gate is not None}
     for tau, steps in sorted(gates):
         axes.axhline(tau, ls="--", lw=1, color="0.4")
-        axes.annotate(
-            f"gate {tau:.3g}, compared at the first {'step' if steps == 1 else f'{steps} steps'} alone",
-            (0.99, tau),
-            xycoords=("axes fraction", "data"),
-            ha="right",
-            va="bottom",
-            color="0.3",
-        )
+        text = f"gate {tau:.3g}, compared at the first {'step' if steps == 1 else f'{steps} steps'} alone"
+        axes.annotate(text, (0.99, tau), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="0.3")
     if any(r for image in images for r in image.rms_curve):
         axes.set_yscale("log")
     axes.invert_xaxis()
-    _plot_shares(axes, images)
-    axes.set(
-        xlabel="timestep t",
-        ylabel="RMS(c - u)",
-        title="Guidance difference; dots: transition, triangles: minimum",
-    )
+    if right is not None:
+        right.set_ylabel("share of the guidance that leads to the anchor (dashed)")
     if 0 < len(images) <= 12:
         axes.legend(fontsize="small")
     if path is not None:
@@ -65,30 +58,15 @@ def plot_curves(images: Sequence[ImageReport], path: str | os.PathLike[str] | No
     return figure
 
 
-def _plot_shares(axes: Any, images: Sequence[ImageReport]) -> None:
-    if all(share is None for image in images for share in image.share_curve):
-        return
-    right = axes.twinx()
-    right.set_ylabel("share of the guidance that leads to the anchor (dashed)")
-    for b, image in enumerate(images):
-        heights = [float("nan") if share is None else share for share in image.share_curve]
-        right.plot(image.timesteps, heights, ls="--", lw=1, color=f"C{b % 10}")
+def _with_gaps(values: Sequence[float | None]) -> list[float]:
+    return [float("nan") if value is None else value for value in values]
 
 
-def _mark(
-    axes: Any,
-    image: ImageReport,
-    row: int | None,
-    colour: Any,
-    marker: str,
-    *,
-    hollow: bool = False,
-) -> None:
+def _mark(axes: Any, image: ImageReport, row: int | None, marker: str, colour: str, face: str) -> None:
     if row is None:
         return
-    height = image.rms_curve[row]
-    t = image.timesteps[row]
+    height, t = image.rms_curve[row], image.timesteps[row]
     if height is None:  # the branch was not run there: a vertical line instead of a point
         axes.axvline(t, color=colour, lw=0.8, ls=":")
     else:
-        axes.plot([t], [height], marker, color=colour, ms=6, mfc="white" if hollow else colour)
+        axes.plot([t], [height], marker, color=colour, ms=6, mfc=face)

@@ -8,13 +8,14 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any, TypedDict, overload
 
 import torch
 
 from fastguard.files import finite, write_atomic
 from fastguard.kernels.layout import State
-from fastguard.loop.notebook import table
+from fastguard.loop.loop import Loop
 from fastguard.policies.plan import Plan
 from fastguard.policies.policy import Policy
 
@@ -90,13 +91,11 @@ class ImageReport:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; what is not finite becomes None."""
-        values = {name: value for name, value in vars(self).items() if name != "policy"}
         judged = {"collapse": self.collapse, "suspect": self.suspect}
-        return finite({"policy": self.policy.to_dict(), **values, **judged})
+        return finite({**vars(self), "policy": self.policy.to_dict(), **judged})
 
     def __str__(self) -> str:
-        gate = f"gate: {self.gate_text()}" if self.gate else ""
-        parts = [str(self.policy.name), gate, self.transition_text()]
+        parts = [str(self.policy.name), f"gate: {self.gate_text()}" if self.gate else "", self.transition_text()]
         if self.suspect:
             parts.append(f"SUSPECT (collapse {self.collapse:.3g} < {self.policy.suspect:g})")
         if self.non_finite is not None:
@@ -104,7 +103,7 @@ class ImageReport:
         return "  ".join(part for part in [*parts, f"{self.denoiser_rows} denoiser rows"] if part)
 
     def _repr_html_(self) -> str:
-        return table([self], self.path if self.reason is None else f"{self.path}: {self.reason}")
+        return _table([self], self.path if self.reason is None else f"{self.path}: {self.reason}")
 
     def gate_text(self) -> str:
         """The gate's verdict in words; empty without a gate."""
@@ -139,35 +138,27 @@ class Report(Sequence[ImageReport]):
 
     def __init__(
         self,
-        state: torch.Tensor,
-        trace: torch.Tensor,
+        loop: Loop,
         plan: Plan,
         *,
+        rows_run: int,
         path: str,
-        shares: torch.Tensor | None = None,
-        latents: torch.Tensor | None = None,
         reason: str | None = None,
-        steps: int | None = None,
-        rows_run: int | None = None,
+        latents: torch.Tensor | None = None,
     ) -> None:
-        """Report on a finished (or interrupted) call, without waiting for the device: the buffers are copied on it.
+        """Report on a finished (or interrupted) call, without waiting for the device: the loop's buffers are copied on it.
 
-        state     float64 [>= B, len(State)] and trace float32 [>= K, >= B], as `guided_step` left them
-        plan      as `lower` made it
-        shares    as trace; None if no image is anchored
+        plan      as `lower` made it, of B images and K rows
+        rows_run  denoiser rows per image
         latents   [>= B, ...] at the end: whether they are finite
-        steps     rows that ran; all K unless given
-        rows_run  denoiser rows per image; what the plan asked for in those steps unless given
         """
         rows, batch = len(plan.timesteps), len(plan.policies)
-        finite = state.new_ones(batch) if latents is None else latents[:batch].flatten(1).isfinite().all(1)
-        d = trace[:rows, :batch].double()
-        traced = [d, torch.full_like(d, math.nan) if shares is None else shares[:rows, :batch].double()]
+        state, d = (t.double() for t in (loop.state[:batch], loop.trace[:rows, :batch]))
+        shares = torch.full_like(d, math.nan) if loop.shares is None else loop.shares[:rows, :batch].double()
+        finite = state.new_ones(batch) if latents is None else latents[:batch].flatten(1).isfinite().all(1).double()
         self.path, self.reason = path, reason
-        self._plan = plan
-        self._numbers = torch.cat([state[:batch].double().T, finite.double()[None], *traced])
-        asked = sum(2 if branch == "both" else 1 for branch in plan.branches[:steps])
-        self._denoiser_rows = asked if rows_run is None else rows_run
+        self._plan, self._rows_run = plan, rows_run
+        self._numbers = torch.cat([state.T, finite[None], d, shares])
         on_device = self._numbers.is_cuda and torch.cuda.is_initialized()
         self._ready = torch.cuda.current_stream(self._numbers.device).record_event() if on_device else None
 
@@ -187,35 +178,32 @@ class Report(Sequence[ImageReport]):
         def row(column: State) -> int | None:
             return int(state[column]) if state[column] >= 0 else None
 
-        def timestep(column: State) -> float | None:
-            return times[int(state[column])] if state[column] >= 0 else None
-
-        non_finite = row(State.NON_FINITE)
+        transition = row(State.TRANSITION_STEP) if policy.transition else None
+        minimum, caught, non_finite = row(State.MINIMUM_STEP), row(State.GATE_STEP), row(State.NON_FINITE)
         gate: Gate | None = None
         if policy.gate is not None:
-            largest, caught = state[State.GATE_D], row(State.GATE_STEP)
-            rms = math.sqrt(largest / elements) if largest >= 0 else None
+            rms = math.sqrt(state[State.GATE_D] / elements) if state[State.GATE_D] >= 0 else None
             gate = Gate(caught=caught is not None, rms=rms, threshold=policy.gate, step=caught)
+        # NaN is what a row leaves that did not run both branches, unless the op says that d itself was not finite.
+        ran = int(state[State.STEP])
+        not_finite = range(ran if non_finite is None else non_finite, ran)
+        d_curve = (None if math.isnan(d) and k not in not_finite else d for k, d in enumerate(trace[: len(times)]))
         return ImageReport(
             policy=policy,
             policy_hash=policy.hash,
             timesteps=times,
+            d_curve=tuple(d_curve),
             share_curve=tuple(None if math.isnan(share) else share for share in trace[len(times) :]),
-            # NaN is what a row leaves that did not run both branches, unless the op says that d itself was not finite.
-            d_curve=tuple(
-                None if math.isnan(d) and not 0 <= state[State.NON_FINITE] <= k < state[State.STEP] else d
-                for k, d in enumerate(trace[: len(times)])
-            ),
             elements=elements,
-            transition_step=row(State.TRANSITION_STEP) if policy.transition else None,
-            transition_timestep=timestep(State.TRANSITION_STEP) if policy.transition else None,
-            minimum_step=row(State.MINIMUM_STEP),
-            minimum_timestep=timestep(State.MINIMUM_STEP),
+            transition_step=transition,
+            transition_timestep=None if transition is None else times[transition],
+            minimum_step=minimum,
+            minimum_timestep=None if minimum is None else times[minimum],
             margin=None if math.isnan(state[State.MARGIN]) else state[State.MARGIN],
             gate=gate,
             forced=bool(state[State.FORCED]),
-            non_finite=int(state[State.STEP]) - 1 if non_finite is None and not finite else non_finite,
-            denoiser_rows=self._denoiser_rows,
+            non_finite=ran - 1 if non_finite is None and not finite else non_finite,
+            denoiser_rows=self._rows_run,
             path=self.path,
             reason=self.reason,
         )
@@ -234,19 +222,15 @@ class Report(Sequence[ImageReport]):
         return "\n".join([self._title(), *(f"{b:3d}: {image}" for b, image in enumerate(self.images))])
 
     def _repr_html_(self) -> str:
-        return table(self.images, self._title())
+        return _table(self.images, self._title())
 
     def _title(self) -> str:
         why = f": {self.reason}" if self.reason else ""
         return f"{len(self)} image{'s' * (len(self) != 1)}, {self.path} path{why}"
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "fastguard_report": FORMAT,
-            "path": self.path,
-            "reason": self.reason,
-            "images": [image.to_dict() for image in self.images],
-        }
+        images = [image.to_dict() for image in self.images]
+        return {"fastguard_report": FORMAT, "path": self.path, "reason": self.reason, "images": images}
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """Strict JSON (NaN and infinities are null); also written to `path`, atomically, if one is given."""
@@ -260,3 +244,15 @@ class Report(Sequence[ImageReport]):
         from fastguard.loop.plot import plot_curves
 
         return plot_curves(self.images, path)
+
+
+def _table(images: Sequence[ImageReport], title: str) -> str:
+    """HTML, a line per image, for notebooks."""
+    lines = ["<tr><th>image</th><th>policy</th><th>gate</th><th>what happened</th><th>rows</th></tr>"]
+    for b, image in enumerate(images):
+        happened = [image.transition_text(), "suspect" if image.suspect else ""]
+        happened.append("" if image.non_finite is None else f"not finite from row {image.non_finite}")
+        told = ", ".join(filter(None, happened))
+        cells = (b, image.policy.name, image.gate_text(), told, image.denoiser_rows)
+        lines.append("".join(["<tr>", *(f"<td>{escape(str(cell))}</td>" for cell in cells), "</tr>"]))
+    return f"<p>{escape(title)}</p><table>{''.join(lines)}</table>"

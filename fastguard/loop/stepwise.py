@@ -40,10 +40,8 @@ class Stepwise(Guide):
         """
         for policy in policies:
             if isinstance(policy.guidance_scale, tuple):
-                raise ValueError(
-                    f"guidance_scale of policy {policy.name!r} has {len(policy.guidance_scale)} values: must be one number, because "
-                    "the number of rows is not known here"
-                )
+                given = f"guidance_scale of policy {policy.name!r} has {len(policy.guidance_scale)} values"
+                raise ValueError(f"{given}: must be one number, because the number of rows is not known here")
         super().__init__(policies, _blank(in_steps, observations), guidance_scale=guidance_scale, latents=latents)
         # What has no transition (anchored alone) has its guidance from the first row on.
         limits = [torch.inf if policy.transition is None else limit(policy) for policy in policies]
@@ -81,18 +79,13 @@ class Stepwise(Guide):
 
 
 def _blank(in_steps: bool, observations: int | None) -> Schedule:
+    """Rows that `at` writes; the first ones count as observations until then."""
     rows = torch.zeros(ROWS + 1, len(Row), dtype=torch.float64)
-    rows[:, [Row.Q, Row.B, Row.S]] = 1.0
-    rows[:, Row.STORE] = -1.0
     rows[:-1, Row.ACTIVE] = 1.0
-    rows[: observations or 0, Row.OBSERVE] = 1.0  # counted now, written by `at`
-    reason = "no scheduler is known"
-    unknown = reason if observations is None else None
-    rows[:, Row.X : Row.E + 1] = torch.nan if unknown else 0.0
-    none = (0,) * ROWS
-    return Schedule(
-        rows, rows[:-1, Row.TIMESTEP], 0, none, torch.nan, "own step", False, reason, in_steps=in_steps, no_x0=unknown
-    )
+    rows[: observations or 0, Row.OBSERVE] = 1.0
+    no_x0 = "no scheduler is known" if observations is None else None
+    times, draws = rows[:-1, Row.TIMESTEP], (0,) * ROWS
+    return Schedule(rows, times, 0, draws, torch.nan, "free", True, None, in_steps=in_steps, no_x0=no_x0)
 
 
 def _scalar(value: Any, like: torch.Tensor) -> torch.Tensor:

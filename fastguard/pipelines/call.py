@@ -195,13 +195,10 @@ class Call(Attached):
             path += ", loop graph" if generation.whole else ", step graph"
         reasons = (generation.schedule.reason, self.guidance.reason, self.runner.reason)
         return Report(
-            state=generation.loop.state,
-            trace=generation.loop.trace,
-            plan=self.guidance.plan,
-            shares=generation.loop.shares,
-            latents=generation.loop.x if self.scheduling.stepped is None else self.scheduling.stepped,
+            generation.loop,
+            self.guidance.plan,
             rows_run=generation.rows_run,
-            steps=generation.row,
+            latents=generation.loop.x if self.scheduling.stepped is None else self.scheduling.stepped,
             path=path,
             reason="; ".join(filter(None, reasons)) or None,
         )

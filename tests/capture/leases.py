@@ -21,10 +21,6 @@ def lease(graphs, key="shape", size=4):
     return graphs.lease(key, CPU, lambda: content(torch.zeros(size), key))
 
 
-def give_back(graphs, held):
-    graphs.give_back(held.key, held)
-
-
 def run(graphs, held, key, body, arguments=(), watch=lambda: lambda: None):
     """As `BodyRunner` does: the reason why no graph was run."""
     key = held.key, key

@@ -11,7 +11,7 @@ import torch
 from fastguard.capture import cuda_graphs
 from fastguard.capture.graphs import Graphs, records
 from tests.capture.fake_cuda import DEVICE, Cuda, in_threads
-from tests.capture.leases import content, give_back, run
+from tests.capture.leases import content, run
 
 
 @pytest.fixture
@@ -250,7 +250,7 @@ def test_capture_uses_it_on_cuda(cuda, monkeypatch):
     assert cuda.log[-2:] == ["main waits for event", "event on main"], "whoever leases writes after the last turn"
     for key in ("a", "a", "b"):
         assert run(graphs, held, key, lambda: None) is None
-    give_back(graphs, held)
+    graphs.give_back()
     kinds = [line.split(" ")[0] for line in cuda.log if line.split(" ")[0] in ("capture", "replay", "reset")]
     assert kinds == ["capture", "replay", "replay", "reset", "capture", "replay"]
     captures = [line.split(" ")[3] for line in cuda.log if line.startswith("capture in")]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastguard.capture.graphs import Graphs, error_text
-from tests.capture.leases import content, give_back, lease, run
+from tests.capture.leases import content, lease, run
 
 pytestmark = pytest.mark.usefixtures("recorders")
 
@@ -94,7 +94,7 @@ def test_what_no_capture_allows_falls_back_for_good(forbidden):
     before = w.x.clone()
     assert run(graphs, w, "other", lambda: w.x.add_(1)) == reason
     assert torch.equal(w.x, before + 1)
-    give_back(graphs, w)
+    graphs.give_back()
     graphs.clear()
     assert graphs.failure is None
     w = lease(graphs)
@@ -140,11 +140,11 @@ def test_what_changes_outside_its_tensors_runs_once_and_eagerly(when, recorders)
 def test_a_workspace_lasts_as_long_as_its_graphs():
     graphs = Graphs()
     w = lease(graphs)
-    give_back(graphs, w)
+    graphs.give_back()
     assert lease(graphs) is not w, "nothing was recorded over it"
     w = lease(graphs)
     assert run(graphs, w, "k", lambda: w.x.add_(1)) is None
-    give_back(graphs, w)
+    graphs.give_back()
     assert lease(graphs) is w, "kept, because a graph holds its addresses"
 
 
@@ -152,7 +152,7 @@ def test_another_device_starts_anew(recorders):
     graphs = Graphs()
     w = lease(graphs)
     run(graphs, w, "k", lambda: w.x.add_(1))
-    give_back(graphs, w)
+    graphs.give_back()
     graphs.lease("k", torch.device("cpu", 0), content)
     assert len(recorders) == 2 and recorders[0].tapes == [] and graphs() == []
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastguard.capture.graphs import Graphs
-from tests.capture.leases import give_back, lease, run
+from tests.capture.leases import lease, run
 
 pytestmark = pytest.mark.usefixtures("recorders")
 
@@ -37,7 +37,7 @@ def test_a_lack_of_memory_counts_for_one_graph_alone(where, ended, recorders, mo
     assert run(graphs, w, "large", body) == reason and len(runs) == attempts + 1, "not tried again"
     assert graphs.failure is None and run(graphs, w, "small", lambda: None) is None
     assert x.tolist() == [3] * 4
-    give_back(graphs, w)
+    graphs.give_back()
     graphs.clear()
     w = lease(graphs)
     assert run(graphs, w, "large", lambda: w.x.add_(1)) is None
@@ -63,17 +63,17 @@ def test_count_and_bytes_are_bounded(recorders):
         w = lease(graphs, size, size)
         x = w.x
         assert run(graphs, w, "k", lambda x=x: x.add_(x * 2)) is None
-        give_back(graphs, w)
+        graphs.give_back()
         assert len(graphs()) <= 3
     assert [len(t.made) for t in recorders[0].tapes] == [1, 1, 1]
-    assert len(graphs._workspaces) == 3, "tensors of evicted graphs go, too"
+    assert graphs.bytes == 8 * (27 + 28 + 29), "tensors of evicted graphs go, too"
 
     graphs.budget = 1000
     for size in (50, 60, 70, 80):  # 8 bytes an element: workspace and product
         w = lease(graphs, size, size)
         x = w.x
         assert run(graphs, w, "k", lambda x=x: x.add_(x * 2)) is None
-        give_back(graphs, w)
+        graphs.give_back()
         assert graphs.bytes <= 1000
     kept, recorded = graphs(), recorders[0].recorded
     for size, needed, left in ((500, "2,000", kept), (200, "1,600", [])):
@@ -82,9 +82,9 @@ def test_count_and_bytes_are_bounded(recorders):
         assert f"would need {needed} bytes or more, guard.graphs.budget is 1,000" in reason
         assert run(graphs, w, "k", lambda: None) == reason, "not tried again"
         assert graphs.failure is None and graphs() == left, "what cannot help is not given up"
-        give_back(graphs, w)
+        graphs.give_back()
     assert recorders[0].recorded == recorded + 1, "what does not fit without its graph is not recorded to be measured"
-    assert graphs._workspaces == {}
+    assert graphs.bytes == 0
 
 
 def test_bounds_that_are_lowered_hold_after_the_next_call():
@@ -93,11 +93,11 @@ def test_bounds_that_are_lowered_hold_after_the_next_call():
         for size in (20, 40, 60):  # 8 bytes an element
             w = lease(graphs, size, size)
             assert run(graphs, w, "k", lambda x=w.x: x.add_(x * 2)) is None
-            give_back(graphs, w)
+            graphs.give_back()
         vars(graphs).update(lower)
         w = lease(graphs, 60, 60)
         assert run(graphs, w, "k", lambda: None) is None, "the last one was used last"
-        give_back(graphs, w)
+        graphs.give_back()
         assert len(graphs()) <= graphs.limit and graphs.bytes <= graphs.budget and graphs()
 
 
@@ -111,7 +111,7 @@ def test_room_is_made_before_a_graph_is_recorded():
             x.add_(x * 2)
 
         assert run(graphs, w, "k", body, torch.zeros(nbytes // 4)) is None
-        give_back(graphs, w)
+        graphs.give_back()
     assert seen == [0, 0, 0, 1, 0, 0] and graphs.bytes == 940, (
         "an eager run, warm-up and recording of each: the first was gone before the second's warm-up began"
     )

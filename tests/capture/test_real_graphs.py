@@ -8,7 +8,7 @@ import torch
 from fastguard.capture import cuda_graphs
 from fastguard.capture.graphs import Graphs
 from tests.capture.fake_cuda import in_threads
-from tests.capture.leases import content, give_back, run
+from tests.capture.leases import content, run
 
 pytestmark = [
     pytest.mark.gpu,
@@ -25,7 +25,7 @@ def test_a_real_graph():
     for _ in range(3):
         assert run(graphs, held, "k", lambda: x.add_(weight * 2)) is None
     assert torch.equal(x, weight * 6)
-    give_back(graphs, held)
+    graphs.give_back()
     assert graphs()[0].bytes > 0 and graphs()[0].replays == 3
 
 

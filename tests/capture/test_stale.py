@@ -163,7 +163,6 @@ def test_two_hundred_changes_in_random_order(recorders):
             assert torch.equal(images["off"], images[now["mode"]]), (number, now)
             assert "graph" in guard.report.path, guard.report.reason
             assert len(guard.graphs()) <= 6 and guard.graphs.bytes <= budget
-            assert len(guard.graphs._workspaces) <= 6
         assert recorders[0].recorded > 20
     finally:
         guard.disable()

@@ -94,7 +94,7 @@ def run(made, policies, denoise, x, backend=None):
     for k in range(len(schedule.timesteps)):
         u, c = denoise(k, loop.x.double())
         loop.advance(u.float(), c.float())
-    return loop, Report(loop.state, loop.trace, plan, shares=loop.shares, path="test")
+    return loop, Report(loop, plan, path="test", rows_run=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -207,7 +207,7 @@ def test_what_is_not_finite_ends_guidance_of_a_caught_image_and_is_told(where):
     expected = row[2] + row[3] * row[0]  # g = 0: x' = A x + B P x, with e = u = 0
     torch.testing.assert_close(loop.x[0], torch.full_like(loop.x[0], float(expected)))
     assert not torch.allclose(loop.x[1], loop.x[0])
-    report = Report(loop.state, loop.trace, plan, shares=loop.shares, path="test", steps=3)
+    report = Report(loop, plan, path="test", rows_run=6)
     assert report[0].non_finite == 1 and report[0].share_curve[1] is None
 
 
@@ -243,11 +243,3 @@ def test_policy():
         policy("cfg", gate=0.1)
     with pytest.raises(ValueError, match="monitor=True has no effect here: it needs anchored=False"):
         policy("anchored", monitor=True)
-
-
-def test_a_loop_without_anchor_buffers_refuses_an_anchored_plan():
-    made = scheduler("DDIM", "epsilon")
-    schedule = compile_schedule(made)
-    loop = Loop(schedule, lower([policy("cfg")], schedule, SCALE, ELEMENTS), torch.zeros(1, *SHAPE))
-    with pytest.raises(ValueError, match="no anchor buffers"):
-        loop.load_plan(lower([policy("anchored")], schedule, SCALE, ELEMENTS))

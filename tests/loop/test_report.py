@@ -3,6 +3,8 @@
 import json
 import math
 import sys
+from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ NAN, INF = math.nan, math.inf
 TIMES = [900.0, 700.0, 500.0, 300.0, 100.0]
 
 
-def report(policies: list[Policy], d: list[list[float]], states: list[dict[State, float]], **fields) -> Report:
+def report(policies, d, states, *, shares=None, rows_run=10, **fields) -> Report:
     """A report on K = 5 rows and latents of 4 elements; `states` are what differs from the initial state after all rows."""
     plan = lower(policies, tables.schedule(TIMES), 7.5, elements=4)
     state = plan.state.clone()
@@ -27,7 +29,8 @@ def report(policies: list[Policy], d: list[list[float]], states: list[dict[State
         for column, value in values.items():
             state[b, column] = value
     trace = torch.tensor(d).T.contiguous()
-    made = Report(state, trace, plan, path="fused", **fields)
+    loop = SimpleNamespace(state=state, trace=trace, shares=shares)
+    made = Report(loop, plan, path="fused", rows_run=rows_run, **fields)
     state.fill_(-99)  # the buffers belong to the next call
     trace.fill_(-99)
     return made
@@ -90,7 +93,6 @@ def test_fields(mixed):
 def test_skipped_branches_are_holes():
     stp = report([policy("stp", t_star=500)], [[NAN, NAN, 3, 4, 5]], [{State.TRANSITION_STEP: 2}])
     assert stp[0].d_curve == (None, None, 3, 4, 5)
-    assert stp[0].denoiser_rows == 2 * 1 + 3 * 2
     assert stp[0].rms_curve[0] is None
 
 
@@ -100,17 +102,15 @@ def test_interrupted():
         [policy("dtp")],
         [[1, NAN, 3, NAN, NAN]],
         [{State.STEP: 3, State.NON_FINITE: 1}],
-        steps=3,
         rows_run=5,
     )
     assert stopped[0].d_curve[3:] == (None, None)
     assert math.isnan(stopped[0].d_curve[1])
     assert stopped[0].denoiser_rows == 5
-    assert report([policy("dtp")], [[1] * 5], [{}], steps=3)[0].denoiser_rows == 6
 
 
 def test_gate_before_its_first_observation():
-    image = report([policy("dtp", gate=1.0)], [[NAN] * 5], [{State.STEP: 0}], steps=0)[0]
+    image = report([policy("dtp", gate=1.0)], [[NAN] * 5], [{State.STEP: 0}])[0]
     assert image.gate == {"caught": False, "rms": None, "threshold": 1.0, "step": None}
     assert "no finite observation" in str(image)
 
@@ -128,6 +128,17 @@ def test_text(mixed):
     one = report([policy("dtp")], [[1] * 5], [{}], reason="clip_sample is not linear")
     assert repr(one).startswith("1 image, fused path: clip_sample is not linear\n")
     assert "no transition" in repr(one)
+
+
+def test_a_table_for_notebooks_says_what_happened():
+    caught = {State.TRANSITION_STEP: 3, State.GATE_STEP: 0, State.GATE_D: 16.0}
+    made = report([policy("og+dtp", gate=1.5, name="<mine>"), policy("cfg")], [[16, 8, 3, 4, 5], [1] * 5], [caught, {}])
+    root = ElementTree.fromstring(f"<div>{made._repr_html_()}</div>")
+    first, second = ([cell.text or "" for cell in line.findall("td")] for line in root.findall("table/tr")[1:])
+    assert root.find("p").text == "2 images, fused path"
+    assert first[:2] == ["0", "<mine>"] and "caught at row 0" in first[2] and "transition at row 3" in first[3]
+    assert second == ["1", "cfg", "", "plain guidance", "10"] and first[4] == "10"
+    assert len(ElementTree.fromstring(f"<div>{made[1]._repr_html_()}</div>").findall("table/tr")) == 2
 
 
 def test_json(mixed, tmp_path):
@@ -212,8 +223,11 @@ def test_plot_of_a_transition_without_a_curve(tmp_path):
 def test_a_plot_shows_points_that_no_line_goes_through():
     pytest.importorskip("matplotlib")
     figure = report([policy("cfg")], [[1, NAN, 4, 9, NAN]], [{}]).plot()
-    dots = [line for line in figure.axes[0].lines if line.get_marker() == "."]
-    assert [list(line.get_ydata()) for line in dots] == [[0.5]]  # the square root of 1 over 4 elements
+    (curve,) = figure.axes[0].lines
+    assert curve.get_marker() == "." and list(curve.get_xdata()) == TIMES
+    assert list(curve.get_ydata()) == pytest.approx(
+        [0.5, NAN, 1, 1.5, NAN], nan_ok=True
+    )  # the root of d over 4 elements
 
 
 def test_plot_without_matplotlib(mixed, monkeypatch):
