@@ -80,19 +80,6 @@ READ = frozenset(  # declared from reading: no instance of them runs in the test
         "StableVideoDiffusionPipeline",
         "WanVACEPipeline",
         # recent
-        "BriaFibo2Pipeline",
-        "BriaFiboEditPipeline",
-        "BriaFiboPipeline",
-        "BriaPipeline",
-        "ErnieImagePipeline",
-        "GlmImagePipeline",
-        "JoyImageEditPipeline",
-        "Kandinsky5I2IPipeline",
-        "Kandinsky5T2IPipeline",
-        "LongCatImageEditPipeline",
-        "LongCatImagePipeline",
-        "NucleusMoEImagePipeline",
-        "PRXPipeline",
     ]
 )
 

@@ -57,16 +57,18 @@ def _refuse(self: Any, name: str) -> NoReturn:
     )
 
 
-def shadow(original: Any, replacements: dict[str, Callable], parts: dict[str, Any] | None = None) -> Any:
-    """An object that is `original` in all but the methods named in `replacements`; a method that it has not is not added.
+def shadow(
+    original: Any, replacements: dict[str, Callable], parts: dict[str, Any] | None = None, adds: tuple[str, ...] = ()
+) -> Any:
+    """An object that is `original` in all but the methods named in `replacements`; one that it has not is added if `adds` names it.
 
     parts: attributes that it shows another object for. RuntimeError where one of them is replaced, on either object.
     """
     # wraps: pipelines read the signature of scheduler.step to learn whether it takes eta or a generator.
     wrapped = {
-        name: functools.wraps(getattr(original, name))(_function(method))
+        name: functools.wraps(getattr(original, name, method))(_function(method))
         for name, method in replacements.items()
-        if hasattr(original, name)
+        if hasattr(original, name) or name in adds
     }
     kind: Any = type(original)
     shown = {name: (original.__dict__[name], part) for name, part in (parts or {}).items()}
@@ -96,6 +98,12 @@ def stand_in(
 ) -> Any:
     """A pipeline for one stock loop: methods of its scheduler, the calls of its denoisers, and some methods of its own are replaced."""
     parts = {name: shadow(getattr(pipe, name), {"__call__": call}) for name, call in denoisers.items()}
-    parts["scheduler"] = shadow(pipe.scheduler, dict(scheduler))
+    methods_of_scheduler = dict(scheduler)
+    adds: tuple[str, ...] = ()
+    if not hasattr(pipe.scheduler, "scale_model_input"):
+        # BriaPipeline calls it unless the scheduler's type is FlowMatchEulerDiscreteScheduler itself, which a shadow's never is.
+        methods_of_scheduler["scale_model_input"] = lambda sample, timestep=None: sample
+        adds = ("scale_model_input",)
+    parts["scheduler"] = shadow(pipe.scheduler, methods_of_scheduler, adds=adds)
     # Offloading replaces the pipeline's hooks at the end of a call: they belong to the original.
     return shadow(pipe, {"maybe_free_model_hooks": pipe.maybe_free_model_hooks, **(methods or {})}, parts)

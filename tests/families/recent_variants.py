@@ -119,7 +119,7 @@ def omni_prompt(seed: int) -> dict[str, Any]:
 
 
 QWEN_CONTROL: dict[str, Any] = {"control_image": TWO, "controlnet_conditioning_scale": 0.5}
-QWEN_PROMPT = ("encoder_hidden_states", "encoder_hidden_states_mask")
+QWEN_BESIDES = {"controlnet": ("encoder_hidden_states", "encoder_hidden_states_mask")}
 
 VARIANTS: dict[str, Tiny] = {
     "chroma inpaint": dataclasses.replace(
@@ -137,21 +137,21 @@ VARIANTS: dict[str, Tiny] = {
         "FluxControlNetPipeline",
         {"control_image": TWO},
         parts={"vae": image_vae, "controlnet": flux_controlnet},
-        prompt_only=("encoder_hidden_states", "pooled_projections"),
+        besides={"controlnet": ("encoder_hidden_states", "pooled_projections")},
     ),
     "qwen controlnet": another(
         "qwen",
         "QwenImageControlNetPipeline",
         QWEN_CONTROL,
         parts={"vae": qwen_vae, "controlnet": qwen_controlnet},
-        prompt_only=QWEN_PROMPT,
+        besides=QWEN_BESIDES,
     ),
     "qwen controlnet inpaint": another(
         "qwen",
         "QwenImageControlNetInpaintPipeline",
         {**QWEN_CONTROL, "control_mask": [MASK] * 2},
         parts={"vae": qwen_vae, "controlnet": lambda: qwen_controlnet(extra=4)},
-        prompt_only=QWEN_PROMPT,
+        besides=QWEN_BESIDES,
     ),
     "qwen edit inpaint": dataclasses.replace(
         MORE["qwen edit"],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +26,8 @@ class Tiny:
     full_rows: rows that run both branches where only one is needed: the first of each denoiser.
     exact: whether one branch alone has the bits that it has in a batch of both.
     no_negative: why no call of stock runs on the negative branch alone, where none does (`negative_alone`).
-    prompt_only: the arguments of its controlnet that come from the prompt in both branches, also in the negative prompt's.
+    besides: by component, the arguments that differ between the negative branch's call and a call on the negative prompt alone: a
+        controlnet may see the prompt in both branches.
     """
 
     make: Callable[[], Any]
@@ -41,7 +44,7 @@ class Tiny:
     counts_steps: bool = True
     kept: tuple[int, int | None] = (0, None)
     no_negative: str = ""
-    prompt_only: tuple[str, ...] = ()
+    besides: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def guided(self, **changes: Any) -> dict[str, Any]:
         negative = {f"negative_{name}": value for name, value in self.branch(2).items() if name not in self.shared}
@@ -74,25 +77,26 @@ def run(tiny: Tiny, pipe: Any, arguments: dict[str, Any], **changes: Any) -> tor
 
 
 def negative_alone(tiny: Tiny, pipe: Any) -> torch.Tensor:
-    """Stock on the negative prompt, with a controlnet that sees of the prompts what it sees in a guided call."""
+    """Stock on the negative prompt, with what is given `besides` it in a guided call."""
     if tiny.no_negative:
         return _unconditional_twice(tiny, pipe)
-    if not tiny.prompt_only:
+    if not tiny.besides:
         return run(tiny, pipe, tiny.alone(2))
-    seen: dict[str, Any] = {}
+    seen: dict[str, dict[str, Any]] = {}
 
-    def look(module: Any, args: Any, given: dict[str, Any]) -> None:
-        seen.update({name: given[name] for name in tiny.prompt_only})
+    def looks(part: str, module: Any, args: Any, given: dict[str, Any]) -> None:
+        seen[part] = {name: given[name] for name in tiny.besides[part]}  # the last call is the negative branch's
 
-    def replace(module: Any, args: Any, given: dict[str, Any]) -> Any:
-        return args, {**given, **seen}
+    def replaces(part: str, module: Any, args: Any, given: dict[str, Any]) -> Any:
+        return args, {**given, **seen[part]}
 
-    for hook, seed in ((look, 1), (replace, 2)):
-        handle = pipe.controlnet.register_forward_pre_hook(hook, with_kwargs=True)
-        try:
-            found = run(tiny, pipe, tiny.alone(seed))
-        finally:
-            handle.remove()
+    found = None
+    for hook, arguments in ((looks, tiny.guided()), (replaces, tiny.alone(2))):
+        with contextlib.ExitStack() as stack:
+            for part in tiny.besides:
+                handle = getattr(pipe, part).register_forward_pre_hook(functools.partial(hook, part), with_kwargs=True)
+                stack.callback(handle.remove)
+            found = run(tiny, pipe, arguments)
     return found
 
 
