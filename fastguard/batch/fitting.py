@@ -32,7 +32,7 @@ class Limits:
     def of_pipeline(cls, pipe: Any) -> Limits:
         """ValueError if it makes no images from text alone."""
         check_class(stock_class(type(pipe)))
-        if (reason := distilled(getattr(getattr(pipe, "unet", None), "config", {}))) is not None:
+        if (reason := distilled(pipe)) is not None:
             raise ValueError(f"model: {reason}")
         factor = int(getattr(pipe, "vae_scale_factor", 8))
         patch = int(getattr(pipe, "patch_size", 1) or 1)

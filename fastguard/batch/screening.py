@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 from fastguard.batch.growing import Growing
 from fastguard.batch.planning import arguments
 from fastguard.batch.request import Request
-from fastguard.pipelines.statistics import observe
+from fastguard.pipelines.statistics import early_reports
 from fastguard.policies.policy import Policy
 from fastguard.policies.presets import PRESETS
 
@@ -38,7 +38,7 @@ def statistics(pipe: Any, batch: Sequence[Request], noises: int, *, seed: int = 
     scale = batch[0].stock_scale
     call = arguments(each) | ({} if scale is None else {"guidance_scale": scale})
     seeds = [seed + k for _ in batch for k in range(noises)]
-    images = observe(pipe, seeds=seeds, batch_size=most, **call)
+    images = early_reports(pipe, seeds=seeds, batch_size=most, **call)
     values = [image.gate["rms"] for image in images]
     return [values[i : i + noises] for i in range(0, len(values), noises)]
 

@@ -47,7 +47,7 @@ def calibrate(
     from fastguard.batch.planning import arguments
     from fastguard.batch.screening import statistics
     from fastguard.batch.task import model_of, options_for
-    from fastguard.pipelines.statistics import observe
+    from fastguard.pipelines.statistics import early_reports
 
     settle(quiet, verbose)
     wanted = options_for(model, JobOptions(**options))
@@ -70,7 +70,7 @@ def calibrate(
     if (scale := requests[0].stock_scale) is not None:
         call["guidance_scale"] = scale
     call |= {"batch_size": wanted.batch_size, "gate_steps": wanted.policy.gate_steps, "to_mid_run": suspect}
-    images = list(observe(pipe, seeds=range(len(requests) * seeds), progress=not quiet, **call))
+    images = list(early_reports(pipe, seeds=range(len(requests) * seeds), progress=not quiet, **call))
     each = [images[i : i + seeds] for i in range(0, len(images), seeds)]
     bound = functools.partial(choose, fpr=fpr, confidence=confidence, groups=groups)
 

@@ -51,10 +51,10 @@ def inspect_model(
     except TypeError as error:
         refusal: str | None = str(error)
         made = own_scheduler(model, index)
-        made = made if scheduler is None else with_scheduler(scheduler, made.config, None)
+        made = made if scheduler is None else with_scheduler(scheduler, made.config, kind)
     else:
         built = skeleton(model, scheduler=scheduler)
-        made, refusal = built.scheduler, distilled(getattr(getattr(built, "unet", None), "config", {}))
+        made, refusal = built.scheduler, distilled(built)
 
     count = int(defaults.get("num_inference_steps", 50)) if steps is None else steps
     # A schedule that shifts with the image's size has its largest shift at 1024 x 1024, these models' default.

@@ -24,8 +24,8 @@ class Guide:
         e = combined           of every other image, with the same bits, where the caller has a combination of its own
 
     plan      what guidance when; `plan.branches[row]` says which outputs the next row needs
-    schedule  the rows, without an update
-    row       rows that ran
+    schedule  the rows, whose update is the caller's
+    row       rows that ran; rows_run: denoiser rows per image that they took
     """
 
     def __init__(
@@ -37,14 +37,18 @@ class Guide:
         """
         if len(policies) != latents.shape[0]:
             raise ValueError(f"policies has {len(policies)} entries: must be one per image, {latents.shape[0]}")
-        schedule = schedule.with_own_step("guidance alone")
-        rows = schedule.rows.clone()
-        rows[:, Row.S] = 1.0  # what the op writes as the next model input is then e itself
-        self.schedule = replace(schedule, rows=rows)
+        self.schedule = schedule
         self._policies, self._elements, self._scale = tuple(policies), latents[0].numel(), guidance_scale
         self.plan = self._lower()
-        self.loop = Loop(self.schedule, self.plan, latents, LoopShape.of(self.schedule, self.plan, latents, halves=1))
-        self.row = self._rows_run = 0
+        self.loop = self._loop_of(latents)
+        self.row = self.rows_run = 0
+
+    def _loop_of(self, latents: torch.Tensor) -> Loop:
+        schedule = self.schedule.with_own_step("guidance alone")
+        rows = schedule.rows.clone()
+        rows[:, Row.S] = 1.0  # what the op writes as the next model input is then e itself
+        schedule = replace(schedule, rows=rows)
+        return Loop(schedule, self.plan, latents, LoopShape.of(schedule, self.plan, latents, halves=1))
 
     def __call__(
         self,
@@ -70,7 +74,7 @@ class Guide:
         loop.model_input = guided = torch.empty_like(loop.x, dtype=(uncond if combined is None else combined).dtype)
         loop.advance(uncond, cond, combined=combined)
         self.row += 1
-        self._rows_run += 1 if cond is None else 2
+        self.rows_run += 1 if cond is None else 2
         return guided
 
     def follow(self, guidance_scale: float) -> None:
@@ -85,7 +89,7 @@ class Guide:
     ) -> Report:
         """What happened in the rows so far. `latents` at the end, where the caller has them: whether they are finite."""
         told = self.loop, self.so_far()
-        return Report(*told, rows_run=self._rows_run, path=path, reason=reason, latents=latents)
+        return Report(*told, rows_run=self.rows_run, path=path, reason=reason, latents=latents)
 
     def so_far(self) -> Plan:
         """The plan as the report shows it."""

@@ -17,19 +17,25 @@ from typing import Any
 import torch
 
 from fastguard.capture.obstacles import watched
-from fastguard.capture.runner import Arguments, BodyRunner
+from fastguard.capture.runner import BodyRunner
 from fastguard.loop.report import Report
 from fastguard.pipelines.attached import Attached
 from fastguard.pipelines.families import Family
+from fastguard.pipelines.families.base import Said
 from fastguard.pipelines.generation import Generation
-from fastguard.pipelines.guidance import Guidance
-from fastguard.pipelines.outputs import Output, placeholder, select_branch
+from fastguard.pipelines.outputs import Output, needs_both, rescaled
 from fastguard.pipelines.scheduler import Step
 from fastguard.policies.policy import Policy
+from fastguard.schedules.schedule import Schedule
+
+INPUT, DENOISER, STEP = "input", "denoiser", "step"  # what a row has come to
 
 
 class Call(Attached):
-    """`generation` is None until the loop begins."""
+    """`guide` is the `Generation`."""
+
+    family: Family
+    said: Said  # of guidance, by the pipeline, at this row
 
     def __init__(
         self,
@@ -48,162 +54,164 @@ class Call(Attached):
         # Somebody may look at, keep or change the latents between two rows.
         self.open = callback or family.rewrites_latents
         super().__init__(
-            pipe,
+            policy,
             arguments,
+            pipe,
             {family.denoiser: self.denoise},
+            unguided=unguided,
             callback=callback,
             scales_input=family.scales_input,
-            steps={"scale_model_input": self.scale_model_input},
         )
-        self.guidance = Guidance(policy, family, arguments, self.stand_in, unguided)
         # Hooks may keep the model inputs that they see, of which the loop has one buffer.
         self.watched = any(watched(getattr(pipe, name, None)) for name in (family.denoiser, "controlnet"))
-        self.generation: Any = None  # Generation
-        self._input: torch.Tensor | None = None  # what the denoiser is about to be given
-        self._ran = False  # the denoiser, for the step that follows
+        self._at = STEP
         self._cond: torch.Tensor | None = None
 
     # The loop begins -------------------------------------------------------------------------------------------------------
 
-    def _begun(self, shown: torch.Tensor, timestep: Any) -> Generation:
-        """The generation; begun at this row if it has not begun before."""
-        if self.generation is None:
-            halves = 2 if self.guidance.on else 1
-            first = shown[: len(shown) // halves] if self.prepared is None else self.prepared
-            self.begin(first, self.scheduling.begin_at(timestep))
-        return self.generation
-
     def begin(self, latents: torch.Tensor, row: int) -> None:
-        guidance, scheduling, pipe = self.guidance, self.scheduling, self.stand_in
-        own_step = guidance.own_step(len(scheduling.scheduler.timesteps))
-        schedule = scheduling.compile(row, own_step, pipe)
-        plan = guidance.begin(schedule, latents, scheduling.rows_of_the_loop())
-        whole = self.runner.wants_whole(latents.device) and self._may_be_whole()
-        self.generation = Generation(
-            schedule, plan, latents, self.denoiser, self.runner, halves=2 if guidance.on else 1, whole=whole
-        )
+        self.said = self.family.guidance(self.stand_in, self.arguments)
+        if not self.said.on:
+            remedy = "pass a guidance_scale above 1 to a model with classifier-free guidance"
+            self.refuse_unguided(f"guidance_scale={self.arguments.get('guidance_scale')!r}", remedy)
+        super().begin(latents, row)
+        self._keeps_both: str | None = None  # why
+        if self.said.on and any(branch != "both" for branch in self.guide.plan.branches):
+            self._keeps_both = needs_both(getattr(self.pipe, self.family.denoiser), self.arguments)
+        if self._keeps_both is not None:
+            self.reasons.append(f"both branches run in every row: {self._keeps_both}")
+        self._branches = self._needed()
+        takes_generator = self.scheduling.passes_generator(self.stand_in)
+        self._generator = self.arguments.get("generator") if takes_generator else None
         # A generator in host memory would stop every row for a copy. Not where somebody may use it between two rows, nor where
         # fewer rows than the table's will run.
-        if not self.open and self.arguments.get("denoising_end") is None and scheduling.passes_generator(pipe):
-            self.generation.noise.draw_ahead(schedule, latents, self.arguments.get("generator"))
+        if takes_generator and not self.open and self.arguments.get("denoising_end") is None:
+            self.guide.noise.draw_ahead(self.guide.schedule, latents, self._generator)
 
-    def _may_be_whole(self) -> bool:
+    def own_step(self) -> str | None:
+        reason = self.family.own_step(self.arguments, len(self.scheduling.scheduler.timesteps))
+        if reason is None and self.said.rescale > 0.0:
+            reason = f"guidance_rescale={self.said.rescale:g} needs the whole guided output before the update"
+        return reason
+
+    def guide_of(self, policies: list[Policy], schedule: Schedule, latents: torch.Tensor) -> Generation:
+        return Generation(
+            policies,
+            schedule,
+            self.denoiser,
+            self.runner,
+            guidance_scale=self.said.scale,
+            latents=latents,
+            halves=2 if self.said.on else 1,
+            whole=self.runner.wants_whole(latents.device) and self._may_be_whole(schedule),
+        )
+
+    def _may_be_whole(self, schedule: Schedule) -> bool:
         """Whether the rows can run at once; else each of them may still be a graph."""
         obstacles = {
             "only Stable Diffusion and SDXL text-to-image run as a whole": self.family.name != "text-to-image",
             "a callback looks at every step": self.open,
             "denoising_end ends the loop early": self.arguments.get("denoising_end") is not None,
-            self.scheduling.schedule.reason: not self.scheduling.schedule.linear,
+            schedule.reason: not schedule.linear,
         }
         obstacle = next((why for why, there in obstacles.items() if there), None)
         if obstacle is not None:
             self.runner.reason = f"capture='loop' became 'step': {obstacle}"
         return obstacle is None
 
+    def _needed(self) -> tuple[str, ...]:
+        """What each row runs, as things are now. Rescaling needs the conditional output even where guidance does not."""
+        branches: tuple[str, ...] = self.guide.plan.branches
+        if not self.said.on:
+            return ("cond",) * len(branches)
+        return ("both",) * len(branches) if self._keeps_both is not None or self.said.rescale > 0.0 else branches
+
     # One row ---------------------------------------------------------------------------------------------------------------
 
     def scale_model_input(self, sample: torch.Tensor, timestep: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
-        generation = self._begun(sample, timestep)
-        # Of the first one of a row: a ControlNet in guess mode has its own input scaled, too, of the conditional branch alone.
-        if self._input is None:
-            self._take(generation, sample)
-        if generation.schedule.linear:
-            self._input = self._model_input(generation, sample)
-        else:
-            self._input = self.scheduling.scheduler.scale_model_input(sample, timestep, *args, **kwargs)
-        return self._input
-
-    def _take(self, generation: Generation, shown: torch.Tensor) -> None:
-        """The latents that the pipeline shows, where the loop has not got them: the first ones, those that somebody may have changed,
-        and, for anchors, those that the scheduler's own step() made."""
-        linear = generation.schedule.linear
-        wanted = self.open or generation.row == 0 if linear else generation.loop.anchor is not None
-        if wanted and not generation.over:
-            generation.take(shown[:, : generation.loop.x.shape[1]], 2 if self.guidance.on else 1)
-
-    def _model_input(self, generation: Generation, shown: torch.Tensor) -> torch.Tensor:
-        """Of the next row, whose latents the pipeline shows as a batch of B or 2B rows."""
-        ready = generation.loop.model_input
-        if generation.over:
-            return shown
-        if not generation.schedule.linear or self.open or generation.row == 0 or ready.shape != shown.shape:
-            ready = generation.model_input(shown)
+        """The denoiser's input for the latents that the pipeline shows. The loop takes those where it has not got them: the first ones,
+        those that somebody may have changed, and, for anchors, those that the scheduler's own step() made."""
+        if self.guide is None:
+            self.begin(self._latents, self.scheduling.row_of(timestep))
+        run = self.guide
+        # A row's first: a ControlNet in guess mode has its own input scaled, too, of the conditional branch alone.
+        first, self._at = self._at != INPUT, INPUT
+        if run.row == len(run.plan.timesteps):
+            return sample
+        if first and self.scheduling.callback:
+            self.scheduling.check_unchanged()
+        if first and (said := self.family.guidance(self.stand_in, self.arguments)) != self.said:
+            self._follow(said)
+        linear, ready = run.schedule.linear, run.loop.model_input
+        new = self.open or run.row == 0
+        if first and (new if linear else run.loop.anchor is not None):
+            run.take(sample[:, : run.loop.x.shape[1]], 2 if self.said.on else 1)
+        if not linear and self.family.scales_input:
+            return self.scheduling.scheduler.scale_model_input(sample, timestep, *args, **kwargs)
+        if new or not linear or ready.shape != sample.shape:
+            ready = run.model_input(sample)
         return ready.clone() if self.watched else ready
 
     def denoise(self, *args: Any, **kwargs: Any) -> Output:
         """Run the row that the pipeline has come to, on the branches that it needs; return a placeholder of the full batch."""
         name = self.family.sample_argument
         shown = args[0] if args else kwargs[name]
-        timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
         if not self.family.scales_input:
-            self._input = shown
-        if self._input is None:
+            shown = self.scale_model_input(shown, kwargs["timestep"] if "timestep" in kwargs else args[1])
+            args, kwargs = ((shown, *args[1:]), kwargs) if args else (args, {**kwargs, name: shown})
+        if self._at != INPUT:
             raise RuntimeError(
                 f"{self.family.denoiser} was called outside its turn in a guarded loop (by a callback?); call that of the original pipeline"
             )
-        generation = self._begun(shown, timestep)
-        self._input, self._ran = None, True
-        if generation.over:
-            return Output((placeholder(generation.loop.model_input, len(shown)),))
-        plan = self._follow(generation)
-        if not self.family.scales_input:
-            self._take(generation, shown)
-            shown = self._model_input(generation, shown)
-            args, kwargs = ((shown, *args[1:]), kwargs) if args else (args, {**kwargs, name: shown})
-        arguments: Arguments = args, kwargs
-        generator = self.arguments.get("generator") if self.scheduling.passes_generator(self.stand_in) else None
-        if generation.whole:
-            generation.run_all(arguments, plan, generator)
-        else:
-            branches, batch = plan[generation.row], len(generation.loop.x)
-            if branches != "both" and len(shown) == 2 * batch:
-                arguments = select_branch(arguments, branches, batch)
-            keeps = self.guidance.rescale > 0.0
-            self._cond = generation.run_row(arguments, branches, generator, look_again=self.open, keeps_cond=keeps)
-        return Output((placeholder(generation.loop.model_input, len(shown)),))
+        self._at = DENOISER
+        run = self.guide
+        if run.row < len(run.plan.timesteps):
+            cut, keeps_cond = len(shown) == 2 * len(run.loop.x), self.said.rescale > 0.0
+            self._cond = run.run_row(
+                (args, kwargs), self._branches, self._generator, cut=cut, look_again=self.open, keeps_cond=keeps_cond
+            )
+        # For the pipeline's own guidance arithmetic, whose result is ignored; in host memory, where it launches nothing.
+        shape = (len(shown), run.loop.x.shape[1], *[1] * (run.loop.x.ndim - 2))
+        return Output((torch.zeros(shape, dtype=run.loop.dtype),))
 
-    def _follow(self, generation: Generation) -> tuple[str, ...]:
-        """What the caller's code may have changed since the last row; the branches of all rows, as things are now."""
-        self.scheduling.check_unchanged()
-        if self.guidance.changed():
-            generation.loop.load_plan(self.guidance.plan)
-        guided = self.guidance.check(generation.row, generation.schedule)
-        return self.guidance.branches if guided else ("cond",) * len(generation.schedule.timesteps)
+    def _follow(self, said: Said) -> None:
+        """A callback has changed what the pipeline says."""
+        self.guide.follow(said.scale)
+        if self.said.on and not said.on and self.guide.row > 0:
+            self.warn_of_its_end()
+        if said.rescale > 0.0 and self.guide.schedule.linear:
+            raise RuntimeError("guidance_rescale was switched on during a guarded call, which had begun without it")
+        self.said = said
+        self._branches = self._needed()
 
     def step(self, model_output: Any, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not self._ran:
+        if self._at != DENOISER:
             raise RuntimeError("scheduler.step was called without a denoiser call before it")
-        self._ran = False
-        self.scheduling.check_arguments(kwargs)
-        generation, scheduling = self.generation, self.scheduling
-        if not generation.schedule.linear:
-            # A copy: some schedulers keep what they are given, and the next row writes into x.
-            guided = self.guidance.rescaled(generation.loop.latents(), self._cond)
+        run, scheduling, self._at = self.guide, self.scheduling, STEP
+        if run.row == 1 or run.whole:  # the same in every row of a loop
+            scheduling.check_arguments(kwargs)
+        # A copy: some schedulers keep what they are given, and the next row writes into x.
+        latents = run.loop.x.to(run.loop.dtype, copy=True)
+        if not run.schedule.linear:
+            guided = rescaled(latents, self._cond, self.said.rescale)
             return scheduling.own_step(guided, timestep, sample, *args, **kwargs)
-        scheduling.keep_step_index(generation.row)
-        latents = generation.loop.latents()
+        scheduling.stepped = latents
+        if hasattr(scheduling.scheduler, "_step_index"):  # which add_noise looks at, in inpaint pipelines
+            scheduling.scheduler._step_index = scheduling.first_row + run.row
         return (latents,) if not kwargs.get("return_dict", True) else Step(prev_sample=latents)
 
     # After it --------------------------------------------------------------------------------------------------------------
 
     def report(self) -> Report | None:
-        generation = self.generation
-        if generation is None:
-            return None
-        path = "fused" if generation.schedule.linear else "own step"
-        if self.runner.replayed:
-            path += ", loop graph" if generation.whole else ", step graph"
-        reasons = (generation.schedule.reason, self.guidance.reason, self.runner.reason)
-        return Report(
-            generation.loop,
-            self.guidance.plan,
-            rows_run=generation.rows_run,
-            latents=generation.loop.x if self.scheduling.stepped is None else self.scheduling.stepped,
-            path=path,
-            reason="; ".join(filter(None, reasons)) or None,
-        )
+        if self.guide is not None:
+            graph = ", loop graph" if self.guide.whole else ", step graph"
+            self.path = ("fused" if self.guide.schedule.linear else "own step") + (
+                graph if self.runner.replayed else ""
+            )
+            self.reasons = [self.guide.schedule.reason, *self.reasons, self.runner.reason]
+        return super().report()
 
     def close(self) -> None:
-        if self.generation is not None:
-            self.generation.noise.rewind(self.generation.row)
+        if self.guide is not None:
+            self.guide.noise.rewind(self.guide.row)
         self.runner.give_back()

@@ -8,6 +8,8 @@ import logging
 import os
 from typing import Any
 
+from fastguard.pipelines.shadow import original_of
+
 logger = logging.getLogger("fastguard")
 
 ATTRIBUTE = "_fastguard_guard"  # of the pipeline object
@@ -45,11 +47,18 @@ def enabled_class(base: Any) -> type:
 
     vars(__call__).update(__signature__=inspect.signature(base.__call__), __wrapped__=without_no_grad)
 
-    def __setattr__(self, name, value):
-        super(enabled, self).__setattr__(name, value)
+    def __setattr__(self, name, value):  # also of the stand-in that a callback gets
         guard = guard_of(self)
-        if guard is not None and name in guard.family.denoisers:
-            guard.graphs.clear()  # nothing here keeps a denoiser that the pipeline has given up
+        if guard is not None and name in ("scheduler", *guard.family.denoisers):
+            if guard.in_a_call:
+                if original_of(value) is self.__dict__.get(name):
+                    return
+                raise RuntimeError(
+                    f"{base.__name__}.{name} was replaced during a guarded call, which works on the one it began with"
+                )
+            if name != "scheduler":
+                guard.graphs.clear()  # nothing here keeps a denoiser that the pipeline has given up
+        super(enabled, self).__setattr__(name, value)
 
     def components(self):
         # A loop's stand-in shows stand-ins of its parts: who builds another pipeline of them wants the originals.

@@ -15,20 +15,23 @@ import torch
 from fastguard.capture.graphs import Graphs
 from fastguard.capture.options import Options
 from fastguard.loop.report import Report
+from fastguard.pipelines.attached import UNGUIDED
 from fastguard.pipelines.call import Call
 from fastguard.pipelines.enabled import ATTRIBUTE, enabled_class, guard_of, stock_class
 from fastguard.pipelines.families import Family, OwnFamily, find
 from fastguard.pipelines.families.loops import changed
-from fastguard.pipelines.guidance import UNGUIDED
 from fastguard.pipelines.loading import facts
 from fastguard.pipelines.locks import held
-from fastguard.pipelines.own_combination import OwnCombination, first_denoiser
-from fastguard.pipelines.probe import Probe
-from fastguard.pipelines.verified import UNKNOWN, checked, denoisers_of, examined
+from fastguard.pipelines.outputs import denoisers_of
+from fastguard.pipelines.own_combination import OwnCombination
+from fastguard.pipelines.probe import Probe, by_name
+from fastguard.pipelines.verified import UNKNOWN, checked, examined, likely_denoisers
 from fastguard.policies.policy import Policy
 from fastguard.policies.presets import DEFAULT
 from fastguard.policies.presets import policy as make_policy
 from fastguard.policies.provenance import elsewhere
+
+EAGER = "capture={!r} became 'off': the pipeline runs its denoiser itself"
 
 logger = logging.getLogger("fastguard")
 
@@ -78,7 +81,7 @@ def enable(
             f"(pipe.{known.denoisers[0]}.set_attention_backend(...), .compile())"
         )
     options = Options.of(
-        first_denoiser(pipe, known),
+        next(iter(denoisers_of(pipe, known).values()), None),
         capture=capture,
         attention_backend=attention_backend,
         compile=compile,
@@ -117,6 +120,7 @@ class Guard:
         self.options = options
         self.unguided = "raise"
         self.graphs = Graphs()
+        self.in_a_call = False
         self.probed = True  # `enable` sets False where the next call is to be probed first
         self.steps_checked = False  # whether a call was compared with the steps that the policy belongs to
         self._pipe = pipe
@@ -187,24 +191,29 @@ class Guard:
             for note in elsewhere(self.policy, {"steps": _steps(values)}):
                 logger.warning(note)
         pipe, family = self._pipe, self.family
-        denoiser = first_denoiser(pipe, family)
-        if reason := family.refusal(pipe, values) or _unfit(denoiser):
+        denoiser: Any = next(iter(denoisers_of(pipe, family).values()), None)
+        reason = family.refusal(pipe, values)
+        if reason is None and getattr(denoiser, "dtype", None) == torch.float64:
+            reason = f"{type(denoiser).__name__} is torch.float64: a guarded call takes float16, bfloat16 or float32; disable the guard for float64"
+        if reason is not None:
             self.forget()
             raise ValueError(reason)
         with held(pipe, "pipeline"), held(pipe.scheduler, "scheduler"):
             call: Call | OwnCombination
             if isinstance(family, OwnFamily):
-                eager = self.options.capture
-                call = OwnCombination(self.policy, family, values, pipe, unguided=self.unguided, capture=eager)
+                call = OwnCombination(self.policy, family, values, pipe, unguided=self.unguided)
+                if self.options.capture in ("step", "loop"):
+                    call.reasons.append(EAGER.format(self.options.capture))
             else:
                 runs, runner = self.options.lend(denoiser, self.graphs)
                 call = Call(self.policy, family, values, pipe, runs, runner, unguided=self.unguided)
-            self._replaced = None
+            self._replaced, self.in_a_call = None, True
             try:
                 result = stock_call(call.stand_in, *args, **kwargs)
                 call.finish()
                 return result
             finally:
+                self.in_a_call = False
                 try:
                     self._last = self._thread.last = call.report()
                 finally:
@@ -216,35 +225,19 @@ class Guard:
         By the signature that the class had when it was enabled where somebody has wrapped its call in a function that names none.
         """
         now = inspect.signature(stock_call)
-        found = next(
-            (
-                s
-                for s in (now, self._signature)
-                if {"prompt", "prompt_embeds", "num_inference_steps"} & s.parameters.keys()
-            ),
-            None,
+        for signature in (now, self._signature):
+            if {"prompt", "prompt_embeds", "num_inference_steps"} & signature.parameters.keys():
+                return by_name(signature, self._pipe, *args, **kwargs)
+        raise TypeError(
+            f"{type(self._pipe).__name__}.__call__ was replaced by a function whose signature names no arguments ({now}), so the "
+            f"guard cannot read them: use functools.wraps there, or enable the guard before"
         )
-        if found is None:
-            raise TypeError(
-                f"{type(self._pipe).__name__}.__call__ was replaced by a function whose signature names no arguments ({now}), so the "
-                f"guard cannot read them: use functools.wraps there, or enable the guard before"
-            )
-        bound = found.bind(self._pipe, *args, **kwargs)
-        bound.apply_defaults()
-        return {**bound.arguments, **bound.arguments.get("kwargs", {})}
 
 
 def _steps(arguments: Mapping[str, Any]) -> int | None:
     """How many, where the call says so by their number."""
     listed = any(arguments.get(name) is not None for name in ("timesteps", "sigmas"))
     return None if listed else arguments.get("num_inference_steps")
-
-
-def _unfit(denoiser: Any) -> str | None:
-    if getattr(denoiser, "dtype", None) != torch.float64:
-        return None
-    name = type(denoiser).__name__
-    return f"{name} is torch.float64: a guarded call takes float16, bfloat16 or float32; disable the guard for float64"
 
 
 def _known_family(pipe: Any, base: type, family: str | None) -> Family | OwnFamily:
@@ -255,4 +248,4 @@ def _known_family(pipe: Any, base: type, family: str | None) -> Family | OwnFami
     try:
         return find(base)
     except TypeError:
-        return dataclasses.replace(UNKNOWN, denoisers=denoisers_of(pipe))
+        return dataclasses.replace(UNKNOWN, denoisers=likely_denoisers(pipe))

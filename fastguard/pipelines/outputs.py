@@ -17,7 +17,6 @@ from fastguard.capture.obstacles import hooks
 from fastguard.capture.static_inputs import tensors_of
 from fastguard.pipelines.shadow import original_of
 
-Branches = str  # "both" | "uncond" | "cond"
 UNBRANCHED = ("ip_adapter_masks",)  # one per adapter, whatever their number
 IMAGES = ("image_embeds",)  # added_cond_kwargs of an IP-Adapter
 BRANCHED = ("ip_adapter_image_embeds",)  # put among the caller's own by Stable Diffusion 3
@@ -31,6 +30,11 @@ _WRAPPERS = ("accelerate.hooks", "diffusers.hooks.hooks")  # what puts hooks aro
 _BY_HALVES = ("PAG", "CrossFrame")  # in the names of diffusers' processors that treat parts of the batch differently
 
 
+def denoisers_of(pipe: Any, family: Any) -> dict[str, Any]:
+    """The denoisers of a family (`Family`, `OwnFamily`) that the pipeline has."""
+    return {name: part for name in family.denoisers if (part := getattr(pipe, name, None)) is not None}
+
+
 class Output(tuple):
     """What a guarded denoiser returns, by index and by name: a stand-in for the sample, which stays with the guard."""
 
@@ -39,7 +43,7 @@ class Output(tuple):
         return self[0]
 
 
-def select_branch(tree: Any, branch: Branches, batch: int, *, several: bool = False) -> Any:
+def select_branch(tree: Any, branch: str, batch: int, *, several: bool = False) -> Any:
     """Keep one half of every tensor in `tree` whose leading size is 2 * batch; everything else passes through unchanged.
 
     `tree` may nest tuples, lists and mappings: ControlNet residuals, `added_cond_kwargs`, IP-Adapter embeddings. Tensors of
@@ -144,14 +148,10 @@ def _own_forward(module: torch.nn.Module) -> bool:
     return forward == own
 
 
-def split(output: torch.Tensor, branches: Branches) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(u, c) of a batch of both branches; (the one that ran, None) otherwise."""
-    if branches != "both":
-        return output, None
-    uncond, cond = output.chunk(2)
-    return uncond, cond
-
-
-def placeholder(like: torch.Tensor, rows: int) -> torch.Tensor:
-    """[rows, C, 1, ...] zeros for the pipeline's own guidance arithmetic, whose result is ignored; in host memory, where it launches nothing."""
-    return torch.zeros((rows, like.shape[1], *(1 for _ in like.shape[2:])), dtype=like.dtype)
+def rescaled(guided: torch.Tensor, cond: torch.Tensor | None, phi: float) -> torch.Tensor:
+    """guidance_rescale of Lin et al. 2023 (arXiv 2305.08891, section 3.4): pull the standard deviation back to cond's."""
+    if phi <= 0.0 or cond is None:
+        return guided
+    dims = tuple(range(1, guided.ndim))
+    rescaled = guided * (cond.std(dim=dims, keepdim=True) / guided.std(dim=dims, keepdim=True))
+    return phi * rescaled + (1 - phi) * guided

@@ -18,169 +18,92 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastguard import checks
-from fastguard.kernels.layout import Rule
+from fastguard.kernels.layout import NEVER, Rule
 from fastguard.loop.guide import Guide
-from fastguard.loop.report import Report
-from fastguard.pipelines.attached import Attached, no_second_branch, policies_of
-from fastguard.pipelines.families.base import Family
+from fastguard.pipelines.attached import Attached, check_shape
 from fastguard.pipelines.families.own import OwnFamily
-from fastguard.pipelines.outputs import keeps_state
-from fastguard.policies.plan import Plan, unfit_guards
+from fastguard.pipelines.outputs import denoisers_of, keeps_state
 from fastguard.policies.policy import Policy
-from fastguard.policies.presets import policy as make_policy
-
-REASON = "the pipeline combines the branches itself"
-EAGER = "capture={!r} became 'off': the pipeline runs its denoiser itself"
+from fastguard.schedules.schedule import Schedule
 
 
-class Output(NamedTuple):
-    """A denoiser's call: who, with which arguments, what came out of it (None: it was left out)."""
+class Collected(NamedTuple):
+    """A denoiser's call: who, with which arguments, what it returned (None: it was left out)."""
 
     denoiser: str
-    arguments: tuple[tuple, dict[str, Any]]
-    tensor: Any
+    args: tuple
+    kwargs: dict[str, Any]
+    result: Any
 
 
 class OwnCombination(Attached):
-    """`denoisers` are the originals behind the stand-in's shadows; `guide` is None until the loop begins."""
+    """`denoisers` are the originals behind the stand-in's shadows."""
+
+    path = "own combination"
 
     def __init__(
-        self,
-        policy: Policy,
-        family: OwnFamily,
-        arguments: Mapping[str, Any],
-        pipe: Any,
-        *,
-        unguided: str = "raise",
-        capture: str = "auto",
-        methods: Mapping[str, Any] | None = None,
+        self, policy: Policy, family: OwnFamily, arguments: Mapping[str, Any], pipe: Any, *, unguided: str = "raise"
     ) -> None:
-        """methods: as of `Attached`; capture: as of `enable`, where nothing is recorded."""
-        self.policy, self.family, self.unguided = policy, family, unguided
-        self.denoisers = {name: part for name in family.denoisers if (part := getattr(pipe, name, None)) is not None}
+        self.family = family
+        self.denoisers = denoisers_of(pipe, family)
         calls = {name: functools.partial(self.denoise, name) for name in self.denoisers}
-        super().__init__(pipe, arguments, calls, methods=methods)
-        self.row = 0
-        self.guide: Guide | None = None
-        self.reasons = [EAGER.format(capture)] if capture in ("step", "loop") else []  # for the report
+        super().__init__(policy, arguments, pipe, calls, unguided=unguided)
         self._step_signature = inspect.signature(pipe.scheduler.step)
-        self._outputs: list[Output] = []  # of this row
+        self._outputs: list[Collected] = []  # of this row
         # The last result of (denoiser, branch), shown where a call is left out.
         self._results: dict[tuple[str, str], Any] = {}
-        self._skip_until = 0  # row from which on some image may need both branches
+        self._skip_until = NEVER  # row from which on some image may need both branches
         self._both = True  # the row before had both branches
 
-    # What the shadows call -------------------------------------------------------------------------------------------------
+    # In the place of the pipeline's parts ----------------------------------------------------------------------------------
 
     def denoise(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """Run a denoiser and keep its output, unless no image needs its branch in this row."""
-        number = len(self._outputs)
+        number, row = len(self._outputs), 0 if self.guide is None else self.guide.row
         if number == self.family.calls:
             raise RuntimeError(
                 f"{name} was called {number + 1} times without a scheduler.step in between, where the guard knows "
                 f"{self.family.calls}: a third branch, or a step of another scheduler; call the pipeline without the guard"
             )
         branch = self.family.order[number] if self.family.calls == 2 else "both"
-        if self._skips(name, branch):
-            self._outputs.append(Output(name, (args, kwargs), None))
+        skips = row < self._skip_until
+        if skips and (name, branch) in self._results and self.guide.plan.branches[row] not in ("both", branch):
+            self._outputs.append(Collected(name, args, kwargs, None))
             return self._results[name, branch]
         result = self.denoisers[name](*args, **kwargs)
-        self._outputs.append(Output(name, (args, kwargs), tensor_of(result)))
-        if self.row < self._skip_until or self.guide is None:
+        self._outputs.append(Collected(name, args, kwargs, result))
+        if skips:
             self._results[name, branch] = result
         return result
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """Decide, replace the pipeline's guided output where an image is guarded, and let the scheduler's own step() follow."""
         bound = self._step_signature.bind(*args, **kwargs)
-        combined, sample = bound.arguments["model_output"], bound.arguments["sample"]
         if not self._outputs:
             raise RuntimeError("scheduler.step was called without a denoiser call before it")
-        bound.arguments["model_output"] = self._guided(combined, sample, bound.arguments["timestep"])
+        given = bound.arguments
+        given["model_output"] = self._guided(given["model_output"], given["sample"], given["timestep"])
         self._outputs.clear()
-        self.row += 1
-        if self.row >= self._skip_until:
+        if self._results and self.guide.row >= self._skip_until:
             self._results.clear()
         return self.scheduling.own_step(*bound.args, **bound.kwargs)
 
-    # A row -----------------------------------------------------------------------------------------------------------------
-
-    def _guided(self, combined: torch.Tensor, sample: torch.Tensor, timestep: Any) -> torch.Tensor:
-        channels = sample.shape[1]  # a model may predict more (a variance), which still reaches step()
-        own = combined[:, :channels] if combined.shape[1] > channels else combined
-        uncond, cond = self._branches(own)
-        if self.guide is None or self.guide.loop.x.shape != sample.shape:
-            self.begin(sample, self.scheduling.begin_at(timestep))
-        self._check(sample, uncond is not None and cond is not None)
-        guide: Any = self.guide
-        guide.follow(self._scale(self._outputs[0].denoiser))
-        if uncond is not None and cond is not None:
-            e = guide(uncond, cond, None if guide.loop.anchor is None else sample, combined=own)
-        elif any(output.tensor is None for output in self._outputs):  # one branch left out
-            only: Any = self._left_over(own) if uncond is None and cond is None else uncond if cond is None else cond
-            e = guide(only, None).to(own.dtype)
-        else:
-            e = guide(own, None, combined=own)
-        return e if own is combined else torch.cat([e, combined[:, channels:]], 1)
-
-    def _scale(self, denoiser: str) -> float:
-        return self.family.guidance_scale(self.stand_in, self.arguments, denoiser)
-
-    def _branches(self, own: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """(u, c) of this row in the step's space, None for a branch that did not run."""
-        found: dict[str, torch.Tensor | None] = {"uncond": None, "cond": None}
-        if self.family.calls == 1:
-            tensor = self._in_step(self._outputs[0], own)
-            if len(tensor) == 2 * len(own):
-                found |= dict(zip(self.family.order, tensor.chunk(2), strict=True))
-            elif len(tensor) == len(own):
-                found["cond"] = tensor
-            else:
-                raise RuntimeError(
-                    f"{self._outputs[0].denoiser} gave {len(tensor)} rows for {len(own)} images: the guard knows one or two each"
-                )
-        else:
-            branches = self.family.order if len(self._outputs) == 2 else ("cond",)
-            found |= {
-                branch: None if output.tensor is None else self._in_step(output, own)
-                for branch, output in zip(branches, self._outputs, strict=True)
-            }
-        for branch, given in found.items():
-            if given is not None and given.shape != own.shape:
-                raise RuntimeError(
-                    f"{type(self.stand_in).__name__}: the {branch} output is {list(given.shape)} where scheduler.step gets "
-                    f"{list(own.shape)}; this is not the loop that the guard knows, call the pipeline without it"
-                )
-        return found["uncond"], found["cond"]
-
-    def _in_step(self, output: Output, own: torch.Tensor) -> torch.Tensor:
-        _, kwargs = output.arguments
-        tensor = torch.stack(list(output.tensor)) if isinstance(output.tensor, (list, tuple)) else output.tensor
-        return self.family.in_step(self.stand_in, tensor, own, kwargs)
-
-    def _left_over(self, own: torch.Tensor) -> torch.Tensor:
-        """The row turned out to have one branch (guidance ended), and its call was left out: run it now."""
-        output = self._outputs[0]
-        args, kwargs = output.arguments
-        return self._in_step(output._replace(tensor=tensor_of(self.denoisers[output.denoiser](*args, **kwargs))), own)
-
-    def _skips(self, name: str, branch: str) -> bool:
-        if self.row >= self._skip_until or (name, branch) not in self._results:
-            return False
-        assert self.guide is not None
-        return self.guide.plan.branches[self.row] not in ("both", branch)
+    # The loop begins -------------------------------------------------------------------------------------------------------
 
     def begin(self, latents: torch.Tensor, row: int) -> None:
-        schedule = self.scheduling.compile(row, REASON, self.stand_in)
-        policies = policies_of(self.policy, self.arguments, len(latents))
-        guide = Guide(policies, schedule, guidance_scale=self._scale(next(iter(self.denoisers))), latents=latents)
-        for sentence in unfit_guards(guide.plan, self.scheduling.rows_of_the_loop()):
-            checks.warn(sentence)
-        self.guide, self._skip_until = guide, self._skips_until(guide.plan)
+        super().begin(latents, row)
+        self._skip_until = self._skips_until()
 
-    def _skips_until(self, plan: Plan) -> int:
+    def own_step(self) -> str | None:
+        return "the pipeline combines the branches itself"
+
+    def guide_of(self, policies: list[Policy], schedule: Schedule, latents: torch.Tensor) -> Guide:
+        scale = self.family.guidance_scale(self.stand_in, self.arguments, next(iter(self.denoisers)))
+        return Guide(policies, schedule, guidance_scale=scale, latents=latents)
+
+    def _skips_until(self) -> int:
         """The row from which on no call is left out: a later one may need what the call would have given."""
+        plan = self.guide.plan
         if set(plan.branches) == {"both"} or any(policy.transition != "static" for policy in plan.policies):
             return 0
         if (forbids := self._forbids_skipping()) is not None:
@@ -198,22 +121,72 @@ class OwnCombination(Attached):
             return "the pipeline swaps the IP-Adapter's embeddings between them"
         return next(filter(None, map(keeps_state, self.denoisers.values())), None)
 
-    def _check(self, sample: torch.Tensor, both: bool) -> None:
-        """Refuses a guard over a call without a second branch; warns if that ends before the guard does."""
-        both = both or (len(self._outputs) == 2 and any(output.tensor is None for output in self._outputs))
-        if not both and self.row == 0 and (self.policy.guarded or self.policy.sets_scale):
-            given = self.family.given(self.stand_in, self.arguments)
-            if self.unguided == "raise":
-                raise no_second_branch(given, self.family.second_branch, self.policy)
-            self.policy = make_policy("cfg")
-            self.begin(sample, self.scheduling.first_row)
-            self.reasons = [f"{given}: no second branch, so nothing was guarded (unguided='run')"]
-        if not both and self._both and self.row > 0 and self.policy.guarded:
-            checks.warn(
-                f"the second branch ended at denoiser row {self.row}: the guard ends with it, and an image that has not reached "
-                f"its transition gets the conditional branch alone, which copies",
+    # A row -----------------------------------------------------------------------------------------------------------------
+
+    def _guided(self, output: torch.Tensor, sample: torch.Tensor, timestep: Any) -> torch.Tensor:
+        channels = sample.shape[1]  # a model may predict more (a variance), which still reaches step()
+        combined = output[:, :channels] if output.shape[1] > channels else output
+        uncond, cond = self._branches(combined)
+        if self.guide is None or (self.guide.row == 0 and self.guide.loop.x.shape != sample.shape):
+            self.begin(sample, self.scheduling.row_of(timestep))
+        if sample.shape != self.guide.loop.x.shape:
+            check_shape(list(sample.shape), list(self.guide.loop.x.shape))
+        left_out = self._outputs[0].result is None or self._outputs[-1].result is None
+        both = (uncond is not None and cond is not None) or (left_out and len(self._outputs) == 2)
+        if both != self._both:
+            self._one_branch(both, sample)
+        guide = self.guide
+        guide.follow(self.family.guidance_scale(self.stand_in, self.arguments, self._outputs[0].denoiser))
+        if uncond is not None and cond is not None:
+            e = guide(uncond, cond, None if guide.loop.anchor is None else sample, combined=combined)
+        elif left_out:
+            only: Any = (
+                self._left_over(combined) if uncond is None and cond is None else uncond if cond is None else cond
             )
+            e = guide(only, None).to(output.dtype)
+        else:
+            e = guide(combined, None, combined=combined)
+        return e if combined is output else torch.cat([e, output[:, channels:]], 1)
+
+    def _one_branch(self, both: bool, sample: torch.Tensor) -> None:
+        """Other branches ran than in the row before."""
         self._both = both
+        if self.guide.row > 0 and not both:
+            self.warn_of_its_end()
+        elif not both:
+            given = self.family.given(self.stand_in, self.arguments)
+            if self.refuse_unguided(given, self.family.second_branch):
+                self.begin(sample, self.scheduling.first_row)
+
+    def _branches(self, combined: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """(u, c) of this row in the step's space, None for a branch that did not run."""
+        tensors: list[Any] = [
+            None if result is None else self.family.in_step(self.stand_in, result, combined, kwargs)
+            for _, _, kwargs, result in self._outputs
+        ]
+        names: tuple[str, ...] = self.family.order
+        if self.family.calls == 1:
+            rows = len(tensors[0])
+            if rows not in (len(combined), 2 * len(combined)):
+                raise RuntimeError(
+                    f"{self._outputs[0].denoiser} gave {rows} rows for {len(combined)} images: the guard knows one or two each"
+                )
+            tensors = list(tensors[0].chunk(rows // len(combined)))
+        if len(tensors) == 1:
+            names = ("cond",)
+        found = dict(zip(names, tensors, strict=True))
+        for branch, given in found.items():
+            if given is not None and given.shape != combined.shape:
+                raise RuntimeError(
+                    f"{type(self.stand_in).__name__}: the {branch} output is {list(given.shape)} where scheduler.step gets "
+                    f"{list(combined.shape)}; this is not the loop that the guard knows, call the pipeline without it"
+                )
+        return found.get("uncond"), found.get("cond")
+
+    def _left_over(self, combined: torch.Tensor) -> torch.Tensor:
+        """The row turned out to have one branch (guidance ended), and its call was left out: run it now."""
+        name, args, kwargs, _ = self._outputs[0]
+        return self.family.in_step(self.stand_in, self.denoisers[name](*args, **kwargs), combined, kwargs)
 
     # After it --------------------------------------------------------------------------------------------------------------
 
@@ -224,22 +197,3 @@ class OwnCombination(Attached):
                 f"{self._outputs[0].denoiser} ran and no scheduler.step of this pipeline's scheduler followed: the guard did not act; "
                 f"call the pipeline without it"
             )
-
-    def report(self) -> Report | None:
-        if self.guide is None or self.row == 0:
-            return None
-        return self.guide.report(
-            path="own combination", reason="; ".join(self.reasons) or None, latents=self.scheduling.stepped
-        )
-
-
-def first_denoiser(pipe: Any, family: Family | OwnFamily) -> Any:
-    """The pipeline's denoiser; the first that it has where a family knows several."""
-    return next((part for name in family.denoisers if (part := getattr(pipe, name, None)) is not None), None)
-
-
-def tensor_of(result: Any) -> Any:
-    """The denoiser's output (a tensor, or a list of one per row) in what its call returned."""
-    if isinstance(result, (tuple, dict)):  # diffusers' outputs are dicts whose first item is [0]
-        return result[0]
-    return getattr(result, "sample", result)

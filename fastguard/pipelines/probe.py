@@ -6,19 +6,19 @@ reaches `scheduler.step` is fitted by the two branches p, q:  e = a p + b q. Tha
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from fastguard.capture.static_inputs import tensors_of
 from fastguard.pipelines.families import OwnFamily
-from fastguard.pipelines.outputs import tensors_of
+from fastguard.pipelines.outputs import denoisers_of
 from fastguard.pipelines.own_combination import OwnCombination
 from fastguard.policies.presets import policy
 
@@ -116,14 +116,15 @@ class _Probing(OwnCombination):
     """An own combination that only looks: weights and residual of every row. The denoiser runs once for each form of its inputs."""
 
     def __init__(self, family: OwnFamily, arguments: Mapping[str, Any], pipe: Any) -> None:
-        super().__init__(policy("cfg"), family, arguments, pipe, methods={"maybe_free_model_hooks": lambda: None})
+        super().__init__(policy("cfg"), family, arguments, pipe)
+        self._skip_until = 0
         self.rows: list[ProbedRow] = []
         self._generator = torch.Generator().manual_seed(0)
         self._shapes: dict[Any, Any] = {}
         for name, denoiser in self.denoisers.items():
             self.denoisers = {**self.denoisers, name: functools.partial(self._stub, name, denoiser)}
 
-    def begin_early(self) -> None:
+    def begin(self, latents: torch.Tensor, row: int) -> None:
         """It needs no tables."""
 
     def _stub(self, name: str, denoiser: Any, *args: Any, **kwargs: Any) -> Any:
@@ -141,17 +142,17 @@ class _Probing(OwnCombination):
             return type(tree)(**{name: self._random(one) for name, one in tree.items()})
         return tree
 
-    def _guided(self, combined: torch.Tensor, sample: torch.Tensor, timestep: Any) -> torch.Tensor:
-        own = combined[:, : sample.shape[1]] if combined.shape[1] > sample.shape[1] else combined
-        uncond, cond = self._branches(own)
-        scale = self._scale(self._outputs[0].denoiser)
-        narrow = combined.dtype in (torch.float16, torch.bfloat16)
+    def _guided(self, output: torch.Tensor, sample: torch.Tensor, timestep: Any) -> torch.Tensor:
+        combined = output[:, : sample.shape[1]] if output.shape[1] > sample.shape[1] else output
+        uncond, cond = self._branches(combined)
+        scale = self.family.guidance_scale(self.stand_in, self.arguments, self._outputs[0].denoiser)
+        narrow = output.dtype in (torch.float16, torch.bfloat16)
         if uncond is None or cond is None:
             self.rows.append(ProbedRow(scale))
         else:
-            direction = self._direction(own[0], uncond[0] + scale * (cond[0] - uncond[0]))
-            self.rows.append(ProbedRow(scale, *_fitted(own[0], cond[0], uncond[0]), narrow, direction))
-        return combined
+            direction = self._direction(combined[0], uncond[0] + scale * (cond[0] - uncond[0]))
+            self.rows.append(ProbedRow(scale, *_fitted(combined[0], cond[0], uncond[0]), narrow, direction))
+        return output
 
     def _direction(self, e: torch.Tensor, declared: torch.Tensor) -> float | None:
         if self.family.norm is None:
@@ -162,8 +163,7 @@ class _Probing(OwnCombination):
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         result = super().step(*args, **kwargs)
-        begin = getattr(self.scheduling.scheduler, "_begin_index", None) or 0
-        if self.row >= len(self.scheduling.scheduler.timesteps) - begin:
+        if len(self.rows) >= len(self.scheduling.scheduler.timesteps) - (self.scheduling.told_row or 0):
             raise _Finished
         return result
 
@@ -177,22 +177,20 @@ def probe(
     Generators, the global random state, the scheduler, attributes and offloading are afterwards as before; no callback is called.
     """
     stock_call = stock_call or type(pipe).__call__
-    names = inspect.signature(stock_call).parameters
+    signature = inspect.signature(stock_call)
     given = {name: _cloned(value) for name, value in arguments.items() if "callback" not in name}
-    if "output_type" in names:
+    if "output_type" in signature.parameters:
         given["output_type"] = "latent"
-    bound = inspect.signature(stock_call).bind(pipe, **given)
-    bound.apply_defaults()
-    values = {**bound.arguments, **bound.arguments.get("kwargs", {})}
+    values = by_name(signature, pipe, **given)
     state = object.__new__(type(pipe))
     own = {"scheduler": copy.deepcopy(pipe.scheduler), "_progress_bar_config": {"disable": True}}
-    state.__dict__.update(pipe.__dict__, **own, **family.in_probe(pipe))
+    state.__dict__.update(pipe.__dict__, maybe_free_model_hooks=lambda: None, **own, **family.in_probe(pipe))
     call = _Probing(family, values, state)
-    parts: list[Any] = [part for name in family.denoisers if (part := getattr(pipe, name, None)) is not None]
+    parts = denoisers_of(pipe, family).values()
     hooked = [part for part in parts if "_diffusers_hook" in vars(part)]
     problem = None
     try:
-        with _random_state(), torch.no_grad():
+        with torch.random.fork_rng(range(torch.cuda.device_count())), torch.no_grad():
             stock_call(call.stand_in, **given)
             call.finish()
     except _Finished:
@@ -208,6 +206,14 @@ def probe(
             elif hasattr(part, "_reset_stateful_cache"):
                 part._reset_stateful_cache()
     return Probe(family, tuple(call.rows), problem)
+
+
+def by_name(signature: inspect.Signature, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """The arguments of a pipeline's call by name, with the defaults of what is not given."""
+    bound = signature.bind(*args, **kwargs)
+    bound.apply_defaults()
+    values = {**bound.arguments, **bound.arguments.get("kwargs", {})}
+    return {name: value for name, value in values.items() if name not in ("self", "args", "kwargs")}
 
 
 def _fitted(e: torch.Tensor, p: torch.Tensor, q: torch.Tensor) -> tuple[float, float, float]:
@@ -226,10 +232,3 @@ def _cloned(value: Any) -> Any:
         clone.set_state(value.get_state())
         return clone
     return [_cloned(one) for one in value] if isinstance(value, list) else value
-
-
-@contextlib.contextmanager
-def _random_state() -> Iterator[None]:
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
-    with torch.random.fork_rng(devices=list(devices)):
-        yield

@@ -19,7 +19,7 @@ from fastguard.schedules.scheduler_state import changed, signature
 class Scheduling:
     """`scheduler` is the original behind the pipeline's shadow; `schedule` is None until `compile`.
 
-    first_row: of the schedule, at which the loop begins. stepped: what the scheduler's own step() gave last, where it runs.
+    first_row: of the schedule, at which the loop begins. stepped: the latents that the last step gave.
     callback: somebody may change the latents between two steps.
     scales_input: whether the pipeline's loop scales the model input (`Family`).
     """
@@ -44,16 +44,16 @@ class Scheduling:
         return result
 
     @property
-    def begin_index(self) -> int | None:
-        """Row at which the loop begins, where somebody has said so already (`set_begin_index`)."""
-        begin = getattr(self.scheduler, "_begin_index", None)
-        return None if begin is None else int(begin)
+    def told_row(self) -> int | None:
+        """Row at which the loop begins, where `set_begin_index` has said so already."""
+        row = getattr(self.scheduler, "_begin_index", None)
+        return None if row is None else int(row)
 
-    def compile(self, begin: int, own_step: str | None, pipe: Any) -> Schedule:
-        """The table of rows from `begin` on. `own_step`: why the scheduler's own step() must run, whatever the table can do."""
-        self.first_row = begin
+    def compile(self, row: int, own_step: str | None, pipe: Any) -> Schedule:
+        """The table from `row` on. `own_step`: why the scheduler's own step() must run, whatever the table can do."""
+        self.first_row = row
         self._step_kwargs = self._expected_arguments(pipe)
-        schedule = compile_schedule(self._on_host(), step_kwargs=self._step_kwargs, begin_index=begin)
+        schedule = compile_schedule(self._on_host(), step_kwargs=self._step_kwargs, begin_index=row)
         if not self.scales_input:
             rows = schedule.rows.clone()
             rows[:, Row.S] = 1.0
@@ -72,13 +72,13 @@ class Scheduling:
         arguments = pipe.prepare_extra_step_kwargs(self.arguments.get("generator"), self.arguments.get("eta", 0.0))
         return _relevant(arguments)
 
-    def begin_at(self, timestep: Any) -> int:
-        """Row of the schedule at which this loop begins (image-to-image and denoising_start begin late).
+    def row_of(self, timestep: Any) -> int:
+        """Row of the schedule at which a loop with this first timestep begins (image-to-image and denoising_start begin late).
 
         The loop's timesteps are views of `scheduler.timesteps`, so their offset tells without reading the device.
         """
-        if self.begin_index is not None:
-            return self.begin_index
+        if self.told_row is not None:
+            return self.told_row
         timesteps = self.scheduler.timesteps
         tensors = isinstance(timestep, torch.Tensor) and isinstance(timesteps, torch.Tensor)
         if tensors and torch._C._is_alias_of(timestep, timesteps):  # type: ignore[attr-defined]
@@ -130,11 +130,6 @@ class Scheduling:
     def passes_generator(self, pipe: Any) -> bool:
         """Whether the pipeline hands its generator to scheduler.step, where stock draws."""
         return "generator" in self._accepted and hasattr(pipe, "prepare_extra_step_kwargs")
-
-    def keep_step_index(self, row: int) -> None:
-        """Inpaint pipelines call scheduler.add_noise, which looks at the step index that the scheduler's own step() would have kept."""
-        if hasattr(self.scheduler, "_step_index"):
-            self.scheduler._step_index = self.first_row + row
 
 
 def _relevant(step_kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -36,11 +36,13 @@ def collect_gate_statistics(
     if "negative_prompt" in call:
         call["negative_prompt"] = [call["negative_prompt"]] * len(work)
     numbers = range(seed, seed + len(work))
-    found = list(observe(pipe, work, numbers, gate_steps=gate_steps, batch_size=batch_size, progress=progress, **call))
+    found = list(
+        early_reports(pipe, work, numbers, gate_steps=gate_steps, batch_size=batch_size, progress=progress, **call)
+    )
     return [max(image.gate["rms"] for image in found[i : i + seeds]) for i in range(0, len(work), seeds)]
 
 
-def observe(
+def early_reports(
     pipe: Any,
     prompt: Sequence[str],
     seeds: Sequence[int],

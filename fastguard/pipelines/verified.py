@@ -19,7 +19,7 @@ def checked(pipe: Any, family: Family | OwnFamily, values: Mapping[str, Any], st
     RuntimeError with what the probe found, where it contradicts; TypeError where nothing can be inferred.
     """
     if family.name == UNKNOWN.name:
-        return infer(pipe, _named(values), stock_call)
+        return infer(pipe, values, stock_call)
     found = examined(pipe, family, values, stock_call).contradictions()
     if found:
         raise RuntimeError(f"{type(pipe).__name__}: the guard does not know this loop: {found[0]}")
@@ -29,12 +29,8 @@ def checked(pipe: Any, family: Family | OwnFamily, values: Mapping[str, Any], st
 def examined(pipe: Any, family: Family | OwnFamily, values: Mapping[str, Any], stock_call: Callable[..., Any]) -> Probe:
     """A probe of the call, held against the family (UNKNOWN: against the inferred one)."""
     if family.name == UNKNOWN.name:
-        family = infer(pipe, _named(values), stock_call)
-    return probe(pipe, _named(values), in_own_terms(family), stock_call)
-
-
-def _named(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if name not in ("self", "args", "kwargs")}
+        family = infer(pipe, values, stock_call)
+    return probe(pipe, values, in_own_terms(family), stock_call)
 
 
 def in_own_terms(family: Family | OwnFamily) -> OwnFamily:
@@ -46,7 +42,7 @@ def in_own_terms(family: Family | OwnFamily) -> OwnFamily:
     )
 
 
-def denoisers_of(pipe: Any) -> tuple[str, ...]:
+def likely_denoisers(pipe: Any) -> tuple[str, ...]:
     """The names under which the pipeline may have denoisers. TypeError if there is none."""
     names = tuple(one for one in DENOISERS if getattr(pipe, one, None) is not None)
     if not names:
@@ -59,7 +55,7 @@ def denoisers_of(pipe: Any) -> tuple[str, ...]:
 def infer(pipe: Any, arguments: Mapping[str, Any], stock_call: Callable[..., Any] | None = None) -> OwnFamily:
     """The family of a pipeline that nobody declared, from its probe. TypeError if its combination is not linear in two branches."""
     name = type(pipe).__name__
-    denoisers = denoisers_of(pipe)
+    denoisers = likely_denoisers(pipe)
     known = {*inspect.signature(stock_call or type(pipe).__call__).parameters, *arguments}
     scale = "true_cfg_scale" if "true_cfg_scale" in known else "guidance_scale"
     problem = f"its call has no {scale}"

@@ -199,3 +199,14 @@ def test_options_for_a_denoiser_that_the_pipeline_runs_are_refused():
     with fastguard.enable(pipe, "cfg", capture="step") as guard:
         run(EVERY["flux"], pipe, EVERY["flux"].guided())
     assert guard.report.reason == "capture='step' became 'off': the pipeline runs its denoiser itself"
+
+
+def test_latents_that_a_callback_cuts_are_refused():
+    """Also where the pipeline combines the branches itself."""
+    tiny, pipe = EVERY["wan"], EVERY["wan"].make()
+
+    def callback(pipe, row, timestep, given):
+        return {"latents": given["latents"][..., : given["latents"].shape[-1] // 2]}
+
+    with fastguard.enable(pipe, "cfg"), pytest.raises(ValueError, match=r"latents became .* that began with"):
+        run(tiny, pipe, tiny.guided(), callback_on_step_end=callback)

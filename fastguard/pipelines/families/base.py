@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 Arguments = Mapping[str, Any]
 # What a callback may ask for and no fused call has: the pipeline's own guidance arithmetic runs on placeholders.
 _UNSEEN = {"noise_pred", "noise_pred_text", "noise_pred_uncond"}
+
+
+class Said(NamedTuple):
+    """What a pipeline says of guidance right now; a callback may change it. on: whether it runs both branches."""
+
+    on: bool
+    scale: float
+    rescale: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,16 +42,10 @@ class Family:
     def denoisers(self) -> tuple[str, ...]:
         return (self.denoiser,)
 
-    def guided(self, pipe: Any, arguments: Arguments) -> bool:
-        """Whether the pipeline runs both branches right now. Callbacks may change it in the middle of a call."""
-        return bool(pipe.do_classifier_free_guidance)
-
-    def guidance_scale(self, pipe: Any, arguments: Arguments) -> float:
-        """The guidance scale in force right now."""
-        return float(pipe.guidance_scale)
-
-    def guidance_rescale(self, pipe: Any, arguments: Arguments) -> float:
-        return float(getattr(pipe, "guidance_rescale", 0.0) or 0.0)
+    def guidance(self, pipe: Any, arguments: Arguments) -> Said:
+        """Right now."""
+        rescale = getattr(pipe, "guidance_rescale", 0.0) or 0.0
+        return Said(bool(pipe.do_classifier_free_guidance), float(pipe.guidance_scale), float(rescale))
 
     def refusal(self, pipe: Any, arguments: Arguments) -> str | None:
         """Why this call cannot be guarded although the class can; names the argument."""

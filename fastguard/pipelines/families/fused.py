@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastguard.pipelines.families.base import Arguments, Family
+from fastguard.pipelines.families.base import Arguments, Family, Said
 
 
 class FixedScale(Family):
     """Pipelines that combine with their argument and never look at themselves again: a callback cannot change the scale."""
 
-    def guidance_scale(self, pipe: Any, arguments: Arguments) -> float:
-        return float(arguments["guidance_scale"])
-
-    def guidance_rescale(self, pipe: Any, arguments: Arguments) -> float:
-        return float(arguments.get("guidance_rescale") or 0.0)
+    def guidance(self, pipe: Any, arguments: Arguments) -> Said:
+        rescale = arguments.get("guidance_rescale") or 0.0
+        return Said(bool(pipe.do_classifier_free_guidance), float(arguments["guidance_scale"]), float(rescale))
 
 
 class _StableDiffusion3(Family):
@@ -30,12 +28,13 @@ class _StableDiffusion3(Family):
         return super().refusal(pipe, arguments)
 
 
-class _PixArt(FixedScale):
+class _PixArt(Family):
     """The transformer also predicts a variance (channels beyond the latents'), which is not guided."""
 
-    # Whether there are two branches is not kept on these pipelines either.
-    def guided(self, pipe: Any, arguments: Arguments) -> bool:
-        return self.guidance_scale(pipe, arguments) > 1.0
+    def guidance(self, pipe: Any, arguments: Arguments) -> Said:
+        """Nothing of it is kept on these pipelines."""
+        scale = float(arguments["guidance_scale"])
+        return Said(scale > 1.0, scale, 0.0)
 
     def own_step(self, arguments: Arguments, rows: int) -> str | None:
         if rows == 1 or arguments.get("num_inference_steps") == 1:

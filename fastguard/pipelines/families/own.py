@@ -72,8 +72,13 @@ class OwnFamily:
         """Components that a probe of the loop puts in place of the pipeline's."""
         return {}
 
-    def in_step(self, pipe: Any, output: Any, sample: torch.Tensor, given: Mapping[str, Any]) -> torch.Tensor:
-        """A denoiser's output in the space of `scheduler.step`, whose sample (of one branch) is `sample`."""
+    def in_step(self, pipe: Any, result: Any, sample: torch.Tensor, given: Mapping[str, Any]) -> torch.Tensor:
+        """The tensor (or list of one per row) in what a denoiser returned, in the space of `scheduler.step`, whose sample (of one branch)
+        is `sample`."""
+        # diffusers' outputs are dicts whose first item is [0]
+        output = result[0] if isinstance(result, (tuple, dict)) else getattr(result, "sample", result)
+        if isinstance(output, (list, tuple)):
+            output = torch.stack(list(output))
         if self.to_step is not None:
             output = self.to_step(pipe, output, given)
         elif output.ndim > 1 and output.shape[1] > sample.shape[1]:
