@@ -22,7 +22,7 @@ from bench.paper.parallel import workers
 from bench.paper.request import Request
 from bench.paper.store import Store
 from bench.paper.work import Made, Unit, ahead, make, run, units
-from fastguard.batch.conveyor import out_of_memory
+from fastguard.batch.local import out_of_memory
 from fastguard.pipelines import loading as models
 from fastguard.pipelines.quiet import quiet
 

@@ -1,22 +1,16 @@
 """Batch generation: prompt files in, images and a manifest out.
 
+    prompts -> rows (tables) -> requests (prompt_files, request) -> batches (planning) -> images (maker) -> files (store) -> manifest
+
 options       all options of `generate`, once
-request       one image to make: the fields of a prompt file, checked
-tables        txt, csv, jsonl, parquet, lists and DataFrames to rows
-prompt_files  rows to requests, with the line of what is wrong
-screening     what a model has memorized: a statistic per prompt
+task          `fastguard.generate`: checks a job and runs it
+job           a job: refuse, resume, run, commit, summarize
+local         the loop over batches in this process; ray_runner: the same in each actor of a Ray cluster
 fitting       what a model allows a request to be
-planning      requests to batches of one shape; what is left of them after a crash
-maker         a batch by one call of a guarded pipeline
-conveyor      many batches, and their files beside them; what to do when memory is short
-local         runs them in this process, ray_runner on the actors of a Ray cluster
+screening     what a model has memorized: a statistic per prompt
 cuts          what of a prompt no text encoder reads
 pictures      PNG, JPEG and WebP bytes with the record of the image inside
-sheet         contact sheet
-store         a directory of images, or WebDataset shards; growing: files that only grow
-manifest      the append-only list of what is done
-claim         an output directory belongs to one job; names: ids that would be one file
+growing       files that only grow: the manifest, shards
 signals       SIGTERM and SIGINT end a run in good order
-job           all of it: refuse, resume, run, commit, summarize
-task          `fastguard.generate`, and the job that it prepares
+summary       report.json, the summary, the contact sheet
 """

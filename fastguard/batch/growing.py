@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
+
+from fastguard.files import finite
 
 
 class Growing:
-    """The file at `path` (made if missing), cut to `end` bytes if given."""
+    """The file at `path` (made if missing), cut to `end` bytes."""
 
-    def __init__(self, path: Path, end: int | None = None) -> None:
+    def __init__(self, path: Path, end: int) -> None:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
-        self._file = os.fdopen(handle, "r+b", buffering=0)
-        size = self._file.seek(0, os.SEEK_END)
-        self.end = size if end is None else end
-        if self.end != size:
-            self._file.truncate(self.end)
+        self._file, self.end = os.fdopen(handle, "r+b", buffering=0), end
+        self._file.truncate(end)
 
     def append(self, data: bytes) -> int:
         """Append, flush to the disk, return the offset. On an OSError (disk full) the file is as it was before."""
@@ -35,12 +37,33 @@ class Growing:
         self._file.close()
 
 
+class JsonLines(Growing):
+    """JSON objects, a line each. A crash can leave a last line without its end: it is cut off before anything is appended."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, sum(map(len, whole_lines(path))))
+
+    def add(self, records: Iterable[Mapping[str, Any]]) -> None:
+        self.append(b"".join(json_bytes(record) + b"\n" for record in records))
+
+
+def whole_lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file, but for a last one without its end; none if there is no file."""
+    if path.exists():
+        with path.open("rb") as file:
+            yield from (line for line in file if line.endswith(b"\n"))
+
+
+def json_bytes(record: Mapping[str, Any]) -> bytes:
+    """What is not finite becomes null."""
+    return json.dumps(finite(record), allow_nan=False, ensure_ascii=False).encode()
+
+
 def sync_directory(path: Path) -> None:
     """Make sure that the names in a directory are on the disk."""
-    if os.name != "posix":  # Windows cannot, and need not
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    if os.name == "posix":  # Windows cannot, and need not
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -6,14 +6,14 @@ import inspect
 import json
 import time
 from collections.abc import Sequence
-from typing import Any, TypedDict
+from typing import Any
 
 import diffusers
 import torch
 from PIL import Image
 
 from fastguard import __version__
-from fastguard.batch.cuts import Cuts
+from fastguard.batch.cuts import cuts
 from fastguard.batch.planning import arguments
 from fastguard.batch.request import Request
 from fastguard.batch.screening import Key, decided, key, statistics
@@ -23,15 +23,11 @@ from fastguard.pipelines.guard import Guard, enable
 from fastguard.policies.policy import Policy
 
 VERSIONS = {"fastguard": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
-
-
-class Verdict(TypedDict):
-    """Of a screened prompt: whether its mean over so many noises reaches the bound."""
-
-    flagged: bool
-    mean: float
-    bound: float
-    noises: int
+_REQUESTED = ("id", "remake_of", "prompt", "negative_prompt", "seed", "steps")
+_REPORTED = (
+    "policy_hash", "transition_step", "transition_timestep", "minimum_timestep", "margin", "forced", "gate", "collapse", "suspect",
+    "non_finite", "d_curve", "share_curve", "timesteps", "denoiser_rows", "path", "reason",
+)  # fmt: skip
 
 
 class Maker:
@@ -46,8 +42,7 @@ class Maker:
         self.pipe, self.settings = pipe, settings
         self.guard = enable(pipe, "cfg")
         self.guard.steps_checked = True  # by the task, for all policies of the job
-        self.device = pipe._execution_device  # walks through all modules: asked once
-        self._cuts = Cuts(pipe)
+        self.device = str(pipe._execution_device)  # walks through all modules: asked once
         self._means: dict[tuple[Key, int], float] = {}  # of screened prompts
         self._scale = inspect.signature(type(pipe).__call__).parameters["guidance_scale"].default
 
@@ -64,40 +59,40 @@ class Maker:
     def make(self, batch: Sequence[Request]) -> list[tuple[Image.Image, dict[str, Any]]]:
         """Image and record of requests of one `planning.shape`, each with its own seed, scale and policy."""
         first = batch[0]
-        verdicts = self._screened(batch)
+        screens = self._screened(batch)
         policies = [
-            request.policy if verdict is None else decided(request.policy, verdict["flagged"])
-            for request, verdict in zip(batch, verdicts, strict=True)
+            request.policy if screen is None else decided(request.policy, screen["flagged"])
+            for request, screen in zip(batch, screens, strict=True)
         ]
         self.guard.policy = policies[0] if len(set(policies)) == 1 else Policy.stack(policies)
         by_call = guard_disabled() or not first.guided  # else the policies have the scales
-        scale = first.stock_scale if by_call else None
-        self._cuts.read(text for request in batch for text in (request.prompt, request.negative_prompt))
+        ends = cuts(self.pipe, (text for request in batch for text in (request.prompt, request.negative_prompt)))
         begin = time.perf_counter()
         output = self.pipe(
-            **arguments(batch),
-            **({} if scale is None else {"guidance_scale": scale}),
+            **arguments(batch, scale=first.stock_scale if by_call else None),
             # On the host: the same noise on every device, and for an image whatever batch it is in.
             generator=[torch.Generator("cpu").manual_seed(request.seed) for request in batch],
             output_type="pt",
         )
         images, finite = _pictures(self.pipe, output.images)  # waits for the device
         seconds = (time.perf_counter() - begin) / len(batch)
+        shared = {"batch": len(batch), "seconds": round(seconds, 6), "device": self.device, "versions": VERSIONS}
         blacked = getattr(output, "nsfw_content_detected", None) or [False] * len(batch)
         reports = [None] * len(batch) if guard_disabled() else self.guard.report.images  # type: ignore[union-attr]
-        return [
-            (
-                image,
-                self._record(request, policy, image, report)
-                | {"screen": verdict, "blacked": bool(black), "vae_non_finite": not whole}
-                | {"batch": len(batch), "seconds": round(seconds, 6), "device": str(self.device), "versions": VERSIONS},
-            )
-            for request, policy, verdict, image, report, black, whole in zip(
-                batch, policies, verdicts, images, reports, blacked, finite, strict=True
-            )
-        ]
+        made = []
+        for i, request in enumerate(batch):
+            record = self._record(request, policies[i], images[i], reports[i])
+            told = {
+                "prompt_cut": ends.get(request.prompt, ""),
+                "negative_prompt_cut": ends.get(request.negative_prompt or "", ""),
+                "screen": screens[i],
+                "blacked": bool(blacked[i]),
+                "vae_non_finite": not finite[i],
+            }
+            made.append((images[i], record | told | shared))
+        return made
 
-    def _screened(self, batch: Sequence[Request]) -> list[Verdict | None]:
+    def _screened(self, batch: Sequence[Request]) -> list[dict[str, Any] | None]:
         """What the means of the images' prompts say, where they are to be screened. A prompt is measured once."""
         if batch[0].screen is None or guard_disabled():
             return [None] * len(batch)
@@ -107,22 +102,15 @@ class Maker:
             values = statistics(self.pipe, new, noises, most=len(batch))
             self._means |= {(key(r), noises): sum(own) / noises for r, own in zip(new, values, strict=True)}
         means = [self._means[key(request), noises] for request in batch]
-        return [Verdict(flagged=mean >= bound, mean=mean, bound=bound, noises=noises) for mean in means]
+        return [{"flagged": mean >= bound, "mean": mean, "bound": bound, "noises": noises} for mean in means]
 
-    def _record(
-        self, request: Request, policy: Policy, image: Image.Image, report: ImageReport | None
-    ) -> dict[str, Any]:
+    def _record(self, request: Request, policy: Policy, image: Any, report: ImageReport | None) -> dict[str, Any]:
         """The manifest's line, and what an image's file says about itself. A field has one type in all images."""
         own: Any = policy.guidance_scale
         scale = next(s for s in (request.guidance_scale, own, self._scale) if s is not None)
         return {
-            "id": request.id,
             "request": request.digest(self.settings),
-            "remake_of": request.remake_of,
-            "prompt": request.prompt,
-            "negative_prompt": request.negative_prompt,
-            "seed": request.seed,
-            "steps": request.steps,
+            **{name: getattr(request, name) for name in _REQUESTED},
             "guidance_scale": None if isinstance(own, tuple) else float(scale),  # None if the policy has one per row
             "policy": policy.name,
             "policy_json": json.dumps(policy.to_dict()),
@@ -133,15 +121,7 @@ class Maker:
             **{name: _told(report, name) for name in _REPORTED},
             "gate_text": report and report.gate_text(),
             "transition_text": report and report.transition_text(),
-            "prompt_cut": self._cuts[request.prompt],
-            "negative_prompt_cut": self._cuts[request.negative_prompt],
         }
-
-
-_REPORTED = (
-    "policy_hash", "transition_step", "transition_timestep", "minimum_timestep", "margin", "forced", "gate", "collapse", "suspect",
-    "non_finite", "d_curve", "share_curve", "timesteps", "denoiser_rows", "path", "reason",
-)  # fmt: skip
 
 
 def _told(report: ImageReport | None, name: str) -> Any:

@@ -1,72 +1,103 @@
-"""The append-only list of finished images: manifest.jsonl, one line per image, and the only thing that says what is done.
+"""What an output directory says of itself: whose it is (settings.json), who works in it (a lock), what is done (manifest.jsonl).
 
-A line is written after the image it speaks of is safe. A crash can leave at most a last line without its end: it is cut off before
-anything is appended, and its image is found again by its file or made again.
+The manifest is append-only, a line per finished image, and the only thing that says what is done. A line is written after the image it
+speaks of is safe; an image whose line a crash tore off is found again by its file or made again.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fastguard.batch.growing import Growing
-from fastguard.files import finite
+from fastguard.batch.growing import whole_lines
+from fastguard.files import read_json, write_json
 
 NAME = "manifest.jsonl"
-_INDEXED = ("request", "file", "offset", "bytes", "mtime_ns", "sha256")
+SETTINGS, LOCK = "settings.json", ".lock"
+FORMAT = "fastguard_generate"
+"""The key of the settings that says whose they are; its value is the version of what a run writes."""
+INDEXED = ("request", "file", "offset", "bytes", "mtime_ns", "sha256")
+BOOKS = {SETTINGS, NAME, "rejected.jsonl", "report.json"}
 
 
-class Manifest:
-    """The manifest in `directory`. Reading needs no lock; `open` for appending, by one process at a time."""
-
-    def __init__(self, directory: Path) -> None:
-        self.path = directory / NAME
-        self._file: Growing | None = None
-
-    def lines(self) -> Iterator[dict[str, Any]]:
-        """Every complete line, oldest first. ValueError with the line's number if one is damaged."""
-        if not self.path.exists():
-            return
-        with self.path.open("rb") as file:
-            for number, raw in enumerate(file, 1):
-                if not raw.endswith(b"\n"):
-                    return  # torn by a crash
-                try:
-                    line = json.loads(raw)
-                    if not isinstance(line, dict) or not isinstance(line.get("id"), str):
-                        raise ValueError("is not an object with an id")
-                except ValueError as error:
-                    raise ValueError(
-                        f"{self.path}: line {number} is damaged ({error}); remove it to have its image made again"
-                    ) from None
-                yield line
-
-    def index(self) -> dict[str, dict[str, Any]]:
-        """Per id what says whether its image is still there and the same: of its last line, an image made again has two."""
-        return {line["id"]: {key: line[key] for key in _INDEXED if key in line} for line in self.lines()}
-
-    def open(self) -> None:
-        """Begin to append; a torn last line is cut off."""
-        self._file = Growing(self.path, _end_of_lines(self.path))
-
-    def append(self, lines: Sequence[dict[str, Any]]) -> None:
-        """Append and flush to the disk. On an OSError (disk full) the manifest is as it was before."""
-        if self._file is None:
-            raise RuntimeError("the manifest is not open")
-        texts = [json.dumps(finite(line), allow_nan=False, ensure_ascii=False) for line in lines]
-        self._file.append("".join(text + "\n" for text in texts).encode())
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+def check(out: Path, settings: dict[str, Any]) -> None:
+    """ValueError if `out` holds something else or images of other settings (the message says which). Writes nothing."""
+    there = next(path for path in (out, *out.parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"out={there}: is a file, must be a directory")
+    names = {path.name for path in out.glob("[!.]*")}
+    if not names:
+        return
+    if SETTINGS not in names:
+        raise ValueError(f"out={out}: is not empty and has no {SETTINGS}; choose another directory")
+    before = read_json(out / SETTINGS)
+    listed = NAME in names and (out / NAME).stat().st_size
+    if isinstance(before, dict) and FORMAT in before and names <= BOOKS and not listed:
+        return  # of a run that made no image: it pins nothing
+    if found := list(differences(before, settings)):
+        raise ValueError(f"out={out}: was made with other settings: {'; '.join(found)}")
 
 
-def _end_of_lines(path: Path) -> int:
-    """Length of a file without what follows its last line feed."""
-    if not path.exists():
-        return 0
-    with path.open("rb") as file:
-        return sum(len(line) for line in file if line.endswith(b"\n"))
+def check_free(out: Path) -> None:
+    """ValueError if another process works in `out`."""
+    if (out / LOCK).exists():
+        with _locked(out / LOCK):
+            pass
+
+
+@contextmanager
+def claim(out: Path, settings: dict[str, Any]) -> Iterator[None]:
+    """Make `out`, for which `check` was passed, this process' directory for as long as the context lasts."""
+    out.mkdir(parents=True, exist_ok=True)
+    with _locked(out / LOCK):
+        check(out, settings)  # another process may have been here
+        if not (out / SETTINGS).exists() or read_json(out / SETTINGS) != settings:
+            write_json(out / SETTINGS, settings)
+        yield
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold `path` against other processes. The system lets go of it when this process ends, however it ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: two runs into one directory are the user's own risk
+        yield
+        return
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"out={path.parent}: another process is writing there") from None
+        yield
+
+
+def differences(there: Any, here: Any, name: str = "") -> Iterator[str]:
+    """What two JSON values disagree in, in words."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        for key in dict.fromkeys([*here, *there]):
+            yield from differences(there.get(key), here.get(key), f"{name}.{key}" if name else key)
+    elif there != here:
+        yield f"{name} is {json.dumps(there)} there, {json.dumps(here)} here"
+
+
+def lines(out: Path) -> Iterator[dict[str, Any]]:
+    """Every complete line of the manifest in `out`, oldest first. ValueError with the line's number if one is damaged."""
+    path = out / NAME
+    for number, raw in enumerate(whole_lines(path), 1):
+        try:
+            line = json.loads(raw)
+            if not isinstance(line, dict) or not isinstance(line.get("id"), str):
+                raise ValueError("is not an object with an id")
+        except ValueError as error:
+            told = f"line {number} is damaged ({error}); remove it to have its image made again"
+            raise ValueError(f"{path}: {told}") from None
+        yield line
+
+
+def index(out: Path) -> dict[str, dict[str, Any]]:
+    """Per id what says whether its image is still there and the same: of its last line, an image made again has two."""
+    return {line["id"]: {key: line[key] for key in INDEXED if key in line} for line in lines(out)}

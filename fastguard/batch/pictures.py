@@ -5,14 +5,12 @@ from __future__ import annotations
 import io
 import json
 import os
-from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from fastguard import checks
-from fastguard.batch.options import FORMATS, METADATA, JobOptions
+from fastguard.batch.options import JobOptions
 from fastguard.files import finite
 
 ENDINGS = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
@@ -23,67 +21,32 @@ _LARGEST_COMMENT = 65_000  # bytes: a JPEG segment holds 65,533
 _BULKY = ("d_curve", "share_curve", "timesteps")
 
 
-@dataclass(frozen=True)
-class Picture:
-    """How images are encoded. quality: of jpeg and webp, 1 to 100; png is lossless.
+def encode(image: Image.Image, record: dict[str, Any], options: JobOptions) -> bytes:
+    """The file's bytes in the options' format, quality (95 unless given; png is lossless) and metadata.
 
-    metadata: "full", the whole record is in the file; "id", the image's id and its request's digest alone; "none".
+    metadata: "full", the whole record is in the file; "id", the image's id and its request's digest alone; "none". A JPEG whose record
+    is too long for it is left without the curves, and in the end with what "id" says.
     """
-
-    format: str = "png"
-    quality: int = 95
-    metadata: str = "full"
-
-    def __post_init__(self) -> None:
-        checks.choice("format", self.format, FORMATS)
-        checks.integer("quality", self.quality, 1, 100)
-        checks.choice("metadata", self.metadata, METADATA)
-
-    @classmethod
-    def of(cls, options: JobOptions) -> Picture:
-        return cls(options.format, 95 if options.quality is None else options.quality, options.metadata)
-
-    @property
-    def ending(self) -> str:
-        return ENDINGS[self.format]
-
-    def encode(self, image: Image.Image, record: dict[str, Any]) -> bytes:
-        """The file's bytes. A JPEG whose record is too long for it is left without the curve, and in the end without a record."""
-        if self.metadata == "id":
-            record = _named(record)
-        said = self.metadata != "none"
-        buffer = io.BytesIO()
-        if self.format == "png":
-            image.save(buffer, format="PNG", pnginfo=_png_text(record) if said else None)
-        else:
-            exif = Image.Exif()
-            if said:
-                exif.get_ifd(_EXIF_IFD)[_COMMENT] = _comment(
-                    record, None if self.format == "webp" else _LARGEST_COMMENT
-                )
-            image.convert("RGB").save(buffer, format=self.format.upper(), quality=self.quality, exif=exif)
+    named = {"id": record.get("id"), "request": record.get("request")}
+    slim = {key: value for key, value in record.items() if key not in _BULKY}
+    records = {"full": [record, slim, named], "id": [named], "none": []}[options.metadata]
+    texts = (json.dumps(finite(candidate), allow_nan=False) for candidate in records)
+    kind, buffer = options.format, io.BytesIO()
+    if kind == "png":
+        info = PngInfo()
+        if options.metadata == "full":
+            info.add_itxt(PARAMETERS, parameters(record))
+        if records:
+            info.add_itxt(CHUNK, next(texts))
+        image.save(buffer, format="PNG", pnginfo=info)
         return buffer.getvalue()
-
-
-def _named(record: dict[str, Any]) -> dict[str, Any]:
-    return {"id": record.get("id"), "request": record.get("request")}
-
-
-def _comment(record: dict[str, Any], most: int | None) -> bytes:
-    short = {key: value for key, value in record.items() if key not in _BULKY}
-    for candidate in (record, short, _named(record)):
-        comment = _ASCII + json.dumps(finite(candidate), allow_nan=False).encode("ascii")
-        if most is None or len(comment) <= most:
+    exif = Image.Exif()
+    for text in texts:
+        exif.get_ifd(_EXIF_IFD)[_COMMENT] = _ASCII + text.encode("ascii")
+        if kind == "webp" or len(text) <= _LARGEST_COMMENT - len(_ASCII):
             break
-    return comment
-
-
-def _png_text(record: dict[str, Any]) -> PngInfo:
-    info = PngInfo()
-    if "prompt" in record:
-        info.add_itxt(PARAMETERS, parameters(record))
-    info.add_itxt(CHUNK, json.dumps(finite(record), allow_nan=False))
-    return info
+    image.convert("RGB").save(buffer, format=kind.upper(), quality=options.quality or 95, exif=exif)
+    return buffer.getvalue()
 
 
 def parameters(record: dict[str, Any]) -> str:
@@ -99,13 +62,9 @@ def parameters(record: dict[str, Any]) -> str:
         "Guard gate": record["gate_text"],
         "Guard transition": record["transition_text"],
     }
-    lines = [
-        record["prompt"],
-        *([f"Negative prompt: {record['negative_prompt']}"] if record["negative_prompt"] else []),
-    ]
-    return "\n".join(
-        [*lines, ", ".join(f"{name}: {_quoted(value)}" for name, value in values.items() if value not in (None, ""))]
-    )
+    negative = [f"Negative prompt: {record['negative_prompt']}"] if record["negative_prompt"] else []
+    told = ", ".join(f"{name}: {_quoted(value)}" for name, value in values.items() if value not in (None, ""))
+    return "\n".join([record["prompt"], *negative, told])
 
 
 def _quoted(value: Any) -> str:

@@ -22,8 +22,8 @@ def shape(request: Request) -> tuple[Any, ...]:
     return request.steps, request.height, request.width, request.guided, text, request.screen, scale
 
 
-def arguments(batch: Sequence[Request]) -> dict[str, Any]:
-    """What a call of the pipeline for requests of one shape takes from them, but for seeds and scales."""
+def arguments(batch: Sequence[Request], scale: float | None = None) -> dict[str, Any]:
+    """What a call of the pipeline for requests of one shape takes from them, but for seeds; scale: that of the call, if it has one."""
     first = batch[0]
     given = {
         "prompt": [request.prompt for request in batch],
@@ -31,6 +31,7 @@ def arguments(batch: Sequence[Request]) -> dict[str, Any]:
         "num_inference_steps": first.steps,
         "height": first.height,
         "width": first.width,
+        "guidance_scale": scale,
     }
     return {name: value for name, value in given.items() if value is not None}
 
@@ -41,8 +42,7 @@ def plan(
     """Batches of at most `batch_size` of the requests that are not done.
 
     The plan is made for all requests first. A batch of which nothing is done stays as it is, so its images get the same bits as in
-    a run that was never interrupted; what is left of the others is put together anew. Within a shape, images that need only one
-    branch of the denoiser in their first steps (a static transition) come together, so that the other branch is not run for them.
+    a run that was never interrupted; what is left of the others is put together anew.
     """
     whole, left = [], []
     for batch in _grouped(requests, batch_size):
@@ -58,15 +58,4 @@ def _grouped(requests: Sequence[Request], batch_size: int) -> list[Batch]:
     groups: dict[tuple[Any, ...], Batch] = {}
     for request in requests:
         groups.setdefault(shape(request), []).append(request)
-    batches = []
-    for group in groups.values():
-        group.sort(key=_late_start)
-        batches += [group[i : i + batch_size] for i in range(0, len(group), batch_size)]
-    return batches
-
-
-def _late_start(request: Request) -> float:
-    """Sort key: timestep until which one branch is enough; both are needed from the first step on for most policies."""
-    policy: Any = request.policy
-    skips = policy.transition == "static" and policy.gate is None and not policy.monitor
-    return policy.t_star if skips and policy.before in ("zero", "conditional", 0.0, 1.0) else float("inf")
+    return [group[i : i + batch_size] for group in groups.values() for i in range(0, len(group), batch_size)]

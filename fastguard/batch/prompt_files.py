@@ -17,15 +17,14 @@ SHOWN = 20  # problems listed in an error message
 class Source(NamedTuple):
     """What errors call the prompts, and what they count in them."""
 
-    name: str = "prompts"
-    unit: str = "row"
+    name: str
+    unit: str
 
     @classmethod
     def of(cls, prompts: Prompts) -> Source:
         if not isinstance(prompts, (str, os.PathLike)):
-            return cls()
-        name = os.fspath(prompts)
-        return cls(name, "row" if name.lower().endswith(".parquet") else "line")
+            return cls("prompts", "row")
+        return cls(os.fspath(prompts), "row" if os.fspath(prompts).lower().endswith(".parquet") else "line")
 
 
 class BadRows(ValueError):
@@ -33,15 +32,14 @@ class BadRows(ValueError):
 
     def __init__(self, source: Source, problems: list[Problem]) -> None:
         self.problems = problems
-        lines = [f"{source.unit} {p.line}: {p.message}" for p in problems[:SHOWN]]
-        if len(problems) > SHOWN:
-            lines.append(f"... and {len(problems) - SHOWN} more")
+        told = [f"{source.unit} {p.line}: {p.message}" for p in problems[:SHOWN]]
+        told += [f"... and {len(problems) - SHOWN} more"] * (len(problems) > SHOWN)
         count = f"{len(problems)} bad row{'s' * (len(problems) != 1)}"
-        super().__init__("\n  ".join([f"{source.name}: {count}, nothing was done", *lines]))
+        super().__init__("\n  ".join([f"{source.name}: {count}, nothing was done", *told]))
 
 
 def load(prompts: Prompts, options: JobOptions, fields: Sequence[str] = FIELDS) -> tuple[list[Request], list[Problem]]:
-    """The images of `prompts` (see `fastguard.batch.tables.rows`) under `checked` options, and the rows that are bad.
+    """The images of `prompts` (see `fastguard.batch.tables.rows`) under options with a Policy, and the rows that are bad.
 
     fields  those that are read; if they are not all there are, others are ignored
 
@@ -51,30 +49,24 @@ def load(prompts: Prompts, options: JobOptions, fields: Sequence[str] = FIELDS) 
     source = Source.of(prompts)
     base = Path(prompts).parent if isinstance(prompts, (str, os.PathLike)) else Path()
     named_policy.cache_clear()  # a policy file may have changed since the last job of this process
+    strict = fields is FIELDS
     requests: list[Request] = []
     problems: list[Problem] = []
     seen: dict[str, int] = {}
-    count = 0
-    for line, row in rows(prompts, fields, strict=fields is FIELDS):
-        count += 1
+    for index, (line, row) in enumerate(rows(prompts, fields, strict=strict)):
         if isinstance(row, Problem):
             problems.append(row)
             continue
-        if fields is not FIELDS:
-            row = {name: row[name] for name in fields if name in row}
         try:
-            made = parse(row, options, count - 1, line=line, base=base)
+            read = row if strict else {name: row[name] for name in fields if name in row}
+            made = parse(read, options, index, line=line, base=base)
             for request in made:
-                if request.id in seen:
-                    raise ValueError(
-                        f"id={request.id!r}: is that of {source.unit} {seen[request.id]} too; must be unique"
-                    )
+                if (first := seen.setdefault(request.id, line)) != line:
+                    raise ValueError(f"id={request.id!r}: is that of {source.unit} {first} too; must be unique")
+            requests += made
         except ValueError as error:
             problems.append(Problem(line, str(error), row))
-            continue
-        seen.update((request.id, line) for request in made)
-        requests.extend(made)
-    if not count:
+    if not requests and not problems:
         raise ValueError(f"{source.name}: there is no prompt in it")
     if problems and (not options.keep_going or not requests):
         raise BadRows(source, problems)

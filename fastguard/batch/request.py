@@ -36,6 +36,10 @@ _ID = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9._-]{{0,{LONGEST_ID - 1}}}")
 _DEVICES = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?")  # never files on Windows
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 
+# Made and checked once, and not for each of a million rows.
+_replaced = functools.lru_cache(maxsize=4096)(dataclasses.replace)
+_policy_values = functools.lru_cache(maxsize=4096)(Policy.to_dict)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
@@ -73,10 +77,8 @@ class Request:
 
     def identity(self) -> dict[str, Any]:
         """All that decides what the image looks like, apart from the model: two requests with the same id must agree in it."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        del values["id"], values["line"], values["remake_of"]
-        if self.screen is None:
-            del values["screen"]
+        left_out = {"id", "line", "remake_of"} | ({"screen"} if self.screen is None else set())
+        values = {name: value for name, value in vars(self).items() if name not in left_out}
         return values | {"policy": _policy_values(self.policy)}
 
     def digest(self, settings: Mapping[str, Any]) -> str:
@@ -87,27 +89,16 @@ class Request:
 
 def remade(request: Request) -> Request:
     """The image to make in the place of a suspect one: anchored, whatever the gate and the screening say, under an id of its own."""
-    policy, anchored = request.policy, PRESETS["anchored"]
-    return dataclasses.replace(
-        request,
-        id=f"{request.id}-remake",
-        policy=dataclasses.replace(policy, gate=None, gate_steps=1)
-        if policy.anchored
-        else dataclasses.replace(anchored, suspect=policy.suspect, guidance_scale=policy.guidance_scale),
-        screen=None,
-        remake_of=request.id,
-    )
+    policy = request.policy
+    fields: dict[str, Any] = {"suspect": policy.suspect, "guidance_scale": policy.guidance_scale}
+    anchored = ungated(policy) if policy.anchored else dataclasses.replace(PRESETS["anchored"], **fields)
+    own: dict[str, Any] = {"id": f"{request.id}-remake", "remake_of": request.id}
+    return dataclasses.replace(request, policy=anchored, screen=None, **own)
 
 
-def checked(options: JobOptions) -> JobOptions:
-    """`options` with their gate in their policy, checked as what a row gets that does not say otherwise.
-
-    `options.policy` is a Policy here. ValueError names the argument that is not allowed.
-    """
-    if options.gate is not None:
-        options = dataclasses.replace(options, policy=make_policy(options.policy, gate=options.gate))
-    parse({"prompt": "x"}, dataclasses.replace(options, screen=False), 0)
-    return options
+def ungated(policy: Policy) -> Policy:
+    """The policy for an image of which it is known that it is to be guarded."""
+    return dataclasses.replace(policy, gate=None, gate_steps=1)
 
 
 def parse(
@@ -115,42 +106,41 @@ def parse(
 ) -> list[Request]:
     """The `options.images_per_prompt` images of one row: image n takes seed + n. ValueError if a field is unknown or a value is not allowed.
 
-    row    field -> value; None and missing take the option of the same name. Text is taken for a number where a number is needed.
-           `options.gate` is for every row's policy that has a transition and no gate of its own, too
-    index  position of the row, from 0: a row without id is called by it and its seed, e.g. 00003-0
-    base   directory from which paths of policy files are resolved
+    row      field -> value; None and missing take the option of the same name. Text is taken for a number where a number is needed.
+    options  with a Policy; their gate is for every row's policy that guards and has none of its own, too
+    index    position of the row, from 0: a row without id is called by it and its seed, e.g. 00003-0
+    base     directory from which paths of policy files are resolved
     """
-    unknown = [key for key in row if key not in FIELDS]
-    if unknown:
-        near = checks.meant(unknown[0], FIELDS)
-        raise ValueError(f"unknown field {short(unknown[0])}: allowed are {', '.join(FIELDS)}{near}")
+    for key in row:
+        if key not in FIELDS:
+            near = checks.meant(key, FIELDS)
+            raise ValueError(f"unknown field {short(key)}: allowed are {', '.join(FIELDS)}{near}")
     given = {key: _plain(value) for key, value in row.items() if value is not None}
-    prompt = _text("prompt", given.get("prompt"))
-    if not prompt:
-        raise ValueError(f"prompt={short(given.get('prompt'))}: must be text that is not empty")
-    negative = given.get("negative_prompt", options.negative_prompt)
-    width, height = given.get("width", options.width), given.get("height", options.height)
-    first = _count("seed", given.get("seed", options.seed), 0, SEEDS - options.images_per_prompt)
+    values = {name: getattr(options, name, None) for name in FIELDS} | given
+    counts = {name: _numeric(values[name]) for name in ("seed", "steps", "width", "height")}
+    first = checks.integer("seed", counts["seed"], 0, SEEDS - options.images_per_prompt)
+    sides = [(name, counts[name]) for name in ("width", "height")]
+    width, height = (None if side is None else checks.integer(name, side, 8, LARGEST_SIDE) for name, side in sides)
+    negative = values["negative_prompt"]
     chosen, scale = _policy_and_scale(given, options, base)
     shared = Request(
         id="0",
-        prompt=prompt,
+        prompt=_text("prompt", values["prompt"], empty=False),
         policy=chosen,
         negative_prompt=None if negative is None else _text("negative_prompt", negative),
-        steps=_count("steps", given.get("steps", options.steps), 1, MOST_STEPS),
+        steps=checks.integer("steps", counts["steps"], 1, MOST_STEPS),
         guidance_scale=scale,
-        width=None if width is None else _count("width", width, 8, LARGEST_SIDE),
-        height=None if height is None else _count("height", height, 8, LARGEST_SIDE),
+        width=width,
+        height=height,
         screen=screening_bound(chosen) if options.screen and chosen.guarded else None,
         line=line,
     )
     name = _id(given["id"]) if "id" in given else f"{index:05d}"
-    requests = []
-    for seed in range(first, first + options.images_per_prompt):
-        numbered = "id" not in given or options.images_per_prompt > 1
-        own = _id(f"{name}-{seed}") if numbered else name
-        requests.append(dataclasses.replace(shared, id=own, seed=seed))
-    return requests
+    numbered = "id" not in given or options.images_per_prompt > 1
+    return [
+        dataclasses.replace(shared, id=_id(f"{name}-{seed}") if numbered else name, seed=seed)
+        for seed in range(first, first + options.images_per_prompt)
+    ]
 
 
 def _policy_and_scale(given: Mapping[str, Any], options: JobOptions, base: Path) -> tuple[Policy, float | None]:
@@ -162,42 +152,29 @@ def _policy_and_scale(given: Mapping[str, Any], options: JobOptions, base: Path)
         scale = options.guidance_scale
     if scale is None:
         return chosen, None
-    scale = _number("guidance_scale", scale)
+    lowest, highest = RANGES["guidance_scale"]
+    allowed = f"a number from {lowest:g} to {highest:g}"
+    scale = checks.number("guidance_scale", _numeric(scale), allowed, lambda x: lowest <= x <= highest)
     if chosen.guidance_scale is not None:
         raise ValueError(f"guidance_scale={scale:g}: policy {short(chosen.name)} sets its own; give one of the two")
-    if scale <= 1:
-        if chosen.guarded:
-            raise ValueError(
-                f"guidance_scale={scale:g}: must be above 1 under policy {short(chosen.name)}"
-                " (at or below 1 pipelines run no unconditional branch, so there is nothing to guard)"
-            )
-        return chosen, scale
-    return _scaled(chosen, scale), scale
-
-
-@functools.lru_cache(maxsize=4096)
-def _scaled(chosen: Policy, scale: float) -> Policy:
-    """Checked once, and not for each of a million rows."""
-    return dataclasses.replace(chosen, guidance_scale=scale)
-
-
-@functools.lru_cache(maxsize=4096)
-def _policy_values(chosen: Policy) -> dict[str, Any]:
-    return chosen.to_dict()
+    if scale > 1:
+        return _replaced(chosen, guidance_scale=scale), scale
+    if chosen.guarded:
+        raise ValueError(
+            f"guidance_scale={scale:g}: must be above 1 under policy {short(chosen.name)}"
+            " (at or below 1 pipelines run no unconditional branch, so there is nothing to guard)"
+        )
+    return chosen, scale
 
 
 def _policy(value: Any, gate: float | None, base: Path) -> Policy:
-    if isinstance(value, Policy):
-        found = value
+    if isinstance(value, str):
+        value = named_policy(_text("policy", value), base)
     elif isinstance(value, Mapping):
-        found = Policy.from_dict(value)
-    elif isinstance(value, str):
-        _text("policy", value)
-        found = named_policy(value, base)
-    else:
+        value = Policy.from_dict(value)
+    elif not isinstance(value, Policy):
         raise ValueError(f"policy={short(value)}: must be a preset, a path ending in .json, or a policy")
-    gated = gate is not None and found.guarded and found.gate is None
-    return dataclasses.replace(found, gate=gate) if gated else found
+    return _replaced(value, gate=gate) if gate is not None and value.guarded and value.gate is None else value
 
 
 @functools.lru_cache(maxsize=1024)
@@ -208,7 +185,7 @@ def named_policy(name: str, base: Path) -> Policy:
         raise ValueError(f"policy={short(name)}: {error.strerror}") from None
 
 
-def _text(name: str, value: Any) -> str:
+def _text(name: str, value: Any, *, empty: bool = True) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{name}={short(value)}: must be text")
     if not is_unicode(value):
@@ -217,18 +194,20 @@ def _text(name: str, value: Any) -> str:
         raise ValueError(f"{name}={short(value)}: must not hold the control character {found[0]!r}")
     if len(value) > LONGEST_TEXT:
         raise ValueError(f"{name} has {len(value)} characters: at most {LONGEST_TEXT} are allowed")
+    if not empty and not value.strip():
+        raise ValueError(f"{name}={short(value)}: must be text that is not empty")
     return value.strip()
 
 
 def _id(value: Any) -> str:
-    digits = isinstance(value, int) and not isinstance(value, bool) and value.bit_length() < 3 * LONGEST_ID
-    name = str(value) if digits else value
-    if not isinstance(name, str) or not _ID.fullmatch(name) or _DEVICES.fullmatch(name):
-        raise ValueError(
-            f"id={short(value)}: must be 1 to {LONGEST_ID} letters, digits, '_', '-' and '.', beginning with a letter,"
-            " a digit or '_', and not be the name of a device"
-        )
-    return name
+    whole = isinstance(value, int) and not isinstance(value, bool) and value.bit_length() < 3 * LONGEST_ID
+    name = str(value) if whole else value
+    if isinstance(name, str) and _ID.fullmatch(name) and not _DEVICES.fullmatch(name):
+        return name
+    raise ValueError(
+        f"id={short(value)}: must be 1 to {LONGEST_ID} letters, digits, '_', '-' and '.', beginning with a letter, a digit or '_',"
+        " and not be the name of a device"
+    )
 
 
 def _plain(value: Any) -> Any:
@@ -243,12 +222,3 @@ def _numeric(value: Any) -> Any:
             number = float(value)
             value = number if math.isfinite(number) else value
     return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _count(name: str, value: Any, lowest: int, highest: int) -> int:
-    return checks.integer(name, _numeric(value), lowest, highest)
-
-
-def _number(name: str, value: Any) -> float:
-    value, (lowest, highest) = _numeric(value), RANGES[name]
-    return checks.number(name, value, f"a number from {lowest:g} to {highest:g}", lambda x: lowest <= x <= highest)

@@ -13,9 +13,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from fastguard.batch.growing import Growing
+from fastguard.batch.growing import JsonLines, whole_lines
 from fastguard.batch.planning import arguments
-from fastguard.batch.request import Request
+from fastguard.batch.request import Request, ungated
 from fastguard.pipelines.statistics import early_reports
 from fastguard.policies.policy import Policy
 from fastguard.policies.presets import PRESETS
@@ -35,11 +35,9 @@ def statistics(pipe: Any, batch: Sequence[Request], noises: int, *, seed: int = 
     A guard that was on comes back. ValueError for outputs that are not finite.
     """
     each = [request for request in batch for _ in range(noises)]
-    scale = batch[0].stock_scale
-    call = arguments(each) | ({} if scale is None else {"guidance_scale": scale})
     seeds = [seed + k for _ in batch for k in range(noises)]
-    images = early_reports(pipe, seeds=seeds, batch_size=most, **call)
-    values = [image.gate["rms"] for image in images]
+    call = arguments(each, scale=batch[0].stock_scale)
+    values = [image.gate["rms"] for image in early_reports(pipe, seeds=seeds, batch_size=most, **call)]
     return [values[i : i + noises] for i in range(0, len(values), noises)]
 
 
@@ -47,9 +45,7 @@ def elsewhere(request: Request) -> str | None:
     """What to tell of a request whose policy's bound was found with another negative prompt or size; None if there is nothing to tell."""
     known = request.policy.provenance
     own = {name: getattr(request, name) for name in ("negative_prompt", "width", "height")}
-    differ = [
-        f"{name}={known[name]!r}, not {value!r}" for name, value in own.items() if known.get(name, value) != value
-    ]
+    differ = [f"{name}={known[name]!r}, not {own[name]!r}" for name in own if known.get(name, own[name]) != own[name]]
     if not differ or "screen" not in known:
         return None
     return f"policy {request.policy.name!r}: its bound for screening was found with {' and '.join(differ)}"
@@ -58,7 +54,7 @@ def elsewhere(request: Request) -> str | None:
 def decided(policy: Policy, flagged: bool) -> Policy:
     """What an image gets whose prompt was screened: its policy without the gate, or plain guidance."""
     if flagged:
-        return dataclasses.replace(policy, gate=None, gate_steps=1)
+        return ungated(policy)
     return dataclasses.replace(PRESETS["cfg"], guidance_scale=policy.guidance_scale, suspect=policy.suspect)
 
 
@@ -70,28 +66,19 @@ class Journal:
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
-        self.path, self.done = path, dict[tuple[str, str | None], list[float]]()
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        whole = [line for line in lines if line.endswith(b"\n")]  # the last may be torn
-        if whole:
-            head = json.loads(whole[0])
-            if head != {FORMAT: 2, **settings}:
-                raise ValueError(f"{path}: holds values of other settings: {head}; remove it, or screen with those")
-            for line in map(json.loads, whole[1:]):
-                self.done[line["prompt"], line["negative_prompt"]] = line["values"]
-        self._file = Growing(path, sum(map(len, whole)))
-        if not whole:
-            self._append([{FORMAT: 2, **settings}])
+        self.path, head = path, {FORMAT: 2, **settings}
+        lines = [json.loads(line) for line in whole_lines(path)]
+        if lines and lines[0] != head:
+            raise ValueError(f"{path}: holds values of other settings: {lines[0]}; remove it, or screen with those")
+        self.done = {(line["prompt"], line["negative_prompt"]): line["values"] for line in lines[1:]}
+        self._file = JsonLines(path)
+        if not lines:
+            self._file.add([head])
 
     def add(self, found: Iterable[tuple[Request, list[float]]]) -> None:
-        lines = []
-        for request, values in found:
-            self.done[request.prompt, request.negative_prompt] = values
-            lines.append({"prompt": request.prompt, "negative_prompt": request.negative_prompt, "values": values})
-        self._append(lines)
-
-    def _append(self, lines: Iterable[dict[str, Any]]) -> None:
-        self._file.append("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
+        own = {(request.prompt, request.negative_prompt): values for request, values in found}
+        self.done |= own
+        self._file.add({"prompt": prompt, "negative_prompt": text, "values": own[prompt, text]} for prompt, text in own)
 
     def remove(self) -> None:
         self._file.close()

@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-NUMBERS = (signal.SIGTERM, signal.SIGINT)
-
 
 class Interrupted(RuntimeError):
     """A signal ended the run; what is in the manifest is done, and the same call resumes."""
@@ -25,22 +23,20 @@ def interrupting(stop: Callable[[], None]) -> Iterator[None]:
 
     In another thread than the main one signals cannot be caught: then they do what they did.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in NUMBERS}
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)} if main else {}
     stopped: list[int] = []
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
     def handle(number: int, frame: Any) -> None:
         stopped.append(number)
         restore()
         stop()
 
-    for number in NUMBERS:
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    for number in before:
         signal.signal(number, handle)
     try:
         yield

@@ -4,134 +4,154 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
-import os
+import logging
 import tarfile
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fastguard.batch.growing import Growing, sync_directory
-from fastguard.batch.pictures import Picture
+from fastguard.batch.growing import Growing, json_bytes, sync_directory
+from fastguard.batch.pictures import read_record
 from fastguard.batch.request import Request
-from fastguard.files import finite, write_atomic
+from fastguard.batch.tables import Problem
+from fastguard.files import write_atomic
 
-_SHARD = "shard-{:06d}.tar"
+logger = logging.getLogger("fastguard")
+
 _BLOCK = 512
-_TAKEN_OUT = "__damaged__"  # webdataset skips such members
 
-Sample = tuple[int, int, str | None]  # offset, length and sha256 of both members, headers and padding too
+Line = Mapping[str, Any]  # of the manifest
 
 
 @dataclass(frozen=True)
 class Made:
-    """A finished image. record: all that is known of it; data: the encoded file, until it is stored; place: where it then is."""
+    """A finished image. record: all that is known of it, and where it is once it is stored; data: the encoded file until then."""
 
     request: Request
     record: dict[str, Any]
     data: bytes = b""
-    place: dict[str, Any] = field(default_factory=dict)
 
 
 class Directory:
     """An image per file, named by its id."""
 
-    def __init__(self, out: Path, picture: Picture) -> None:
-        self.out, self.picture = out, picture
+    def __init__(self, out: Path, ending: str) -> None:
+        self.out, self.ending = out, ending
 
-    def open(self, lines: Iterable[Mapping[str, Any]]) -> None:
+    def refused(self, requests: Iterable[Request], listed: Iterable[str]) -> list[Problem]:
+        """Requests whose file would be, where case is ignored, that of an earlier one or of an earlier run."""
+        if not ignores_case(self.out):
+            return []
+        # Files that no line speaks of yet are there, too, after a crash.
+        taken = [*listed, *(path.stem for path in self.out.glob(f"*{self.ending}"))]
+        owners = {_same_file(name): name for name in taken}
+        return [
+            Problem.of(request, f"id={request.id!r}: is the same file as id={owner!r} here")
+            for request in requests
+            if (owner := owners.setdefault(_same_file(request.id), request.id)) != request.id
+        ]
+
+    def open(self, lines: Iterable[Line]) -> None:
         """Remove what a killed run left half written."""
         for leftover in self.out.glob(".*.tmp"):
             leftover.unlink()
 
-    def holds(self, line: Mapping[str, Any]) -> bool:
+    def holds(self, line: Line) -> bool:
         """Whether the image of a manifest line is still there, whole. It is read only if the file was touched since."""
         path = self.out / str(line.get("file"))
         try:
             status = path.stat()
-            if status.st_size != line.get("bytes"):
-                return False
-            return status.st_mtime_ns == line.get("mtime_ns") or hashlib.sha256(
-                path.read_bytes()
-            ).hexdigest() == line.get("sha256")
+            if status.st_size == line.get("bytes") and status.st_mtime_ns == line.get("mtime_ns"):
+                return True
+            return _sha256(path.read_bytes()) == line.get("sha256")
         except OSError:
             return False
 
-    def read(self, line: Mapping[str, Any]) -> bytes:
+    def found(self, name: str, digest: str) -> dict[str, Any] | None:
+        """The line of an image that a killed run finished and did not list: its file says itself what it is."""
+        path = self.out / (name + self.ending)
+        record = read_record(path) if path.exists() else None
+        # An id alone is no whole record.
+        if not record or "versions" not in record or (record.get("id"), record.get("request")) != (name, digest):
+            return None
+        return record | self._place(path, path.read_bytes())
+
+    def read(self, line: Line) -> bytes:
         """The image's file, of a manifest line."""
         return (self.out / line["file"]).read_bytes()
 
-    def path(self, request: Request) -> Path:
-        return self.out / (request.id + self.picture.ending)
-
     def prepare(self, made: Made) -> Made:
         """Write the file; from any thread. The manifest does not speak of it yet."""
-        path = self.path(made.request)
+        path = self.out / (made.request.id + self.ending)
         write_atomic(path, made.data)
-        return replace(made, data=b"", place=self.place(path, made.data))
-
-    @staticmethod
-    def place(path: Path, data: bytes) -> dict[str, Any]:
-        """What the manifest says of a file."""
-        digest = hashlib.sha256(data).hexdigest()
-        return {"file": path.name, "bytes": len(data), "mtime_ns": path.stat().st_mtime_ns, "sha256": digest}
+        return replace(made, data=b"", record=made.record | self._place(path, made.data))
 
     def commit(self, made: Sequence[Made]) -> list[dict[str, Any]]:
         """Make sure that the files' names are on the disk too, and return the manifest's lines."""
         sync_directory(self.out)
-        return [m.record | m.place for m in made]
+        return [m.record for m in made]
 
     def close(self) -> None:
         pass
+
+    @staticmethod
+    def _place(path: Path, data: bytes) -> dict[str, Any]:
+        stamp = path.stat().st_mtime_ns
+        return {"file": path.name, "bytes": len(data), "mtime_ns": stamp, "sha256": _sha256(data)}
 
 
 class Shards:
     """WebDataset shards of at most `size` images: per image KEY.png (or .jpg, .webp) and KEY.json with its record, KEY its id.
 
     An image is appended to the last shard and flushed before the manifest says so. After a crash that shard is cut back to what the
-    manifest knows, and goes on. A sample whose bytes are no longer those that were written is made again, at the end.
+    manifest knows, and goes on. Of one whose bytes are no longer those that were written all images are made again, in others.
     """
 
-    def __init__(self, out: Path, picture: Picture, size: int) -> None:
-        self.out, self.picture, self.size = out, picture, size
-        self._index, self._count = -1, size
+    def __init__(self, out: Path, ending: str, size: int) -> None:
+        self.out, self.ending, self.size = out, ending, size
+        self._index, self._count = -1, 0
         self._file: Growing | None = None
-        self._damaged: set[tuple[str, int]] = set()  # shard and offset
 
-    def open(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Read every sample that is recorded, take out what is damaged, and cut off what is not recorded."""
-        samples: dict[str, list[Sample]] = {}
+    def refused(self, requests: Iterable[Request], listed: Iterable[str]) -> list[Problem]:
+        """Requests whose id readers would take for another."""
+        dotted = [request for request in requests if "." in request.id]
+        return [Problem.of(r, f"id={r.id!r}: must have no '.' in a WebDataset shard") for r in dotted]
+
+    def open(self, lines: Iterable[Line]) -> None:
+        """Read every sample that is recorded, set shards with a damaged one aside, and cut off what is not recorded."""
+        samples: dict[str, list[Line]] = {}
         for line in lines:
-            samples.setdefault(line["file"], []).append((line["offset"], line["bytes"], line.get("sha256")))
+            samples.setdefault(line["file"], []).append({key: line[key] for key in ("offset", "bytes", "sha256")})
         for name, own in samples.items():
-            self._damaged.update((name, offset) for offset in _take_out_damaged(self.out / name, own))
-        self._index = max(map(_index, samples), default=-1)
-        for shard in self.out.glob(_SHARD.replace("{:06d}", "*")):
-            if _index(shard.name) > self._index:
+            shard = self.out / name
+            if shard.exists() and not _whole(shard, own):
+                shard.rename(shard.with_suffix(".damaged"))
+                logger.warning("%s is damaged: its images are made again, it is now %s.damaged", name, shard.stem)
+        self._index = max(map(_number, samples), default=-1)
+        for shard in self.out.glob("shard-*.tar"):
+            if _number(shard.name) > self._index:
                 shard.unlink()
-        last = _SHARD.format(self._index)
-        own = samples.get(last, [])
-        end = max((offset + length for offset, length, _ in own), default=0)
-        # One that lost its end stays as it is: a place in a shard is of one sample for ever.
-        if own and (self.out / last).exists() and (self.out / last).stat().st_size >= end:
-            self._count, self._file = len(own), Growing(self.out / last, end)
+        if self._last().exists():
+            own = samples[self._last().name]
+            end = max(line["offset"] + line["bytes"] for line in own)
+            self._count, self._file = len(own), Growing(self._last(), end)
 
-    def holds(self, line: Mapping[str, Any]) -> bool:
-        """Whether the sample of a manifest line was whole when the shards were opened."""
-        return (line["file"], line["offset"]) not in self._damaged
+    def holds(self, line: Line) -> bool:
+        """Whether the shard of a manifest line is there; `open` saw whether it is whole."""
+        return (self.out / line["file"]).exists()
 
-    def read(self, line: Mapping[str, Any]) -> bytes:
+    def found(self, name: str, digest: str) -> None:
+        """No image can be found by its name."""
+
+    def read(self, line: Line) -> bytes:
         """The image's file, of a manifest line."""
         with (self.out / line["file"]).open("rb") as shard:
             shard.seek(line["offset"])
             sample = io.BytesIO(shard.read(line["bytes"]))
         with tarfile.open(fileobj=sample) as tar:
-            return tar.extractfile(f"{line['id']}{self.picture.ending}").read()  # type: ignore[union-attr]
-
-    def path(self, request: Request) -> None:
-        """No image can be found by its name."""
-        return None
+            return tar.extractfile(f"{line['id']}{self.ending}").read()  # type: ignore[union-attr]
 
     def prepare(self, made: Made) -> Made:
         return made
@@ -139,71 +159,66 @@ class Shards:
     def commit(self, made: Sequence[Made]) -> list[dict[str, Any]]:
         """Append the images, flush, and return the manifest's lines: shard, offset, length, checksum. On an OSError the shard is cut back."""
         lines = []
-        rest = list(made)
-        while rest:
+        for m in made:
             if self._file is None or self._count >= self.size:
                 self._next()
-            now, rest = rest[: self.size - self._count], rest[self.size - self._count :]
-            members = [self._members(m) for m in now]
-            offset = self._file.append(b"".join(members))  # type: ignore[union-attr]
-            self._count += len(now)
-            for m, data in zip(now, members, strict=True):
-                place = {"file": _SHARD.format(self._index), "offset": offset, "bytes": len(data)}
-                lines.append(m.record | place | {"sha256": hashlib.sha256(data).hexdigest()})
-                offset += len(data)
+            data = self._members(m)
+            place = {"file": self._last().name, "offset": self._file.append(data), "bytes": len(data)}  # type: ignore[union-attr]
+            lines.append(m.record | place | {"sha256": _sha256(data)})
+            self._count += 1
         return lines
 
     def close(self) -> None:
         """End the last shard as tar archives end."""
         if self._file is not None:
-            file, self._file = self._file, None
-            try:
-                file.append(bytes(2 * _BLOCK))
-            finally:
-                file.close()
+            self._file.append(bytes(2 * _BLOCK))
+            self._file.close()
+            self._file = None
+
+    def _last(self) -> Path:
+        return self.out / f"shard-{self._index:06d}.tar"
+
+    def _next(self) -> None:
+        self.close()
+        self._index, self._count = self._index + 1, 0
+        self._file = Growing(self._last(), 0)
+        sync_directory(self.out)
 
     def _members(self, made: Made) -> bytes:
-        record = json.dumps(finite(made.record), allow_nan=False, ensure_ascii=False).encode()
         parts = []
-        for ending, data in ((self.picture.ending, made.data), (".json", record)):
+        for ending, data in ((self.ending, made.data), (".json", json_bytes(made.record))):
             info = tarfile.TarInfo(made.request.id + ending)
             info.size, info.mode = len(data), 0o644
             parts += [info.tobuf(tarfile.GNU_FORMAT), data, bytes(-len(data) % _BLOCK)]
         return b"".join(parts)
 
-    def _next(self) -> None:
-        self.close()
-        self._index, self._count = self._index + 1, 0
-        self._file = Growing(self.out / _SHARD.format(self._index), 0)
-        sync_directory(self.out)
 
-
-def _take_out_damaged(shard: Path, samples: Sequence[Sample]) -> set[int]:
-    """The offsets of samples that are not what was written. In the place of such a one stands a member that readers skip, so the
-    others stay where they are; a shard that ends within one is cut back to the one before it."""
-    if not shard.exists():
-        return {offset for offset, _, _ in samples}
-    damaged = []
+def _whole(shard: Path, samples: Iterable[Line]) -> bool:
     with shard.open("rb") as file:
-        for offset, length, digest in sorted(samples):
-            file.seek(offset)
-            if hashlib.sha256(file.read(length)).hexdigest() != digest:
-                damaged.append((offset, length))
-    if damaged:
-        with shard.open("r+b") as file:
-            size = file.seek(0, os.SEEK_END)
-            for offset, length in damaged:
-                if offset + length <= size:
-                    info = tarfile.TarInfo(_TAKEN_OUT)
-                    info.size = length - _BLOCK
-                    file.seek(offset)
-                    file.write(info.tobuf(tarfile.GNU_FORMAT))
-                elif offset < size:
-                    size = file.truncate(offset)
-            file.flush()
-            os.fsync(file.fileno())
-    return {offset for offset, _ in damaged}
+        for sample in samples:
+            file.seek(sample["offset"])
+            if _sha256(file.read(sample["bytes"])) != sample["sha256"]:
+                return False
+    return True
 
 
-def _index(name: str) -> int:
-    return int(name.removeprefix("shard-").removesuffix(".tar"))
+def _number(shard: str) -> int:
+    return int(shard.removeprefix("shard-").removesuffix(".tar"))
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def ignores_case(out: Path) -> bool:
+    """Whether "A.png" and "a.png" are the same file in `out`: tried on the names of directories that exist."""
+    for path in (out.absolute(), *out.absolute().parents):
+        other = path.with_name(path.name.swapcase())
+        if path.exists() and path.name != other.name:
+            return other.exists() and other.samefile(path)
+    return False
+
+
+def _same_file(name: str) -> str:
+    """What a file system that ignores case compares. It also takes the composed and the decomposed form of a letter for one."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())

@@ -33,7 +33,7 @@ class Problem:
         return cls(request.line or 0, message, {"id": request.id, "prompt": request.prompt})
 
 
-Rows = Iterator[tuple[int, "Mapping[str, Any] | Problem"]]
+Rows = Iterator[tuple[int, Mapping[str, Any] | Problem]]
 
 
 def rows(prompts: Prompts, fields: Sequence[str], *, strict: bool = True) -> Rows:
@@ -47,38 +47,36 @@ def rows(prompts: Prompts, fields: Sequence[str], *, strict: bool = True) -> Row
     if not isinstance(prompts, (str, os.PathLike)):
         return _listed(prompts)
     path = Path(prompts)
-    readers = {".txt": _txt, ".csv": _csv, ".jsonl": _jsonl, ".parquet": _parquet}
-    if path.is_dir() and any(path.rglob("*.parquet")):
-        return _parquet(path, fields, strict)
-    if path.suffix.lower() not in readers:
-        raise ValueError(f"prompts={str(path)!r}: must end in {', '.join(readers)}")
-    return readers[path.suffix.lower()](path, fields, strict)
+    ending = ".parquet" if path.is_dir() and any(path.rglob("*.parquet")) else path.suffix.lower()
+    if ending == ".txt":
+        return ((number, {"prompt": line}) for number, line in _lines(path) if line.strip())
+    if ending == ".jsonl":
+        return _jsonl(path, fields)
+    if ending in (".csv", ".parquet"):
+        return (_csv if ending == ".csv" else _parquet)(path, fields, strict)
+    raise ValueError(f"prompts={str(path)!r}: must end in .txt, .csv, .jsonl, .parquet")
 
 
-def _listed(prompts: Iterable[Any]) -> Rows:
+def _listed(prompts: Any) -> Rows:
+    kind = type(prompts).__name__
     if isinstance(prompts, Mapping):
-        raise ValueError(
-            f"prompts: a {type(prompts).__name__} is no list; put a single row in one, of several splits give one"
-        )
+        raise ValueError(f"prompts: a {kind} is no list; put a single row in one, of several splits give one")
     if isinstance(prompts, (set, frozenset)):
-        raise ValueError(f"prompts: a {type(prompts).__name__} has no order: must be a list")
-    for number, prompt in enumerate(_records(prompts), 1):
+        raise ValueError(f"prompts: a {kind} has no order: must be a list")
+    if hasattr(prompts, "iter_rows"):  # polars; to iterate over a table gives its columns
+        prompts = prompts.iter_rows(named=True)
+    elif hasattr(prompts, "to_pylist"):  # pyarrow
+        prompts = prompts.to_pylist()
+    elif hasattr(
+        prompts, "itertuples"
+    ):  # pandas: what is missing is NaN or NA, an integer column with gaps is of floats
+        prompts = prompts.astype(object).where(prompts.notna(), None).to_dict("records")
+    for number, prompt in enumerate(prompts, 1):
         if isinstance(prompt, (str, Mapping)):
             yield number, {"prompt": prompt} if isinstance(prompt, str) else prompt
         else:
             message = f"prompts[{number - 1}] is {type(prompt).__name__}: must be text or a mapping"
             yield number, Problem(number, message, repr(prompt))
-
-
-def _records(prompts: Any) -> Iterable[Any]:
-    """The rows of a table: to iterate over one of pandas, polars or pyarrow gives its columns. Others are iterated over as they are."""
-    if hasattr(prompts, "iter_rows"):  # polars
-        return prompts.iter_rows(named=True)
-    if hasattr(prompts, "to_pylist"):  # pyarrow
-        return prompts.to_pylist()
-    if hasattr(prompts, "itertuples"):  # pandas: what is missing is NaN or NA, an integer column with gaps is of floats
-        return prompts.astype(object).where(prompts.notna(), None).to_dict("records")
-    return prompts
 
 
 def _decoded(path: Path) -> str:
@@ -96,34 +94,28 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     return ((number, line.removesuffix("\r")) for number, line in enumerate(lines, 1))
 
 
-def _txt(path: Path, fields: Sequence[str], strict: bool) -> Rows:
-    return ((number, {"prompt": line}) for number, line in _lines(path) if line.strip())
-
-
-def _jsonl(path: Path, fields: Sequence[str], strict: bool) -> Rows:
+def _jsonl(path: Path, fields: Sequence[str]) -> Rows:
     for number, line in _lines(path):
         try:
             if not is_unicode(line):
                 raise ValueError("is not UTF-8 text")
             values = parse_json(line)
             if not isinstance(values, dict):
-                raise ValueError(
-                    f"is a JSON {type(values).__name__}: must be an object with the fields {', '.join(fields)}"
-                )
-        except (ValueError, RecursionError) as error:
-            reason = str(error)
-            if isinstance(error, json.JSONDecodeError):
-                reason = f"not valid JSON: {error.msg} at character {error.colno}"
-            yield number, Problem(number, reason, line)
-        else:
+                kind = type(values).__name__
+                raise ValueError(f"is a JSON {kind}: must be an object with the fields {', '.join(fields)}")
             yield number, values
+        except json.JSONDecodeError as error:
+            yield number, Problem(number, f"not valid JSON: {error.msg} at character {error.colno}", line)
+        except (ValueError, RecursionError) as error:
+            yield number, Problem(number, str(error), line)
 
 
 def _csv(path: Path, fields: Sequence[str], strict: bool) -> Rows:
-    table = _cells(path)
-    header = _header(path, table[0][1], fields, strict) if table else []
-    for line, cells in table[1:]:
-        if len(cells) != len(header):
+    header: list[str] | None = None
+    for line, cells in _cells(path):
+        if header is None:
+            header = _header(path, cells, fields, strict)
+        elif len(cells) != len(header):
             yield line, Problem(line, f"has {len(cells)} cells, but the header has {len(header)} columns", cells)
         else:
             yield line, {name: cell or None for name, cell in zip(header, cells, strict=True)}
@@ -147,51 +139,44 @@ def _cells(path: Path) -> list[tuple[int, list[str]]]:
 
 def _header(path: Path, names: list[str], fields: Sequence[str], strict: bool) -> list[str]:
     names = [name.strip() for name in names]
-    if len(names) == 1:
-        for separator in (";", "\t", "|"):
-            if "prompt" in (cell.strip(' "') for cell in names[0].split(separator)) and separator in names[0]:
-                raise ValueError(f"{path}: line 1: the separator is {separator!r}: must be a comma")
-    for name in names:
+    told = None
+    for name in reversed(names):
         if strict and name not in fields:
-            allowed = f"allowed are {', '.join(fields)}{checks.meant(name, fields)}"
-            raise ValueError(f"{path}: line 1: unknown column {short(name)}: {allowed}")
-        if name in fields and names.count(name) > 1:
-            raise ValueError(f"{path}: line 1: column {short(name)} is there twice")
+            told = f"unknown column {short(name)}: allowed are {', '.join(fields)}{checks.meant(name, fields)}"
+        elif name in fields and names.count(name) > 1:
+            told = f"column {short(name)} is there twice"
     if "prompt" not in names:
-        raise ValueError(f"{path}: line 1: there is no column 'prompt' among {short(', '.join(names) or 'none')}")
+        told = told or f"there is no column 'prompt' among {short(', '.join(names) or 'none')}"
+    for separator in ";\t|":
+        if len(names) == 1 and separator in names[0] and "prompt" in names[0]:
+            told = f"the separator is {separator!r}: must be a comma"
+    if told is not None:
+        raise ValueError(f"{path}: line 1: {told}")
     return names
 
 
 def _parquet(path: Path, fields: Sequence[str], strict: bool) -> Rows:
     """The rows of a file, or of the files of a directory in the order of their names, numbered from 1."""
-    pyarrow = checks.extra("pyarrow", "parquet", f"prompts={str(path)!r}")
     parquet = checks.extra("pyarrow.parquet", "parquet", f"prompts={str(path)!r}")
-    parts = sorted(p for p in path.rglob("*.parquet") if p.is_file()) if path.is_dir() else [path]
-    if not all(part.is_file() for part in parts):
+    pyarrow = checks.extra("pyarrow", "parquet", f"prompts={str(path)!r}")
+    if not path.exists():
         raise FileNotFoundError(2, "No such file", str(path))
     number = 0
-    for part in parts:
+    for part in sorted(p for p in path.rglob("*.parquet") if p.is_file()) if path.is_dir() else [path]:
         try:
             with parquet.ParquetFile(part) as file:
                 names = _header(part, file.schema_arrow.names, fields, strict)
                 wanted = [name for name in names if name in fields]
                 for batch in file.iter_batches(batch_size=4096, columns=wanted):
-                    for row in _batch_rows(batch):
+                    for i in range(batch.num_rows):
                         number += 1
-                        yield number, Problem(number, row) if isinstance(row, str) else row
+                        row: Any
+                        try:
+                            row = batch.slice(i, 1).to_pylist()[0]
+                        except (ValueError, OverflowError, LookupError, NotImplementedError) as error:
+                            # text that is no UTF-8, the year 30000, unknown time zones
+                            row = Problem(number, f"not a readable row: {error}")
+                        yield number, row
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             first = str(error).partition("\n")[0]
             raise ValueError(f"prompts={str(part)!r}: not a readable parquet file: {first}") from None
-
-
-def _batch_rows(batch: Any) -> Iterator[dict[str, Any] | str]:
-    """The rows of a record batch; of one that holds what Python cannot, why: text that is no UTF-8, the year 30000, unknown time zones."""
-    for i in range(batch.num_rows):
-        row: dict[str, Any] = {}
-        try:
-            for name, column in zip(batch.schema.names, batch.columns, strict=True):
-                row[name] = column[i].as_py()
-        except (ValueError, OverflowError, LookupError, NotImplementedError) as error:
-            yield f"{name}: not a readable {column.type}: {error}"
-            continue
-        yield row

@@ -5,47 +5,35 @@
     summary = fastguard.generate("path/or/id", "prompts.csv", "out", policy="dtp", gate=0.03)
 
 manifest.jsonl in the directory has one line per finished image and says all that is known of it. The same call again makes only
-what is missing. See docs/generate.md and docs/ray.md; the machinery is in `fastguard.batch`.
+what is missing. See docs/generate.md and docs/ray.md.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from fastguard.batch import screening
-from fastguard.batch.fitting import Limits
-from fastguard.batch.job import Interrupted, Job, Runner
-from fastguard.batch.local import LocalRunner
+from fastguard.batch.fitting import check_class, check_pipeline, misfits
+from fastguard.batch.job import Job
 from fastguard.batch.options import JobOptions
 from fastguard.batch.prompt_files import BadRows, Source, load
-from fastguard.batch.request import FIELDS, Request, checked
+from fastguard.batch.request import Request, parse
+from fastguard.batch.signals import Interrupted
 from fastguard.batch.summary import Summary
-from fastguard.batch.tables import Problem, Prompts
+from fastguard.batch.tables import Prompts
 from fastguard.pipelines import loading as models
 from fastguard.pipelines.enabled import guard_disabled
 from fastguard.pipelines.quiet import hushed
 from fastguard.policies.policy import Policy
 from fastguard.policies.provenance import elsewhere
 
-__all__ = [
-    "FIELDS",
-    "BadRows",
-    "Interrupted",
-    "JobOptions",
-    "Problem",
-    "Request",
-    "Summary",
-    "Task",
-    "generate",
-    "prepare",
-]
+__all__ = ["BadRows", "Interrupted", "JobOptions", "Summary", "generate", "model_of", "options_for", "prepare"]
 
 logger = logging.getLogger("fastguard")
 
@@ -66,22 +54,27 @@ def generate(
     """
     with ExitStack() as stack:
         with hushed():
-            task = stack.enter_context(prepare(model, prompts, out, **options).open())
-        return task.run(progress=progress)
+            job = stack.enter_context(prepare(model, prompts, out, **options).open())
+        return job.run(progress=progress)
 
 
-def prepare(model: Any, prompts: Prompts, out: str | os.PathLike[str], **options: Any) -> Task:
+def prepare(model: Any, prompts: Prompts, out: str | os.PathLike[str], **options: Any) -> Job:
     """A batch job, checked: every prompt, the model's configuration and the directory. Loads no weights and writes nothing.
 
     Arguments and errors are those of `generate`.
     """
     wanted = options_for(model, JobOptions.of(options))
     requests, problems = load(prompts, wanted)
-    settings, loader, limits = model_of(model, wanted)
+    settings, loader, skeleton = model_of(model, wanted)
     if guard_disabled():
         settings["guard"] = "disabled"  # such images are not to be taken for guarded ones later
-    job = Job(requests, problems, Path(out), settings=settings, source=Source.of(prompts), options=wanted)
-    job.leave_out(limits.problems(job.requests))
+    if wanted.engine == "ray":
+        from fastguard.batch.ray_runner import RayRunner as Runner
+    else:
+        from fastguard.batch.local import LocalRunner as Runner  # type: ignore[assignment]
+    runner = Runner(loader, settings, wanted)
+    job = Job(requests, problems, Path(out), settings, Source.of(prompts), wanted, runner)
+    job.leave_out(list(misfits(skeleton, requests)))
     if wanted.screen and all(request.screen is None for request in job.requests):
         raise ValueError("screen=True: has no effect, no row has a policy that guards")
     if wanted.remake and all(request.policy.suspect is None for request in job.requests):
@@ -90,51 +83,54 @@ def prepare(model: Any, prompts: Prompts, out: str | os.PathLike[str], **options
         )
     for warning in _warnings(job.requests, models.facts(model, settings["scheduler"], settings["dtype"])):
         logger.warning(warning)
-    if wanted.engine == "local":
-        return Task(job, LocalRunner(loader, settings=settings, options=wanted))
-
-    from fastguard.batch.ray_runner import RayRunner
-
-    return Task(job, RayRunner(loader, settings=settings, options=wanted))
+    job.refuse()
+    return job
 
 
 def options_for(model: Any, given: JobOptions) -> JobOptions:
-    """The options with the policy (a Policy, with their gate) and the guidance scale that the model has where none is given, checked."""
-    chosen = models.chosen_policy(model, given.policy)
+    """The options with the policy (a Policy, with their gate) and the guidance scale that the model has where none is given.
+
+    ValueError names the argument that is not allowed.
+    """
+    chosen = models.chosen_policy(model, given.policy, given.gate)
     scale = models.chosen_scale(model, given.guidance_scale, chosen)
-    return checked(dataclasses.replace(given, policy=chosen, guidance_scale=scale))
+    options = dataclasses.replace(given, policy=chosen, guidance_scale=scale)
+    parse({"prompt": "x"}, dataclasses.replace(options, screen=False), 0)  # what a row gets that does not say otherwise
+    return options
 
 
-class Task:
-    """A checked job. `open` loads the model, if an image is missing, and makes the job's directory ours; `run`, inside it, works."""
+def model_of(model: Any, options: JobOptions) -> tuple[dict[str, Any], Callable[[], Any], Any]:
+    """The settings that records name, how to get the pipeline, and the pipeline without its weights.
 
-    def __init__(self, job: Job, runner: Runner) -> None:
-        self.job, self._runner = job, runner
-        self._started = False
-        job.refuse()
+    ValueError if there is none, or it makes no images from text alone.
+    """
+    if not isinstance(model, (str, os.PathLike)):
+        for name in ("engine", "dtype", "device", "scheduler", "variant"):
+            if (value := getattr(options, name)) != getattr(JobOptions, name):
+                raise ValueError(f"{name}={value!r}: needs a model given by name, this one is a pipeline already")
+        check_pipeline(model)
+        settings = models.facts(model) | {"model": str(getattr(model, "name_or_path", "") or type(model).__name__)}
+        return settings, lambda: model, model
 
-    @contextmanager
-    def open(self) -> Iterator[Task]:
-        """ValueError if the model cannot be loaded or another process works in the directory: till then nothing is written."""
-        with ExitStack() as stack:
-            stack.callback(self._close)
-            if self.job.missing():
-                self._start()
-            stack.enter_context(self.job.open())
-            yield self
-
-    def run(self, *, progress: bool = True) -> Summary:
-        return self.job.run(self._start, progress=progress)
-
-    def _start(self) -> Runner:
-        if not self._started:
-            self._started = True
-            self._runner.start()
-        return self._runner
-
-    def _close(self) -> None:
-        if self._started:
-            self._runner.close()
+    name = os.fspath(model)
+    kind = None if options.scheduler is None else models.scheduler_class(options.scheduler).__name__
+    device, dtype = options.device, options.dtype
+    if options.engine == "local":
+        device, dtype = models.prepare(device, dtype)
+    else:  # the actors have the devices, this machine may have none
+        device = ("cuda" if options.gpus_per_actor else "cpu") if device == "auto" else device
+        dtype = ("float16" if device.startswith("cuda") else "float32") if dtype == "auto" else dtype
+    try:
+        check_class(models.pipeline_class(models.model_index(name)))
+    except TypeError as error:
+        raise ValueError(f"model={name!r}: {error}") from None
+    skeleton = models.skeleton(name, scheduler=kind)
+    check_pipeline(skeleton)
+    # Actors have other working directories.
+    where = os.path.abspath(name) if os.path.isdir(name) else name
+    named = {"model": name, "dtype": dtype, "scheduler": kind, "variant": options.variant}
+    how: dict[str, Any] = {"dtype": dtype, "device": device, "scheduler": kind, "variant": options.variant}
+    return named, lambda: models.load_pipeline(where, **how), skeleton
 
 
 def _warnings(requests: Sequence[Request], used: Mapping[str, Any]) -> Iterator[str]:
@@ -147,38 +143,3 @@ def _warnings(requests: Sequence[Request], used: Mapping[str, Any]) -> Iterator[
         yield f"policy {name!r} has no bound on the mean over noises: its gate, one for a single image, is taken for screening"
     yield from dict.fromkeys(told for request in requests if request.screen and (told := screening.elsewhere(request)))
     yield from dict.fromkeys(told for one, steps in uses for told in elsewhere(one, {**used, "steps": steps}))
-
-
-def model_of(model: Any, options: JobOptions) -> tuple[dict[str, Any], Callable[[], Any], Limits]:
-    """The settings that records name, how to get the pipeline, and what it allows."""
-    if not isinstance(model, (str, os.PathLike)):
-        for name in ("engine", "dtype", "device", "scheduler", "variant"):
-            if getattr(options, name) != getattr(JobOptions, name):
-                value = getattr(options, name)
-                raise ValueError(f"{name}={value!r}: needs a model given by name, this one is a pipeline already")
-        settings = {
-            "model": str(getattr(model, "name_or_path", "") or type(model).__name__),
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "scheduler": type(model.scheduler).__name__,
-        }
-        return settings, lambda: model, Limits.of_pipeline(model)
-
-    name = os.fspath(model)
-    kind = None if options.scheduler is None else models.scheduler_class(options.scheduler).__name__
-    device, dtype = options.device, options.dtype
-    if options.engine == "ray":  # the actors have the devices, this machine may have none
-        device = ("cuda" if options.gpus_per_actor else "cpu") if device == "auto" else device
-        if dtype == "auto":
-            dtype = "float16" if device.startswith("cuda") else "float32"
-    else:
-        device, dtype = models.prepare(device, dtype)
-    # Actors have other working directories.
-    where = os.path.abspath(name) if os.path.isdir(name) else name
-    loader = functools.partial(_load, where, dtype=dtype, device=device, scheduler=kind, variant=options.variant)
-    named: dict[str, Any] = {"model": name, "dtype": dtype, "scheduler": kind, "variant": options.variant}
-    return named, loader, Limits.of_model(name, kind)
-
-
-def _load(name: str, **options: Any) -> Any:
-    """The pipeline; looked up when it is called, in an actor too."""
-    return models.load_pipeline(name, **options)

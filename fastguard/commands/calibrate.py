@@ -44,6 +44,7 @@ def calibrate(
     **options: Any,
 ) -> None:
     """Choose the gate from ordinary prompts, with a guarantee on how many of them it may catch, and write a policy file."""
+    from fastguard.batch.fitting import misfits
     from fastguard.batch.planning import arguments
     from fastguard.batch.screening import statistics
     from fastguard.batch.task import model_of, options_for
@@ -61,14 +62,14 @@ def calibrate(
     checks.integer("seeds", seeds, 1)
     checks.integer("noises", noises, 0, 1000)
     new_file(out, ".json")
-    settings, load_model, limits = model_of(model, wanted)
-    limits.check(requests)
+    settings, load_model, skeleton = model_of(model, wanted)
+    for problem in misfits(skeleton, requests):
+        raise ValueError(problem.message)
     pipe = load_model()
     check_tokens(pipe, [request.prompt for request in requests], prompts)
 
-    call = arguments([request for request in requests for _ in range(seeds)])
-    if (scale := requests[0].stock_scale) is not None:
-        call["guidance_scale"] = scale
+    repeated = [request for request in requests for _ in range(seeds)]
+    call = arguments(repeated, scale=requests[0].stock_scale)
     call |= {"batch_size": wanted.batch_size, "gate_steps": wanted.policy.gate_steps, "to_mid_run": suspect}
     images = list(early_reports(pipe, seeds=range(len(requests) * seeds), progress=not quiet, **call))
     each = [images[i : i + seeds] for i in range(0, len(images), seeds)]

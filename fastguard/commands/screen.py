@@ -53,6 +53,7 @@ def screen(
     from tqdm import tqdm
 
     from fastguard.batch import screening
+    from fastguard.batch.fitting import misfits
     from fastguard.batch.planning import plan
     from fastguard.batch.task import model_of, options_for
 
@@ -65,8 +66,9 @@ def screen(
     checks.integer("seed", seed, 0, SEEDS - noises)
     rows, _ = load(prompts, wanted, ("prompt", "negative_prompt"))
     requests = {(request.prompt, request.negative_prompt): request for request in rows}
-    settings, load_model, limits = model_of(model, wanted)
-    limits.check(requests.values())
+    settings, load_model, skeleton = model_of(model, wanted)
+    for problem in misfits(skeleton, requests.values()):
+        raise ValueError(problem.message)
     if bound is None:
         used = facts(model, settings["scheduler"], settings["dtype"]) | {"steps": wanted.steps}
         of_screening = filter(None, map(screening.elsewhere, requests.values()))

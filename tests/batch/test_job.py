@@ -13,7 +13,8 @@ import torch
 import webdataset
 from PIL import Image
 
-from fastguard.batch.pictures import Picture, read_record
+from fastguard.batch.options import JobOptions
+from fastguard.batch.pictures import encode, read_record
 from fastguard.batch.task import generate
 from fastguard.policies.policy import Policy
 from fastguard.policies.presets import policy
@@ -66,11 +67,12 @@ def test_record_is_in_the_image(pipe, tmp_path, format):
 def test_jpeg_whose_record_is_too_long():
     image = Image.new("RGB", (8, 8))
     record = {"id": "x", "request": "y", "prompt": "p", "d_curve": [1.0] * 50_000}
-    found = read_record(io.BytesIO(Picture("jpeg").encode(image, record)))
+    jpeg, webp = (JobOptions(format=name) for name in ("jpeg", "webp"))
+    found = read_record(io.BytesIO(encode(image, record, jpeg)))
     assert found == {"id": "x", "request": "y", "prompt": "p"}
-    found = read_record(io.BytesIO(Picture("jpeg").encode(image, record | {"prompt": "p" * 70_000})))
+    found = read_record(io.BytesIO(encode(image, record | {"prompt": "p" * 70_000}, jpeg)))
     assert found == {"id": "x", "request": "y"}
-    assert read_record(io.BytesIO(Picture("webp").encode(image, record))) == record
+    assert read_record(io.BytesIO(encode(image, record, webp))) == record
 
 
 def test_webdataset_shards(pipe, tmp_path, whole):

@@ -150,8 +150,3 @@ def test_what_is_left_is_put_together_and_whole_batches_stay():
     done = {r.id for r in [*first[0][:5], *first[2][2:], *first[3]]}
     again = plan(every, 8, lambda r: r.id in done)
     assert again == [[*first[0][5:], *first[2][:2]], first[1], first[4]]
-
-
-def test_late_starts_come_together():
-    rows = [{"prompt": "a", "policy": "stp" if i % 2 else "dtp"} for i in range(8)]
-    assert [[r.policy.name for r in batch] for batch in plan(requests(*rows), 4)] == [["stp"] * 4, ["dtp"] * 4]

@@ -12,9 +12,10 @@ from PIL import Image
 from pyarrow import json as arrow
 
 from fastguard import generate
-from fastguard.batch.cuts import Cuts
-from fastguard.batch.pictures import Picture, read_record
-from fastguard.batch.sheet import CAUGHT, FRAME, LABEL, PLAIN, TILE
+from fastguard.batch.cuts import cuts
+from fastguard.batch.options import JobOptions
+from fastguard.batch.pictures import read_record
+from fastguard.batch.summary import CAUGHT, FRAME, LABEL, PLAIN, TILE
 from fastguard.policies.presets import policy
 from tests import pipelines
 from tests.batch.jobs import OPTIONS, lines
@@ -80,14 +81,9 @@ def test_the_encoder_that_reads_furthest_decides():
     pipe = pipelines.sd3()
     pipe.tokenizer_3 = Words()
     middle, long = " ".join("ab" * 50), " ".join(f"w{i}" for i in range(300))
-    cuts = Cuts(pipe)
-    cuts.read([middle, long, "short", None])
-    assert cuts[middle] == cuts["short"] == cuts[None] == ""
-    assert cuts[long] == " ".join(f"w{i}" for i in range(255, 300))
+    assert cuts(pipe, [middle, long, "short", None]) == {long: " ".join(f"w{i}" for i in range(255, 300))}
     pipe.tokenizer_3 = None
-    cuts = Cuts(pipe)
-    cuts.read([middle])
-    assert cuts[middle].replace(" ", "") == "ab" * 43  # 14 of 100 are read
+    assert cuts(pipe, [middle])[middle].replace(" ", "") == "ab" * 43  # 14 of 100 are read
 
 
 def test_fields_of_the_manifest_have_one_type(pipe, tmp_path):
@@ -130,7 +126,7 @@ def test_png_keys_are_ours_and_the_web_uis(pipe, tmp_path):
             "a, b: c\nSteps: 2, Sampler: DDIM, CFG scale: 7.5, Seed: 0, Size: 32x32"
         )
     with pytest.raises(ValueError, match="metadata='all'"):
-        Picture(metadata="all")
+        JobOptions(metadata="all")
 
 
 @pytest.mark.parametrize("shard_size", [None, 2])

@@ -14,6 +14,8 @@ from pyarrow import parquet
 import fastguard
 from fastguard.batch.options import JobOptions
 from fastguard.batch.prompt_files import BadRows, load
+from fastguard.batch.request import Request
+from fastguard.batch.store import Directory
 from fastguard.batch.task import generate, prepare
 from fastguard.policies.presets import policy
 from tests.batch.jobs import OPTIONS
@@ -213,13 +215,13 @@ def test_the_same_defaults_in_python_and_on_the_command_line(tmp_path):
     from fastguard import testbed
 
     for model in ("testbed", testbed.path()):
-        (request,) = prepare(model, ["a"], tmp_path / "out").job.requests
+        (request,) = prepare(model, ["a"], tmp_path / "out").requests
         assert request.policy == policy(testbed.policy_path(), guidance_scale=testbed.GUIDANCE_SCALE)
 
 
 def test_ids_of_an_earlier_run_in_a_directory_that_ignores_case(pipe, tmp_path, monkeypatch):
     """`cat` would overwrite `Cat`, whether the manifest has it already or a crash came before."""
-    monkeypatch.setattr("fastguard.batch.job.ignores_case", lambda out: True)
+    monkeypatch.setattr("fastguard.batch.store.ignores_case", lambda out: True)
     generate(pipe, [{"id": "Cat", "prompt": "a"}], tmp_path, **OPTIONS)
     before = (tmp_path / "Cat.png").read_bytes()
     rows = [{"id": "cat", "prompt": "b"}, {"id": "dog", "prompt": "b"}]
@@ -234,13 +236,12 @@ def test_ids_of_an_earlier_run_in_a_directory_that_ignores_case(pipe, tmp_path, 
     assert generate(pipe, [{"id": "Cat", "prompt": "a"}], tmp_path, **OPTIONS).total == 1
 
 
-def test_unicode_forms_of_a_name():
+def test_unicode_forms_of_a_name(tmp_path, monkeypatch):
     """Ids are ASCII; the names of other files in the directory need not be."""
-    from fastguard.batch.names import clashes
-    from fastguard.batch.request import Request
-
+    monkeypatch.setattr("fastguard.batch.store.ignores_case", lambda out: True)
     requests = [Request(id=name, prompt="a", policy=policy("cfg")) for name in ("caf\u00e9", "dog")]
-    assert [p.values["id"] for p in clashes(requests, ["Cafe\u0301", "dog"])] == ["caf\u00e9"]
+    refused = Directory(tmp_path, ".png").refused(requests, ["Cafe\u0301", "dog"])
+    assert [p.values["id"] for p in refused] == ["caf\u00e9"]
 
 
 def test_a_run_that_made_no_image_pins_no_settings(pipe, tmp_path, monkeypatch):

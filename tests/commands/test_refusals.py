@@ -28,7 +28,7 @@ def test_exit_codes(model, tmp_path, monkeypatch):
         def run(self, progress, error=error):
             raise error
 
-        monkeypatch.setattr("fastguard.batch.task.Task.run", run)
+        monkeypatch.setattr("fastguard.batch.job.Job.run", run)
         result = invoke(*command)
         assert result.exit_code == code
         assert "resumes" in result.stderr
@@ -170,7 +170,7 @@ def test_bad_directories(model, no_model, tmp_path):
     (tmp_path / "file").write_text("mine")
     assert "is a file, must be a directory" in refused(*common, tmp_path / "file")
     assert "is not empty and has no settings.json" in refused(*common, tmp_path)
-    assert "Not a directory" in refused(*common, tmp_path / "file" / "below")
+    assert "file: is a file, must be a directory" in refused(*common, tmp_path / "file" / "below")
     assert (tmp_path / "file").read_text() == "mine"
 
 
