@@ -138,13 +138,14 @@ def composition(pipe: Any) -> dict[str, int]:
 
 def guarded(pipe: Any, policy: str | Policy = "og+dtp") -> Account:
     """A step of the guarded loop; the fused op at the number of launches that its launcher makes, and at its bytes on paper."""
-    with fastguard.enable(pipe, policy, gate=0.02):
+    with fastguard.enable(pipe, policy, gate=0.02) as guard:
         ledger = _run(pipe)
+        anchored = bool(guard.policy.anchored)
     schedule = table(pipe.scheduler)
     size = pipe.unet.config.sample_size
     elements = pipe.unet.config.in_channels * size * size
     ledger.launches = [
-        replace(op, moved=fused_bytes(schedule, op.row - 1, elements, pipe.unet.dtype)) if op.name == FUSED else op
+        replace(op, moved=fused_bytes(schedule, op.row - 1, elements, pipe.unet.dtype, anchored)) if op.name == FUSED else op
         for op in ledger.launches
     ]
     account, rows = _account(ledger), _rows(ledger)
@@ -158,9 +159,11 @@ def launches(elements: int) -> int:
     return 1 if launch_shape(elements)[1] == 1 else 2
 
 
-def fused_bytes(schedule: Schedule, row: int, elements: int, dtype: torch.dtype) -> int:
-    """Bytes per image that the fused op moves at a row: u and c twice (for the norm and for the step), x both ways, what the
-    row's coefficients need of history and noise, m where it is stored, both halves of the next model input, and the tables."""
+def fused_bytes(schedule: Schedule, row: int, elements: int, dtype: torch.dtype, anchored: bool = False) -> int:
+    """Bytes per image that the fused op moves at a row: u and c twice (for the sums and for the step), x both ways, what the
+    row's coefficients need of history and noise, m where it is stored, both halves of the next model input, and the tables.
+
+    anchored, after the first row: x and the anchor for the sums, the anchor's first half once more for the step, and the share."""
     c = schedule.rows[row]
     full, narrow = 4 * elements, dtype.itemsize * elements
     history = sum(bool(c[Row.H0 + slot]) for slot in range(HISTORY))
@@ -168,7 +171,8 @@ def fused_bytes(schedule: Schedule, row: int, elements: int, dtype: torch.dtype)
     outputs = 2 * 2 * narrow + 2 * narrow
     noise = narrow if c[Row.N] else 0
     tables = 8 * (2 * len(State) + 2 * len(Row) + len(Rule)) + 4 + 4
-    return latents + outputs + noise + tables
+    anchor = 4 * full + 4 if anchored else 0
+    return latents + outputs + noise + tables + anchor
 
 
 def table(scheduler: Any, steps: int = STEPS) -> Schedule:

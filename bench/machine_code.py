@@ -109,7 +109,7 @@ class Configuration:
         own = WIDTH[self.combined] if self.combined else 0
         norm = 2 * w * both
         held = self.anchored and self.both
-        norm += held * (2 * w + 4 + 8 + own)  # u, c, x, m, mu
+        norm += held * (4 + 8 + own)  # x, m, mu, beside u and c
         if self.kernel == "norm":
             return {"loads": norm, "stores": 0}
         loads = w + w * both + 4 + 4 * SLOTS + (WIDTH[self.noise] if self.noise else 0)

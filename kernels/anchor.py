@@ -53,10 +53,5 @@ def push(where, root, state, phase, k, rule, row, sums, g, combines):  # no anno
     taken = where(combines != 0, wa / where(aa > 0, aa, 1.0), g * q) - along * q
     f = where(held & (share > 0) & (scale * taken > 0), taken, 0.0)
     lost = held & broken
-    return (
-        (non_finite, strength, rho, written),
-        share,
-        where(lost, 0.0, f),
-        where(lost, 0.0, g),
-        where(lost, 0.0, combines),
-    )
+    f, g, combines = where(lost, 0.0, f), where(lost, 0.0, g), where(lost, 0.0, combines)
+    return (non_finite, strength, rho, written), share, f, g, combines

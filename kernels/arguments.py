@@ -54,19 +54,19 @@ class Operands(NamedTuple):
 
 def like(tensor: Tensor, x: Tensor) -> Tensor:
     """tensor itself if its samples lie in memory as x's do, else a copy that does (a model that answers in another format)."""
-    if tensor.stride()[1:] == x.stride()[1:] or _strides(tensor) == _strides(x):
+    if _strides(tensor) == _strides(x):
         return tensor
     return torch.empty_strided(x.shape, x.stride(), dtype=tensor.dtype, device=x.device).copy_(tensor)
 
 
 def _strides(tensor: Tensor) -> list[int]:
+    """Within a sample, of the dimensions that have any."""
     return [stride for stride, size in zip(tensor.stride()[1:], tensor.shape[1:], strict=True) if size > 1]
 
 
 def dense_like(tensor: Tensor, x: Tensor) -> bool:
-    if tensor.stride() == x.stride():
-        return True
-    return _strides(tensor) == _strides(x) and (tensor.shape[0] == 1 or tensor.stride(0) == x.numel() // x.shape[0])
+    """Whether the samples lie in memory as x's do, one behind the other."""
+    return _strides(tensor) == _strides(x) and (len(tensor) == 1 or tensor.stride(0) == x[0].numel())
 
 
 def memory_format(latents: Tensor) -> torch.memory_format:
@@ -81,47 +81,44 @@ def check(o: Operands) -> None:
     x, sizes, batch = o.x, list(o.x.shape), o.x.shape[0]
     if x.dtype != torch.float32 or not x.numel() or not x.is_contiguous(memory_format=memory_format(x)):
         _refuse("x", x, "float32 [B, C, *S], not empty, contiguous or channels_last")
-    for name, tensor in (("uncond", o.uncond), ("cond", o.cond), ("combined", o.combined), ("noise", o.noise)):
+    for name in ("uncond", "cond", "combined", "noise"):
+        tensor = getattr(o, name)
         if tensor is not None and (tensor.shape != x.shape or tensor.dtype not in _FLOATS):
             _refuse(name, tensor, f"float16, bfloat16 or float32 {sizes} as x")
     if o.cond is not None and o.cond.dtype != o.uncond.dtype:
         _refuse("cond", o.cond, f"uncond's dtype {o.uncond.dtype}")
-    for name, slots, number in (("history", o.history, range(HISTORY + 1)), ("anchor", o.anchor, (2,))):
-        if slots is not None and (
-            slots.dtype != torch.float32
-            or slots.shape[1:] != x.shape
-            or len(slots) not in number
-            or (slots.stride()[1:] != x.stride() and len(slots) and not dense_like(slots[0], x))
-        ):
-            _refuse(
-                name, slots, f"float32 [{number[0]} to {number[-1]}, *{sizes}] in x's memory format, see history_for"
-            )
-    y, time = o.model_input, o.timestep_out
+    for name, slots, least, most in (("history", o.history, 0, HISTORY), ("anchor", o.anchor, 2, 2)):
+        if slots is None:
+            continue
+        fits = slots.dtype == torch.float32 and slots.shape[1:] == x.shape and least <= len(slots) <= most
+        if not fits or (len(slots) and not dense_like(slots[0], x)):
+            _refuse(name, slots, f"float32 [{least} to {most}, *{sizes}] in x's memory format, see history_for")
+    y, time, halves = o.model_input, o.timestep_out, (batch, 2 * batch)
     if y is not None and (
-        len(y) not in (batch, 2 * batch) or y.shape[1:] != x.shape[1:] or y.dtype not in _FLOATS or not dense_like(y, x)
+        len(y) not in halves or y.shape[1:] != x.shape[1:] or y.dtype not in _FLOATS or not dense_like(y, x)
     ):
         _refuse("model_input", y, f"float16, bfloat16 or float32 [B or 2B, *{sizes[1:]}] in x's memory format")
-    if time is not None and (time.dim() != 1 or len(time) not in (batch, 2 * batch) or not time.is_contiguous()):
+    if time is not None and (time.dim() != 1 or len(time) not in halves or not time.is_contiguous()):
         _refuse("timestep_out", time, f"contiguous [{batch}] or [{2 * batch}]")
-    _check_table("trace", o.trace, torch.float32, ("steps", batch))
-    _check_table("state", o.state, torch.float64, (batch, len(State)))
-    _check_table("rows", o.rows, torch.float64, ("rows", len(Row)))
-    _check_table("rules", o.rules, torch.float64, (batch, len(Rule)))
-    _check_table("guidance", o.guidance, torch.float32, (batch, "steps", 2))
-    if o.shares is not None:
-        _check_table("shares", o.shares, torch.float32, tuple(o.trace.shape))
+    tables: dict[str, tuple[torch.dtype, tuple[int | str, ...]]] = {
+        "trace": (torch.float32, ("steps", batch)),
+        "state": (torch.float64, (batch, len(State))),
+        "rows": (torch.float64, ("rows", len(Row))),
+        "rules": (torch.float64, (batch, len(Rule))),
+        "guidance": (torch.float32, (batch, "steps", 2)),
+        "shares": (torch.float32, tuple(o.trace.shape)),
+    }
+    for name, (dtype, wanted) in tables.items():  # a size that is a word may be any
+        table = getattr(o, name)
+        if table is None:
+            continue
+        fits = len(table.shape) == len(wanted) and all(
+            isinstance(size, str) or size == found for found, size in zip(table.shape, wanted, strict=True)
+        )
+        if table.dtype != dtype or not fits or not table.is_contiguous():
+            _refuse(name, table, f"contiguous {str(dtype).removeprefix('torch.')} [{', '.join(map(str, wanted))}]")
     if (o.anchor is None) != (o.shares is None):
         raise ValueError("anchor and shares: both or none")
-
-
-def _check_table(name: str, table: Tensor, dtype: torch.dtype, sizes: tuple[int | str, ...]) -> None:
-    """A size that is a name may be any."""
-    fits = table.dim() == len(sizes) and all(
-        isinstance(size, str) or size == found for found, size in zip(table.shape, sizes, strict=True)
-    )
-    if table.dtype != dtype or not fits or not table.is_contiguous():
-        shown = ", ".join(map(str, sizes))
-        _refuse(name, table, f"contiguous {str(dtype).removeprefix('torch.')} [{shown}]")
 
 
 def _refuse(name: str, tensor: Tensor, allowed: str) -> NoReturn:

@@ -16,23 +16,9 @@ def decide(where, state, rule, row, d, both):  # no annotations: Triton would co
     `both` (a Python bool) = both branches ran, so d is known. A NaN compares false: it never fires a rule nor raises a maximum.
     """
     (
-        k,
-        base,
-        phase,
-        j,
-        last,
-        before_last,
-        maximum,
-        last_row,
-        transition,
-        minimum,
-        margin,
-        gate_step,
-        gate_d,
-        forced,
-        non_finite,
-    ) = state
-    (kind, switch_row, gate, gate_steps, min_step, floor, rho, magnitude, combined) = rule
+        k, base, phase, j, last, before_last, maximum, last_row, transition, minimum, margin, gate_step, gate_d, forced, non_finite,
+    ) = state  # fmt: skip
+    kind, switch_row, gate, gate_steps, min_step, floor, rho, magnitude, combined = rule
     if both:
         non_finite = where(((d - d) != 0) & (non_finite < 0), k, non_finite)
         observe = row[codes.OBSERVE] != 0
@@ -70,21 +56,7 @@ def decide(where, state, rule, row, d, both):  # no annotations: Triton would co
     forced = where(switched & (kind != codes.NONE), 1.0, forced)
     phase = where(switched, codes.AFTER, phase)
     state = (
-        k + 1,
-        base,
-        phase,
-        j,
-        last,
-        before_last,
-        maximum,
-        last_row,
-        transition,
-        minimum,
-        margin,
-        gate_step,
-        gate_d,
-        forced,
-        non_finite,
-    )
+        k + 1, base, phase, j, last, before_last, maximum, last_row, transition, minimum, margin, gate_step, gate_d, forced, non_finite,
+    )  # fmt: skip
     before = phase == codes.BEFORE
     return state, before, where(before, 0.0, combined)

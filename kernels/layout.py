@@ -17,36 +17,19 @@ class Row(IntEnum):
 
     H_j weighs history *slot* j, not lag j: the schedule compiler knows which slot holds which lag at each row, so no tensor is
     ever rotated. After the update m is written to slot STORE (-1: hold, nothing is written). S and TIMESTEP describe this row's own
-    model input; the step that produces it reads them from the next row. x0(e) = X x + E e, NaN where unknown. Statistic = d * 1 | W_EPSILON | W_X0. A schedule of K
-    evaluations has K + 1 rows, the last with ACTIVE = 0.
+    model input; the step that produces it reads them from the next row. x0(e) = X x + E e, NaN where unknown. Statistic = d * 1 |
+    W_EPSILON | W_X0. A schedule of K evaluations has K + 1 rows, the last with ACTIVE = 0.
     """
 
-    P = 0
-    Q = 1
-    A = 2
-    B = 3
-    H0 = 4
-    H1 = 5
-    H2 = 6
-    N = 7
-    S = 8
-    TIMESTEP = 9
-    OBSERVE = 10
-    STORE = 11
-    W_EPSILON = 12
-    W_X0 = 13
-    ACTIVE = 14
-    X = 15
-    E = 16
+    P, Q, A, B, H0, H1, H2, N = range(8)
+    S, TIMESTEP, OBSERVE, STORE, W_EPSILON, W_X0, ACTIVE, X, E = range(8, 17)
 
 
 class Rule(IntEnum):
     """One row per sample: when the guard's guidance ends. The fields of `fastguard.policies.policy` as numbers."""
 
     KIND = 0  # RuleKind
-    SWITCH_ROW = (
-        1  # first row at which the sample switches anyway (static transition or deadline); NEVER if there is none
-    )
+    SWITCH_ROW = 1  # first row at which the sample switches anyway (t_star or deadline); NEVER if there is none
     GATE = 2  # caught if d >= GATE (the smallest float32 d with sqrt(d / elements) >= tau)
     GATE_STEPS = 3  # observations in which the gate may catch; 0 = no gate
     MIN_STEP = 4  # observation index before which minima (drops) are ignored
@@ -57,10 +40,7 @@ class Rule(IntEnum):
     ANCHORED = 9  # 1: guarded by its anchor (`anchor.push`, which has the formulas of the columns that follow)
     FAINT = 10  # norm of m - mu at which the strength begins
     SHARP = 11  # norm at which it is 1
-    BACK = 12
-    ETA = 13
-    DRIFT = 14
-    MOST = 15
+    BACK, ETA, DRIFT, MOST = range(12, 16)
 
 
 class State(IntEnum):
@@ -93,15 +73,11 @@ class Anchor(IntEnum):
 
 
 class RuleKind(IntEnum):
-    NONE = 0
-    MINIMUM = 1
-    DROP = 2
+    NONE, MINIMUM, DROP = range(3)
 
 
 class Magnitude(IntEnum):
-    OUTPUT = 0
-    EPSILON = 1
-    X0 = 2
+    OUTPUT, EPSILON, X0 = range(3)
 
 
 class Phase(IntEnum):

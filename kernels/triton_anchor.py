@@ -1,4 +1,4 @@
-"""The sums of anchored guidance (`anchor`) in Triton: four of one sample, over the row's pictures x0(u), x0(c) and the anchor."""
+"""The sums of a step in Triton, all in one pass over a sample: d, and for anchored guidance four over the pictures x0(u), x0(c) and the anchor."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ with suppress(ImportError):
 
 
 @jit
-def anchor_terms(u_ptr, c_ptr, w_ptr, x_ptr, anchor_ptr, half, start, n, known, row, BLOCK: tl.constexpr):
-    """<a, a>, <delta, a>, <U, U> + <M, M> and <combined - u, a> of `anchor.push`, element by element.
+def terms(u_ptr, c_ptr, w_ptr, x_ptr, anchor_ptr, half, start, n, known, row, BLOCK: tl.constexpr):
+    """<delta, delta>, and with an anchor <a, a>, <delta, a>, <U, U> + <M, M> and <combined - u, a> of `anchor.push`, element by element.
 
     anchor_ptr: x0(c) of the first row, and `half` elements after it x0(u) of the first row. known: n where the anchor is written; 0 where it is this row that writes it, or none is read.
     """
@@ -21,50 +21,60 @@ def anchor_terms(u_ptr, c_ptr, w_ptr, x_ptr, anchor_ptr, half, start, n, known, 
     mask = offs < n
     u = tl.load(u_ptr + offs, mask, other=0.0).to(tl.float32)
     delta = tl.load(c_ptr + offs, mask, other=0.0).to(tl.float32) - u
-    scale = row[codes.E].to(tl.float32)
-    u0 = row[codes.X].to(tl.float32) * tl.load(x_ptr + offs, mask, other=0.0) + scale * u
-    first_c = tl.load(anchor_ptr + offs, offs < known, other=0.0)
-    first_u = tl.load(anchor_ptr + half + offs, offs < known, other=0.0)
-    a = tl.where(known > 0, first_c - u0, scale * delta)
-    spread = tl.where(known > 0, (u0 - first_u) * (u0 - first_u) + (first_c - first_u) * (first_c - first_u), 0.0)
-    beside = a
-    if w_ptr is not None:
-        beside = (tl.load(w_ptr + offs, mask, other=0.0).to(tl.float32) - u) * a
-    return tl.where(mask, a * a, 0.0), delta * a, tl.where(mask, spread, 0.0), beside
+    squares = delta * delta
+    aa, da, spread, wa = squares, squares, squares, squares
+    if anchor_ptr is not None:
+        scale = row[codes.E].to(tl.float32)
+        u0 = row[codes.X].to(tl.float32) * tl.load(x_ptr + offs, mask, other=0.0) + scale * u
+        first_c = tl.load(anchor_ptr + offs, offs < known, other=0.0)
+        first_u = tl.load(anchor_ptr + half + offs, offs < known, other=0.0)
+        a = tl.where(known > 0, first_c - u0, scale * delta)
+        both = (u0 - first_u) * (u0 - first_u) + (first_c - first_u) * (first_c - first_u)
+        aa, da, spread = tl.where(mask, a * a, 0.0), delta * a, tl.where(mask & (known > 0), both, 0.0)
+        if w_ptr is not None:
+            wa = (tl.load(w_ptr + offs, mask, other=0.0).to(tl.float32) - u) * a
+    return squares, aa, da, spread, wa
 
 
 @jit
-def added_up(partials_ptr, kind, b, parts, PARTIALS: tl.constexpr):
+def sums(
+    u_ptr, c_ptr, w_ptr, x_ptr, anchor_ptr, partials_ptr, b, half, n, known, row, BLOCK: tl.constexpr, PARTIALS: tl.constexpr
+):  # fmt: skip
+    """`terms` added up: over all of the sample here (no partial sums), or what `_norm_kernel` left. Without an anchor only the first is one."""
+    if partials_ptr is None:
+        d = tl.zeros([BLOCK], tl.float32)
+        aa, da, spread, wa = d, d, d, d
+        for start in range(0, n, BLOCK):
+            block = terms(u_ptr, c_ptr, w_ptr, x_ptr, anchor_ptr, half, start, n, known, row, BLOCK)
+            d += block[0]
+            if anchor_ptr is not None:
+                aa += block[1]
+                da += block[2]
+                spread += block[3]
+            if w_ptr is not None:
+                wa += block[4]
+        d, aa, da, spread, wa = tl.sum(d), tl.sum(aa), tl.sum(da), tl.sum(spread), tl.sum(wa)
+    else:
+        d = added_up(partials_ptr, 0, b, PARTIALS)
+        aa, da, spread, wa = d, d, d, d
+        if anchor_ptr is not None:
+            aa, da = added_up(partials_ptr, 1, b, PARTIALS), added_up(partials_ptr, 2, b, PARTIALS)
+            spread = added_up(partials_ptr, 3, b, PARTIALS)
+            if w_ptr is not None:
+                wa = added_up(partials_ptr, 4, b, PARTIALS)
+    return d, aa, da, spread, wa
+
+
+@jit
+def added_up(partials_ptr, kind, b, PARTIALS: tl.constexpr):
     """Sum of a sample's partial sums, always in the same order."""
+    parts = tl.num_programs(0)
     partials_ptr += (kind * tl.num_programs(1).to(tl.int64) + b) * parts
-    sums = tl.zeros([PARTIALS], tl.float32)
+    total = tl.zeros([PARTIALS], tl.float32)
     for start in range(0, parts, PARTIALS):
         offs = start + tl.arange(0, PARTIALS)
-        sums += tl.load(partials_ptr + offs, offs < parts, other=0.0)
-    return tl.sum(sums)
-
-
-@jit
-def anchor_sums(
-    u_ptr, c_ptr, w_ptr, x_ptr, anchor_ptr, partials_ptr, snapshot_ptr, b, half, n, known, row, BLOCK: tl.constexpr, PARTIALS: tl.constexpr
-):  # fmt: skip
-    """The sums of `anchor_terms` over a sample, in float64: of all of it here (no snapshot), or of what `_norm_kernel` left."""
-    if snapshot_ptr is None:
-        aa = tl.zeros([BLOCK], tl.float32)
-        da, spread, wa = aa, aa, aa
-        for start in range(0, n, BLOCK):
-            terms = anchor_terms(u_ptr, c_ptr, w_ptr, x_ptr, anchor_ptr, half, start, n, known, row, BLOCK)
-            aa += terms[0]
-            da += terms[1]
-            spread += terms[2]
-            wa += terms[3]
-        aa, da, spread, wa = tl.sum(aa), tl.sum(da), tl.sum(spread), tl.sum(wa)
-    else:
-        parts = tl.num_programs(0)
-        aa, da = added_up(partials_ptr, 1, b, parts, PARTIALS), added_up(partials_ptr, 2, b, parts, PARTIALS)
-        spread = added_up(partials_ptr, 3, b, parts, PARTIALS)
-        wa = da if w_ptr is None else added_up(partials_ptr, 4, b, parts, PARTIALS)
-    return aa.to(tl.float64), da.to(tl.float64), spread.to(tl.float64), wa.to(tl.float64)
+        total += tl.load(partials_ptr + offs, offs < parts, other=0.0)
+    return tl.sum(total)
 
 
 @jit

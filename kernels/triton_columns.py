@@ -30,24 +30,23 @@ def root(value):
 
 # Columns one by one: TileLens takes even a static_range for a loop at run time, and then knows no column's value.
 @jit
-def load_8(ptr):
-    return (
-        tl.load(ptr), tl.load(ptr + 1), tl.load(ptr + 2), tl.load(ptr + 3), tl.load(ptr + 4), tl.load(ptr + 5), tl.load(ptr + 6),
-        tl.load(ptr + 7),
-    )  # fmt: skip
+def load_3(ptr):
+    return tl.load(ptr), tl.load(ptr + 1), tl.load(ptr + 2)
+
+
+@jit
+def load_7(ptr):
+    return load_3(ptr) + load_3(ptr + 3) + (tl.load(ptr + 6),)
 
 
 @jit
 def load_9(ptr):
-    return load_8(ptr) + (tl.load(ptr + 8),)  # noqa: RUF005 - Triton cannot unpack
+    return load_3(ptr) + load_3(ptr + 3) + load_3(ptr + 6)
 
 
 @jit
 def load_15(ptr):
-    return load_8(ptr) + (  # noqa: RUF005 - Triton cannot unpack
-        tl.load(ptr + 8), tl.load(ptr + 9), tl.load(ptr + 10), tl.load(ptr + 11), tl.load(ptr + 12), tl.load(ptr + 13),
-        tl.load(ptr + 14),
-    )  # fmt: skip
+    return load_9(ptr) + load_3(ptr + 9) + load_3(ptr + 12)
 
 
 @jit
@@ -56,32 +55,19 @@ def load_17(ptr):
 
 
 @jit
-def load_7(ptr):
-    return (
-        tl.load(ptr), tl.load(ptr + 1), tl.load(ptr + 2), tl.load(ptr + 3), tl.load(ptr + 4), tl.load(ptr + 5), tl.load(ptr + 6),
-    )  # fmt: skip
+def store_3(ptr, first, second, third):
+    tl.store(ptr, first)
+    tl.store(ptr + 1, second)
+    tl.store(ptr + 2, third)
 
 
 @jit
-def load_3(ptr):
-    return tl.load(ptr), tl.load(ptr + 1), tl.load(ptr + 2)
-
-
-@jit
-def store_state(ptr, columns):
+def store_15(ptr, columns):
     tl.store(ptr, columns[0])  # column 1, BASE, never changes: kept for this store it would spill on gfx942
-    tl.store(ptr + 2, columns[2])
-    tl.store(ptr + 3, columns[3])
-    tl.store(ptr + 4, columns[4])
-    tl.store(ptr + 5, columns[5])
-    tl.store(ptr + 6, columns[6])
-    tl.store(ptr + 7, columns[7])
-    tl.store(ptr + 8, columns[8])
-    tl.store(ptr + 9, columns[9])
-    tl.store(ptr + 10, columns[10])
-    tl.store(ptr + 11, columns[11])
-    tl.store(ptr + 12, columns[12])
-    tl.store(ptr + 13, columns[13])
+    store_3(ptr + 2, columns[2], columns[3], columns[4])
+    store_3(ptr + 5, columns[5], columns[6], columns[7])
+    store_3(ptr + 8, columns[8], columns[9], columns[10])
+    store_3(ptr + 11, columns[11], columns[12], columns[13])
     tl.store(ptr + 14, columns[14])
 
 

@@ -14,8 +14,8 @@ from . import codes
 from .anchor import push
 from .arguments import Operands
 from .decide import decide
-from .triton_anchor import added_up, anchor_elements, anchor_sums, anchor_terms
-from .triton_columns import jit, load_3, load_7, load_9, load_15, load_17, root, store_state, weigh, where
+from .triton_anchor import anchor_elements, sums, terms
+from .triton_columns import jit, load_3, load_7, load_9, load_15, load_17, root, store_3, store_15, weigh, where
 
 try:
     import triton
@@ -42,15 +42,6 @@ def _add_term(total, weight, exists, ptr, offs, mask):
         if weight != 0:
             total += weight * tl.load(ptr + offs, mask, other=0.0).to(tl.float32)
     return total
-
-
-@jit
-def _squares(u_ptr, c_ptr, start, n, BLOCK: tl.constexpr):
-    offs = start + tl.arange(0, BLOCK)
-    mask = offs < n
-    u = tl.load(u_ptr + offs, mask, other=0.0).to(tl.float32)
-    c = tl.load(c_ptr + offs, mask, other=0.0).to(tl.float32)
-    return (c - u) * (c - u)
 
 
 @jit
@@ -110,25 +101,25 @@ def _norm_kernel(
         mask = columns < codes.STATE_WIDTH
         tl.store(snapshot_ptr + at, tl.load(state_ptr + at, mask, other=0.0), mask)
     if c_ptr is not None:
-        squares = _squares(u_ptr + b * u_stride * UNIT, c_ptr + b * c_stride * UNIT, part * BLOCK, n * UNIT, BLOCK)
-        parts = tl.num_programs(0)
-        tl.store(partials_ptr + b * parts + part, tl.sum(squares))
+        n, known, row = n * UNIT, 0, 0
         if anchor_ptr is not None:
-            kind = tl.num_programs(1).to(tl.int64) * parts
-            n = n * UNIT
             state = state_ptr + b * codes.STATE_WIDTH
             row = load_17(rows_ptr + (tl.load(state) + tl.load(state + codes.BASE)).to(tl.int64) * codes.ROW_WIDTH)
             known, _ = anchor_elements(rules_ptr, state_ptr, b, n)
-            aa, da, spread, wa = anchor_terms(
-                u_ptr + b * u_stride * UNIT, c_ptr + b * c_stride * UNIT, None if w_ptr is None else w_ptr + b * w_stride * UNIT,
-                x_ptr + b * n, anchor_ptr + b * n, tl.num_programs(1) * n.to(tl.int64), part * BLOCK, n, known, row, BLOCK,
-            )  # fmt: skip
-            partials_ptr += b * parts + part
-            tl.store(partials_ptr + kind, tl.sum(aa))
-            tl.store(partials_ptr + 2 * kind, tl.sum(da))
-            tl.store(partials_ptr + 3 * kind, tl.sum(spread))
+            anchor_ptr += b * n
+        block = terms(
+            u_ptr + b * u_stride * UNIT, c_ptr + b * c_stride * UNIT, None if w_ptr is None else w_ptr + b * w_stride * UNIT,
+            x_ptr + b * n, anchor_ptr, tl.num_programs(1) * n.to(tl.int64), part * BLOCK, n, known, row, BLOCK,
+        )  # fmt: skip
+        kind = tl.num_programs(1).to(tl.int64) * tl.num_programs(0)
+        partials_ptr += b * tl.num_programs(0) + part
+        tl.store(partials_ptr, tl.sum(block[0]))
+        if anchor_ptr is not None:
+            tl.store(partials_ptr + kind, tl.sum(block[1]))
+            tl.store(partials_ptr + 2 * kind, tl.sum(block[2]))
+            tl.store(partials_ptr + 3 * kind, tl.sum(block[3]))
             if w_ptr is not None:
-                tl.store(partials_ptr + 4 * kind, tl.sum(wa))
+                tl.store(partials_ptr + 4 * kind, tl.sum(block[4]))
 
 
 @jit
@@ -151,41 +142,37 @@ def _step_kernel(
         w_ptr += b * w_stride * UNIT
     first = tl.program_id(0) * BLOCK
     end = n if snapshot_ptr is None else first + BLOCK
-    old_ptr = (state_ptr if snapshot_ptr is None else snapshot_ptr) + b * codes.STATE_WIDTH
+    old_tables_ptr = state_ptr if snapshot_ptr is None else snapshot_ptr
+    old_ptr = old_tables_ptr + b * codes.STATE_WIDTH
     state = load_15(old_ptr)
     k = state[codes.STEP].to(tl.int64)
     rows_ptr += (k + state[codes.BASE].to(tl.int64)) * codes.ROW_WIDTH
     row = load_17(rows_ptr)
     if row[codes.ACTIVE] != 0:
+        known, fresh = 0, 0
         if c_ptr is None:
             d = tl.full([], float("nan"), tl.float32)
-        elif snapshot_ptr is None:
-            squares = tl.zeros([BLOCK], tl.float32)
-            for start in range(0, n, BLOCK):
-                squares += _squares(u_ptr, c_ptr, start, n, BLOCK)
-            d = tl.sum(squares)
         else:
-            d = added_up(partials_ptr, 0, b, tl.num_programs(0), PARTIALS)
+            if anchor_ptr is not None:
+                anchor_ptr += b * n
+                known, fresh = anchor_elements(rules_ptr, old_tables_ptr, b, n)
+            d, aa, da, spread, wa = sums(
+                u_ptr, c_ptr, w_ptr, x_ptr + b * n, anchor_ptr, partials_ptr, b, batch * n.to(tl.int64), n, known, row, BLOCK, PARTIALS
+            )  # fmt: skip
         rule = load_9(rules_ptr + b * codes.RULE_WIDTH)
         new_state, before, as_it_is = _decide(where, state, rule, row, d.to(tl.float64), c_ptr is not None)
         guidance_ptr += (b * steps + k) * 2
         g = tl.where(before, tl.load(guidance_ptr), tl.load(guidance_ptr + 1))
-        f, known, fresh = 0.0, 0, 0
+        f = 0.0
         if anchor_ptr is not None:
-            anchor_ptr += b * n
-            tail = load_3(old_ptr + codes.DECIDED)
             share = tl.full([], float("nan"), tl.float64)
             non_finite = new_state[codes.NON_FINITE]
-            strength, rho, written = tail[0], tail[1], tail[2]
+            strength, rho, written = load_3(old_ptr + codes.DECIDED)
             if c_ptr is not None:
-                known, fresh = anchor_elements(rules_ptr, state_ptr if snapshot_ptr is None else snapshot_ptr, b, n)
-                aa, da, spread, wa = anchor_sums(
-                    u_ptr, c_ptr, w_ptr, x_ptr + b * n, anchor_ptr, partials_ptr, snapshot_ptr, b, batch * n.to(tl.int64), n, known,
-                    load_17(rows_ptr), BLOCK, PARTIALS,
-                )  # fmt: skip
+                pairs = (aa.to(tl.float64), da.to(tl.float64), spread.to(tl.float64), wa.to(tl.float64))
                 tail, share, f, scaled, as_it_is = _push(
                     where, root, (non_finite, strength, rho, written), new_state[codes.PHASE], state[codes.STEP],
-                    load_7(rules_ptr + b * codes.RULE_WIDTH + codes.RULED), load_17(rows_ptr), (aa, da, spread, wa), g.to(tl.float64),
+                    load_7(rules_ptr + b * codes.RULE_WIDTH + codes.RULED), load_17(rows_ptr), pairs, g.to(tl.float64),
                     as_it_is if w_ptr is not None else 0.0,
                 )  # fmt: skip
                 non_finite, strength, rho, written = tail
@@ -193,12 +180,11 @@ def _step_kernel(
         next_row_ptr = rows_ptr + codes.ROW_WIDTH
         if first == 0:
             tl.debug_barrier()  # every thread has read the state that is overwritten here
-            store_state(state_ptr + b * codes.STATE_WIDTH, new_state)
+            state_ptr += b * codes.STATE_WIDTH
+            store_15(state_ptr, new_state)
             if anchor_ptr is not None:
-                tl.store(state_ptr + b * codes.STATE_WIDTH + codes.NON_FINITE, non_finite)
-                tl.store(state_ptr + b * codes.STATE_WIDTH + codes.DECIDED, strength)
-                tl.store(state_ptr + b * codes.STATE_WIDTH + codes.DECIDED + 1, rho)
-                tl.store(state_ptr + b * codes.STATE_WIDTH + codes.DECIDED + 2, written)
+                tl.store(state_ptr + codes.NON_FINITE, non_finite)
+                store_3(state_ptr + codes.DECIDED, strength, rho, written)
                 tl.store(shares_ptr + k * batch + b, share)
             tl.store(trace_ptr + k * batch + b, d)
             if times_ptr is not None:

@@ -66,6 +66,8 @@ def test_bytes_on_paper():
     # one tensor of history read and one written
     second = accounts.table(schedulers.SD["dpm-2m"]())
     assert accounts.fused_bytes(second, 5, numbers, torch.float16) == numbers * (20 + 4 + 4) + tables
+    # x once more, m twice, mu
+    assert accounts.fused_bytes(second, 5, numbers, torch.float16, True) == numbers * (28 + 16) + tables + 4
 
 
 def test_an_eager_guard_costs_eight_launches():
@@ -87,6 +89,7 @@ def test_the_page_is_current():
             op = 1 if size == "SD 1.5" else 2
             # Beside it the latents' copy, the pipeline's cat, the noise of rows that draw, and a cat of a stage that has another input.
             assert op + 2 <= line.ours.launches <= op + 3 and line.ours.waits == 0
+            assert (line.anchored.launches, line.anchored.waits) == (line.ours.launches, 0)
         assert {line.split(" |")[0][2:] for line in section.splitlines() if line.startswith("| ")} >= set(schedulers.SD)
 
 

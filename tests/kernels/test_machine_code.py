@@ -49,6 +49,37 @@ def test_no_fault(configuration, target):
     assert configuration.faults(configuration.compile(target)) == []
 
 
+def order_of_the_sum(configuration, target):
+    """Which thread holds which elements of the first sum, d, when it begins to add them up: the layouts that the first reduction was made of."""
+    hip = TARGETS[target].backend == "hip"
+    options = kernels.launch_shape(SIZES[configuration.launches], configuration.aligned, hip)[2]
+    text = triton.compile(configuration.source(), target=TARGETS[target], options=options).asm["ttgir"]
+    layouts = dict(re.findall(r"^(#\w+) = (#ttg\..*)$", text, re.MULTILINE))
+    head = text[: re.search(r"\}\) : \(tensor<\w+, #\w+>\) -> f32", text).end()]
+    reordered = re.findall(r"tt\.reshape .*: tensor<\w+, (#\w+)> -> tensor<\w+, (#\w+)>", head)[-1:]
+    return [layouts[name] for pair in reordered for name in pair] + [layouts[re.findall(r"#\w+", head)[-1]]]
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("kernel", ["norm", "step"])
+def test_d_is_added_up_in_the_same_order_with_anchors_and_without(kernel, target):
+    """So that an image's decisions do not depend on whether another one of its batch is anchored."""
+    launches = "one launch" if kernel == "step" else "two launches"
+    for model, combined, aligned in [
+        ("fp16", None, True),
+        ("bf16", "fp32", True),
+        ("fp32", None, True),
+        ("fp16", "fp16", False),
+    ]:
+        orders = [
+            order_of_the_sum(
+                Configuration(kernel, launches, model, combined=combined, anchored=anchored, aligned=aligned), target
+            )
+            for anchored in (False, True)
+        ]
+        assert orders[0] == orders[1] and len(orders[0]) == 3
+
+
 def test_the_page_is_current():
     """Text and columns as the generator writes them, and the rows of a kernel that parks registers on gfx942."""
     page = FILE.read_text(encoding="utf-8").splitlines()
