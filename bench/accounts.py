@@ -145,7 +145,9 @@ def guarded(pipe: Any, policy: str | Policy = "og+dtp") -> Account:
     size = pipe.unet.config.sample_size
     elements = pipe.unet.config.in_channels * size * size
     ledger.launches = [
-        replace(op, moved=fused_bytes(schedule, op.row - 1, elements, pipe.unet.dtype, anchored)) if op.name == FUSED else op
+        replace(op, moved=fused_bytes(schedule, op.row - 1, elements, pipe.unet.dtype, anchored))
+        if op.name == FUSED
+        else op
         for op in ledger.launches
     ]
     account, rows = _account(ledger), _rows(ledger)

@@ -1,11 +1,7 @@
 """Anchored guidance: what of the guidance points to the picture that the model's first prediction showed, and how much of it is taken out."""
 
-from contextlib import suppress
-
 from . import codes
-
-with suppress(ImportError):
-    import triton.language as tl  # noqa: F401 - Triton's interpreter wants to see it beside each function that it runs
+from .triton_columns import tl  # noqa: F401 - Triton's interpreter wants to see it beside each function that it runs
 
 
 def push(where, root, state, phase, k, rule, row, sums, g, combines):  # no annotations: Triton would compile them

@@ -66,7 +66,7 @@ def _strides(tensor: Tensor) -> list[int]:
 
 def dense_like(tensor: Tensor, x: Tensor) -> bool:
     """Whether the samples lie in memory as x's do, one behind the other."""
-    return _strides(tensor) == _strides(x) and (len(tensor) == 1 or tensor.stride(0) == x[0].numel())
+    return _strides(tensor) == _strides(x) and (len(tensor) == 1 or tensor.stride(0) == x.numel() // len(x))
 
 
 def memory_format(latents: Tensor) -> torch.memory_format:
@@ -91,7 +91,7 @@ def check(o: Operands) -> None:
         if slots is None:
             continue
         fits = slots.dtype == torch.float32 and slots.shape[1:] == x.shape and least <= len(slots) <= most
-        if not fits or (len(slots) and not dense_like(slots[0], x)):
+        if not fits or (slots.stride()[1:] != x.stride() and len(slots) and not dense_like(slots[0], x)):
             _refuse(name, slots, f"float32 [{least} to {most}, *{sizes}] in x's memory format, see history_for")
     y, time, halves = o.model_input, o.timestep_out, (batch, 2 * batch)
     if y is not None and (

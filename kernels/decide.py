@@ -1,11 +1,7 @@
 """The transition of Jain et al. (CVPR 2025, arXiv 2411.16738) as a state machine."""
 
-from contextlib import suppress
-
 from . import codes
-
-with suppress(ImportError):
-    import triton.language as tl  # noqa: F401 - Triton's interpreter wants to see it beside each function that it runs
+from .triton_columns import tl  # noqa: F401 - Triton's interpreter wants to see it beside each function that it runs
 
 
 def decide(where, state, rule, row, d, both):  # no annotations: Triton would compile them

@@ -72,19 +72,15 @@ def history_for(x: Tensor, slots: int) -> Tensor:
 
 
 def _run(operands: Operands, backend: str) -> None:
-    x, cond, combined, noise = operands.x, operands.cond, operands.combined, operands.noise
-    operands = operands._replace(
-        uncond=like(operands.uncond.detach(), x),
-        cond=None if cond is None else like(cond.detach(), x),
-        combined=None if combined is None else like(combined.detach(), x),
-        noise=noise if noise is None or dense_like(noise, x) else like(noise.contiguous(), x),
-    )
-    if backend == "triton":
-        triton_step.guided_step_triton(
-            operands._replace(scratch=scratch_for(x)) if operands.scratch is None else operands
-        )
-    else:
-        torch_step.guided_step_torch(operands)
+    x, noise = operands.x, operands.noise
+    outputs = {name: getattr(operands, name) for name in ("uncond", "cond", "combined")}
+    copies = {name: like(output.detach(), x) for name, output in outputs.items() if output is not None}
+    if noise is not None and not dense_like(noise, x):
+        copies["noise"] = like(noise.contiguous(), x)
+    if backend == "triton" and operands.scratch is None:
+        copies["scratch"] = scratch_for(x)
+    step = triton_step.guided_step_triton if backend == "triton" else torch_step.guided_step_torch
+    step(operands._replace(**copies))
 
 
 def _implementation(*arguments: Any) -> None:

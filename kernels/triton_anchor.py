@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
-
 from . import codes
-from .triton_columns import jit
-
-with suppress(ImportError):
-    import triton.language as tl
+from .triton_columns import jit, tl
 
 
 @jit

@@ -15,13 +15,7 @@ from .anchor import push
 from .arguments import Operands
 from .decide import decide
 from .triton_anchor import anchor_elements, sums, terms
-from .triton_columns import jit, load_3, load_7, load_9, load_15, load_17, root, store_3, store_15, weigh, where
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # not on every platform; the torch backend needs none
-    triton = tl = None
+from .triton_columns import jit, load_3, load_7, load_9, load_15, load_17, root, store_3, store_15, tl, weigh, where
 
 # All sizes depend on the latent's size alone: with it the order of the sum, and so the bits of d, would change.
 SINGLE = 16384

@@ -69,14 +69,6 @@ def _guidance_scale(name: str, value: Any) -> float | tuple[float, ...] | None:
     return number(name, value, allowed)
 
 
-def _timestep(name: str, value: Any) -> float | None:
-    return None if value is None else number(name, value, "None or a timestep >= 0", lambda t: t >= 0)
-
-
-def _gate(name: str, value: Any) -> float | None:
-    return None if value is None else number(name, value, "None or a finite number above 0", lambda tau: tau > 0)
-
-
 def _flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise ValueError(f"{name}={value!r}: must be True or False")
@@ -91,6 +83,11 @@ def _name(name: str, value: Any) -> str:
     return value
 
 
+def _optional(allowed: str, test: Callable[[float], bool]) -> Callable[[str, Any], float | None]:
+    return lambda name, value: None if value is None else number(name, value, f"None or {allowed}", test)
+
+
+_timestep = _optional("a timestep >= 0", lambda t: t >= 0)
 _FIELDS: dict[str, Callable[[str, Any], Any]] = {
     "before": _before,
     "transition": lambda name, value: choice(name, value, (None, "static", "dynamic")),
@@ -99,16 +96,14 @@ _FIELDS: dict[str, Callable[[str, Any], Any]] = {
     "rho": lambda name, value: number(name, value, "a number between 0 and 1, both excluded", lambda rho: 0 < rho < 1),
     "magnitude": lambda name, value: choice(name, value, ("output", "epsilon", "x0")),
     "deadline": _timestep,
-    "gate": _gate,
+    "gate": _optional("a finite number above 0", lambda tau: tau > 0),
     "gate_steps": lambda name, value: integer(name, value, 1),
     "min_step": lambda name, value: integer(name, value, 0),
     "min_drop": lambda name, value: number(name, value, "a number from 0 to below 1", lambda drop: 0 <= drop < 1),
     "opposite_steps": lambda name, value: None if value is None else integer(name, value, 0),
     "monitor": _flag,
     "anchored": _flag,
-    "suspect": lambda name, value: (
-        None if value is None else number(name, value, "None or a number above 0", lambda x: x > 0)
-    ),
+    "suspect": _optional("a number above 0", lambda bound: bound > 0),
     "guidance_scale": _guidance_scale,
     "name": _name,
 }
@@ -116,36 +111,24 @@ _FIELDS: dict[str, Callable[[str, Any], Any]] = {
 
 def _combination(v: Mapping[str, Any]) -> None:
     """Refuse what would have no effect: it is a mistake that nobody would notice."""
-    dynamic = v["transition"] == "dynamic"
-    guarded = v["transition"] is not None or v["anchored"]
+    transition, dynamic = v["transition"] is not None, v["transition"] == "dynamic"
     negative = v["before"] == "opposite" or (isinstance(v["before"], float) and v["before"] < 0)
     if v["transition"] == "static" and v["t_star"] is None:
         raise ValueError("t_star=None: transition='static' needs a timestep >= 0")
-    needs = [
-        ("before", "zero", v["transition"] is not None, "a transition ('static' or 'dynamic')"),
-        ("t_star", None, v["transition"] == "static", "transition='static'"),
-        ("deadline", None, dynamic, "transition='dynamic'"),
-        ("rule", "minimum", dynamic, "transition='dynamic'"),
-        ("magnitude", "output", dynamic, "transition='dynamic'"),
-        ("min_step", 0, dynamic, "transition='dynamic'"),
-        (
-            "min_drop",
-            0.0,
-            dynamic and v["rule"] == "minimum",
-            "transition='dynamic' with rule='minimum'",
-        ),
-        ("rho", 0.3, dynamic and v["rule"] == "drop", "transition='dynamic' with rule='drop'"),
-        ("gate", None, guarded, "a transition ('static' or 'dynamic') or anchored=True"),
-        ("monitor", False, not v["anchored"], "anchored=False (anchored runs both branches anyway)"),
-        ("gate_steps", 1, v["gate"] is not None, "a gate"),
-        (
-            "opposite_steps",
-            None,
-            v["transition"] is not None and negative,
-            "a transition and before='opposite' or negative",
-        ),
+    # Fields with their defaults, whether what they need is there, and what that is.
+    needs: list[tuple[dict[str, Any], bool, str]] = [
+        ({"before": "zero"}, transition, "a transition ('static' or 'dynamic')"),
+        ({"t_star": None}, v["transition"] == "static", "transition='static'"),
+        ({"deadline": None, "rule": "minimum", "magnitude": "output", "min_step": 0}, dynamic, "transition='dynamic'"),
+        ({"min_drop": 0.0}, dynamic and v["rule"] == "minimum", "transition='dynamic' with rule='minimum'"),
+        ({"rho": 0.3}, dynamic and v["rule"] == "drop", "transition='dynamic' with rule='drop'"),
+        ({"gate": None}, transition or v["anchored"], "a transition ('static' or 'dynamic') or anchored=True"),
+        ({"monitor": False}, not v["anchored"], "anchored=False (anchored runs both branches anyway)"),
+        ({"gate_steps": 1}, v["gate"] is not None, "a gate"),
+        ({"opposite_steps": None}, transition and negative, "a transition and before='opposite' or negative"),
     ]
-    for name, default, met, need in needs:
-        if v[name] != default and not met:
-            have = f"transition={v['transition']!r}, before={v['before']!r}, rule={v['rule']!r}, gate={v['gate']!r}"
-            raise ValueError(f"{name}={v[name]!r} has no effect here: it needs {need} (have {have})")
+    for fields, met, need in needs:
+        for name, default in fields.items():
+            if v[name] != default and not met:
+                have = f"transition={v['transition']!r}, before={v['before']!r}, rule={v['rule']!r}, gate={v['gate']!r}"
+                raise ValueError(f"{name}={v[name]!r} has no effect here: it needs {need} (have {have})")

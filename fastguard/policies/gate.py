@@ -27,14 +27,6 @@ from fastguard.files import short
 if TYPE_CHECKING:
     from fastguard.policies.policy import Policy
 
-__all__ = [
-    "Calibration",
-    "calibrate",
-    "check_sample",
-    "needed_prompts",
-    "screening_bound",
-]
-
 SMALLEST_FPR = 1e-12  # 3e12 prompts; far below it their number leaves the floats
 NOISES = 4  # of a screening
 
@@ -68,7 +60,11 @@ def _binomial_cdf(m: int, n: int, p: float) -> float:
 
 def needed_prompts(fpr: float, confidence: float) -> int:
     """The smallest n with (1 - fpr)^n <= 1 - confidence."""
-    _check_wish(fpr, confidence)
+    for name, value in (("fpr", fpr), ("confidence", confidence)):
+        if not 0 < value < 1:
+            raise ValueError(f"{name}={value!r}: must lie strictly between 0 and 1")
+    if fpr < SMALLEST_FPR:
+        raise ValueError(f"fpr={fpr!r}: must be at least {SMALLEST_FPR:g}")
     return math.ceil(math.log1p(-confidence) / math.log1p(-fpr))  # 1 - fpr may well be 1 in floats
 
 
@@ -89,10 +85,11 @@ def calibrate(
     ValueError if the sample is too small for the wish (with the number that is needed), holds a value that is not finite, or if
     `groups` is not as long as `rms_values`.
     """
+    labels = range(len(rms_values)) if groups is None else groups
+    if len(labels) != len(rms_values):
+        raise ValueError(f"groups holds {len(labels)} labels, rms_values {len(rms_values)} prompts: one label a prompt")
     largest: dict[Hashable, float] = {}
-    if groups is not None and len(groups) != len(rms_values):
-        raise ValueError(f"groups holds {len(groups)} labels, rms_values {len(rms_values)} prompts: one label a prompt")
-    for label, value in zip(range(len(rms_values)) if groups is None else groups, rms_values, strict=True):
+    for label, value in zip(labels, rms_values, strict=True):
         if not (math.isfinite(value) and value >= 0):
             raise ValueError("rms_values: every value must be finite and >= 0")
         largest[label] = max(largest.get(label, 0.0), float(value))
@@ -110,14 +107,9 @@ def calibrate(
         f" ({exceeding} of the {n} do). It says nothing about other distributions of prompts, models, schedulers or step counts"
     )
     return Calibration(
-        threshold=threshold,
-        fpr=fpr,
-        confidence=confidence,
-        prompts=len(rms_values),
-        groups=None if groups is None else n,
-        exceeding=exceeding,
-        statement=statement,
-    )
+        threshold=threshold, fpr=fpr, confidence=confidence, prompts=len(rms_values), groups=None if groups is None else n,
+        exceeding=exceeding, statement=statement,
+    )  # fmt: skip
 
 
 def check_sample(n: int, fpr: float, confidence: float, unit: str = "prompts") -> None:
@@ -135,17 +127,8 @@ def screening_bound(policy: Policy) -> tuple[int, float]:
     known = policy.provenance.get("screen")
     if isinstance(known, Mapping):
         return int(known["noises"]), float(known["threshold"])
-    if policy.gate is None:
-        raise ValueError(
-            f"policy {short(policy.name)}: has neither a bound for screening nor a gate; `fastguard calibrate` finds them"
-        )
     gate: Any = policy.gate  # of one image, no list
+    if gate is None:
+        problem = "has neither a bound for screening nor a gate; `fastguard calibrate` finds them"
+        raise ValueError(f"policy {short(policy.name)}: {problem}")
     return NOISES, gate
-
-
-def _check_wish(fpr: float, confidence: float) -> None:
-    for name, value in (("fpr", fpr), ("confidence", confidence)):
-        if not 0 < value < 1:
-            raise ValueError(f"{name}={value!r}: must lie strictly between 0 and 1")
-    if fpr < SMALLEST_FPR:
-        raise ValueError(f"fpr={fpr!r}: must be at least {SMALLEST_FPR:g}")

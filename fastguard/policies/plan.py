@@ -72,31 +72,18 @@ def lower(policies: Sequence[Policy], schedule: Schedule, guidance_scale: float,
     for b, policy in enumerate(policies):
         if policy.images is not None:
             raise ValueError(f"policies[{b}] holds per-image lists: pass policy.samples(batch)")
-        if not schedule.in_steps and (problem := limit_problem(policy)) is not None:
-            raise ValueError(problem)
-        if policy.anchored and (problem := anchor_problem(policy, schedule)) is not None:
+        problem = None if schedule.in_steps else limit_problem(policy)
+        if problem := problem or (anchor_problem(policy, schedule) if policy.anchored else None):
             raise ValueError(problem)
         switch_row = _switch_row(policy, times, observed)
-        rules[b] = torch.tensor(_rule(policy, switch_row, elements), dtype=torch.float64)
-        if policy.anchored:
-            observations = sum(observed) * schedule.full / len(times)
-            rules[b, Rule.ANCHORED :] = torch.tensor(_anchor_rule(elements, observations), dtype=torch.float64)
-        after = _after(policy, len(times), scale)
-        guidance[b, :, 0] = torch.tensor(_before(policy, after), dtype=torch.float32)
-        guidance[b, :, 1] = torch.tensor(after, dtype=torch.float32)
+        observations = sum(observed) * schedule.full / max(len(times), 1)  # of the full schedule
+        rules[b] = torch.tensor(_rule(policy, switch_row, elements, observations), dtype=torch.float64)
+        guidance[b] = torch.tensor(_guidance(policy, len(times), scale), dtype=torch.float32)
         for row, branch in zip(needed, _branches(policy, switch_row, guidance[b].tolist()), strict=True):
             row.add(branch)
     branches = tuple(row.pop() if len(row) == 1 else "both" for row in needed)
-    return Plan(
-        rules,
-        guidance,
-        _initial_state(policies),
-        branches,
-        tuple(policies),
-        times,
-        elements,
-        schedule.full > len(times),
-    )
+    late = schedule.full > len(times)
+    return Plan(rules, guidance, _initial_state(policies), branches, tuple(policies), times, elements, late)
 
 
 def limit(policy: Any) -> float | None:
@@ -112,12 +99,9 @@ def limit_of(policy: Any) -> str | None:
 
 def limit_problem(policy: Any) -> str | None:
     """Why a policy cannot be used where timesteps count no training steps; None if it can."""
-    if (limit := limit_of(policy)) is None:
-        return None
-    return (
-        f"policy {short(policy.name)}: {limit} counts training steps, which this scheduler's timesteps do not; use a policy without "
-        "such a limit ('paper-dtp'), or another scheduler"
-    )
+    why = "counts training steps, which this scheduler's timesteps do not"
+    use = "use a policy without such a limit ('paper-dtp'), or another scheduler"
+    return None if limit(policy) is None else f"policy {short(policy.name)}: {limit_of(policy)} {why}; {use}"
 
 
 def anchor_problem(policy: Policy, schedule: Schedule) -> str | None:
@@ -165,16 +149,11 @@ def of_images(policy: Policy, batch: int, per_prompt: int) -> list[Policy]:
 
 def gate_threshold(tau: float, elements: int) -> float:
     """The smallest float32 d with sqrt(d / elements) >= tau, evaluated in float64: so that comparing d decides as comparing RMS does."""
-
-    def caught(d: np.float32) -> bool:
-        return math.sqrt(float(d) / elements) >= tau
-
     with np.errstate(over="ignore", under="ignore"):
         # The float32 nearest to the exact threshold, whose lower neighbour is thus below it: either this one or the next.
-        d = np.float32(tau * tau * elements)
-        while not caught(d):
-            d = np.nextafter(d, np.float32(np.inf))
-    return float(d)
+        nearest = np.float32(tau * tau * elements)
+        either = float(nearest), float(np.nextafter(nearest, np.float32(np.inf)))
+    return next(d for d in either if math.sqrt(d / elements) >= tau)
 
 
 def _switch_row(policy: Any, times: Sequence[float], observed: Sequence[bool]) -> int:
@@ -186,7 +165,7 @@ def _switch_row(policy: Any, times: Sequence[float], observed: Sequence[bool]) -
     return next((k for k, t in enumerate(times) if observed[k] and t <= last), NEVER)
 
 
-def _rule(policy: Any, switch_row: int, elements: int) -> list[float]:
+def _rule(policy: Any, switch_row: int, elements: int, observations: float) -> list[float]:
     row = [0.0] * len(Rule)
     row[Rule.KIND] = RuleKind[policy.rule.upper()] if policy.transition == "dynamic" else RuleKind.NONE
     row[Rule.SWITCH_ROW] = switch_row
@@ -197,34 +176,24 @@ def _rule(policy: Any, switch_row: int, elements: int) -> list[float]:
     row[Rule.RHO] = policy.rho
     row[Rule.MAGNITUDE] = Magnitude[policy.magnitude.upper()]
     row[Rule.COMBINED] = policy.guidance_scale is None
+    if policy.anchored:
+        side = math.sqrt(elements)  # norms for RMS
+        row[Rule.ANCHORED :] = [1.0, FAINT * side, SHARP * side, BACK, ETA * 50 / observations, DRIFT, MOST]
     return row
 
 
-def _anchor_rule(elements: int, observations: float) -> list[float]:
-    """Columns from ANCHORED on; norms for RMS."""
-    side = math.sqrt(elements)
-    return [1.0, FAINT * side, SHARP * side, BACK, ETA * 50 / observations, DRIFT, MOST]
-
-
-def _after(policy: Any, rows: int, scale: float) -> list[float]:
-    """g of every row once the transition is over, and of unguarded images throughout."""
+def _guidance(policy: Any, rows: int, scale: float) -> list[tuple[float, float]]:
+    """(g before the transition, g once it is over and of unguarded images throughout) of every row."""
     own = scale if policy.guidance_scale is None else policy.guidance_scale
-    if not isinstance(own, tuple):
-        return [own] * rows
-    if len(own) != rows:
-        raise ValueError(
-            f"guidance_scale of policy {policy.name!r} has {len(own)} values: must be one per denoiser row, {rows}"
-        )
-    return list(own)
-
-
-def _before(policy: Any, after: Sequence[float]) -> list[float]:
-    """g of every row before the transition."""
+    after = own if isinstance(own, tuple) else (own,) * rows
+    if len(after) != rows:
+        wanted = f"must be one per denoiser row, {rows}"
+        raise ValueError(f"guidance_scale of policy {policy.name!r} has {len(after)} values: {wanted}")
     fixed = {"zero": 0.0, "conditional": 1.0}.get(policy.before, policy.before)
-    before = [-s for s in after] if fixed == "opposite" else [fixed] * len(after)
-    if policy.opposite_steps is None:
-        return before
-    return [g if k < policy.opposite_steps else 0.0 for k, g in enumerate(before)]
+    before = [-s if fixed == "opposite" else fixed for s in after]
+    if policy.opposite_steps is not None:
+        before[policy.opposite_steps :] = [0.0] * (rows - policy.opposite_steps)
+    return list(zip(before, after, strict=True))
 
 
 def _branches(policy: Any, switch_row: int, guidance: Sequence[Sequence[float]]) -> list[str]:
@@ -238,9 +207,8 @@ def _branches(policy: Any, switch_row: int, guidance: Sequence[Sequence[float]])
 
 def _initial_state(policies: Sequence[Any]) -> torch.Tensor:
     state = torch.zeros(len(policies), len(State), dtype=torch.float64)
-    for b, policy in enumerate(policies):
-        first = Phase.BEFORE if policy.gate is None else Phase.UNDECIDED
-        state[b, State.PHASE] = first if policy.guarded else Phase.PLAIN
+    for b, p in enumerate(policies):
+        state[b, State.PHASE] = Phase.PLAIN if not p.guarded else Phase.BEFORE if p.gate is None else Phase.UNDECIDED
     state[:, [State.LAST, State.BEFORE_LAST, State.MARGIN]] = math.nan
     state[:, [State.MAXIMUM, State.GATE_D]] = -math.inf
     never = [State.LAST_ROW, State.TRANSITION_STEP, State.MINIMUM_STEP, State.GATE_STEP, State.NON_FINITE]

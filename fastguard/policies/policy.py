@@ -90,13 +90,9 @@ class Policy:
     def __post_init__(self) -> None:
         values = self._values()
         length = common_length(values)
-        if length is None:
-            valid = checked(values)
-        else:
-            each = [checked(_pick(values, i), f"sample {i}: ") for i in range(length)]
-            valid = {key: [v[key] for v in each] if isinstance(values[key], list) else each[0][key] for key in values}
-        for key, value in valid.items():
-            object.__setattr__(self, key, value)
+        each = [checked(_pick(values, i), "" if length is None else f"sample {i}: ") for i in range(length or 1)]
+        for key, value in values.items():
+            object.__setattr__(self, key, [one[key] for one in each] if isinstance(value, list) else each[0][key])
 
     def _values(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in FIELDS}
@@ -114,11 +110,8 @@ class Policy:
     @property
     def hash(self) -> str:
         """Of what the policy does, in 16 hexadecimal digits: fields that have their defaults, the name and the provenance leave it alone."""
-        told = {
-            key: _encode(value)
-            for key, value in self._values().items()
-            if key != "name" and value != getattr(Policy, key)
-        }
+        values = self._values().items()
+        told = {key: _encode(value) for key, value in values if key != "name" and value != getattr(Policy, key)}
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
@@ -128,13 +121,12 @@ class Policy:
 
     def ungated_warning(self) -> str | None:
         """What to tell the user once on enabling this policy: None unless images are guarded whatever their prompt."""
-        samples = self.samples(self.images or 1)
-        ungated = [s.name for s in samples if s.guarded and s.gate is None]
+        ungated = [s for s in self.samples(self.images or 1) if s.guarded and s.gate is None]
         if not ungated:
             return None
-        cost = UNGATED_COST if all(s.anchored for s in samples if s.name in ungated) else ""
+        cost = UNGATED_COST if all(s.anchored for s in ungated) else ""
         return (
-            f"policy {', '.join(map(short, dict.fromkeys(ungated)))} has no gate: every prompt is guarded, ordinary ones too, and their images change{cost}."
+            f"policy {', '.join(map(short, dict.fromkeys(s.name for s in ungated)))} has no gate: every prompt is guarded, ordinary ones too, and their images change{cost}."
             " Set gate=tau (`fastguard calibrate` chooses it from ordinary prompts), or use policy 'cfg' for plain guidance."
         )
 
@@ -161,14 +153,13 @@ class Policy:
         if not policies:
             raise ValueError("policies=[]: must hold at least one policy")
         for b, one in enumerate(policies):
-            if one.images is not None:
+            if (images := one.images) is not None:
                 raise ValueError(
-                    f"policies[{b}] already holds per-image lists of {one.images} values: must be for one image"
+                    f"policies[{b}] already holds per-image lists of {images} values: must be for one image"
                 )
-        each = [one._values() for one in policies]
         notes = [one.provenance for one in policies]
         known = notes[0] if all(note == notes[0] for note in notes) else {PER_IMAGE: notes}
-        return cls(**{key: [values[key] for values in each] for key in each[0]}, provenance=known)
+        return cls(**{key: [getattr(one, key) for one in policies] for key in FIELDS}, provenance=known)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, without the provenance, as JSON values: a list is per image, {"per_step": [...]} is per denoiser row."""
@@ -177,19 +168,17 @@ class Policy:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Policy:
         """Inverse of `to_dict`. Missing fields take their defaults; unknown ones raise ValueError."""
-        if (
-            not isinstance(values, Mapping)
-            or values.get("fastguard_policy") != FORMAT
-            or values["fastguard_policy"] is True
-        ):
+        version = values.get("fastguard_policy") if isinstance(values, Mapping) else None
+        if version != FORMAT or version is True:
             raise ValueError(f'not a fastguard policy: expected an object with "fastguard_policy": {FORMAT}')
         given = {key: value for key, value in values.items() if key not in ("fastguard_policy", "provenance")}
         refuse_unknown(given)
+        fields: dict[str, Any] = {
+            key: [_decode(key, item) for item in value] if isinstance(value, list) else _decode(key, value)
+            for key, value in given.items()
+        }
         note = values.get("provenance")
-        return cls(
-            **{key: _decode(key, value) for key, value in given.items()},
-            provenance=note if isinstance(note, dict) else {},
-        )
+        return cls(**fields, provenance=note if isinstance(note, dict) else {})
 
     def save(self, path: str | os.PathLike[str], *, provenance: Mapping[str, Any] | None = None) -> Path:
         """Write the policy as JSON, atomically, with its provenance or the one given here.
@@ -236,10 +225,6 @@ def _encode(value: Any) -> Any:
 
 
 def _decode(key: str, value: Any) -> Any:
-    return [_decode_one(key, item) for item in value] if isinstance(value, list) else _decode_one(key, value)
-
-
-def _decode_one(key: str, value: Any) -> Any:
     if isinstance(value, dict):
         if set(value) != {"per_step"} or not isinstance(value["per_step"], list):
             raise ValueError(f'{key}={short(value)}: an object must be {{"per_step": [...]}}')

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 from fastguard import checks
@@ -23,18 +23,15 @@ DEADLINE = 600.0
 in the paper (500 to 700). On the embedded model's tuning prompts, copies and faithfulness of the others: at 700 43% and 63%, at 561
 32% and 53%, without a deadline 23% and 28% (docs/testbed/tuning.json, which calls 561 600)."""
 
-_DYNAMIC: dict[str, Any] = {"transition": "dynamic", "deadline": DEADLINE}
-_BARE: dict[str, Any] = {"transition": "dynamic"}
-
 _FIELDS: dict[str, dict[str, Any]] = {
     "cfg": {},
-    "stp": {"before": "zero", "transition": "static", "t_star": 500.0},
+    "stp": {"transition": "static", "t_star": 500.0},
     "og+stp": {"before": -2.0, "transition": "static", "t_star": 650.0},
-    "dtp": {"before": "zero", **_DYNAMIC},
-    "og+dtp": {"before": "opposite", **_DYNAMIC},
-    "paper-dtp": {"before": "zero", **_BARE},
-    "paper-og+dtp": {"before": "opposite", **_BARE},
-    "released-dtp": {"before": "conditional", **_BARE},
+    "dtp": {"transition": "dynamic", "deadline": DEADLINE},
+    "og+dtp": {"before": "opposite", "transition": "dynamic", "deadline": DEADLINE},
+    "paper-dtp": {"transition": "dynamic"},
+    "paper-og+dtp": {"before": "opposite", "transition": "dynamic"},
+    "released-dtp": {"before": "conditional", "transition": "dynamic"},
     "anchored": {"anchored": True},
 }
 
@@ -55,7 +52,11 @@ def policy(source: Source | Sequence[Source], **overrides: Any) -> Policy:
     ValueError for an unknown preset or field or a value that is not allowed, FileNotFoundError for a missing file.
     """
     if isinstance(source, Sequence) and not isinstance(source, str):
-        return _stacked(source, overrides)
+        for name, value in overrides.items():
+            if isinstance(value, list):
+                allowed = "must be one value where policy is a list; set it in each of the policies"
+                raise ValueError(f"{name}={value!r}: {allowed}")
+        return Policy.stack([policy(one, **overrides) for one in source])
     if isinstance(source, Policy):
         base = source
     elif isinstance(source, (str, os.PathLike)) and os.fspath(source).endswith(SUFFIX):
@@ -71,12 +72,3 @@ def policy(source: Source | Sequence[Source], **overrides: Any) -> Policy:
     if "gate" in overrides or "suspect" in overrides:  # what is known of the base's belongs to those
         overrides["provenance"] = {}
     return dataclasses.replace(base, **overrides)
-
-
-def _stacked(sources: Sequence[Source], overrides: Mapping[str, Any]) -> Policy:
-    for name, value in overrides.items():
-        if isinstance(value, list):
-            raise ValueError(
-                f"{name}={value!r}: must be one value where policy is a list; set it in each of the policies"
-            )
-    return Policy.stack([policy(one, **overrides) for one in sources])

@@ -21,38 +21,30 @@ def elsewhere(policy: Policy, used: Mapping[str, Any]) -> list[str]:
 
     used: model, scheduler (class or short name), steps, dtype; None where it is not known.
     """
-    told = (_elsewhere(one, used) for one in policy.samples(policy.images or 1))
-    return list(dict.fromkeys(text for text in told if text is not None))
-
-
-def _elsewhere(policy: Policy, used: Mapping[str, Any]) -> str | None:
-    if policy.gate is None and policy.suspect is None:
-        return None
-    known = {name: policy.provenance.get(name) for name in ("model", "scheduler", "steps", "dtype")}
-    differ = [
-        f"{name} {value}, not {used[name]}"
-        for name, value in known.items()
-        if value and used.get(name) and not _same(name, str(value), str(used[name]))
-    ]
-    if not differ:
-        return None
-    return (
-        f"policy {policy.name!r} was calibrated with {' and '.join(differ)}: its gate may catch other ordinary prompts here than it was proven for; "
-        f"calibrate it with what you use (`fastguard calibrate`)"
-    )
+    told: dict[str, None] = {}
+    for one in policy.samples(policy.images or 1):
+        known = {name: one.provenance.get(name) for name in ("model", "scheduler", "steps", "dtype")}
+        differ = [
+            f"{name} {value}, not {used[name]}"
+            for name, value in known.items()
+            if value and used.get(name) and not _same(name, str(value), str(used[name]))
+        ]
+        if differ and (one.gate is not None or one.suspect is not None):
+            told[
+                f"policy {one.name!r} was calibrated with {' and '.join(differ)}: its gate may catch other ordinary prompts here than it "
+                "was proven for; calibrate it with what you use (`fastguard calibrate`)"
+            ] = None
+    return list(told)
 
 
 def _same(name: str, one: str, other: str) -> bool:
-    if name == "model":
-        return _same_model(*(text.rstrip("/\\") for text in (one, other)))
-    return _plain(one) == _plain(other)
-
-
-def _same_model(one: str, other: str) -> bool:
+    if name != "model":
+        return _plain(one) == _plain(other)
     if EMBEDDED in (one, other):
         return one == other
-    hub = [text.count("/") == 1 and not text.startswith((".", "/", "~")) for text in (one, other)]
-    return hub[0] != hub[1] or _plain(one) == _plain(other)
+    pair = [text.rstrip("/\\") for text in (one, other)]
+    hub = [text.count("/") == 1 and not text.startswith((".", "/", "~")) for text in pair]
+    return hub[0] != hub[1] or _plain(pair[0]) == _plain(pair[1])
 
 
 def _plain(text: str) -> str:

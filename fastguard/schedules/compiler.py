@@ -12,7 +12,6 @@ arithmetic loses more than a table would repeat, gets a table that passes the gu
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -21,11 +20,11 @@ import numpy as np
 import torch
 
 from fastguard.kernels.layout import HISTORY, Row
-from fastguard.schedules.fold import Folded, fold, free_form
+from fastguard.schedules.fold import fold, free_form
 from fastguard.schedules.key import key_of
 from fastguard.schedules.noise_level import predictions, unknown
 from fastguard.schedules.schedule import Schedule, in_training_steps
-from fastguard.schedules.trace import Trace, first_row, on_cpu, stock_in_float32, trace
+from fastguard.schedules.trace import Trace, on_cpu, stock_in_float32, trace
 
 # Relative to the largest value of x'; beyond them the scheduler's own step() runs.
 LARGEST_RESIDUAL = 1e-6
@@ -36,8 +35,7 @@ LARGEST_DIFFERENCE = 9e-7
 SHORTEST_COMPARED = 10
 CACHED = 64  # schedules kept; one of 50 rows is 7 kB
 
-_IGNORED_ARGUMENTS = {"generator", "return_dict"}
-_cache: OrderedDict[tuple[tuple, bytes], Schedule] = OrderedDict()
+_cache: dict[tuple, Schedule] = {}
 _cache_lock = threading.Lock()
 
 
@@ -45,23 +43,20 @@ def compile_schedule(scheduler: Any, *, step_kwargs: Mapping[str, Any] | None = 
     """Table of `scheduler`, whose timesteps are set; rows from `begin_index` (or the scheduler's own begin_index) on.
 
     step_kwargs are the extra arguments that the caller would pass to step() (eta, s_churn, ...); a generator among them is ignored
-    and not consumed. A copy of the scheduler is run, itself it is not changed. Results are cached by value, any number of threads may call; not those of a
-    scheduler that holds an object whose value nobody can name (a `tau_func` that reads something from outside it).
+    and not consumed. A copy of the scheduler is run, itself it is not changed. Results are cached by value, any number of threads may
+    call; not those of a scheduler that holds an object whose value nobody can name (a `tau_func` that reads something from outside it).
     """
-    arguments = {name: value for name, value in (step_kwargs or {}).items() if name not in _IGNORED_ARGUMENTS}
-    begin = first_row(scheduler, begin_index)
+    arguments = {name: value for name, value in (step_kwargs or {}).items() if name not in ("generator", "return_dict")}
+    begin = begin_index or getattr(scheduler, "begin_index", None) or 0
     key = key_of(scheduler, arguments, begin)
-    if key is None:
-        return _compile(scheduler, arguments, begin)
-    with _cache_lock:
-        if key in _cache:
-            _cache.move_to_end(key)
-            return _cache[key]
-    schedule = _compile(scheduler, arguments, begin)
-    with _cache_lock:
-        schedule = _cache.setdefault(key, schedule)
-        while len(_cache) > CACHED:
-            _cache.popitem(last=False)
+    schedule = None if key is None else _cache.get(key)
+    if schedule is None:
+        schedule = _compile(scheduler, arguments, begin)
+        if key is not None:
+            with _cache_lock:
+                schedule = _cache.setdefault(key, schedule)
+                while len(_cache) > CACHED:
+                    del _cache[next(iter(_cache))]
     return schedule
 
 
@@ -74,30 +69,20 @@ def _compile(scheduler: Any, arguments: Mapping[str, Any], begin: int) -> Schedu
         no_x0 = unknown(scheduler, timesteps, recorded.sigma, recorded.starts)
     if no_x0 is not None:
         rows[:-1, Row.X : Row.E + 1] = float("nan")
+    reason = _known_reason(scheduler, arguments) or recorded.problem
     own = Schedule(
-        rows=rows,
-        timesteps=timesteps,
-        history=0,
-        draws=(0,) * len(timesteps),
-        residual=float("nan"),
-        form="own step",
-        linear=False,
-        reason=_known_reason(scheduler, arguments) or recorded.problem,
-        in_steps=in_training_steps(scheduler),
-        no_x0=no_x0,
-        full=len(scheduler.timesteps),
-    )
+        rows, timesteps, history=0, draws=(0,) * len(timesteps), residual=float("nan"), form="own step", linear=False, reason=reason,
+        in_steps=in_training_steps(scheduler), no_x0=no_x0, full=len(scheduler.timesteps),
+    )  # fmt: skip
     if own.reason is not None:
         return own
     try:
-        form, folded = _best_fold(recorded, own.rows)
+        form, (rows, history, looks_back) = _best_fold(recorded, own.rows)
     except ValueError as error:
         return replace(own, reason=str(error))
-    rows = _with_update(own.rows, folded)
     residual = _deviation(rows, recorded, recorded.probe_x[1:], np.float64)
     if not residual <= LARGEST_RESIDUAL:
-        reason = f"not linear in sample, output and noise (residual {residual:.1e})"
-        return replace(own, reason=reason)
+        return replace(own, reason=f"not linear in sample, output and noise (residual {residual:.1e})")
     rounding = _deviation(rows, recorded, recorded.probe_x[1:], np.float32)
     if not rounding <= LARGEST_ROUNDING:
         return replace(own, reason=f"its table would lose {rounding:.1e} to rounding in float32")
@@ -108,18 +93,9 @@ def _compile(scheduler: Any, arguments: Mapping[str, Any], begin: int) -> Schedu
             lost = f"its own step loses {difference:.1e} to rounding in float32, which a table does not repeat"
             return replace(own, reason=lost)
     return replace(
-        own,
-        rows=rows,
-        history=folded.history,
-        draws=recorded.draws,
-        residual=residual,
-        rounding=rounding,
-        form=form,
-        linear=True,
-        reason=None,
-        noise_dtype=recorded.noise_dtype,
-        looks_back=folded.looks_back,
-    )
+        own, rows=rows, history=history, draws=recorded.draws, residual=residual, rounding=rounding, form=form, linear=True,
+        noise_dtype=recorded.noise_dtype, looks_back=looks_back,
+    )  # fmt: skip
 
 
 def _known_reason(scheduler: Any, arguments: Mapping[str, Any]) -> str | None:
@@ -137,23 +113,22 @@ def _known_reason(scheduler: Any, arguments: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _best_fold(recorded: Trace, rows: torch.Tensor) -> tuple[str, Folded]:
+def _best_fold(recorded: Trace, rows: torch.Tensor) -> tuple[str, tuple[torch.Tensor, int, bool]]:
     """The first form that fits: the output itself, the scheduler's own conversion, whatever the coefficients say."""
-    output = np.tile([0.0, 1.0], (len(recorded.out), 1))
     x0 = np.allclose(recorded.converted[:, 1] ** 2, rows[:-1, Row.W_X0].numpy(), rtol=1e-4)
     forms = {
-        "epsilon": output,
+        "epsilon": np.tile([0.0, 1.0], (len(recorded.out), 1)),
         "x0" if x0 else "converted": recorded.converted,
         "free": free_form(recorded),
     }
-    reason = "not linear, or a row looks back at more than one tensor per earlier row"
+    reason = ValueError("not linear, or a row looks back at more than one tensor per earlier row")
     for name, form in forms.items():
-        folded = fold(recorded, form)
-        if folded is not None and folded.history <= HISTORY:
-            return name, folded
-        if folded is not None:
-            reason = f"it needs {folded.history} remembered tensors, {HISTORY} are supported"
-    raise ValueError(reason)
+        try:
+            if (folded := fold(recorded, form, rows)) is not None:
+                return name, folded
+        except ValueError as error:
+            reason = error
+    raise reason
 
 
 def _rows_without_update(scheduler: Any, recorded: Trace, timesteps: torch.Tensor) -> torch.Tensor:
@@ -165,26 +140,11 @@ def _rows_without_update(scheduler: Any, recorded: Trace, timesteps: torch.Tenso
     body[:, Row.ACTIVE] = 1.0
     body[:, Row.S] = torch.from_numpy(recorded.scale)
     body[:, Row.TIMESTEP] = timesteps.double()
-    space = predictions(scheduler, recorded.sigma)
-    body[:, Row.W_EPSILON], body[:, Row.W_X0] = torch.from_numpy(space.n**2), torch.from_numpy(space.e**2)
-    body[:, Row.X], body[:, Row.E] = torch.from_numpy(space.x), torch.from_numpy(space.e)
-    seen: set[float] = set()
-    for k, (level, starts) in enumerate(zip(recorded.sigma.tolist(), recorded.starts.tolist(), strict=True)):
-        body[k, Row.OBSERVE] = float(starts and level not in seen)
-        if starts:
-            seen.add(level)
-    return rows
-
-
-def _with_update(rows: torch.Tensor, folded: Folded) -> torch.Tensor:
-    rows = rows.clone()
-    body = rows[:-1]
-    for column in ("p", "q", "a", "b", "n"):
-        body[:, Row[column.upper()]] = torch.from_numpy(getattr(folded, column))
-    for k, (slots, store) in enumerate(zip(folded.slots, folded.store, strict=True)):
-        body[k, Row.STORE] = store
-        for j, slot in slots.items():
-            body[k, Row.H0 + slot] = folded.lags[k, j]
+    x, e, n = predictions(scheduler, recorded.sigma)
+    body[:, [Row.W_EPSILON, Row.W_X0, Row.X, Row.E]] = torch.from_numpy(np.stack([n**2, e**2, x, e], axis=1))
+    levels = [level if starts else None for level, starts in zip(recorded.sigma.tolist(), recorded.starts, strict=True)]
+    for k, level in enumerate(levels):
+        body[k, Row.OBSERVE] = level is not None and level not in levels[:k]
     return rows
 
 

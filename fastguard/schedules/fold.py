@@ -8,42 +8,26 @@ made of that sample too, so row k equals row k + c (x_k - row_{k-1}) for every c
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
+import torch
 
+from fastguard.kernels.layout import HISTORY, Row
 from fastguard.schedules.trace import Trace
 
 EXACT = 1e-10  # coefficients below this part of the row's largest are rounding (float64 leaves 1e-16 to 1e-13)
 
 
-@dataclass
-class Folded:
-    """Coefficients per row; `lags[k, j]` weighs m_j in row k."""
-
-    p: np.ndarray
-    q: np.ndarray
-    a: np.ndarray
-    b: np.ndarray
-    n: np.ndarray
-    lags: np.ndarray
-    slots: list[dict[int, int]]  # per row: m_j -> history slot it is read from
-    store: list[int]
-    history: int
-    looks_back: bool  # some row holds only if each x_k is what row k - 1 gave
-
-
-def fold(trace: Trace, form: np.ndarray) -> Folded | None:
-    """Fold with m_j = form[j] = (P, Q); None if it does not fit."""
-    rows = len(form)
+def fold(trace: Trace, form: np.ndarray, rows: torch.Tensor) -> tuple[torch.Tensor, int, bool] | None:
+    """Fold with m_j = form[j] = (P, Q): `rows` with the update, history slots in use, whether some row holds only if each x_k is what
+    row k - 1 gave. None if it does not fit, ValueError if it needs too many slots."""
+    count = len(form)
     if not np.isfinite(form).all():
         return None
     # m's scale is free: with 1 on the larger side m has one rounded product less. It shows where a row extrapolates from m
     # (DPM-Solver++ 3M to sigma_min, 20 steps, differs from stock by 1.7e-6 instead of 2.0e-6).
     form = form / np.abs(form).max(axis=1, keepdims=True)
-    lags = np.zeros((rows, rows))
-    back = np.zeros(rows)
-    for k in range(rows):
+    lags, back = np.zeros((count, count)), np.zeros(count)
+    for k in range(count):
         scale = np.abs(trace.out[k]).max()
         along, across = _split(trace.out[k], form, k)
         if np.abs(across).max(initial=0.0) > EXACT * scale:
@@ -56,21 +40,27 @@ def fold(trace: Trace, form: np.ndarray) -> Folded | None:
         lags[k, :k] = np.where(np.abs(along) > EXACT * scale, along, 0.0)
     slots, store, history = _assign_slots(lags)
 
-    index = np.arange(rows)
-    on_x, on_e, n = (trace.out[index, block * rows + index] for block in range(3))
+    index = np.arange(count)
+    on_x, on_e, n = (trace.out[index, block * count + index] for block in range(3))
     on_x = on_x + back
     # A row that nobody looks back at needs no conversion: one rounding less.
     p, q = form[:, 0].copy(), form[:, 1].copy()
     plain = (np.array(store) < 0) | (q == 0.0) & (on_e != 0.0)
     if ((np.array(store) >= 0) & plain).any():
         return None
+    if history > HISTORY:
+        raise ValueError(f"it needs {history} remembered tensors, {HISTORY} are supported")
     p[plain], q[plain] = 0.0, 1.0
-    b = np.divide(on_e, q, out=np.zeros(rows), where=q != 0.0)
+    b = np.divide(on_e, q, out=np.zeros(count), where=q != 0.0)
     a = on_x - b * p
     a[np.abs(a) < 1e-15 * np.abs(on_x)] = 0.0
-    return Folded(
-        p=p, q=q, a=a, b=b, n=n, lags=lags, slots=slots, store=store, history=history, looks_back=bool(back.any())
-    )
+    rows = rows.clone()
+    body = rows[:-1].numpy()  # the same memory
+    body[:, [Row.P, Row.Q, Row.A, Row.B, Row.N, Row.STORE]] = np.stack([p, q, a, b, n, store], axis=1)
+    for k, read in enumerate(slots):
+        for j, slot in read.items():
+            body[k, Row.H0 + slot] = lags[k, j]
+    return rows, history, bool(back.any())
 
 
 def free_form(trace: Trace) -> np.ndarray:
@@ -96,7 +86,8 @@ def _split(row: np.ndarray, form: np.ndarray, k: int) -> tuple[np.ndarray, np.nd
 
 
 def _assign_slots(lags: np.ndarray) -> tuple[list[dict[int, int]], list[int], int]:
-    """Keep m_j from row j to the last row that reads it, always in the lowest free slot (a row reads before it stores)."""
+    """(per row: m_j -> slot it is read from; slot it is stored in or -1; slots in use): m_j is kept from row j to the last row that reads it,
+    always in the lowest free slot (a row reads before it stores)."""
     rows = len(lags)
     last = [int(np.flatnonzero(lags[:, j])[-1]) if lags[:, j].any() else -1 for j in range(rows)]
     live: dict[int, int] = {}

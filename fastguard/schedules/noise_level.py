@@ -18,7 +18,7 @@ anchored policy is refused.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,16 +28,8 @@ from fastguard.schedules.scheduler_state import at_the_start, foreign
 LARGEST_DEVIATION = 1e-5  # of (a, b) from what add_noise does, which computes in float32
 
 
-class Prediction(NamedTuple):
-    """X, E and N of every row."""
-
-    x: np.ndarray
-    e: np.ndarray
-    n: np.ndarray
-
-
-def predictions(scheduler: Any, levels: np.ndarray) -> Prediction:
-    """`levels`: sigmas, or timesteps for schedulers without sigmas, one per row."""
+def predictions(scheduler: Any, levels: np.ndarray) -> list[np.ndarray]:
+    """X, E and N of every row. `levels`: sigmas, or timesteps for schedulers without sigmas, one per row."""
     a, b = signal_and_noise(scheduler, levels)
     config = getattr(scheduler, "config", {})
     kind = config.get("prediction_type", "epsilon")
@@ -47,25 +39,24 @@ def predictions(scheduler: Any, levels: np.ndarray) -> Prediction:
         kind = "v_prediction"  # IPNDM: noise = b x + a e
     one, zero, r = np.ones_like(a), np.zeros_like(a), np.hypot(a, b)
     with np.errstate(all="ignore"):
+        known = {
+            "epsilon": (1.0 / a, -b / a, one),
+            "v_prediction": (a / r**2, -b / r, a / r),
+            "sample": (zero, one, -a / b),
+            "original_sample": (zero, one, -a / b),
+            "flow_prediction": (one, -b, 1.0 - b),
+        }
+        found = known.get(kind, (one * np.nan,) * 3)
         if hasattr(scheduler, "precondition_outputs"):
             ones, zeros, sigma = map(torch.from_numpy, (one, zero, levels))
             x, e = (scheduler.precondition_outputs(*pair, sigma).numpy() for pair in ((ones, zeros), (zeros, ones)))
             found = (x, e, -e / levels)
-        else:
-            known = {
-                "epsilon": (1.0 / a, -b / a, one),
-                "v_prediction": (a / r**2, -b / r, a / r),
-                "sample": (zero, one, -a / b),
-                "original_sample": (zero, one, -a / b),
-                "flow_prediction": (one, -b, 1.0 - b),
-            }
-            found = known.get(kind, (one * np.nan,) * 3)
-    return Prediction(*(np.where(np.isfinite(values), values, np.nan) for values in found))
+    return [np.where(np.isfinite(values), values, np.nan) for values in found]
 
 
 def signal_and_noise(scheduler: Any, levels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(a, b) of every row."""
-    if scheduler_sigmas(scheduler):
+    if getattr(scheduler, "sigmas", None) is not None:
         if hasattr(scheduler, "_sigma_to_alpha_sigma_t"):
             a, b = (torch.as_tensor(part) for part in scheduler._sigma_to_alpha_sigma_t(torch.from_numpy(levels)))
             return a.double().expand(len(levels)).numpy(), b.double().expand(len(levels)).numpy()
@@ -83,10 +74,6 @@ def signal_and_noise(scheduler: Any, levels: np.ndarray) -> tuple[np.ndarray, np
     return np.full_like(levels, np.nan), np.full_like(levels, np.nan)
 
 
-def scheduler_sigmas(scheduler: Any) -> bool:
-    return getattr(scheduler, "sigmas", None) is not None
-
-
 def unknown(scheduler: Any, timesteps: torch.Tensor, levels: np.ndarray, starts: np.ndarray) -> str | None:
     """Why X and E must not be used: the scheduler is foreign, or adds noise otherwise than (a, b) say. None if they may.
 
@@ -97,30 +84,30 @@ def unknown(scheduler: Any, timesteps: torch.Tensor, levels: np.ndarray, starts:
     a, b = signal_and_noise(scheduler, levels)
     fresh = at_the_start(scheduler, "cpu")
     fresh._begin_index = None  # else add_noise takes every timestep for the first one
-    zero, one = torch.zeros(len(timesteps), 1), torch.ones(len(timesteps), 1)
-    try:
+
+    def mixed(signal: float, noise: float) -> np.ndarray:
+        x, z = (torch.full((len(timesteps), 1), value) for value in (signal, noise))
         if hasattr(fresh, "add_noise"):
-            signal, noise = (fresh.add_noise(*pair, timesteps) for pair in ((one, zero), (zero, one)))
-        elif hasattr(fresh, "scale_noise"):  # one timestep at a time
-            signal, noise = (
-                torch.cat([_first_of_a_run(fresh, x, t, z) for t in timesteps]) for x, z in ((1.0, 0.0), (0.0, 1.0))
-            )
-        else:
-            return None
+            return fresh.add_noise(x, z, timesteps).reshape(-1).double().numpy()
+        one_by_one = []  # scale_noise moves on through the schedule
+        for k, t in enumerate(timesteps):
+            fresh._step_index = None
+            one_by_one.append(float(fresh.scale_noise(x[k], t[None], z[k])))
+        return np.array(one_by_one)
+
+    if not (hasattr(fresh, "add_noise") or hasattr(fresh, "scale_noise")):
+        return None
+    try:
+        off = [
+            np.abs(own - mixed(*pair)) / np.maximum(1.0, np.abs(own))
+            for own, pair in ((a, (1.0, 0.0)), (b, (0.0, 1.0)))
+        ]
     except NotImplementedError:  # IPNDM
         return None
     except Exception as error:
         return f"add_noise failed: {error}"
-    for mine, theirs in ((a, signal), (b, noise)):
-        off = np.abs(mine - theirs.reshape(-1).double().numpy()) / np.maximum(1.0, np.abs(mine))
-        if not off[starts].max(initial=0.0) <= LARGEST_DEVIATION:
-            return f"{type(scheduler).__name__}.add_noise differs by {off[starts].max():.1e}"
-    return None
-
-
-def _first_of_a_run(fresh: Any, sample: float, timestep: torch.Tensor, noise: float) -> torch.Tensor:
-    fresh._step_index = None
-    return fresh.scale_noise(torch.tensor([sample]), timestep[None], torch.tensor([noise]))
+    worst = np.max([part[starts].max(initial=0.0) for part in off])
+    return None if worst <= LARGEST_DEVIATION else f"{type(scheduler).__name__}.add_noise differs by {worst:.1e}"
 
 
 def _lineage(scheduler: Any) -> str:

@@ -61,12 +61,10 @@ class Schedule:
         rows[:, [Row.P, Row.A, *range(Row.H0, Row.H0 + HISTORY), Row.N]] = 0.0
         rows[:, [Row.Q, Row.B]] = 1.0
         rows[:, Row.STORE] = -1.0
-        draws = (0,) * len(self.draws)
         return replace(
-            Schedule(rows, self.timesteps, 0, draws, float("nan"), "own step", False, reason, in_steps=self.in_steps),
-            no_x0=self.no_x0,
-            full=self.full,
-        )
+            self, rows=rows, history=0, draws=(0,) * len(self.draws), residual=float("nan"), form="own step", linear=False, reason=reason,
+            noise_dtype=None, rounding=float("nan"), looks_back=False,
+        )  # fmt: skip
 
 
 def in_training_steps(scheduler: Any) -> bool:

@@ -13,23 +13,10 @@ _WRAPPED = (staticmethod, classmethod, property)
 
 # What a scheduler remembers of a run, as it stands after set_timesteps (lists keep their length).
 RUN_STATE: dict[str, Any] = {
-    "_step_index": None,
-    "counter": 0,
-    "lower_order_nums": 0,
-    "cur_model_output": 0,
-    "cur_sample": None,
-    "sample": None,
-    "last_sample": None,
-    "last_noise": None,
-    "prev_derivative": None,
-    "dt": None,
-    "ets": [],
-    "derivatives": [],
-    "model_outputs": [None],
-    "timestep_list": [None],
-    "is_scale_input_called": False,
+    **dict.fromkeys(("_step_index", "cur_sample", "sample", "last_sample", "last_noise", "prev_derivative", "dt")),
+    **dict.fromkeys(("counter", "lower_order_nums", "cur_model_output"), 0),
+    **{"ets": [], "derivatives": [], "model_outputs": [None], "timestep_list": [None], "is_scale_input_called": False},
 }
-
 
 # Methods that the pipeline calls on the scheduler itself, outside of step().
 OUTSIDE = ("set_timesteps", "set_begin_index", "add_noise", "scale_noise", "get_velocity")
@@ -37,12 +24,8 @@ OUTSIDE = ("set_timesteps", "set_begin_index", "add_noise", "scale_noise", "get_
 
 def functions(kind: type) -> tuple[Any, ...]:
     """Everything that a class and its bases define, as it stands: what somebody patches there changes what step() does."""
-    return tuple(
-        value
-        for base in kind.__mro__
-        for value in vars(base).values()
-        if callable(value) or isinstance(value, _WRAPPED)
-    )
+    values = [value for base in kind.__mro__ for value in vars(base).values()]
+    return tuple(value for value in values if callable(value) or isinstance(value, _WRAPPED))
 
 
 def signature(scheduler: Any) -> dict[str, Any]:
@@ -60,9 +43,7 @@ def changed(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Names of what differs between two signatures, but for tensors that were only moved: add_noise moves a schedule to the latents."""
     if now == then:
         return []
-    return sorted(
-        name for name in {*then, *now} if then.get(name) != now.get(name) and not _moved(then.get(name), now.get(name))
-    )
+    return sorted(name for name in {*then, *now} if not _alike(then.get(name), now.get(name)))
 
 
 @functools.lru_cache(maxsize=64)
@@ -85,9 +66,9 @@ def _mark(value: Any) -> Any:
     return value if isinstance(value, (bool, int, float, str)) else id(value)
 
 
-def _moved(then: Any, now: Any) -> bool:
+def _alike(then: Any, now: Any) -> bool:
     both = isinstance(then, tuple) and isinstance(now, tuple) and isinstance(then[0], torch.device)
-    return both and then[0] != now[0] and then[1:3] == now[1:3]
+    return then == now or (both and then[0] != now[0] and then[1:3] == now[1:3])
 
 
 def own_state(scheduler: Any) -> dict[str, Any]:

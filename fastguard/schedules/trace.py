@@ -12,10 +12,8 @@ cast down and answers `torch.randn`; its stack is per thread, the global generat
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,33 +25,33 @@ from fastguard.schedules.scheduler_state import at_the_start, foreign, replaced_
 PROBES = 256  # random columns; with 64 the worst of a latent was missed by a factor of two
 
 
-@dataclass
 class Trace:
     """Lanes of K rows: columns [0, K) are x_j, [K, 2K) e_j, [2K, 3K) z_j; the probes are random columns."""
 
-    out: np.ndarray  # [K, 3K] coefficients of x_{k+1}
-    converted: np.ndarray  # [K, 2] (P, Q) of the output as the scheduler keeps it; NaN where it keeps none
-    scale: np.ndarray  # [K] factor of scale_model_input
-    sigma: np.ndarray  # [K] noise level: sigma, or the timestep where the scheduler has no sigmas; NaN if unknown
-    starts: np.ndarray  # [K] bool: the evaluation begins a block (it is no mid-stage)
-    draws: tuple[int, ...]  # noise draws per row
-    noise_dtype: torch.dtype | None  # dtype of the draws; None: the model's
-    probe_x: np.ndarray  # [K + 1, PROBES] the real trajectory of the random columns
-    probe_e: np.ndarray  # [K, PROBES]
-    probe_z: np.ndarray  # [K, PROBES]
-    problem: str | None = None  # why the rows cannot be trusted
+    def __init__(self, rows: int, first_scale: float) -> None:
+        rng = np.random.default_rng(0)
+        self.out = np.zeros((rows, 3 * rows))  # coefficients of x_{k+1}
+        self.converted = np.full(
+            (rows, 2), np.nan
+        )  # (P, Q) of the output as the scheduler keeps it; NaN where it keeps none
+        self.scale = np.ones(rows)  # factor of scale_model_input
+        self.sigma = np.full(rows, np.nan)  # noise level: sigma, or the timestep without sigmas; NaN if unknown
+        self.starts = np.ones(rows, dtype=bool)  # the evaluation begins a block (it is no mid-stage)
+        self.draws: tuple[int, ...] = (0,) * rows  # noise draws per row
+        self.noise_dtype: torch.dtype | None = None  # of the draws; None: the model's
+        # [K + 1, PROBES] the real trajectory of the random columns, of which the first row stays
+        self.probe_x = rng.standard_normal((rows + 1, PROBES)) * first_scale
+        self.probe_e, self.probe_z = rng.standard_normal((2, rows, PROBES))
+        self.problem: str | None = None  # why the rows cannot be trusted
 
 
-@dataclass
 class Lanes(TorchFunctionMode):
     """Keeps lanes in float64 and answers torch.randn with the next noise lane."""
 
-    shape: torch.Size
-    noise: Callable[[], torch.Tensor]
-    dtypes: list[torch.dtype] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
+    def __init__(self, shape: torch.Size, noise: Callable[[], torch.Tensor]) -> None:
         super().__init__()
+        self.shape, self.noise = shape, noise
+        self.dtypes: list[torch.dtype] = []  # of the draws
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -75,27 +73,9 @@ _OTHER_DRAWS = {
 }
 
 
-def private_copy(scheduler: Any) -> Any:
-    """A copy at the start of its run; its tensors are on the CPU."""
-    private = at_the_start(scheduler, "cpu")
-    # LMS integrates polynomials over 0-dim tensors: 92,000 calls that no lane takes part in, 0.4 s under the mode, 0.17 s as here.
-    if hasattr(private, "get_lms_coefficient"):
-        private.get_lms_coefficient = functools.partial(_outside, private.get_lms_coefficient)
-    return private
-
-
 def on_cpu() -> AbstractContextManager:
-    """New tensors are on the CPU. A default device is itself a mode: entering the CPU's for nothing would double the cost of every scalar."""
+    """New tensors are on the CPU. A default device is itself a mode: entering the CPU's for nothing would double every scalar's cost."""
     return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
-
-
-def _outside(function: Callable[..., Any], *args: Any) -> Any:
-    with torch._C.DisableTorchFunction():
-        return function(*args)
-
-
-def first_row(scheduler: Any, begin_index: int) -> int:
-    return begin_index or getattr(scheduler, "begin_index", None) or 0
 
 
 def trace(scheduler: Any, step_kwargs: Mapping[str, Any], begin_index: int) -> Trace:
@@ -104,14 +84,14 @@ def trace(scheduler: Any, step_kwargs: Mapping[str, Any], begin_index: int) -> T
     The step() of a foreign or replaced one is not called: whatever it does besides belongs to its owner.
     """
     with torch.no_grad(), on_cpu():
-        private = private_copy(scheduler)
+        private = at_the_start(scheduler, "cpu")
         timesteps = private.timesteps[begin_index:]
-        result = _blank(len(timesteps), float(getattr(private, "init_noise_sigma", 1.0)))
+        result = Trace(len(timesteps), float(getattr(private, "init_noise_sigma", 1.0)))
         # With a problem only scale, sigma and starts are recorded.
         result.problem = foreign(scheduler) or replaced_step(scheduler)
         _run(private, timesteps, step_kwargs, result)
         if any(result.draws):
-            result.noise_dtype = _noise_dtype(private_copy(scheduler), timesteps, step_kwargs)
+            result.noise_dtype = _noise_dtype(at_the_start(scheduler, "cpu"), timesteps, step_kwargs)
     return result
 
 
@@ -125,7 +105,7 @@ def stock_in_float32(scheduler: Any, step_kwargs: Mapping[str, Any], begin_index
     result = np.empty_like(recorded.probe_e, dtype=np.float32)
     row = 0
     with torch.no_grad(), on_cpu(), Lanes(shape, lambda: column(recorded.probe_z[row])):
-        private = private_copy(scheduler)
+        private = at_the_start(scheduler, "cpu")
         for row, t in enumerate(private.timesteps[begin_index:]):
             x = column(recorded.probe_x[row])
             if hasattr(private, "scale_model_input"):
@@ -133,23 +113,6 @@ def stock_in_float32(scheduler: Any, step_kwargs: Mapping[str, Any], begin_index
             after = private.step(column(recorded.probe_e[row]), t, x, **step_kwargs, return_dict=False)[0]
             result[row] = after.reshape(-1).numpy()
     return result
-
-
-def _blank(rows: int, first_scale: float) -> Trace:
-    rng = np.random.default_rng(0)
-    x, e, z = (rng.standard_normal((rows + extra, PROBES)) for extra in (1, 0, 0))
-    return Trace(
-        out=np.zeros((rows, 3 * rows)),
-        converted=np.full((rows, 2), np.nan),
-        scale=np.ones(rows),
-        sigma=np.full(rows, np.nan),
-        starts=np.ones(rows, dtype=bool),
-        draws=(0,) * rows,
-        noise_dtype=None,
-        probe_x=x * first_scale,  # all but the first are replaced by what the scheduler makes of them
-        probe_e=e,
-        probe_z=z,
-    )
 
 
 def _run(private: Any, timesteps: torch.Tensor, step_kwargs: Mapping[str, Any], result: Trace) -> None:
@@ -172,27 +135,23 @@ def _run(private: Any, timesteps: torch.Tensor, step_kwargs: Mapping[str, Any], 
     mode = Lanes(shape, noise)
     for row, t in enumerate(timesteps):
         x, e = lane(row, result.probe_x[row]), lane(rows + row, result.probe_e[row])
+        index = after = None
         try:
             with mode:
                 scaled = private.scale_model_input(x, t) if hasattr(private, "scale_model_input") else x
                 if hasattr(private, "_init_step_index") and private.step_index is None:
                     private._init_step_index(t)
-        except Exception as error:  # a foreign scheduler may raise anything
-            result.problem = result.problem or f"scale_model_input failed at row {row}: {error}"
-            break
-        result.scale[row] = float(scaled[..., row])
-        if not torch.allclose(scaled, result.scale[row] * x, rtol=1e-12, atol=0.0):
-            result.problem = result.problem or "scale_model_input is more than a factor"
-        result.sigma[row] = _sigma(private, t)
-        result.starts[row] = _starts_block(private, row)
-        index = getattr(private, "step_index", None)
-        try:
+            result.scale[row] = float(scaled[..., row])
+            if not torch.allclose(scaled, result.scale[row] * x, rtol=1e-12, atol=0.0):
+                result.problem = result.problem or "scale_model_input is more than a factor"
+            result.sigma[row], result.starts[row] = _sigma(private, t), _starts_block(private, row)
+            index = getattr(private, "step_index", None)
             if result.problem is None:
                 with mode:
                     after = private.step(e, t, x, **step_kwargs, return_dict=False)[0].reshape(-1).numpy()
-        except Exception as error:
-            result.problem = f"step failed at row {row}: {type(error).__name__}: {error}"
-        if result.problem is not None:  # go on for scale, sigma and starts alone
+        except Exception as error:  # a foreign scheduler may raise anything
+            result.problem = result.problem or f"step failed at row {row}: {type(error).__name__}: {error}"
+        if after is None:  # go on for scale, sigma and starts alone
             _count_step(private, index)
             continue
         if not np.isfinite(after).all():

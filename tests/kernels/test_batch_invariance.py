@@ -5,7 +5,7 @@ import torch
 
 from fastguard.kernels.torch_step import PART
 
-from . import cases
+from . import batches, cases
 
 # Odd sizes put the vectorised body and the tail of torch's loops at other elements of a sample in every batch; the large ones are
 # split between threads (torch's grain is 32,768 elements).
@@ -23,12 +23,12 @@ def threads(request):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("anchored", [False, True])
 def test_torch(shape, threads, anchored):
-    cases.check_batch_invariance(shape, backend="torch", anchored=anchored)
+    batches.check_batch_invariance(shape, backend="torch", anchored=anchored)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_torch_in_half_precision(dtype, threads):
-    cases.check_batch_invariance(
+    batches.check_batch_invariance(
         (32, 4, 9, 7), backend="torch", dtype=dtype, noise=dtype, combined=dtype, channels_last=True
     )
 
@@ -42,8 +42,8 @@ def test_torch_sums_d_alike_whatever_the_number_of_threads(size):
         case.run(backend="torch")
         results.append(case.arguments["trace"])
     torch.set_num_threads(1)
-    cases.same_bits(results[1], results[0], "d with 2 threads")
-    cases.same_bits(results[2], results[0], "d with 3 threads")
+    batches.same_bits(results[1], results[0], "d with 2 threads")
+    batches.same_bits(results[2], results[0], "d with 3 threads")
 
 
 def test_planted_last_bit_that_depends_on_the_batch_is_found(monkeypatch):
@@ -56,4 +56,4 @@ def test_planted_last_bit_that_depends_on_the_batch_is_found(monkeypatch):
 
     monkeypatch.setattr(cases.Case, "run", faulty)
     with pytest.raises(AssertionError, match="alone"):
-        cases.check_batch_invariance((4, 4, 3, 5), backend="torch")
+        batches.check_batch_invariance((4, 4, 3, 5), backend="torch")

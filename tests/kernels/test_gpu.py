@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from . import cases
+from . import batches, cases
 
 pytestmark = [
     pytest.mark.gpu,
@@ -46,11 +46,11 @@ def test_bits_do_not_depend_on_the_batch(shape):
     whole = case.to("cuda")
     whole.run()
     for b in range(0, shape[0], 5):
-        single = cases.alone(case, b).to("cuda")
+        single = batches.alone(case, b).to("cuda")
         single.run()
-        for name, tensor in cases.alone(whole.to("cpu"), b).arguments.items():
+        for name, tensor in batches.alone(whole.to("cpu"), b).arguments.items():
             if tensor is not None:
-                cases.same_bits(single.arguments[name].cpu(), tensor, f"{name} of sample {b} alone")
+                batches.same_bits(single.arguments[name].cpu(), tensor, f"{name} of sample {b} alone")
 
 
 def test_no_host_synchronisation():

@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 
-from . import cases, interpreted
+from . import batches, cases, interpreted
 
 pytest.importorskip("triton")
 
@@ -84,11 +84,11 @@ else:
 
     @pytest.mark.parametrize("anchored", [False, True])
     def test_bits_do_not_depend_on_the_batch(launches, anchored):
-        cases.check_batch_invariance((32, 4, 3, 5), backend="triton", dtype=torch.float16, anchored=anchored, every=5)
+        batches.check_batch_invariance((32, 4, 3, 5), backend="triton", dtype=torch.float16, anchored=anchored, every=5)
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
     def test_the_callers_combination_keeps_its_bits(dtype, launches):
-        cases.check_combined_bits("triton", dtype)
+        batches.check_combined_bits("triton", dtype)
 
     def test_whole_generations_decide_as_the_reference():
         with warnings.catch_warnings(action="ignore"):  # overflow to infinity is part of the curves

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from . import cases
+from . import batches, cases
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # 1 element, odd, odd over several parts of the sum, SD 1.5 at 256 px, 5-D video, SD3's 16 channels.
@@ -74,4 +74,4 @@ def test_planted_wrong_values_are_found(name):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_the_callers_combination_keeps_its_bits(dtype):
-    cases.check_combined_bits("torch", dtype)
+    batches.check_combined_bits("torch", dtype)

@@ -1,4 +1,4 @@
-"""Anchored guidance through whole generations, against an eager float64 loop written from the formula alone."""
+"""Anchored guidance through whole generations: rows that are no observations, other images beside, what is not finite, what is refused."""
 
 from __future__ import annotations
 
@@ -23,8 +23,6 @@ SHAPE = (4, 6, 5)
 ELEMENTS = math.prod(SHAPE)
 SCALE = 5.0
 STEPS = 12
-KINDS = ("epsilon", "v_prediction", "sample")
-SCHEDULERS = ["DDIM", "EulerDiscrete", "DPMSolverMultistep", "HeunDiscrete"]
 
 
 def scheduler(name, kind):
@@ -95,24 +93,6 @@ def run(made, policies, denoise, x, backend=None):
         u, c = denoise(k, loop.x.double())
         loop.advance(u.float(), c.float())
     return loop, Report(loop, plan, path="test", rows_run=0)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", SCHEDULERS)
-def test_loop_equals_the_formula(name, kind):
-    from fastguard.policies import plan
-
-    if name in ("HeunDiscrete", "EulerDiscrete") and kind == "sample":
-        pytest.skip("diffusers' class knows no such prediction")
-    made = scheduler(name, kind)
-    denoise = Denoiser(made, kind)
-    x = torch.randn(1, *SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(5)) * made.init_noise_sigma
-    constants = (plan.FAINT, plan.SHARP, plan.BACK, plan.ETA, plan.DRIFT, plan.MOST)
-    want, shares = reference(scheduler(name, kind), kind, denoise, x[0], SCALE, constants)
-    loop, report = run(made, [policy("anchored")], denoise, x)
-    np.testing.assert_allclose(report[0].share_curve, shares, atol=1e-4)
-    np.testing.assert_allclose(loop.x[0].numpy(), want.numpy(), atol=1e-4 * float(want.abs().max()), rtol=0)
-    assert shares[0] == pytest.approx(1) and loop.state[0, State.STRENGTH] > 0
 
 
 def test_unguarded_samples_keep_their_bits_beside_anchored_ones():

@@ -165,7 +165,10 @@ def test_planted_sigma_formula_under_dpm_is_found(monkeypatch):
 def test_planted_wrong_sign_is_found(monkeypatch):
     true = noise_level.predictions
     monkeypatch.setattr("fastguard.schedules.compiler._cache", {})
-    monkeypatch.setattr("fastguard.schedules.compiler.predictions", lambda *a: true(*a)._replace(e=-true(*a).e))
+    monkeypatch.setattr(
+        "fastguard.schedules.compiler.predictions",
+        lambda *a: [part * sign for part, sign in zip(true(*a), (1, -1, 1), strict=True)],
+    )
     assert deviation(*DPM) > 0.1
 
 

@@ -10,7 +10,8 @@ import torch
 
 from fastguard.schedules.compiler import compile_schedule
 from fastguard.schedules.schedule import Schedule
-from tests.schedule_cases import CASES, CUSTOM, LATE, Case, Table, deviation, stock_run
+from tests.schedules.cases import CASES, CUSTOM, LATE, Case
+from tests.schedules.stock import Table, deviation, stock_run
 
 TOLERANCE = 1e-6  # the project's promise; nothing below may use another one against stock
 

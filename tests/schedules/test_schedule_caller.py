@@ -16,7 +16,7 @@ import torch
 from fastguard.kernels.layout import Row
 from fastguard.schedules import compiler as module
 from fastguard.schedules.compiler import compile_schedule
-from tests.schedule_cases import DDIM, Case
+from tests.schedules.cases import DDIM, Case
 
 
 def snapshot(value):

@@ -9,7 +9,7 @@ import torch
 
 from fastguard.kernels.layout import Row
 from fastguard.schedules.compiler import compile_schedule
-from tests.schedule_cases import DDIM, SD_BETAS, Case, column
+from tests.schedules.cases import DDIM, SD_BETAS, Case, column
 
 
 class Squared(diffusers.DDIMScheduler):

@@ -10,7 +10,7 @@ import torch
 
 from fastguard.kernels.layout import HISTORY, Row
 from fastguard.schedules.compiler import compile_schedule
-from tests.schedule_cases import DDIM, Case, column
+from tests.schedules.cases import DDIM, Case, column
 
 
 def observed(case, steps, **kwargs):
