@@ -82,7 +82,7 @@ def unknown(scheduler: Any, timesteps: torch.Tensor, levels: np.ndarray, starts:
     if reason := foreign(scheduler):
         return reason
     a, b = signal_and_noise(scheduler, levels)
-    fresh = at_the_start(scheduler, "cpu")
+    fresh = at_the_start(scheduler)
     fresh._begin_index = None  # else add_noise takes every timestep for the first one
 
     def mixed(signal: float, noise: float) -> np.ndarray:
@@ -97,17 +97,17 @@ def unknown(scheduler: Any, timesteps: torch.Tensor, levels: np.ndarray, starts:
 
     if not (hasattr(fresh, "add_noise") or hasattr(fresh, "scale_noise")):
         return None
+    worst = []
     try:
-        off = [
-            np.abs(own - mixed(*pair)) / np.maximum(1.0, np.abs(own))
-            for own, pair in ((a, (1.0, 0.0)), (b, (0.0, 1.0)))
-        ]
+        for own, pair in ((a, (1.0, 0.0)), (b, (0.0, 1.0))):
+            off = np.abs(own - mixed(*pair)) / np.maximum(1.0, np.abs(own))
+            worst.append(off[starts].max(initial=0.0))
     except NotImplementedError:  # IPNDM
         return None
     except Exception as error:
         return f"add_noise failed: {error}"
-    worst = np.max([part[starts].max(initial=0.0) for part in off])
-    return None if worst <= LARGEST_DEVIATION else f"{type(scheduler).__name__}.add_noise differs by {worst:.1e}"
+    fits = np.max(worst) <= LARGEST_DEVIATION
+    return None if fits else f"{type(scheduler).__name__}.add_noise differs by {np.max(worst):.1e}"
 
 
 def _lineage(scheduler: Any) -> str:

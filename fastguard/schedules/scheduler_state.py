@@ -73,32 +73,26 @@ def _alike(then: Any, now: Any) -> bool:
 
 def own_state(scheduler: Any) -> dict[str, Any]:
     """The scheduler's attributes as they stand before a run, without methods that someone wrapped on the instance."""
-    state, replaced = {}, hooked(scheduler)
-    for name, value in vars(scheduler).items():
-        if name in replaced:
-            continue
-        if name in RUN_STATE:
-            start = RUN_STATE[name]
-            value = start * len(value or []) if isinstance(start, list) else start
-        state[name] = value
+    replaced = hooked(scheduler)
+    state = {name: value for name, value in vars(scheduler).items() if name not in replaced}
+    for name in state.keys() & RUN_STATE.keys():
+        start = RUN_STATE[name]
+        state[name] = start * len(state[name] or []) if isinstance(start, list) else start
     return state
 
 
-def at_the_start(scheduler: Any, device: str | None = None) -> Any:
-    """Another scheduler as this one stands before a run, whatever was set on it; they share no tensor and no list.
-
-    device: of its tensors; None: where they are.
-    """
+def at_the_start(scheduler: Any) -> Any:
+    """Another scheduler as this one stands before a run, whatever was set on it, with its tensors on the CPU; they share no tensor and no list."""
     fresh = object.__new__(type(scheduler))
-    fresh.__dict__.update({name: _clone(value, device) for name, value in own_state(scheduler).items()})
+    fresh.__dict__.update({name: _clone(value) for name, value in own_state(scheduler).items()})
     return fresh
 
 
-def _clone(value: Any, device: str | None) -> Any:
+def _clone(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
-        return value.detach().to(device, copy=True)
+        return value.detach().to("cpu", copy=True)
     if isinstance(value, list):
-        return [_clone(item, device) for item in value]
+        return [_clone(item) for item in value]
     if isinstance(value, (np.ndarray, set)):
         return value.copy()
     return value  # numbers, strings, functions and the frozen config

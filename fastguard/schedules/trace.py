@@ -84,14 +84,14 @@ def trace(scheduler: Any, step_kwargs: Mapping[str, Any], begin_index: int) -> T
     The step() of a foreign or replaced one is not called: whatever it does besides belongs to its owner.
     """
     with torch.no_grad(), on_cpu():
-        private = at_the_start(scheduler, "cpu")
+        private = at_the_start(scheduler)
         timesteps = private.timesteps[begin_index:]
         result = Trace(len(timesteps), float(getattr(private, "init_noise_sigma", 1.0)))
         # With a problem only scale, sigma and starts are recorded.
         result.problem = foreign(scheduler) or replaced_step(scheduler)
         _run(private, timesteps, step_kwargs, result)
         if any(result.draws):
-            result.noise_dtype = _noise_dtype(at_the_start(scheduler, "cpu"), timesteps, step_kwargs)
+            result.noise_dtype = _noise_dtype(at_the_start(scheduler), timesteps, step_kwargs)
     return result
 
 
@@ -105,7 +105,7 @@ def stock_in_float32(scheduler: Any, step_kwargs: Mapping[str, Any], begin_index
     result = np.empty_like(recorded.probe_e, dtype=np.float32)
     row = 0
     with torch.no_grad(), on_cpu(), Lanes(shape, lambda: column(recorded.probe_z[row])):
-        private = at_the_start(scheduler, "cpu")
+        private = at_the_start(scheduler)
         for row, t in enumerate(private.timesteps[begin_index:]):
             x = column(recorded.probe_x[row])
             if hasattr(private, "scale_model_input"):
