@@ -16,6 +16,6 @@ STEP, BASE = int(State.STEP), int(State.BASE)
 P, Q, A, B = int(Row.P), int(Row.Q), int(Row.A), int(Row.B)
 H0, H1, H2, N, S = int(Row.H0), int(Row.H1), int(Row.H2), int(Row.N), int(Row.S)
 X, E = int(Row.X), int(Row.E)
-DECIDED, RULED = int(State.STRENGTH), int(Rule.ANCHORED)  # columns before these are `decide`'s, the others `push`'s
+DECIDED, RULED = int(State.LENGTH), int(Rule.ANCHORED)  # columns before these are `decide`'s, the others `push`'s
 ANCHORED, PHASE, NON_FINITE, ANCHOR = int(Rule.ANCHORED), int(State.PHASE), int(State.NON_FINITE), int(State.ANCHOR)
 TIMESTEP, STORE, ACTIVE = int(Row.TIMESTEP), int(Row.STORE), int(Row.ACTIVE)

@@ -61,7 +61,7 @@ def choose_backend(x: Tensor, backend: str | None = None) -> str:
 def scratch_for(x: Tensor) -> Tensor:
     """Workspace that `guided_step` can reuse for every step on latents like x: float32, one dimension, contents irrelevant."""
     blocks = -(-2 * x[0].numel() // triton_step.BLOCK)
-    return x.new_empty(len(x) * (2 * len(State) + 5 * blocks))
+    return x.new_empty(len(x) * (2 * len(State) + 6 * blocks))
 
 
 def history_for(x: Tensor, slots: int) -> Tensor:

@@ -61,7 +61,7 @@ class State(IntEnum):
     GATE_D = 12  # largest d among the gate's observations; -inf before
     FORCED = 13  # 1 if a dynamic rule was overruled by SWITCH_ROW
     NON_FINITE = 14  # first row with a non-finite d
-    STRENGTH = 15  # s of the anchor
+    LENGTH = 15  # |m - mu| of the anchor
     PUSH = 16  # of the drift: rho in `anchor.push`
     ANCHOR = 17  # Anchor
 

@@ -52,7 +52,9 @@ def guided_step_torch(o: Operands) -> None:
             first = old[codes.ANCHOR] == codes.UNWRITTEN
             a = delta * row[codes.E] if first else first_c - u0
             spread = 0.0 if first else _sum((u0 - first_u).square() + (first_c - first_u).square())
-            sums = _sum(a.square()), _sum(delta * a), spread, 0.0 if own is None else _sum((own.float() - u) * a)
+            w = None if own is None else own.float() - u
+            beside = (0.0, 0.0) if w is None else (_sum(w * a), _sum(w.square()))
+            sums = (d, _sum(a.square()), _sum(delta * a), spread, *beside)
             tail, share, f, g, combines = push(
                 _where, math.sqrt, tail, new[codes.PHASE], k, rule[codes.RULED :], row, sums, g, combines
             )
@@ -64,7 +66,9 @@ def guided_step_torch(o: Operands) -> None:
         for table in shares:
             table[k, b] = share
 
-        e = own.float() if combines else u.float() if c is None else delta * g + u
+        e = u.float() if c is None else delta * g + u
+        if combines:
+            e = own.float() if combines == 1 else (own.float() - u) * combines + u
         e = e - a * f if f else e  # only an anchored sample has an f
         m = e if (row[codes.Q], row[codes.P]) == (1.0, 0.0) else _weighted((row[codes.Q], e), (row[codes.P], x))
         past = [(row[codes.H0 + j], slot[b]) for j, slot in enumerate(slots)]

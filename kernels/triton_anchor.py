@@ -1,4 +1,4 @@
-"""The sums of a step in Triton, all in one pass over a sample: d, and for anchored guidance four over the pictures x0(u), x0(c) and the anchor."""
+"""The sums of a step in Triton, all in one pass over a sample: d, and for anchored guidance five over the pictures x0(u), x0(c) and the anchor."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from .triton_columns import jit, tl
 
 @jit
 def terms(u_ptr, c_ptr, w_ptr, x_ptr, anchor_ptr, half, start, n, known, row, BLOCK: tl.constexpr):
-    """<delta, delta>, and with an anchor <a, a>, <delta, a>, <U, U> + <M, M> and <combined - u, a> of `anchor.push`, element by element.
+    """<delta, delta>, and with an anchor <a, a>, <delta, a>, <U, U> + <M, M>, <combined - u, a> and |combined - u|^2 of `anchor.push`,
+    element by element.
 
     anchor_ptr: x0(c) of the first row, and `half` elements after it x0(u) of the first row. known: n where the anchor is written; 0 where it is this row that writes it, or none is read.
     """
@@ -17,7 +18,7 @@ def terms(u_ptr, c_ptr, w_ptr, x_ptr, anchor_ptr, half, start, n, known, row, BL
     u = tl.load(u_ptr + offs, mask, other=0.0).to(tl.float32)
     delta = tl.load(c_ptr + offs, mask, other=0.0).to(tl.float32) - u
     squares = delta * delta
-    aa, da, spread, wa = squares, squares, squares, squares
+    aa, da, spread, wa, ww = squares, squares, squares, squares, squares
     if anchor_ptr is not None:
         scale = row[codes.E].to(tl.float32)
         u0 = row[codes.X].to(tl.float32) * tl.load(x_ptr + offs, mask, other=0.0) + scale * u
@@ -27,8 +28,9 @@ def terms(u_ptr, c_ptr, w_ptr, x_ptr, anchor_ptr, half, start, n, known, row, BL
         both = (u0 - first_u) * (u0 - first_u) + (first_c - first_u) * (first_c - first_u)
         aa, da, spread = tl.where(mask, a * a, 0.0), delta * a, tl.where(mask & (known > 0), both, 0.0)
         if w_ptr is not None:
-            wa = (tl.load(w_ptr + offs, mask, other=0.0).to(tl.float32) - u) * a
-    return squares, aa, da, spread, wa
+            w = tl.load(w_ptr + offs, mask, other=0.0).to(tl.float32) - u
+            wa, ww = w * a, w * w
+    return squares, aa, da, spread, wa, ww
 
 
 @jit
@@ -38,7 +40,7 @@ def sums(
     """`terms` added up: over all of the sample here (no partial sums), or what `_norm_kernel` left. Without an anchor only the first is one."""
     if partials_ptr is None:
         d = tl.zeros([BLOCK], tl.float32)
-        aa, da, spread, wa = d, d, d, d
+        aa, da, spread, wa, ww = d, d, d, d, d
         for start in range(0, n, BLOCK):
             block = terms(u_ptr, c_ptr, w_ptr, x_ptr, anchor_ptr, half, start, n, known, row, BLOCK)
             d += block[0]
@@ -48,16 +50,17 @@ def sums(
                 spread += block[3]
             if w_ptr is not None:
                 wa += block[4]
-        d, aa, da, spread, wa = tl.sum(d), tl.sum(aa), tl.sum(da), tl.sum(spread), tl.sum(wa)
+                ww += block[5]
+        d, aa, da, spread, wa, ww = tl.sum(d), tl.sum(aa), tl.sum(da), tl.sum(spread), tl.sum(wa), tl.sum(ww)
     else:
         d = added_up(partials_ptr, 0, b, PARTIALS)
-        aa, da, spread, wa = d, d, d, d
+        aa, da, spread, wa, ww = d, d, d, d, d
         if anchor_ptr is not None:
             aa, da = added_up(partials_ptr, 1, b, PARTIALS), added_up(partials_ptr, 2, b, PARTIALS)
             spread = added_up(partials_ptr, 3, b, PARTIALS)
             if w_ptr is not None:
-                wa = added_up(partials_ptr, 4, b, PARTIALS)
-    return d, aa, da, spread, wa
+                wa, ww = added_up(partials_ptr, 4, b, PARTIALS), added_up(partials_ptr, 5, b, PARTIALS)
+    return d, aa, da, spread, wa, ww
 
 
 @jit

@@ -53,7 +53,7 @@ def _advance(
         e = u + g * (c - u)
     if w_ptr is not None:
         own = tl.load(w_ptr + offs, mask, other=0.0).to(tl.float32)
-        e = tl.where(as_it_is != 0, own, e)
+        e = tl.where(as_it_is == 1, own, tl.where(as_it_is != 0, u + as_it_is * (own - u), e))
     x = tl.load(x_ptr + offs, mask, other=0.0)
     if anchor_ptr is not None and c_ptr is not None:
         on_x, on_e = row[codes.X].to(tl.float32) * x, row[codes.E].to(tl.float32)
@@ -114,6 +114,7 @@ def _norm_kernel(
             tl.store(partials_ptr + 3 * kind, tl.sum(block[3]))
             if w_ptr is not None:
                 tl.store(partials_ptr + 4 * kind, tl.sum(block[4]))
+                tl.store(partials_ptr + 5 * kind, tl.sum(block[5]))
 
 
 @jit
@@ -150,7 +151,7 @@ def _step_kernel(
             if anchor_ptr is not None:
                 anchor_ptr += b * n
                 known, fresh = anchor_elements(rules_ptr, old_tables_ptr, b, n)
-            d, aa, da, spread, wa = sums(
+            d, aa, da, spread, wa, ww = sums(
                 u_ptr, c_ptr, w_ptr, x_ptr + b * n, anchor_ptr, partials_ptr, b, batch * n.to(tl.int64), n, known, row, BLOCK, PARTIALS
             )  # fmt: skip
         rule = load_9(rules_ptr + b * codes.RULE_WIDTH)
@@ -161,16 +162,18 @@ def _step_kernel(
         if anchor_ptr is not None:
             share = tl.full([], float("nan"), tl.float64)
             non_finite = new_state[codes.NON_FINITE]
-            strength, rho, written = load_3(old_ptr + codes.DECIDED)
+            length, rho, written = load_3(old_ptr + codes.DECIDED)
             if c_ptr is not None:
-                pairs = (aa.to(tl.float64), da.to(tl.float64), spread.to(tl.float64), wa.to(tl.float64))
+                pairs = (
+                    d.to(tl.float64), aa.to(tl.float64), da.to(tl.float64), spread.to(tl.float64), wa.to(tl.float64), ww.to(tl.float64)
+                )  # fmt: skip
                 tail, share, f, scaled, as_it_is = _push(
-                    where, root, (non_finite, strength, rho, written), new_state[codes.PHASE], state[codes.STEP],
+                    where, root, (non_finite, length, rho, written), new_state[codes.PHASE], state[codes.STEP],
                     load_7(rules_ptr + b * codes.RULE_WIDTH + codes.RULED), load_17(rows_ptr), pairs, g.to(tl.float64),
                     as_it_is if w_ptr is not None else 0.0,
                 )  # fmt: skip
-                non_finite, strength, rho, written = tail
-                g, f = scaled.to(tl.float32), f.to(tl.float32)
+                non_finite, length, rho, written = tail
+                g, f, as_it_is = scaled.to(tl.float32), f.to(tl.float32), as_it_is.to(tl.float32)
         next_row_ptr = rows_ptr + codes.ROW_WIDTH
         if first == 0:
             tl.debug_barrier()  # every thread has read the state that is overwritten here
@@ -178,7 +181,7 @@ def _step_kernel(
             store_15(state_ptr, new_state)
             if anchor_ptr is not None:
                 tl.store(state_ptr + codes.NON_FINITE, non_finite)
-                store_3(state_ptr + codes.DECIDED, strength, rho, written)
+                store_3(state_ptr + codes.DECIDED, length, rho, written)
                 tl.store(shares_ptr + k * batch + b, share)
             tl.store(trace_ptr + k * batch + b, d)
             if times_ptr is not None:

@@ -32,22 +32,23 @@ BATCH = 64
 CAUGHT = 0.1
 FPR = 0.05  # of the bounds of screening and of suspects; 65 prompts allow no less with confidence 0.95
 SEEDS = 2
-OLD = {"faint": 0.0, "sharp": 0.0, "push": 0.0, "drift": "advance"}
-SCALED = {"bound": None}  # the strength scales what is taken out, whatever the scale
+OLD = {"faint": 0.0, "sharp": 0.0, "push": 0.0, "drift": "advance", "reach": None}
+SCALED = {"bound": None, "reach": None}  # the strength scales what is taken out, whatever the scale
 FORMS: dict[str, Form | None] = {
     "plain guidance": None,
-    "1.1 g of the share": Form(faint=0, sharp=0, eta=0),
+    "1.1 g of the share": Form(faint=0, sharp=0, eta=0, reach=None),
     "rho_0 .3, feedback on advance": Form(**OLD, least=0.3, eta=0.3, allowed=0.1),
     "refreshed over 4 rows, feedback on advance": Form(
         **OLD, least=0.15, eta=0.5, allowed=0, refreshes=4, weight=1, alike=0.85
     ),
-    "0.8 g of the share": Form(faint=0, sharp=0, push=-0.2, eta=0),
-    "0.8 g, refreshed over 4 rows": Form(faint=0, sharp=0, push=-0.2, eta=0, refreshes=4, weight=1),
-    "0.8 g, feedback on likeness, eta 2": Form(faint=0, sharp=0, push=-0.2, eta=2),
+    "0.8 g of the share": Form(faint=0, sharp=0, push=-0.2, eta=0, reach=None),
+    "0.8 g, refreshed over 4 rows": Form(faint=0, sharp=0, push=-0.2, eta=0, refreshes=4, weight=1, reach=None),
+    "0.8 g, feedback on likeness, eta 2": Form(faint=0, sharp=0, push=-0.2, eta=2, reach=None),
     "strength .3 to .6, all scaled, eta 1": Form(**SCALED, eta=1),
     "strength .1 to .45, all scaled, eta 2": Form(**SCALED, faint=0.1, sharp=0.45, eta=2),
-    "shipped, eta 2": Form(eta=2),
-    "shipped, eta 2, half refreshed": Form(eta=2, refreshes=4, weight=0.5),
+    "any length, eta 2": Form(eta=2, reach=None),
+    "any length, eta 2, half refreshed": Form(eta=2, refreshes=4, weight=0.5, reach=None),
+    "any length": Form(reach=None),
     "shipped": Form(),
 }
 
@@ -176,7 +177,7 @@ def summary(judge: Judge, work: Sequence[Sample], z: Tensor) -> dict[str, dict[s
 
 
 def tune(out: Path, names: Sequence[str] | None = None) -> dict[str, Any]:
-    """Every form on both tuning halves: scale 3, and 7.5 for the memorized prompts. Writes anchored-tuning.json in `out`."""
+    """Every form on both tuning halves: scale 3, and 7.5 (shipped model: 15 too) for the memorized prompts. Writes anchored-tuning.json in `out`."""
     shipped, other = load(), harder.load_harder()
     memorized = jobs(prompts("D", "tuning"), SEEDS) + jobs(prompts("T", "tuning"), SEEDS)
     ordinary, gate = caught(shipped)
@@ -188,6 +189,7 @@ def tune(out: Path, names: Sequence[str] | None = None) -> dict[str, Any]:
         for model, scale, work in (
             ("shipped", 3.0, memorized + ordinary),
             ("shipped", 7.5, memorized),
+            ("shipped", 15.0, memorized),
             ("harder", 3.0, second),
             ("harder", 7.5, second),
         ):

@@ -23,6 +23,7 @@ class Form:
     faint, sharp: RMS(m - mu) at which the strength s is 0 and 1 (both 0: s = 1 always)
     bound: guidance along the anchor at s = 0; None: all of it;  push: of g that is added against the anchor at s = 1
     eta, allowed, least, most: rho grows by eta (drift - allowed), between least and most
+    reach: what guidance adds to x0 is at most reach |m - mu| / s long; None: of any length
     drift: "likeness" 2 <U, M> / (<U, U> + <M, M>), or "advance" <U, M> / <M, M>
     refreshes, weight, alike: over so many observations m moves by weight * s to x0(c), where cos(x0(c), m) > alike. Left.
     """
@@ -35,6 +36,7 @@ class Form:
     allowed: float = 0.2
     least: float = 0.0
     most: float = 4.0
+    reach: float | None = 1.0
     drift: str = "likeness"
     refreshes: int = 0
     weight: float = 0.0
@@ -79,17 +81,27 @@ def observe(form: Form, state: State, u0: Tensor, c0: Tensor, observations: int)
     rho = state.rho + form.eta * OBSERVATIONS / observations * (drift - form.allowed)
     near = torch.cosine_similarity(state.m.flatten(1), c0.flatten(1)) > form.alike
     w = torch.where((state.count < form.refreshes) & near, form.weight * state.s, torch.zeros_like(state.s))
-    m = state.m + w.reshape(-1, *[1] * (u0.dim() - 1)) * (c0 - state.m)
+    m = state.m + each(w, u0) * (c0 - state.m)
     return State(m, state.mu, state.s, rho.clamp(form.least, form.most), state.count + 1)
 
 
-def guided(form: Form, state: State, u: Tensor, c: Tensor, u0: Tensor, g: float) -> tuple[Tensor, Tensor]:
-    """(e [B, C, *S], share q [B] of delta that leads to m: p of the rule is E q, positive where q / E is)."""
+def guided(form: Form, state: State, u: Tensor, c: Tensor, u0: Tensor, g: float, to_e: float) -> tuple[Tensor, Tensor]:
+    """(e [B, C, *S], share p [B] of delta that leads to m)."""
     a, delta = state.m - u0, c - u
     q = over(dot(delta, a), dot(a, a))
     along = (1 - state.s) * (g if form.bound is None else form.bound) - form.push * max(g, 0.0) * state.s - state.rho
-    taken = (g - along).clamp(min=0) * q
-    return u + g * delta - taken.reshape(-1, *[1] * (u.dim() - 1)) * a, q
+    taken = torch.where(to_e * q > 0, (g - along).clamp(min=0) * q, torch.zeros_like(q))
+    added = g * delta - each(taken, u) * a
+    if form.reach is not None:
+        anchor = dot(state.m - state.mu, state.m - state.mu).sqrt()
+        size = state.s * abs(to_e) * dot(added, added).sqrt()
+        added = added * each((form.reach * anchor / size).clamp(max=1), u)
+    return u + added, to_e * q
+
+
+def each(values: Tensor, like: Tensor) -> Tensor:
+    """One value an image, shaped to multiply `like`."""
+    return values.reshape(-1, *[1] * (like.dim() - 1))
 
 
 def row(
@@ -110,10 +122,8 @@ def row(
         state = start(form, u0, c0)
     elif observation:
         state = observe(form, state, u0, c0, observations)
-    e, q = guided(form, state, u, c, u0, g)
-    p = to_e * q
-    plain = u + g * (c - u)
-    return torch.where((p > 0).reshape(-1, *[1] * (u.dim() - 1)), e, plain), state, p
+    e, p = guided(form, state, u, c, u0, g, to_e)
+    return e, state, p
 
 
 def factors(scheduler: Any, t: Tensor) -> tuple[float, float]:

@@ -31,6 +31,7 @@ CONDITIONS: dict[str, tuple[str | None, dict[str, Any]]] = {
     "scale 2": (None, {"guidance_scale": 2.0}),
     "scale 5": (None, {"guidance_scale": 5.0}),
     "scale 7.5": (None, {"guidance_scale": 7.5}),
+    "scale 15": (None, {"guidance_scale": 15.0}),
     "Euler": ("EulerDiscreteScheduler", {}),
     "DPM++ 2M": ("DPMSolverMultistepScheduler", {}),
     "PNDM": ("PNDMScheduler", {}),

@@ -112,7 +112,7 @@ def make(
     rules[:, Rule.RHO] = 0.3
     rules[:, Rule.MAGNITUDE] = rng.choice([int(magnitude) for magnitude in Magnitude], batch)
     rules[:, Rule.COMBINED] = rng.choice([0.0, 1.0], batch)
-    state[:, [State.STRENGTH, State.PUSH, State.ANCHOR]] = 0
+    state[:, [State.LENGTH, State.PUSH, State.ANCHOR]] = 0
     if anchored:
         _anchor(rng, state, rules, elements)
     guidance = rng.choice([0.0, 1.0, -7.5, 7.5], (batch, steps, 2)).astype(np.float32)
@@ -172,7 +172,7 @@ def _anchor(rng: np.random.Generator, state: np.ndarray, rules: np.ndarray, elem
     rules[:, Rule.FAINT], rules[:, Rule.SHARP] = elements**0.5 * np.array([0.5, 2.0])[:, None]
     rules[:, Rule.BACK], rules[:, Rule.ETA] = rng.choice([0.0, 0.1], batch), rng.choice([0.0, 2.0], batch)
     rules[:, Rule.DRIFT], rules[:, Rule.MOST] = rng.choice([-0.5, 0.2], batch), 4.0
-    state[:, State.STRENGTH], state[:, State.PUSH] = rng.uniform(0, 1, batch), rng.uniform(0, 1, batch)
+    state[:, State.LENGTH], state[:, State.PUSH] = elements**0.5 * rng.uniform(0, 3, batch), rng.uniform(0, 1, batch)
     state[:, State.ANCHOR] = rng.choice([0.0, 1.0, 1.0], batch)
 
 
@@ -233,7 +233,7 @@ def check(before: Case, after: Case, *, interpreted: bool = False) -> None:
             b, uncond, cond, d=d,
             **{name: old[name] for name in ("x", "history", "state", "rows", "rules", "guidance", "noise", "combined", "anchor")},
         )  # fmt: skip
-        decided = State.STRENGTH
+        decided = State.LENGTH
         np.testing.assert_array_equal(new["state"][b, :decided].numpy(), want.state[:decided], err_msg=f"state of {at}")
         tail = new["state"][b, decided:].numpy()
         np.testing.assert_allclose(tail, want.state[decided:], rtol=1e-5, atol=1e-5, err_msg=f"anchor's state of {at}")

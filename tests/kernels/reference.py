@@ -93,8 +93,7 @@ def anchored(
     write = None
     if s["ANCHOR"] == 0:
         m, mu, write = c0, u0, (c0, u0)
-        length = math.sqrt(((c0 - u0) ** 2).sum())
-        s["STRENGTH"] = min(max((length - rule[Rule.FAINT]) / (rule[Rule.SHARP] - rule[Rule.FAINT]), 0), 1)
+        s["LENGTH"] = math.sqrt(((c0 - u0) ** 2).sum())
     elif row[Row.OBSERVE] and s["ANCHOR"] == 1:
         U, M = u0 - mu, m - mu
         v = 2 * float((U * M).sum()) / float((U**2).sum() + (M**2).sum())
@@ -109,14 +108,21 @@ def anchored(
     s["ANCHOR"] = 1
     if s["PHASE"] == Phase.UNDECIDED:
         return output, 0 * u, p, write
-    g_a = (1 - s["STRENGTH"]) - rule[Rule.BACK] * max(g, 0) * s["STRENGTH"] - s["PUSH"]
+    strength = min(max((s["LENGTH"] - rule[Rule.FAINT]) / (rule[Rule.SHARP] - rule[Rule.FAINT]), 0), 1)
+    g_a = (1 - strength) - rule[Rule.BACK] * max(g, 0) * strength - s["PUSH"]
     along = float(((output - u) * E * a).sum() / (a**2).sum()) if combined is not None else g * p  # in x0
     f = max(along - g_a * p, 0) if p > 0 else 0.0
     error = (abs(g) + abs(g_a)) * np.abs(d0 * a).sum() / (a**2).sum() + abs(f)
     if combined is not None:
         error += np.abs((output - u) * E * a).sum() / (a**2).sum()
     a_size = np.abs(m) + np.abs(X * x) + np.abs(E * u)
-    return output - f / E * a, 40 * (error * np.abs(a) + (f + error * 1e-3) * a_size) / abs(E), p, write
+    more = 40 * (error * np.abs(a) + (f + error * 1e-3) * a_size) / abs(E)
+    added = output - f / E * a - u
+    size, terms = float((added**2).sum()), float(((output - u) ** 2).sum()) + (f / E) ** 2 * float((a**2).sum())
+    shorter = s["LENGTH"] / (strength * abs(E) * math.sqrt(size)) if strength * size > 0 else 1.0
+    if shorter >= 1:
+        return u + added, more, p, write
+    return u + shorter * added, more + 20 * terms / size * shorter * np.abs(added), p, write
 
 
 def step(

@@ -77,7 +77,9 @@ def reference(made, kind, denoise, x, scale, constants):
         p = float((d0 * a).sum() / a.square().sum())
         g_a = (1 - s) - back * max(scale, 0) * s - rho
         f0 = max(scale - g_a, 0) * p if p > 0 else 0.0
-        e = (u0 + scale * d0 - f0 * a - X * x) / E
+        added = scale * d0 - f0 * a
+        reach = float((m - mu).norm()) / s if s > 0 else math.inf
+        e = (u0 + min(1.0, reach / float(added.norm())) * added - X * x) / E
         if hasattr(made, "scale_model_input"):
             made.scale_model_input(x, t)
         x = made.step(e, t, x).prev_sample

@@ -35,7 +35,7 @@ def test_factors_give_the_picture_back(family, kind):
 
 def test_along_the_anchor_the_scale_is_the_bound_and_across_it_is_kept():
     """In x0: <guided - u0, a> = g_a p <a, a>, and what is orthogonal to a is g times that of c0 - u0."""
-    form, g, to_x0, to_e = Form(), 5.0, 1.3, -0.8
+    form, g, to_x0, to_e = Form(reach=None), 5.0, 1.3, -0.8
     x, u, c = (drawn(3, 4, 4, 4, seed=k) for k in range(3))
     _, state, p = row(form, None, x, u, c, g, (to_x0, to_e))
     torch.testing.assert_close(p, torch.ones_like(p))
@@ -52,6 +52,22 @@ def test_along_the_anchor_the_scale_is_the_bound_and_across_it_is_kept():
         return v - dot(v, unit).reshape(-1, 1, 1, 1) * unit
 
     torch.testing.assert_close(across(e0 - u0), g * across(c0 - u0))
+
+
+def test_what_guidance_adds_is_no_longer_than_the_reach():
+    """Of two scales: at the small one nothing changes, at the large one the direction stays and the length is |m - mu| / s."""
+    to_x0, to_e = 1.3, -0.8
+    first = [drawn(3, 4, 4, 4, seed=k) for k in range(3)]
+    _, state, _ = row(Form(), None, *first, 5.0, (to_x0, to_e))
+    later = [0.9 * one + 0.3 * drawn(3, 4, 4, 4, seed=k + 7) for k, one in enumerate(first)]
+    for g, bound in ((0.1, False), (50.0, True)):
+        e, _, _ = row(Form(), state, *later, g, (to_x0, to_e))
+        free, _, _ = row(Form(reach=None), state, *later, g, (to_x0, to_e))
+        added, wanted = (to_e * (one - later[1]) for one in (e, free))
+        if bound:
+            length = (dot(state.m - state.mu, state.m - state.mu)).sqrt() / state.s
+            wanted = wanted * (length / dot(wanted, wanted).sqrt()).reshape(-1, 1, 1, 1)
+        torch.testing.assert_close(added, wanted)
 
 
 def test_a_sample_at_its_anchor_is_pushed_by_eta():
