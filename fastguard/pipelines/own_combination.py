@@ -48,6 +48,7 @@ class OwnCombination(Attached):
         self.denoisers = denoisers_of(pipe, family)
         calls = {name: functools.partial(self.denoise, name) for name in self.denoisers}
         super().__init__(policy, arguments, pipe, calls, unguided=unguided)
+        self._in_loop = not family.before_loop
         self._step_signature = inspect.signature(pipe.scheduler.step)
         self._outputs: list[Collected] = []  # of this row
         # The last result of (denoiser, branch), shown where a call is left out.
@@ -59,6 +60,8 @@ class OwnCombination(Attached):
 
     def denoise(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """Run a denoiser and keep its output, unless no image needs its branch in this row."""
+        if not self._in_loop:
+            return self.denoisers[name](*args, **kwargs)
         number, row = len(self._outputs), 0 if self.guide is None else self.guide.row
         if number == self.family.calls:
             raise RuntimeError(
@@ -87,6 +90,10 @@ class OwnCombination(Attached):
         if self._results and self.guide.row >= self._skip_until:
             self._results.clear()
         return self.scheduling.own_step(*bound.args, **bound.kwargs)
+
+    def progress_bar(self, *args: Any, **kwargs: Any) -> Any:
+        self._in_loop = True
+        return super().progress_bar(*args, **kwargs)
 
     # The loop begins -------------------------------------------------------------------------------------------------------
 

@@ -142,7 +142,9 @@ def glm() -> Any:
             prior_vq_quantizer_codebook_size=8,
         )
     )
-    return parts(diffusers.GlmImagePipeline, transformer=transformer, scheduler=euler())
+    vae = image_vae()
+    vae.register_to_config(latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
+    return parts(diffusers.GlmImagePipeline, transformer=transformer, scheduler=euler(), vae=vae)
 
 
 def joy() -> Any:

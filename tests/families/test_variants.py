@@ -13,7 +13,10 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 
 import fastguard
+from fastguard.pipelines.families import find
+from fastguard.pipelines.probe import probe
 from tests.families.every import EVERY
+from tests.families.more import picture
 from tests.families.tiny import flux_transformer, parts, run, unipc, wan
 
 # (instance, arguments that switch something on, whether both branches run to the end)
@@ -63,6 +66,38 @@ def test_what_a_call_switches_on(variant):
 def test_a_boundary_anywhere(steps):
     tiny = dataclasses.replace(EVERY["wan 2.2"], steps=steps)
     _assert_alike(tiny, tiny.make(), {}, zero=tiny.alone(2))
+
+
+def test_a_denoiser_that_reads_pictures_before_the_loop():
+    """GLM-Image fills its caches so, and shows them to the conditional branch alone: u is what its last call gave."""
+    tiny, pipe = EVERY["glm"], EVERY["glm"].make()
+    pictures = {
+        "image": [[picture()], [picture(1)]],
+        "prior_token_image_ids": [torch.arange(4), torch.arange(4, 8)],
+        "source_image_grid_thw": [torch.tensor([[1, 2, 2]])] * 2,
+    }
+    on = {**pictures, "guidance_scale": 4.0}
+    assert not torch.equal(run(tiny, pipe, tiny.guided(**on)), run(tiny, pipe, tiny.guided()))
+    _assert_alike(tiny, pipe, on)
+    assert probe(pipe, tiny.guided(**on), find(type(pipe))).contradictions() == []
+    ours, report = _guarded(tiny, pipe, tiny.guided(**on), "stp", t_star=0)
+    seen, step = [], pipe.scheduler.step
+    pipe.transformer.register_forward_hook(lambda module, given, output: seen.append(output[0]))
+    pipe.scheduler.step = lambda e, *rest, **named: step(seen[-1], *rest, **named)
+    torch.testing.assert_close(ours, run(tiny, pipe, tiny.guided(**on)), rtol=0, atol=1e-6)
+    assert report[0].denoiser_rows == 2 * tiny.steps
+
+
+def test_a_standard_deviation_over_the_whole_batch():
+    """Bria's normalize."""
+    tiny, pipe = EVERY["bria"], EVERY["bria"].make()
+    on = {"normalize": True}
+    assert not torch.equal(run(tiny, pipe, tiny.guided(**on)), run(tiny, pipe, tiny.guided()))
+    _assert_alike(tiny, pipe, on)
+    assert probe(pipe, tiny.guided(**on), find(type(pipe))).contradictions() == []
+    # stock cannot normalize without guidance; the guard's zero guidance is the plain negative branch
+    ours, _ = _guarded(tiny, pipe, tiny.guided(**on), "stp", t_star=0)
+    torch.testing.assert_close(ours, run(tiny, pipe, tiny.alone(2)), rtol=0, atol=1e-5)
 
 
 def test_a_timestep_for_each_token():
