@@ -1,4 +1,13 @@
-"""Where images go: one file each in a directory, or WebDataset shards. What `commit` has returned survives a crash."""
+"""Where images go: one file each in a directory, or WebDataset shards. What `commit` has returned survives a crash.
+
+refused   the requests whose names cannot be taken
+open      what a killed run left half written goes; lines: of the manifest
+holds     whether the image of a manifest line is still there, whole
+found     the line of an image that a killed run finished and did not list
+read      the image's file, of a manifest line
+prepare   write what can be written from any thread; the manifest does not speak of it yet
+commit    make it safe, and return the manifest's lines
+"""
 
 from __future__ import annotations
 
@@ -41,7 +50,6 @@ class Directory:
         self.out, self.ending = out, ending
 
     def refused(self, requests: Iterable[Request], listed: Iterable[str]) -> list[Problem]:
-        """Requests whose file would be, where case is ignored, that of an earlier one or of an earlier run."""
         if not ignores_case(self.out):
             return []
         # Files that no line speaks of yet are there, too, after a crash.
@@ -54,15 +62,14 @@ class Directory:
         ]
 
     def open(self, lines: Iterable[Line]) -> None:
-        """Remove what a killed run left half written."""
         for leftover in self.out.glob(".*.tmp"):
             leftover.unlink()
 
     def holds(self, line: Line) -> bool:
-        """Whether the image of a manifest line is still there, whole. It is read only if the file was touched since."""
         path = self.out / str(line.get("file"))
         try:
             status = path.stat()
+            # It is read only if the file was touched since.
             if status.st_size == line.get("bytes") and status.st_mtime_ns == line.get("mtime_ns"):
                 return True
             return _sha256(path.read_bytes()) == line.get("sha256")
@@ -70,7 +77,6 @@ class Directory:
             return False
 
     def found(self, name: str, digest: str) -> dict[str, Any] | None:
-        """The line of an image that a killed run finished and did not list: its file says itself what it is."""
         path = self.out / (name + self.ending)
         record = read_record(path) if path.exists() else None
         # An id alone is no whole record.
@@ -79,18 +85,15 @@ class Directory:
         return record | self._place(path, path.read_bytes())
 
     def read(self, line: Line) -> bytes:
-        """The image's file, of a manifest line."""
         return (self.out / line["file"]).read_bytes()
 
     def prepare(self, made: Made) -> Made:
-        """Write the file; from any thread. The manifest does not speak of it yet."""
         path = self.out / (made.request.id + self.ending)
         write_atomic(path, made.data)
         return replace(made, data=b"", record=made.record | self._place(path, made.data))
 
     def commit(self, made: Sequence[Made]) -> list[dict[str, Any]]:
-        """Make sure that the files' names are on the disk too, and return the manifest's lines."""
-        sync_directory(self.out)
+        sync_directory(self.out)  # the files' names
         return [m.record for m in made]
 
     def close(self) -> None:
@@ -115,12 +118,11 @@ class Shards:
         self._file: Growing | None = None
 
     def refused(self, requests: Iterable[Request], listed: Iterable[str]) -> list[Problem]:
-        """Requests whose id readers would take for another."""
         dotted = [request for request in requests if "." in request.id]
         return [Problem.of(r, f"id={r.id!r}: must have no '.' in a WebDataset shard") for r in dotted]
 
     def open(self, lines: Iterable[Line]) -> None:
-        """Read every sample that is recorded, set shards with a damaged one aside, and cut off what is not recorded."""
+        """Every recorded sample is read, too: a shard with a damaged one is set aside."""
         samples: dict[str, list[Line]] = {}
         for line in lines:
             samples.setdefault(line["file"], []).append({key: line[key] for key in ("offset", "bytes", "sha256")})
@@ -139,14 +141,12 @@ class Shards:
             self._count, self._file = len(own), Growing(self._last(), end)
 
     def holds(self, line: Line) -> bool:
-        """Whether the shard of a manifest line is there; `open` saw whether it is whole."""
         return (self.out / line["file"]).exists()
 
     def found(self, name: str, digest: str) -> None:
-        """No image can be found by its name."""
+        """None: what no line speaks of was cut off."""
 
     def read(self, line: Line) -> bytes:
-        """The image's file, of a manifest line."""
         with (self.out / line["file"]).open("rb") as shard:
             shard.seek(line["offset"])
             sample = io.BytesIO(shard.read(line["bytes"]))
@@ -157,13 +157,12 @@ class Shards:
         return made
 
     def commit(self, made: Sequence[Made]) -> list[dict[str, Any]]:
-        """Append the images, flush, and return the manifest's lines: shard, offset, length, checksum. On an OSError the shard is cut back."""
         lines = []
         for m in made:
             if self._file is None or self._count >= self.size:
-                self._next()
+                self._file = self._next()
             data = self._members(m)
-            place = {"file": self._last().name, "offset": self._file.append(data), "bytes": len(data)}  # type: ignore[union-attr]
+            place = {"file": self._last().name, "offset": self._file.append(data), "bytes": len(data)}
             lines.append(m.record | place | {"sha256": _sha256(data)})
             self._count += 1
         return lines
@@ -178,11 +177,12 @@ class Shards:
     def _last(self) -> Path:
         return self.out / f"shard-{self._index:06d}.tar"
 
-    def _next(self) -> None:
+    def _next(self) -> Growing:
         self.close()
         self._index, self._count = self._index + 1, 0
-        self._file = Growing(self._last(), 0)
+        shard = Growing(self._last(), 0)
         sync_directory(self.out)
+        return shard
 
     def _members(self, made: Made) -> bytes:
         parts = []
