@@ -1,12 +1,4 @@
-"""Images from prompts into a directory: from a prompt file or a list, on one device or many, resumable.
-
-    import fastguard
-
-    summary = fastguard.generate("path/or/id", "prompts.csv", "out", policy="dtp", gate=0.03)
-
-manifest.jsonl in the directory has one line per finished image and says all that is known of it. The same call again makes only
-what is missing. See docs/generate.md and docs/ray.md.
-"""
+"""`fastguard.generate`: images from prompts into a directory, on one device or many, resumable (docs/generate.md, docs/ray.md)."""
 
 from __future__ import annotations
 
