@@ -25,9 +25,9 @@ _alone = threading.RLock()
 
 @functools.cache
 def _shared(device: torch.device) -> tuple[Any, Any, Any]:
-    """What all recorders of a device share: a lock, for one capture or launch at a time; a stream for captures, since the allocator
-    reuses a pool's blocks only on the stream that they were made for; and an event: the last use of any pool and of the buffers
-    around it. One event for all pools, because libraries keep things per stream, and all captures share one."""
+    """What all recorders of a device share: a lock, for one capture or launch at a time; a stream for captures (the allocator reuses a
+    pool's blocks only on the stream that they were made for); an event, the last use of any pool and of the buffers around it (not
+    per pool: libraries keep things per stream, and all captures share one)."""
     return threading.RLock(), cuda.Stream(device), cuda.Event()
 
 

@@ -57,9 +57,9 @@ class Fingerprint:
             self._read()
         return self._key, ambient()
 
-    def written(self) -> list[tuple[torch.Tensor, int]]:
+    def written(self) -> dict[torch.Tensor, int]:
         """All tensors as of the last call, and how often each was written to; those made in inference mode do not count that."""
-        return [(tensor, 0 if tensor.is_inference() else tensor._version) for tensor in self._plain()]
+        return {tensor: 0 if tensor.is_inference() else tensor._version for tensor in self._plain()}
 
     def _changed(self) -> bool:
         if self._hooked or any(self._hooks) or self._lengths() != self._counted:

@@ -114,20 +114,17 @@ class Graphs:
         """Forget every graph, and every failure. Calls that have begun record nothing any more: no graph is left behind them."""
         with self.lock:
             self.clears += 1
-            self.model = None
-            self._forget()
-
-    def _forget(self) -> None:
-        self._evict_all()
-        self._refused.clear()
-        self.failure = None
-        if self._recorder is not None:
-            self._recorder.new_pool()  # whatever a failed capture left in the old one
+            self.model = self.failure = None
+            self._refused.clear()
+            self._evict_all()
+            if self._recorder is not None:
+                self._recorder.new_pool()  # whatever a failed capture left in the old one
 
     def lease(self, key: Hashable, device: torch.device, make: Callable[[], Any]) -> Any:
         """Tensors for this key, for one call until its `give_back`: those that a graph holds, else what `make` gives."""
         if device != self._device:
-            self._forget()
+            if self._device is not None:
+                self.clear()  # of the device that the model was on
             self._device, self._recorder = device, RECORDERS[device.type](device)
         self._leased = next((graph.content for (shape, *_), graph in self._graphs.items() if shape == key), None)
         if self._leased is None:

@@ -41,8 +41,6 @@ class Options:
         options = cls(capture, attention_backend, _compile_arguments(compile))
         if denoiser is None:
             return options
-        if options.compile is not None and not isinstance(denoiser, torch.nn.Module):
-            raise ValueError(f"compile={compile!r}: {type(denoiser).__name__} is no torch module")
         if capture in ("step", "loop") and (found := own_graphs(denoiser.modules())) is not None:
             raise ValueError(f"capture={capture!r}: {found}")
         if attention_backend is not None:
