@@ -110,7 +110,7 @@ class Attached:
             return False
         if self.unguided == "raise":
             raise ValueError(
-                f"{given}: the pipeline runs no second (unconditional branch) then, but policy {self.policy.name!r} needs it; {remedy}, use "
+                f"{given}: the pipeline runs no second (unconditional) branch then, but policy {self.policy.name!r} needs it; {remedy}, use "
                 f"'cfg' without a scale of its own, or enable the guard with unguided='run'"
             )
         self.policy = make_policy("cfg")

@@ -48,7 +48,7 @@ def enabled_class(base: Any) -> type:
     vars(__call__).update(__signature__=inspect.signature(base.__call__), __wrapped__=without_no_grad)
 
     def __setattr__(self, name, value):  # also of the stand-in that a callback gets
-        guard = guard_of(self)
+        guard = self.__dict__.get(ATTRIBUTE)
         if guard is not None and name in ("scheduler", *guard.family.denoisers):
             if guard.in_a_call:
                 if original_of(value) is self.__dict__.get(name):

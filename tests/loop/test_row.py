@@ -76,7 +76,7 @@ def test_an_eager_row_calls_seven_functions_beside_the_op():
     assert sum(first.values()) > 100, "the tables are made there"
 
 
-@pytest.mark.parametrize(("name", "functions"), [("sana", 11), ("flux", 15)])
+@pytest.mark.parametrize(("name", "functions"), [("sana", 11), ("flux", 14)])
 def test_an_eager_row_of_the_second_kind_calls_few(name, functions):
     """One call of the denoiser, or two: collected, cut to the step's space, guided; Flux sets an attribute in every row."""
     pipe, arguments = EVERY[name].make(), EVERY[name].guided()
