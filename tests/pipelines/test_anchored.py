@@ -109,7 +109,9 @@ def formula(pipe, callback=None, scale=7.5):
         shares.append(float(((c0 - u0) * a).sum() / a.square().sum()))
         taken = max(scale - ((1 - sharp) - plan.BACK * scale * sharp - rho), 0.0) * max(shares[-1], 0.0)
         guided = u + scale * (c - u)
-        guided[0] = ((x0 - (u0 + scale * (c0 - u0) - taken * a)) * (alpha / (1 - alpha)) ** 0.5).float()
+        added = scale * (c0 - u0) - taken * a
+        added *= min(1.0, float((m - mu).norm() / added.norm()) / max(sharp, 1e-9))
+        guided[0] = ((x0 - (u0 + added)) * (alpha / (1 - alpha)) ** 0.5).float()
         x = scheduler.step(guided, t, x).prev_sample
         if callback is not None:
             x = callback(pipe, k, t, {"latents": x}).get("latents", x)
