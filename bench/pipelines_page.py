@@ -79,7 +79,6 @@ READ = frozenset(  # declared from reading: no instance of them runs in the test
         "StableAudioPipeline",
         "StableVideoDiffusionPipeline",
         "WanVACEPipeline",
-        # recent
     ]
 )
 
