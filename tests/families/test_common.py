@@ -23,7 +23,7 @@ def _stock(name):
     return pipe, run(tiny, pipe, tiny.guided())
 
 
-@pytest.fixture(params=PARAMS)
+@pytest.fixture(params=PARAMS, scope="module")
 def case(request):
     """(tiny, its pipeline, stock's guided output)"""
     pipe, stock = _stock(request.param)
@@ -87,7 +87,8 @@ def test_d_is_the_distance_of_the_denoisers_outputs(case):
     tensors = [torch.stack(list(o)) if isinstance(o, (list, tuple)) else o for o in outputs]
     pairs = zip(tensors[::2], tensors[1::2], strict=True) if family.calls == 2 else (t.chunk(2) for t in tensors)
     for row, (one, other) in enumerate(pairs):
-        d = (one.double() - other.double())[:, slice(*tiny.kept)].flatten(1).pow(2).sum(1)
+        difference = (one.double() - other.double()).movedim(tiny.along, 1)[:, slice(*tiny.kept)]
+        d = difference.flatten(1).pow(2).sum(1)
         ours = torch.tensor([image.d_curve[row] for image in report], dtype=torch.float64)
         torch.testing.assert_close(ours, d, rtol=1e-5, atol=0)
 
@@ -146,7 +147,7 @@ def test_a_wrong_order_does_not_pass(case, monkeypatch):
 def test_unguarded_images_keep_stocks_bits_in_bfloat16(case):
     """Pipelines combine in the model's dtype or in float32; what the guard lets through has the combination's own."""
     tiny, pipe, _ = case
-    copied = _in_bfloat16(copy.deepcopy(pipe))
+    copied = _in_bfloat16(tiny, pipe)
     arguments = {name: _narrow(value) for name, value in tiny.guided().items()}
     stock = run(tiny, copied, arguments)
     policies = [_held(tiny, monitor=True), "cfg"][-tiny.images :]
@@ -156,15 +157,15 @@ def test_unguarded_images_keep_stocks_bits_in_bfloat16(case):
     assert all(d is not None for image in guard.report for d in image.d_curve[: tiny.steps])
 
 
-def _in_bfloat16(pipe):
-    """As from_pretrained(torch_dtype=...) gives it: some modules stay in float32."""
-    pipe.to(torch.bfloat16)
-    for part in pipe.components.values():
-        kept = set(getattr(part, "_keep_in_fp32_modules", None) or ())
-        for name, module in part.named_modules() if kept else ():
-            if kept & set(name.split(".")):
+def _in_bfloat16(tiny, pipe):
+    """A copy as `from_pretrained` makes it: with the layers in float32 that their models keep so."""
+    copied = copy.deepcopy(pipe).to(torch.bfloat16)
+    for name, part in copied.components.items():
+        kept = getattr(part, "_keep_in_fp32_modules", None) or ()
+        for path, module in part.named_modules() if isinstance(part, torch.nn.Module) else ():
+            if name in tiny.wide or set(kept) & set(path.split(".")):
                 module.float()
-    return pipe
+    return copied
 
 
 def _narrow(value):

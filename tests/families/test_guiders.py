@@ -46,7 +46,7 @@ def pipes() -> dict[str, Any]:
     return {}
 
 
-_LATER = ("hunyuan-video 1.5, image", "hunyuan-image refiner")
+_LATER = ("hunyuan-video 1.5, image", "hunyuan-image refiner", "motif, image")
 
 
 @pytest.fixture(params=[pytest.param(name, marks=pytest.mark.slow) if name in _LATER else name for name in CASES])
@@ -124,7 +124,7 @@ def test_a_guider_without_a_second_branch_is_refused(case: Any) -> None:
         "start=0.5": diffusers.ClassifierFreeGuidance(4.0, start=0.5),
         "enabled=False": diffusers.ClassifierFreeGuidance(4.0, enabled=False),
     }
-    if isinstance(pipe, getattr(diffusers, "MotifVideoPipeline", ())):
+    if type(pipe).__name__.startswith("MotifVideo"):
         del off["start=0.5"]  # at which stock itself fails
     for named, pipe.guider in off.items():
         with pytest.raises(ValueError, match=f"pipe.guider=ClassifierFreeGuidance.*{named}.*no second") as error:

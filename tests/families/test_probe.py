@@ -25,7 +25,7 @@ def _pipe(name):
     return EVERY[name].make()
 
 
-@pytest.fixture(params=PARAMS)
+@pytest.fixture(params=PARAMS, scope="module")
 def case(request):
     return EVERY[request.param], _pipe(request.param)
 

@@ -20,10 +20,11 @@ class Tiny:
     branch: seed -> the embeddings of one branch; those of the other have the same names after "negative_".
     on, off: the arguments with which the second branch runs, and does not.
     fixed: the other arguments; images: how many come of a call.
-    elements: of one image's latent at scheduler.step; kept: the tokens of the denoiser's output that reach it.
+    elements: of one image's latent at scheduler.step; kept: what of the denoiser's output reaches it, in dimension `along`.
     counts_steps: whether its scheduler's timesteps are training steps, in which t_star counts.
     bends: whether its combination is not linear in the two branches.
     full_rows: rows that run both branches where only one is needed: the first of each denoiser.
+    wide: components that stay in float32 where the others are narrow.
     exact: whether one branch alone has the bits that it has in a batch of both.
     no_negative: why no call of stock runs on the negative branch alone, where none does (`negative_alone`).
     besides: by component, the arguments that differ between the negative branch's call and a call on the negative prompt alone: a
@@ -45,6 +46,8 @@ class Tiny:
     kept: tuple[int, int | None] = (0, None)
     no_negative: str = ""
     besides: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    along: int = 1
+    wide: tuple[str, ...] = ()
 
     def guided(self, **changes: Any) -> dict[str, Any]:
         negative = {f"negative_{name}": value for name, value in self.branch(2).items() if name not in self.shared}
@@ -338,13 +341,13 @@ def ltx(name: str = "LTXPipeline", **extra: Any) -> Callable[[], Any]:
     return make
 
 
-def cogvideox(scheduler: str) -> Callable[[], Any]:
+def cogvideox(scheduler: str, **config: Any) -> Callable[[], Any]:
     def make() -> Any:
         transformer = seeded(
             lambda: diffusers.CogVideoXTransformer3DModel(
+                **{"in_channels": 4, **config},
                 num_attention_heads=2,
                 attention_head_dim=8,
-                in_channels=4,
                 out_channels=4,
                 time_embed_dim=2,
                 text_embed_dim=16,

@@ -103,6 +103,19 @@ def motif(name: str = "MotifVideoPipeline") -> Any:
     return parts(getattr(diffusers, name), transformer=transformer, scheduler=euler(), vae=vae.eval())
 
 
+def motif_image() -> Any:
+    """One picture's condition for both prompts: the pipeline makes it for one, and repeats it only for several videos of a prompt."""
+    pipe = motif("MotifVideoImage2VideoPipeline")
+    prepare = pipe._prepare_first_frame_conditioning
+
+    def for_both(*given: Any, **named: Any) -> Any:
+        condition, mask, image_embeds = prepare(*given, **named)
+        return condition.repeat(2, 1, 1, 1, 1), mask, image_embeds
+
+    pipe._prepare_first_frame_conditioning = for_both
+    return pipe
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     make: Callable[[], Any]
@@ -131,6 +144,19 @@ CASES = {
         motif,
         {"prompt_embeds": (2, 6, 16)},
         {"height": 32, "width": 32, "num_frames": 5},
+        4 * 2 * 4 * 4,
+        mask="prompt_attention_mask",
+    ),
+    "motif, image": Case(
+        motif_image,
+        {"prompt_embeds": (2, 6, 16)},
+        {
+            "height": 32,
+            "width": 32,
+            "num_frames": 5,
+            "prompt": None,
+            "image": Image.new("RGB", (32, 32), (200, 40, 90)),
+        },
         4 * 2 * 4 * 4,
         mask="prompt_attention_mask",
     ),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from tests.families.tiny import Tiny
+from tests.families.videos_dit import DIT
+from tests.families.videos_flow import FLOW
 from tests.families.videos_motion import MOTION
 
-VIDEOS: dict[str, Tiny] = {**MOTION}
+VIDEOS: dict[str, Tiny] = {**MOTION, **DIT, **FLOW}
