@@ -74,6 +74,8 @@ class Probe:
             if not right and self.family.nonlinear:  # one factor for the whole image
                 right = _same_ratio(row, tolerance)
             return None if right else f"{found}, where {expected}"
+        if self.family.by_sign:
+            return None if row.cond > 0 > row.uncond else f"{found}, where it goes from u to c"
         if not self.family.nonlinear:
             return f"{found}: not linear, where {expected}"
         if row.direction is not None:

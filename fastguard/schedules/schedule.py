@@ -71,4 +71,8 @@ def in_training_steps(scheduler: Any) -> bool:
     """By the whole schedule: one that counts steps begins among the hundreds, or has so few that they are small integers."""
     trained = getattr(scheduler, "config", {}).get("num_train_timesteps", 0)
     times = [float(t) for t in scheduler.timesteps]
+    if (
+        trained == 1 or times[0] < times[-1]
+    ):  # from 1 to 0 (ACE-Step), or they grow as noise goes away (Mochi, LongCat audio)
+        return False
     return (trained > 0 and max(times) >= SMALLEST_START * trained) or all(t.is_integer() for t in times)

@@ -45,6 +45,8 @@ def test_declaration_is_what_the_probe_finds(case):
 @pytest.mark.parametrize("fault", ["order", "sign", "offset", "tokens"])
 def test_a_wrong_declaration_is_told(case, fault):
     tiny, pipe = case
+    if fault not in tiny.told:
+        pytest.skip("its combination hides that")
     family = find(type(pipe))
     wrong = {
         "order": dataclasses.replace(family, order=family.order[::-1]),
@@ -84,6 +86,19 @@ def test_scales_of_rows_are_found():
     tiny, pipe = EVERY["wan 2.2"], EVERY["wan 2.2"].make()
     found = probe(pipe, _arguments(tiny, num_inference_steps=8), find(type(pipe)))
     assert [round(row.cond, 3) for row in found.rows] == [4.0] * 3 + [3.0] * 5
+
+
+def test_scales_of_frames_are_told_by_sign():
+    """Stable Video Diffusion's default: another scale for each frame."""
+    tiny, pipe = EVERY["stable video diffusion"], EVERY["stable video diffusion"].make()
+    family, arguments = find(type(pipe)), _arguments(tiny, min_guidance_scale=1.0, max_guidance_scale=3.0)
+    found = probe(pipe, arguments, family)
+    assert found.contradictions() == [] and not any(row.linear for row in found.rows)
+    stock = run(tiny, pipe, arguments)
+    with fastguard.enable(pipe, "cfg"):
+        assert torch.equal(run(tiny, pipe, arguments), stock)
+    for wrong in ({"order": family.order[::-1]}, {"sign": -1}):
+        assert len(probe(pipe, arguments, dataclasses.replace(family, **wrong)).contradictions()) == tiny.steps
 
 
 def test_nothing_is_left_behind(case):

@@ -22,11 +22,12 @@ class Tiny:
     fixed: the other arguments; images: how many come of a call.
     elements: of one image's latent at scheduler.step; kept: what of the denoiser's output reaches it, in dimension `along`.
     counts_steps: whether its scheduler's timesteps are training steps, in which t_star counts.
-    bends: whether its combination is not linear in the two branches.
+    bends: whether its combination is not linear in the two branches; told: the wrong declarations that a probe tells.
     full_rows: rows that run both branches where only one is needed: the first of each denoiser.
     wide: components that stay in float32 where the others are narrow.
     exact: whether one branch alone has the bits that it has in a batch of both.
-    no_negative: why no call of stock runs on the negative branch alone, where none does (`negative_alone`).
+    no_negative: why no call of stock runs on the negative branch alone, where none does (`negative_alone`); uncond_half: then, which half
+        of a batch is the negative branch's.
     besides: by component, the arguments that differ between the negative branch's call and a call on the negative prompt alone: a
         controlnet may see the prompt in both branches.
     """
@@ -38,6 +39,7 @@ class Tiny:
     elements: int
     fixed: dict[str, Any] = field(default_factory=dict)
     bends: bool = False
+    told: tuple[str, ...] = ("order", "sign", "offset", "tokens")
     exact: bool = True
     steps: int = 4
     full_rows: int = 1
@@ -45,6 +47,7 @@ class Tiny:
     counts_steps: bool = True
     kept: tuple[int, int | None] = (0, None)
     no_negative: str = ""
+    uncond_half: int = 0
     besides: dict[str, tuple[str, ...]] = field(default_factory=dict)
     along: int = 1
     wide: tuple[str, ...] = ()
@@ -107,11 +110,12 @@ def _unconditional_twice(tiny: Tiny, pipe: Any) -> torch.Tensor:
     """Stock's guided call with u in the place of c, so that e = u."""
 
     def twice(module: Any, given: Any, output: Any) -> Any:
-        u, _ = output[0].chunk(2)
+        u = output[0].chunk(2)[tiny.uncond_half]
         both = torch.cat([u, u])
         return type(output)(sample=both) if isinstance(output, dict) else (both, *output[1:])
 
-    hook = pipe.unet.register_forward_hook(twice)
+    denoiser = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+    hook = denoiser.register_forward_hook(twice)
     try:
         return run(tiny, pipe, tiny.guided())
     finally:
@@ -121,7 +125,8 @@ def _unconditional_twice(tiny: Tiny, pipe: Any) -> torch.Tensor:
 def seeded(make: Callable[[], torch.nn.Module], seed: int = 0) -> Any:
     """The module with random weights everywhere: layers that begin at zero would hide what they see."""
     torch.manual_seed(seed)
-    module = make().eval()
+    with torch.no_grad():  # a weight that is made of a direction and a norm is then copied as the others are
+        module = make().eval()
     for parameter in module.parameters():
         if not parameter.any() or (parameter == 1).all():
             torch.nn.init.normal_(parameter, mean=parameter.flatten()[0].item(), std=0.1)

@@ -1,13 +1,15 @@
-"""Tiny instances of AnimateDiff's relatives."""
+"""Tiny instances of AnimateDiff's relatives, and of Stable Video Diffusion."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import diffusers
+import transformers
 
+from tests import pipelines
 from tests.families.more import GUIDED, another, motion_unet, picture, unet
-from tests.families.tiny import SQUARE, Tiny, embeds, seeded
+from tests.families.tiny import SQUARE, Tiny, embeds, parts, seeded
 
 BLOCKS: dict[str, Any] = {  # of a controlnet that fits `motion_unet`
     "block_out_channels": (8, 8),
@@ -50,6 +52,40 @@ def motion_unet_xl() -> Any:
     )
 
 
+def stable_video_diffusion() -> Any:
+    unet = seeded(
+        lambda: diffusers.UNetSpatioTemporalConditionModel(
+            block_out_channels=(32, 32),
+            down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+            up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+            layers_per_block=1,
+            num_attention_heads=2,
+            cross_attention_dim=16,
+            addition_time_embed_dim=4,
+            projection_class_embeddings_input_dim=3 * 4,
+        )
+    )
+    vae = seeded(
+        lambda: diffusers.AutoencoderKLTemporalDecoder(
+            block_out_channels=(32, 32), down_block_types=("DownEncoderBlock2D",) * 2
+        )
+    )
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_attention_heads=2, num_hidden_layers=1, projection_dim=16,
+        image_size=224, patch_size=112,
+    )  # fmt: skip
+    return parts(
+        diffusers.StableVideoDiffusionPipeline,
+        unet=unet,
+        vae=vae,
+        image_encoder=seeded(lambda: transformers.CLIPVisionModelWithProjection(vision)),
+        feature_extractor=transformers.CLIPImageProcessor(crop_size=224, size=224),
+        scheduler=diffusers.EulerDiscreteScheduler(
+            **pipelines.BETAS, prediction_type="v_prediction", use_karras_sigmas=True, timestep_type="continuous"
+        ),
+    )
+
+
 _VIDEO = {"video": CLIPS, "strength": 1.0, "num_frames": None}
 MOTION: dict[str, Tiny] = {
     "animatediff controlnet": another(
@@ -80,5 +116,17 @@ MOTION: dict[str, Tiny] = {
         elements=4 * 3 * 16 * 16,
         exact=False,
         **GUIDED,
+    ),
+    "stable video diffusion": Tiny(
+        stable_video_diffusion,
+        lambda seed: {"image": [picture(), picture(1)]},
+        shared=("image",),
+        on={"max_guidance_scale": 4.0, "min_guidance_scale": 4.0},
+        off={"max_guidance_scale": 1.0},
+        fixed={"height": 16, "width": 16, "num_frames": 2, "return_dict": True},
+        elements=2 * 4 * 8 * 8,
+        exact=False,
+        counts_steps=False,
+        no_negative="zeros instead of the picture's embeddings and latents",
     ),
 }

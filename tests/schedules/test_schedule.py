@@ -5,11 +5,12 @@ Denoiser outputs are random, each x_k is stock's, the noise comes from a generat
 
 from __future__ import annotations
 
+import diffusers
 import pytest
 import torch
 
 from fastguard.schedules.compiler import compile_schedule
-from fastguard.schedules.schedule import Schedule
+from fastguard.schedules.schedule import Schedule, in_training_steps
 from tests.schedules.cases import CASES, CUSTOM, LATE, Case
 from tests.schedules.stock import Table, deviation, stock_run
 
@@ -139,3 +140,12 @@ def test_what_float32_would_lose_is_refused(case, steps):
     schedule = compile_schedule(case.make(steps))
     assert not schedule.linear
     assert schedule.reason.startswith("its table would lose")
+
+
+@pytest.mark.parametrize(
+    ("config", "counts"), [({}, True), ({"invert_sigmas": True}, False), ({"num_train_timesteps": 1}, False)]
+)
+def test_timesteps_that_grow_or_begin_at_one_count_no_training_steps(config, counts):
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**config)
+    scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25])
+    assert in_training_steps(scheduler) is counts

@@ -31,6 +31,7 @@ class OwnFamily:
     norm: the dimension along which the combination gets another norm than u + g (c - u) has, where it does.
     nonlinear: what the family does besides, where its combination is not u + g (c - u); unguarded images keep it.
     before_loop: whether the denoiser is called before the loop, too, where its outputs are nobody's (GLM-Image reads its pictures).
+    by_sign: whether a probe tells order and sign alone in a row that is not linear: its parts have scales of their own.
     skippable: whether a call whose branch no image needs may be left out (not with GLM-Image's own key and value caches).
     second_branch: what the caller must pass so that the second branch runs.
     refused: (pipe, arguments) -> why this pipeline or call cannot be guarded.
@@ -50,6 +51,7 @@ class OwnFamily:
     norm: int | None = None
     nonlinear: str | None = None
     before_loop: bool = False
+    by_sign: bool = False
     skippable: bool = True
     second_branch: str = "pass guidance_scale above 1"
     refused: Refusal | None = None
