@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import diffusers
+import pytest
 
 from bench.pipelines_page import READ, hashes, markdown
 from fastguard.pipelines.families import FAMILIES, OWN_FAMILIES
@@ -27,6 +28,7 @@ def test_every_class_stands_in_one_place():
     assert [name for name in names if not hasattr(diffusers, name)] == []
 
 
+@pytest.mark.slow
 def test_a_class_is_called_read_where_no_instance_of_it_runs():
     made = {type(tiny.make()).__name__ for tiny in (*EVERY.values(), *GUIDED.values())}
     assert {name for family in OWN_FAMILIES for name in family.pipelines} - made == READ
