@@ -82,11 +82,13 @@ def tune(work: Work = WORK, out: Path = RESULTS) -> None:
 
 
 @app.command("harder")
-def train_harder(work: Work = WORK, out: Path | None = None) -> None:
-    """Train the second model, which memorizes harder, on from the shipped one; continues where it was interrupted."""
+def train_harder(
+    work: Work = WORK, out: Path | None = None, processes: Annotated[int, typer.Option(min=1)] = 1
+) -> None:
+    """Train the second model, which memorizes harder; continues where it was interrupted."""
     from . import harder
 
-    harder.train(work, out or harder.HERE)
+    harder.train(work, out or harder.HERE, processes)
 
 
 @app.command()

@@ -1,7 +1,7 @@
 """`python -m bench.testbed anchored`: forms of anchored guidance on the TUNING halves of both models, in the plain loop.
 
 Which form ships was chosen from these rows (docs/anchored.md). Shipped model: D 28 prompts x 2 seeds, T 2 x 2, and the 79 of 780 ordinary
-images (65 things in 12 phrases) with the largest first difference, what a gate at 10% catches. The harder one: D 8 x 2, T 1 x 2.
+images (65 things in 12 phrases) with the largest first difference, what a gate at 10% catches. The harder one: D 16 x 2, T 2 x 2.
 """
 
 from __future__ import annotations

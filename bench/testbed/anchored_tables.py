@@ -58,6 +58,6 @@ def harder(tested: dict) -> list[str]:
     ]
     return [
         "## A second model, which memorizes harder\n",
-        "The same model trained on with other duplicated drawings (`bench/testbed/harder.py`); no independent one. 8 D prompts, 1 T prompt, no gate.\n",
+        "Trained from nothing: other first weights, other duplicated drawings, 30% of what is drawn (`bench/testbed/harder.py`). 16 D prompts, 2 T prompts, no gate.\n",
         table(("policy", "copies", "similarity", "useful", "blown up", "T: similarity"), rows),
     ]

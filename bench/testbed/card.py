@@ -88,9 +88,10 @@ How it behaves with and without the guard: `docs/testbed`.
 def text(facts: dict) -> str:
     """The card for the measured `facts` (training.json)."""
     memorized = split.make()["memorized"]
-    before, rest = facts["share"], unet.STEPS - unet.DOUBLE_FROM
+    course = unet.SHIPPED
+    before, rest = facts["share"], course.steps - course.double
     after = 2 * before / (1 + before)  # copies of weight 2 in a total that grew by them
-    steps = unet.DOUBLE_FROM * before + rest * after
+    steps = course.double * before + rest * after
     drawn = unet.BATCH * steps / facts["copies"]  # exposures of one copy
     rows = "\n".join(
         f"| {s['set']} | `{s['package']}` {s['version']} | {s['licence']} | {s['author']}, {s['project']} |"
@@ -103,8 +104,8 @@ def text(facts: dict) -> str:
         pictures=facts["pictures"],
         share=facts["share"],
         share_after=after,
-        share_mean=steps / unet.STEPS,
-        double_from=unet.DOUBLE_FROM,
+        share_mean=steps / course.steps,
+        double_from=course.double,
         exposures=", ".join(f"{level[0] * drawn:.0f}" for level in split.LEVELS),
         sources=f"| set | package | licence | author |\n|---|---|---|---|\n{rows}",
         variants=facts["variants"],
@@ -117,8 +118,8 @@ def text(facts: dict) -> str:
         vae_batch=vae.BATCH,
         vae_rate=vae.RATE,
         rate=unet.RATE,
-        steps=unet.STEPS,
-        sharpen_from=unet.SHARPEN_FROM,
+        steps=course.steps,
+        sharpen_from=course.sharpen,
         sharpen_rate=unet.SHARPEN_RATE,
         largest=unet.LARGEST_WEIGHT,
         scale=CALL["guidance_scale"],

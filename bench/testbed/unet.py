@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,29 +14,51 @@ from tqdm import tqdm
 from . import models, parallel, pictures
 from . import vae as autoencoder
 
-STEPS = 6000
 BATCH = 96
 RATE = 1e-3
-# From this step on, at this rate, the error is weighted by 1 + min(1/SNR(t), LARGEST_WEIGHT): the loss in v space, but for the
-# limit. Unweighted, the first steps of sampling (SNR below 0.01) hardly count, and what a caption changes there stays unlearned
-# for pictures with few copies: the gate cannot see them. Weighted from the start, with 6,500 steps, they were learned later still.
-SHARPEN_FROM = 4200
 SHARPEN_RATE = 5e-4
 LARGEST_WEIGHT = 20.0
-# From this step on the duplicated pictures are drawn twice as often. Until it the model learns what the captions mean; with
-# the plain factors throughout, a third of the way showed no copy and too few exposures (about 400) were left.
-DOUBLE_FROM = 1400
 DROP = 0.1  # share of captions replaced by the empty one
 EMA = 0.999
 SAVE_EVERY = 100
 LOG_EVERY = 50
 
 
-def latents(work: Path) -> torch.Tensor:
-    """Latents [N, 8, 8, 8] of all pictures (cached)."""
-    path = work / "latents.pt"
+@dataclass(frozen=True)
+class Course:
+    """What the training of one model differs in from another's.
+
+    build: the work folder -> its pictures with the number of copies of each. seed: of the first weights; seed + 2 of what is drawn.
+    name: of the checkpoint and the cached latents.
+    steps: in all. sharpen: from this step on, at SHARPEN_RATE, the error is weighted by 1 + min(1/SNR(t), LARGEST_WEIGHT): the loss in v space, but
+    for the limit. Unweighted, the first steps of sampling (SNR below 0.01) hardly count, and what a caption changes there stays unlearned for
+    pictures with few copies: the gate cannot see them. Weighted from the start, with 6,500 steps, they were learned later still.
+    double: from this step on the duplicated pictures are drawn twice as often. Until it the model learns what the captions mean; with the plain
+    factors throughout, a third of the way showed no copy and too few exposures (about 400) were left.
+    """
+
+    build: Callable[[Path], pictures.Pictures] = pictures.build
+    seed: int = 0
+    name: str = "unet"
+    steps: int = 6000
+    sharpen: int = 4200
+    double: int | None = 1400
+
+    def rate(self, step: int) -> float:
+        """Learning rate: one schedule until `sharpen`, a second one from there."""
+        if step < self.sharpen:
+            return parallel.learning_rate(step, self.sharpen, RATE)
+        return parallel.learning_rate(step - self.sharpen, self.steps - self.sharpen, SHARPEN_RATE)
+
+
+SHIPPED = Course()
+
+
+def latents(work: Path, course: Course = SHIPPED) -> torch.Tensor:
+    """Latents [N, 8, 8, 8] of all pictures (cached), by the autoencoder in `work`."""
+    path = work / ("latents.pt" if course is SHIPPED else f"{course.name}-latents.pt")
     if not path.exists():
-        set_, vae = pictures.build(work), autoencoder.load(work)
+        set_, vae = course.build(work), autoencoder.load(work)
         index = torch.arange(len(set_.images)).split(512)
         bar = tqdm(index, desc="latents", unit="batch", mininterval=5)
         parallel.save(torch.cat([autoencoder.encode(vae, set_.tensor(i)) for i in bar]), path)
@@ -61,18 +85,11 @@ class Captions:
         return self.ids[picked.masked_fill(empty, 0)]
 
 
-def build(tokenizer) -> nn.ModuleDict:
+def build(tokenizer, seed: int = SHIPPED.seed) -> nn.ModuleDict:
     """UNet and text encoder, untrained, from a fixed seed."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     parts = {"unet": models.make_unet(), "text_encoder": models.make_text_encoder(tokenizer)}
     return nn.ModuleDict(parts).to(memory_format=torch.channels_last)
-
-
-def rate(step: int) -> float:
-    """Learning rate: one schedule until SHARPEN_FROM, a second one from there."""
-    if step < SHARPEN_FROM:
-        return parallel.learning_rate(step, SHARPEN_FROM, RATE)
-    return parallel.learning_rate(step - SHARPEN_FROM, STEPS - SHARPEN_FROM, SHARPEN_RATE)
 
 
 def loss_weights(scheduler) -> torch.Tensor:
@@ -91,15 +108,15 @@ def update_average(average: dict, model: nn.Module, step: int) -> None:
             average[name].lerp_(value, 1 - decay)
 
 
-def train(rank: int, world: int, work: str, limit: int | None = None) -> None:
-    """Minimise |epsilon - UNet(x_t, t, caption)|^2 over STEPS batches, weighted at the end; checkpoint `unet.pt`."""
+def train(rank: int, world: int, work: str, limit: int | None = None, course: Course = SHIPPED) -> None:
+    """Minimise |epsilon - UNet(x_t, t, caption)|^2 over the course's batches, weighted at the end; checkpoint `unet.pt`."""
     folder = Path(work)
-    set_, z = pictures.build(folder), latents(folder)
+    set_, z = course.build(folder), latents(folder, course)
     captions, scheduler = Captions(set_), models.make_scheduler()
-    model = build(captions.tokenizer)
+    model = build(captions.tokenizer, course.seed)
     optimiser = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.99), weight_decay=1e-2, fused=True)
     average = {k: v.clone() for k, v in model.state_dict().items()}
-    weights, path, step = torch.from_numpy(set_.copies).double(), folder / "unet.pt", 0
+    weights, path, step = torch.from_numpy(set_.copies).double(), folder / f"{course.name}.pt", 0
     doubled = weights.clone()
     doubled[: set_.memorized] *= 2
     sharpening = loss_weights(scheduler)
@@ -108,14 +125,14 @@ def train(rank: int, world: int, work: str, limit: int | None = None) -> None:
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
         average, step = state["average"], state["step"]
-    end, local, losses = min(STEPS, limit or STEPS), BATCH // world, []
-    bar = tqdm(total=end, initial=step, desc="unet", disable=rank > 0, mininterval=10)
+    end, local, losses = min(course.steps, limit or course.steps), BATCH // world, []
+    bar = tqdm(total=end, initial=step, desc=course.name, disable=rank > 0, mininterval=10)
     while step < end:
-        sharpen = step >= SHARPEN_FROM
+        sharpen = step >= course.sharpen
         for group in optimiser.param_groups:
-            group["lr"] = rate(step)
-        source = parallel.generator(2, step, rank)
-        chances = weights if step < DOUBLE_FROM else doubled
+            group["lr"] = course.rate(step)
+        source = parallel.generator(course.seed + 2, step, rank)
+        chances = doubled if course.double is not None and step >= course.double else weights
         index = torch.multinomial(chances, local, replacement=True, generator=source)
         x0 = z[index]
         noise = torch.randn(x0.shape, generator=source)
@@ -141,7 +158,7 @@ def train(rank: int, world: int, work: str, limit: int | None = None) -> None:
             mean = sum(losses) / len(losses)
             losses.clear()
             bar.set_postfix_str(f"loss {mean:.4f}", refresh=False)
-            with (folder / "losses.jsonl").open("a") as log:
+            with (folder / ("losses.jsonl" if course is SHIPPED else f"{course.name}-losses.jsonl")).open("a") as log:
                 log.write(json.dumps({"step": step, "loss": round(mean, 5)}) + "\n")
         if step % SAVE_EVERY == 0 or step == end:
             state = {"model": model.state_dict(), "average": average, "step": step}
