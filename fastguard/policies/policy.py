@@ -30,7 +30,7 @@ Number = float | int
 
 FORMAT = 1  # version of the policy file
 UNGATED_COST = (
-    " (on the embedded model 80.5% of 400 ordinary images still showed their caption when anchored, 84.8% unguarded)"
+    " (on the embedded model 79.8% of 400 ordinary images still showed their caption when anchored, 84.8% unguarded)"
 )
 PER_IMAGE = "per_image"  # in a provenance: a list of one per image
 SUFFIX = ".json"  # by which a policy file is told from a preset's name
