@@ -70,7 +70,8 @@ def test_zero_is_stock_on_the_negative_prompt(case):
 def test_conditional_is_stock_without_guidance(case):
     tiny, pipe, _ = case
     ours, _ = _guarded(tiny, pipe, _held(tiny, before="conditional"))
-    _assert_same(ours, run(tiny, pipe, tiny.alone(1)), tiny.exact)
+    # e = u + 1 (c - u) is c but for the last bit
+    _assert_same(ours, run(tiny, pipe, tiny.alone(1)), exact=False)
 
 
 def test_d_is_the_distance_of_the_denoisers_outputs(case):

@@ -11,14 +11,10 @@ import pytest
 import torch
 
 import fastguard
+from fastguard.fronts.guider import GuardedGuidance
 from fastguard.pipelines import guard as guards
 from fastguard.pipelines.probe import probe
 from tests.families.tiny_guiders import CASES, STEPS, Case, arguments, branch
-
-if not hasattr(diffusers, "MotifVideoPipeline"):
-    pytest.skip("these pipelines came with diffusers 0.36 and later", allow_module_level=True)
-
-from fastguard.fronts.guider import GuardedGuidance
 
 GUIDERS = {
     "CFG": lambda: diffusers.ClassifierFreeGuidance(4.0),
