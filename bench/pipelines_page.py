@@ -41,8 +41,8 @@ What holds for own combination:
 - A denoiser called more often than declared between two steps raises, and so does an output that never reaches the scheduler's step.
 
 Whether a declaration is true is found by a probe (`fastguard.pipelines.probe`): the loop runs once, at full length, with random numbers
-for the denoiser's outputs, and e = a c + b u is solved for every row. `fastguard inspect MODEL --probe` shows that for a model's files,
-`guard.probe(prompt, ...)` for a call of your own; `enable(pipe, verify=True)` probes the first call and refuses what differs, and `enable(pipe, family="probe")` takes a class that is not listed if its combination is linear in the two branches.
+for the denoiser's outputs, and e = a c + b u is solved for every row and image. `fastguard inspect MODEL --probe` shows that for a model's files,
+`guard.probe(prompt, ...)` for a call of your own; `enable(pipe, verify=True)` probes the first call and refuses what differs, and `enable(pipe, family="probe")` takes a class that is not listed if it combines u + g (c - u) with one g above 1 in every row, for every image.
 When the source of a listed pipeline's loop is not the one that was looked at, enabling it says so in one line.
 
 **Tested** says what stands behind an entry. *instance*: a tiny random instance runs in the tests: unguarded images have stock's bits, zero

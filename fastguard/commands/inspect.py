@@ -33,7 +33,7 @@ def inspect(
         checks.number("guidance_scale", options["guidance_scale"], "a finite number")
     chosen = chosen_policy(model, options["policy"], options["gate"])
     scale = chosen_scale(model, options["guidance_scale"], chosen)
-    found = inspect_model(model, chosen, steps=steps, guidance_scale=scale, scheduler=options["scheduler"])
+    found = inspect_model(model, chosen, steps=steps, guidance_scale=scale, scheduler=options["scheduler"], probe=probe)
     for told in elsewhere(chosen, {**facts(model, found["scheduler"]), "steps": found["steps"]}):
         typer.echo(f"note: {told}", err=True)
     text = as_text(found)

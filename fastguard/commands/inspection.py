@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
+
 from fastguard.kernels.layout import NEVER, Row, Rule
 from fastguard.pipelines.families import Family, OwnFamily, find
 from fastguard.pipelines.guard import enable
@@ -31,6 +33,7 @@ def inspect_model(
     steps: int | None = None,
     guidance_scale: float | None = None,
     scheduler: str | None = None,
+    probe: bool = False,
 ) -> dict[str, Any]:
     """What `fastguard inspect` shows of one image under a policy, as JSON values; steps and guidance_scale default to the pipeline's own.
 
@@ -40,7 +43,8 @@ def inspect_model(
     rows       one per denoiser evaluation. before, after: g in e = u + g (c - u) until a transition (None if there is none) and from it
                on; denoiser_rows: rows of the batch per image
 
-    ValueError names the argument if there is no such model or scheduler, or the policy does not fit the schedule or the scale.
+    ValueError names the argument if there is no such model or scheduler, or the policy does not fit the schedule or the scale; with
+    `probe` no policy fits a scale at which the second branch does not run.
     """
     index = model_index(model)
     kind = pipeline_class(index)
@@ -70,9 +74,10 @@ def inspect_model(
     given = float(defaults.get(name, 7.5)) if guidance_scale is None else guidance_scale
     scale = given + offset  # g of u + g (c - u)
     (sample,) = policy.samples(1)
-    if scale <= 1 and sample.guarded:
+    if scale <= 1 and (sample.guarded or (probe and not refusal)):
+        why = f"under policy {sample.name!r}" if sample.guarded else "for a probe"
         raise ValueError(
-            f"{name}={given:g}: must be above {1 - offset:g} under policy {sample.name!r} (at or below it pipelines run no unconditional branch)"
+            f"{name}={given:g}: must be above {1 - offset:g} {why} (at or below it pipelines run no unconditional branch)"
         )
     plan = lower([sample], schedule, scale, elements=1)  # only the gate's threshold on d depends on the elements
     body, branches, guidance = schedule.rows[:-1], list(plan.branches), plan.guidance[0].tolist()
@@ -162,6 +167,8 @@ def probe_model(found: dict[str, Any]) -> Probe:
     with enable(pipe, "cfg") as guard:
         try:
             return guard.probe(**{name: value for name, value in wanted.items() if name in names})
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # each pipeline refuses in its own way
             raise ValueError(
                 f"probe: {found['pipeline']} does not run on prompts alone ({error}); with arguments of your own: guard.probe(...)"

@@ -60,8 +60,8 @@ def enable(
     attention_backend  who computes the denoiser's attention: one of diffusers' names ("native", "xformers", "flash", ...); None:
                whatever the model does
     compile    torch.compile the denoiser for the guard's calls: True, or a dictionary of its arguments
-    family     "probe": take a pipeline class that is not on the list; its first call is probed, and refused (TypeError) unless its
-               combination is linear in two branches (`fastguard.pipelines.probe`)
+    family     "probe": take a pipeline class that is not on the list; its first call is probed, and refused (TypeError) unless it
+               combines u + g (c - u) of two branches with one g above 1 in every row (`fastguard.pipelines.probe`)
     verify     probe the first call of a listed class, too: RuntimeError if its loop does otherwise than the guard expects
     overrides  fields of the policy to replace, e.g. gate=0.02
 

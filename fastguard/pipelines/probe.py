@@ -1,7 +1,8 @@
 """What a pipeline's loop does with its denoiser's outputs: found by running it once on random numbers.
 
 The loop runs at full length on a copy of the pipeline, with a copy of the scheduler and a stub in the denoiser's place. Per row, what
-reaches `scheduler.step` is fitted by the two branches p, q:  e = a p + b q. That tells order, sign, effective scale and linearity.
+reaches `scheduler.step` is fitted by the two branches p, q, for each image:  e = a p + b q. That tells order, sign, effective scale
+and linearity.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class ProbedRow:
 
     residual: largest |e - a c - b u|, relative to the largest |e|; narrow: e has fewer bits than float32.
     direction: the same for e and the declared combination, both of norm 1 along the family's `norm`; None where it has none.
+    image: whose numbers these are: of the first image that contradicts the family, else of image 0.
     """
 
     scale: float
@@ -41,10 +43,31 @@ class ProbedRow:
     residual: float = 0.0
     narrow: bool = False
     direction: float | None = None
+    image: int = 0
 
     @property
     def linear(self) -> bool:
         return self.residual <= (LINEAR_NARROW if self.narrow else LINEAR)
+
+    def contradiction(self, family: OwnFamily) -> str | None:
+        """How this differs from what the family declares; None if it does not, or if one branch ran."""
+        if self.cond is None or self.uncond is None:
+            return None
+        found = f"e = {self.uncond:.4g} u + {self.cond:.4g} c (residual {self.residual:.1g})"
+        expected = f"e = {1 - self.scale:.4g} u + {self.scale:.4g} c is expected"
+        tolerance = (LINEAR_NARROW if self.narrow else 1e-4) * max(abs(self.scale), 1.0)
+        if self.linear:
+            right = abs(self.cond - self.scale) <= tolerance and abs(self.uncond - 1 + self.scale) <= tolerance
+            if not right and family.nonlinear:  # one factor for the whole image
+                right = _same_ratio(self, tolerance)
+            return None if right else f"{found}, where {expected}"
+        if family.by_sign:
+            return None if self.cond > 0 > self.uncond else f"{found}, where it goes from u to c"
+        if not family.nonlinear:
+            return f"{found}: not linear, where {expected}"
+        if self.direction is not None:
+            return None if self.direction <= tolerance else f"{found}, where a multiple of {expected}"
+        return None if _same_ratio(self, RATIO * max(abs(self.scale), 1.0)) else f"{found}, where about {expected}"
 
 
 @dataclass(frozen=True)
@@ -61,26 +84,11 @@ class Probe:
             return [self.problem]
         if not any(row.cond is not None for row in self.rows):
             return [f"no row ran a second branch; {self.family.second_branch}"]
-        return [f"row {k}: {text}" for k, row in enumerate(self.rows) if (text := self._contradiction(row))]
-
-    def _contradiction(self, row: ProbedRow) -> str | None:
-        if row.cond is None or row.uncond is None:
-            return None
-        found = f"e = {row.uncond:.4g} u + {row.cond:.4g} c (residual {row.residual:.1g})"
-        expected = f"e = {1 - row.scale:.4g} u + {row.scale:.4g} c is declared"
-        tolerance = (LINEAR_NARROW if row.narrow else 1e-4) * max(abs(row.scale), 1.0)
-        if row.linear:
-            right = abs(row.cond - row.scale) <= tolerance and abs(row.uncond - 1 + row.scale) <= tolerance
-            if not right and self.family.nonlinear:  # one factor for the whole image
-                right = _same_ratio(row, tolerance)
-            return None if right else f"{found}, where {expected}"
-        if self.family.by_sign:
-            return None if row.cond > 0 > row.uncond else f"{found}, where it goes from u to c"
-        if not self.family.nonlinear:
-            return f"{found}: not linear, where {expected}"
-        if row.direction is not None:
-            return None if row.direction <= tolerance else f"{found}, where a multiple of {expected}"
-        return None if _same_ratio(row, RATIO * max(abs(row.scale), 1.0)) else f"{found}, where about {expected}"
+        return [
+            f"row {k}{f', image {row.image}' if row.image else ''}: {text}"
+            for k, row in enumerate(self.rows)
+            if (text := row.contradiction(self.family))
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -152,8 +160,11 @@ class _Probing(OwnCombination):
         if uncond is None or cond is None:
             self.rows.append(ProbedRow(scale))
         else:
-            direction = self._direction(combined[0], uncond[0] + scale * (cond[0] - uncond[0]))
-            self.rows.append(ProbedRow(scale, *_fitted(combined[0], cond[0], uncond[0]), narrow, direction))
+            images = [
+                ProbedRow(scale, *_fitted(e, c, u), narrow, self._direction(e, u + scale * (c - u)), image)
+                for image, (e, c, u) in enumerate(zip(combined, cond, uncond, strict=True))
+            ]
+            self.rows.append(next((row for row in images if row.contradiction(self.family)), images[0]))
         return output
 
     def _direction(self, e: torch.Tensor, declared: torch.Tensor) -> float | None:
@@ -197,6 +208,8 @@ def probe(
             call.finish()
     except _Finished:
         pass
+    except torch.OutOfMemoryError:
+        raise  # a RuntimeError, too, of which the loop knows nothing
     except RuntimeError as error:
         problem = str(error)
     finally:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from fastguard.pipelines.families import Family, OwnFamily
-from fastguard.pipelines.probe import LINEAR_NARROW, Probe, probe
+from fastguard.pipelines.probe import Probe, probe
 
 DENOISERS = ("transformer", "transformer_2", "unet", "prior", "decoder")
 UNKNOWN = OwnFamily(name="unknown", pipelines=())  # until its first call is probed
@@ -53,35 +54,35 @@ def likely_denoisers(pipe: Any) -> tuple[str, ...]:
 
 
 def infer(pipe: Any, arguments: Mapping[str, Any], stock_call: Callable[..., Any] | None = None) -> OwnFamily:
-    """The family of a pipeline that nobody declared, from its probe. TypeError if its combination is not linear in two branches."""
+    """The family of a pipeline that nobody declared: read off its first guided row, and probed as a declared one is.
+
+    TypeError unless it combines u + g (c - u) with g = s + offset above 1 in every row, for every image.
+    """
     name = type(pipe).__name__
     denoisers = likely_denoisers(pipe)
     known = {*inspect.signature(stock_call or type(pipe).__call__).parameters, *arguments}
     scale = "true_cfg_scale" if "true_cfg_scale" in known else "guidance_scale"
     problem = f"its call has no {scale}"
     for calls in (1, 2) if scale in known else ():
-        guess = OwnFamily(name="probe", pipelines=(name,), denoisers=denoisers, calls=calls, scale=scale)
+        guess = OwnFamily(
+            name="probe", pipelines=(name,), denoisers=denoisers, calls=calls, scale=scale, skippable=False
+        )
         found = probe(pipe, arguments, guess, stock_call)
-        problem = found.problem or "no row ran a second branch"
         row = next((row for row in found.rows if row.cond is not None), None)
         if found.problem or row is None or row.cond is None or row.uncond is None:
+            problem = found.problem or "no row ran a second branch"
             continue
-        total = row.cond + row.uncond
-        problem = f"the probe found e = {row.cond:.4g} p + {row.uncond:.4g} q, residual {row.residual:.1g}"
-        if not all(row.linear for row in found.rows) or abs(abs(total) - 1) > (LINEAR_NARROW if row.narrow else 1e-4):
-            continue
-        sign = 1 if total > 0 else -1
-        second = row.cond * sign > row.uncond * sign  # the branch called "cond" in the guess has the larger weight
-        effective = max(row.cond * sign, row.uncond * sign)
-        return OwnFamily(
-            name="probe",
-            pipelines=(name,),
-            denoisers=denoisers,
-            calls=calls,
-            order=guess.order if second else guess.order[::-1],
-            sign=sign,
-            scale=scale,
-            offset=round(effective - row.scale, 3),
-            skippable=False,
-        )
-    raise TypeError(f"pipe: {name} cannot be guarded: {problem}, which is not u + g (c - u) of two branches")
+        sign = 1 if row.cond + row.uncond > 0 else -1
+        p, q = sign * row.cond, sign * row.uncond
+        offset = round(max(p, q) - row.scale, 4)
+        order = guess.order if p > q else guess.order[::-1]  # c is the branch that weighs more
+        family = dataclasses.replace(guess, order=order, sign=sign, offset=offset)
+        contradictions = probe(pipe, arguments, family, stock_call).contradictions()
+        if not contradictions and row.scale + offset > 1:
+            return family
+        found_there = f"row {found.rows.index(row)}: e = {row.cond:.4g} p + {row.uncond:.4g} q"
+        problem = contradictions[0] if contradictions else f"{found_there}: g is at most 1, where either may be c"
+        break
+    raise TypeError(
+        f"pipe: {name} cannot be guarded: {problem}, which is not u + g (c - u) of two branches with one g above 1"
+    )

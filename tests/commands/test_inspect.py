@@ -134,3 +134,15 @@ def test_pipelines_that_combine_themselves(name, scale, rows, tmp_path):
     assert [row["denoiser_rows"] for row in found["rows"]] == rows
     with pytest.raises(ValueError, match=f"{scale}=1: must be above 1"):
         inspect_model(str(tmp_path), policy("stp"), steps=3, guidance_scale=1.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chosen", ["cfg", "stp"])
+def test_a_probe_needs_a_scale_that_guides(chosen, tmp_path):
+    """Flux's own default is true_cfg_scale=1, at which no second branch runs: under `cfg` that is enough for a plan, not for a probe."""
+    CASES["flux"].make().save_pretrained(tmp_path)
+    assert "true_cfg_scale=1: must be above 1" in refused(
+        "inspect", tmp_path, "--policy", chosen, "--steps", 2, "--probe"
+    )
+    if chosen == "cfg":
+        assert invoke("inspect", tmp_path, "--policy", chosen, "--steps", 2).exit_code == 0

@@ -199,8 +199,8 @@ def sd3(kind: str = "StableDiffusion3Pipeline", scheduler: Any = None, **compone
     return _quiet(getattr(diffusers, kind)(**{**parts, **components}))
 
 
-def pixart(scheduler: Any = None) -> Any:
-    """PixArt-alpha with a learned variance, without its text encoder: pass `pixart_embeds()`."""
+def pixart(scheduler: Any = None, kind: str = "PixArtAlphaPipeline") -> Any:
+    """PixArt with a learned variance, without its text encoder: pass `pixart_embeds()`."""
     torch.manual_seed(6)
     transformer = diffusers.PixArtTransformer2DModel(
         sample_size=8,
@@ -218,7 +218,7 @@ def pixart(scheduler: Any = None) -> Any:
     torch.nn.init.normal_(transformer.proj_out.weight, std=0.02)  # zero by default, which predicts nothing
     scheduler = scheduler or diffusers.DPMSolverMultistepScheduler(beta_start=1e-4, beta_end=0.02)
     return _quiet(
-        diffusers.PixArtAlphaPipeline(
+        getattr(diffusers, kind)(
             tokenizer=None,
             text_encoder=None,
             vae=vae(),

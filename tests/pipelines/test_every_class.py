@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 
 import diffusers
@@ -9,7 +10,9 @@ import pytest
 import torch
 
 import fastguard
-from fastguard.pipelines.families import FAMILIES
+from fastguard.pipelines.families import FAMILIES, find
+from fastguard.pipelines.probe import probe
+from fastguard.pipelines.verified import in_own_terms
 from tests import pipelines
 from tests.guarded import mask, picture
 
@@ -20,6 +23,8 @@ PROMPTS, NEGATIVES = ["a red cat", "two dogs"], ["blurry", "bad, worse"]
 
 
 def made(name):
+    if "PixArt" in name:
+        return pipelines.pixart(kind=name)
     make = pipelines.sd3 if "Diffusion3" in name else pipelines.sdxl if "XL" in name else pipelines.sd
     return make(name) if "Diffusion3" in name else make(name, pipelines.ddim())
 
@@ -61,3 +66,34 @@ def test_same_numbers_and_zero_guidance(name):
     with fastguard.enable(pipe, "stp", t_star=0):
         assert relative(run(PROMPTS, 4.0, negative_prompt=NEGATIVES), negative) < 1e-4
     assert torch.equal(run(PROMPTS, 4.0, negative_prompt=NEGATIVES), stock)
+
+
+SLOW = "StableDiffusionXLControlNetUnionInpaintPipeline"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name == SLOW else name
+        for family in FAMILIES
+        for name in family.pipelines
+    ],
+)
+def test_declaration_is_what_the_probe_finds(name):
+    """One batch [u, c], e = u + s (c - u): what the fused kind takes for granted of each of its classes."""
+    pipe, given = made(name), pictures(name)
+    if "PixArt" in name:
+        given = {**pipelines.pixart_embeds(2), "negative_prompt": None, "height": 64, "width": 64}
+        given["use_resolution_binning"] = False
+    else:
+        given |= {"prompt": PROMPTS, "negative_prompt": NEGATIVES}
+    settings = {"num_inference_steps": 4, "guidance_scale": 4.0, "generator": pipelines.generators([1, 2])}
+    with fastguard.enable(pipe, "cfg") as guard:
+        found = guard.probe(**given, **settings)
+    rows = len(found.rows)
+    assert found.contradictions() == [] and rows >= 3
+    assert [row.cond for row in found.rows] == pytest.approx([4.0] * rows) and all(row.linear for row in found.rows)
+    family = in_own_terms(find(type(pipe)))
+    for wrong in ({"order": family.order[::-1]}, {"sign": -1}, {"offset": 1.0}):
+        planted = dataclasses.replace(family, **wrong)
+        assert len(probe(pipe, {**given, **settings}, planted).contradictions()) == rows

@@ -18,5 +18,6 @@ REASONS: dict[str, str] = {
 def reason_against(name: str) -> str:
     """Why the pipeline class of this name is not guarded."""
     return REASONS.get(
-        name, "its guidance is not known (family='probe' takes it if its combination is linear in the two branches)"
+        name,
+        "its guidance is not known (family='probe' takes it if it combines u + g (c - u) with one g above 1 in every row)",
     )
