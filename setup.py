@@ -44,7 +44,7 @@ setup(
         "fastguard": ["py.typed"],
         "fastguard.fronts.comfyui": ["pyproject.toml", "example_workflows/*.json"],
         "fastguard.pipelines.families": ["*.json"],
-        "fastguard.testbed": ["*.json", "*.safetensors", "model/**/*"],
+        "fastguard.testbed": ["*.json", "*.html", "*.safetensors", "model/**/*"],
     },
     include_package_data=False,
     install_requires=[
@@ -53,6 +53,7 @@ setup(
         "transformers>=5.0",
         "accelerate>=1.0",
         "safetensors>=0.8",
+        "jinja2>=3.1",
         "numpy>=1.26",
         "Pillow>=10",
         "tqdm>=4.66",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from bench.paper.tables import Table
 from bench.paper.tradeoff import tradeoff
 from bench.paper.work import PLAIN_CURVES, WATCHED, Amount
 from fastguard.files import finite, write_atomic, write_json
-from fastguard.testbed import page as html_page
+from fastguard.testbed.page import page
 
 SHOWN = 8  # prompts of the picture grid
 NOT_ASKED = "not asked for"  # why a method that --methods leaves out is not there
@@ -32,17 +31,6 @@ def markdown(table: Table) -> str:
     lines = [table.head, ["---"] * len(table.head), *table.rows]
     body = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
     return f"## {table.title}\n\n{body}\n\n" + "\n".join(f"- {line}" for line in table.notes) + "\n"
-
-
-def as_html(table: Table) -> str:
-    """The same as HTML."""
-    shown = html_page.table(table.title, table.head, table.rows)
-    return f"<div style='overflow-x:auto'>{shown}</div>{listed(table.notes)}"
-
-
-def listed(lines: Sequence[str]) -> str:
-    """Lines as an HTML list."""
-    return "<ul class=note>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>"
 
 
 def fid_values(
@@ -146,13 +134,15 @@ def write(
         *(markdown(one) for one in [*shown, sources]),
     ]
     write_atomic(store.out / "tables.md", "\n".join(parts))
-    body = listed(further) + "".join(as_html(one) for one in [*shown, sources])
-    write_atomic(
-        store.out / "report.html",
-        html_page.page(
-            "The paper's tables: memorization guards compared", " ".join(lead), figures, body, " ".join(facts)
-        ),
+    html = page(
+        title="The paper's tables: memorization guards compared",
+        lead=" ".join(lead),
+        figures=figures,
+        further=further,
+        tables=[*shown, sources],
+        foot=" ".join(facts),
     )
+    write_atomic(store.out / "report.html", html)
     write_json(store.out / "summary.json", finite(result))
     store.parquet()
     return result

@@ -18,7 +18,7 @@ import torch
 
 from . import Prompt, load, policy_path, prompts, training_images
 from .measures import COPY, Judge
-from .page import page, table
+from .page import page
 from .sampling import Sample, generate
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ TITLES = {
     SHIPPED: "shipped policy:\nanchored",
 }
 MODES = tuple(TITLES)
-SHOWN = (("D", 5), ("T", 1), ("ordinary", 4))
+SHOWN = {"D": 5, "T": 1, "ordinary": 4}  # prompts of each kind
 KINDS = {"D": "memorized", "T": "memorized, caption of its own", "ordinary": "ordinary"}
 COLOURS = {"D": "C3", "T": "C1", "ordinary": "C0"}
 TABLES = {
@@ -49,16 +49,22 @@ CURVES = (
     "By timestep: RMS(c - u), with a short mark for the gate, where it is compared; and, of the images that the shipped policy "
     "holds, how much of the guidance leads to the anchor, the picture that the first prediction shows."
 )
+LEAD = (
+    "Without a guard {free[copies]:.0%} of the images of the memorized D prompts are copies of their training image. The gate caught "
+    "{own[caught by the gate]} of these {own[images]}, and under the shipped policy {own[copies]:.0%} of all are copies. Of the "
+    "{ordinary[images]} ordinary images it touched {ordinary[caught by the gate]}; the others are what they are without a guard, bit for bit."
+)
 FOOT = (
     f"Copy: an image whose latents differ from the training image's by a root mean square below {COPY:g}. Similarity: "
     "the cosine of the two latents, on average. Faithful: a classifier's first choice for the image is what the "
-    "caption names; images that are copies are not counted, for it never saw their training images. "
+    "caption names; images that are copies are not counted, for it never saw their training images. {} images, {} seeds a prompt; "
+    "prompts of the test half, the most duplicated first. The full measurement with confidence intervals is in docs/testbed."
 )
 
 
-def chosen(count: Sequence[tuple[str, int]] = SHOWN) -> list[Prompt]:
+def chosen() -> list[Prompt]:
     """The first test prompts of each kind, the most duplicated ones first: not picked by result."""
-    return [p for kind, number in count for p in sorted(prompts(kind, "test"), key=lambda p: -p.factor)[:number]]
+    return [p for kind, n in SHOWN.items() for p in sorted(prompts(kind, "test"), key=lambda p: -p.factor)[:n]]
 
 
 def make_jobs(shown: Sequence[Prompt], seeds: int, own: Policy) -> list[Sample]:
@@ -91,21 +97,22 @@ def run_demo(out: Path = Path("demo"), *, seeds: int = 2) -> list[Path]:
     ]  # fmt: skip
     pictures = judge.decode(latents).add(1).mul(127.5).byte().permute(0, 2, 3, 1).numpy()
     copies = np.array([bool(row["copy"]) for row in rows])
-    names = ("grid.png", "curves.png", "table.json", "index.html")
-    grid, curves, numbers, index = paths = [out / name for name in names]
-    draw_grid(
-        grid, shown, pictures[::seeds].reshape(len(MODES), -1, 32, 32, 3), copies[::seeds].reshape(len(MODES), -1)
-    )
+    grid, curves, numbers, index = paths = [
+        out / name for name in ("grid.png", "curves.png", "table.json", "index.html")
+    ]
+    first = (len(MODES), len(shown), seeds)
+    draw_grid(grid, shown, pictures.reshape(*first, 32, 32, 3)[:, :, 0], copies.reshape(first)[:, :, 0])
     draw_curves(curves, rows, own)
     lines = summary(rows)
     numbers.write_text(json.dumps(lines, indent=1) + "\n")
-    foot = (
-        f"{FOOT}{len(work)} images, {seeds} seeds a prompt; prompts of the test half, the most duplicated first. "
-        "The full measurement with confidence intervals is in docs/testbed."
+    html = page(
+        title="fastguard on a model that really memorizes",
+        lead=lead(lines),
+        figures=[(GRID, grid), (CURVES, curves)],
+        tables=[as_table(kind, lines) for kind in KINDS],
+        foot=FOOT.format(len(work), seeds),
     )
-    tables = "".join(as_table(kind, lines) for kind in KINDS)
-    title = "fastguard on a model that really memorizes"
-    index.write_text(page(title, lead(lines), [(GRID, grid), (CURVES, curves)], tables, foot))
+    index.write_text(html)
     return paths
 
 
@@ -132,22 +139,17 @@ def _caught(row: dict[str, Any]) -> bool:
 def lead(lines: Sequence[dict[str, Any]]) -> str:
     """Three sentences about what was measured just now."""
     of = {(line["kind"], line["mode"]): line for line in lines}
-    free, own, ordinary = of["D", FREE], of["D", SHIPPED], of["ordinary", SHIPPED]
-    return (
-        f"Without a guard {free['copies']:.0%} of the images of the memorized D prompts are copies of their training image. The gate caught "
-        f"{own['caught by the gate']} of these {own['images']}, and under the shipped policy {own['copies']:.0%} of all are copies. Of the "
-        f"{ordinary['images']} ordinary images it touched {ordinary['caught by the gate']}; the others are what they are without a guard, bit for bit."
-    )
+    return LEAD.format(free=of["D", FREE], own=of["D", SHIPPED], ordinary=of["ordinary", SHIPPED])
 
 
-def as_table(kind: str, lines: Sequence[dict[str, Any]]) -> str:
-    """The lines of one kind as an HTML table."""
-    cells = [
+def as_table(kind: str, lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The lines of one kind as a table of texts."""
+    rows = [
         [line["mode"], *("" if line[name] is None else form.format(line[name]) for name, form in COLUMNS.items())]
         for line in lines
         if line["kind"] == kind
     ]
-    return table(TABLES[kind], ["guard", *COLUMNS], cells)
+    return {"title": TABLES[kind], "head": ["guard", *COLUMNS], "rows": rows}
 
 
 def draw_grid(path: Path, shown: Sequence[Prompt], pictures: np.ndarray, copies: np.ndarray) -> None:

@@ -43,10 +43,6 @@ def made_up():
     return rows
 
 
-def cells(table):
-    return [re.findall("<td>(.*?)</td>", row) for row in re.findall("<tr>(.*?)</tr>", table)][1:]
-
-
 def test_the_sentences_say_what_was_measured():
     assert lead(summary(made_up())) == (
         "Without a guard 90% of the images of the memorized D prompts are copies of their training image. The gate caught 7 of these 10, and "
@@ -57,14 +53,14 @@ def test_the_sentences_say_what_was_measured():
 
 def test_the_tables_say_what_was_measured():
     lines = summary(made_up())
-    assert cells(as_table("D", lines)) == [
+    assert as_table("D", lines)["rows"] == [
         [mode, "10", *(("0", "90%", "0.50", "100%") if mode == FREE else ("7", "30%", "0.50", "14%"))] for mode in MODES
     ]
-    assert cells(as_table("T", lines))[:2] == [
+    assert as_table("T", lines)["rows"][:2] == [
         [FREE, "1", "0", "100%", "0.50", ""],
         ["stp", "1", "1", "0%", "0.50", "0%"],
     ]
-    assert cells(as_table("ordinary", lines)) == [
+    assert as_table("ordinary", lines)["rows"] == [
         [mode, "4", "0" if mode == FREE else "1", "", "0.50", "75%"] for mode in MODES
     ]
 
@@ -96,7 +92,7 @@ def test_the_curves_are_d_and_the_share_and_the_gate_is_where_it_is_compared(mon
 
 
 def test_copies_have_a_red_frame(monkeypatch, tmp_path):
-    made, shown = figures(monkeypatch), chosen((("D", 2),))
+    made, shown = figures(monkeypatch), chosen()[:2]
     copies = np.zeros((len(MODES), 2), bool)
     copies[0, 1] = True
     draw_grid(tmp_path / "grid.png", shown, np.zeros((len(MODES), 2, 32, 32, 3), np.uint8), copies)
@@ -124,6 +120,10 @@ def test_demo_writes_a_self_contained_page(tmp_path, capsys):
     assert [line["mode"] for line in lines if line["kind"] == "D"] == list(MODES)
     ordinary = [line for line in lines if line["kind"] == "ordinary"]
     assert len({line["caught by the gate"] for line in ordinary[1:]}) == 1
-    assert lead(lines) in html and all(as_table(kind, lines) in html for kind in ("D", "T", "ordinary"))
+    assert lead(lines) in html
+    rows = [re.findall("<td>(.*?)</td>", row) for row in re.findall("<tr>(.*?)</tr>", html)]
+    assert [row for row in rows if row] == [
+        row for kind in ("D", "T", "ordinary") for row in as_table(kind, lines)["rows"]
+    ]
     for explained in ("Copy: ", "Similarity: ", "Faithful: ", "Red frame: ", "leads to the anchor"):
         assert explained in html
