@@ -97,10 +97,10 @@ def write(
     """Write everything; returns the summary. `methods`: name -> source, ours, peer, and "skipped" with a reason if it was not run."""
     ran, skipped = _finished(store, items, methods, amount)
     result = summarise(store.rows, ran, amount, settings["steps"])
+    cells = result["tables"]["memorized"]
     for name, ratios in seconds.read(store.out).items():
-        for group in result["tables"].values():
-            if name in group and ratios:
-                group[name]["seconds ratio"] = seconds.summary(ratios)
+        if name in cells and ratios:
+            cells[name]["seconds ratio"] = seconds.summary(ratios)
     frechet = {} if fid is None else fid_values(store, list(ran), amount, fid, training, real)
     result.update(
         {"settings": dict(settings), "networks": dict(networks), "fid": frechet, "skipped": skipped, "command": command}
@@ -110,7 +110,7 @@ def write(
         for name in ran
     }
     shown = _tables(result, networks, frechet, amount)
-    figures = _figures(store, result, items, list(result["tables"]["memorized"]), amount, networks, training, ran)
+    figures = _figures(store, result, items, list(cells), amount, networks, training, ran)
 
     lead = list(result["sentences"]) or [
         "No verdict: no measure of faithfulness was given (--clip), or nothing to compare."

@@ -22,7 +22,10 @@ IMAGES = 4  # at once
 def measure(
     out: Path, pipe: Any, methods: Mapping[str, Method], items: Sequence[Item], pairs: int, steps: int, scale: float
 ) -> None:
-    """The ratios of every method that the file lacks. Wen's and han-sample's depend on how soon they reach their targets on this batch."""
+    """The ratios of every method that the file lacks, plain guidance's over itself too: what the machine did meanwhile.
+
+    Wen's and han-sample's depend on how soon they reach their targets on this batch.
+    """
     found = read(out)
     batch = [item for item in items if item.group == "memorized"][:IMAGES]
 
@@ -35,7 +38,7 @@ def measure(
             guidance_scale=scale,
         )
 
-    todo = [name for name in methods if name not in (PLAIN, WATCHED) and len(found.get(name, [])) < pairs]
+    todo = [name for name in methods if name != WATCHED and len(found.get(name, [])) < pairs]
     for name in tqdm(todo if pairs else [], desc="seconds", unit="method"):
         ratios = alternating(lambda one=methods[name]: call(one), lambda: call(methods[PLAIN]), pairs=pairs)  # type: ignore[misc]
         found[name] = list(ratios.values)

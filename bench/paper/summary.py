@@ -18,6 +18,15 @@ SHIPPED = ("policy", "embedded-policy", "policy-ungated", "embedded-policy-ungat
 SHARES = ("copy", "faithful", "faithful5", "clip", "blown")
 
 
+def steady(value: Any) -> Any:
+    """Nine digits after the point of every number in JSON values. Sums in another order differ beyond them, and a mean of .0005 would print up or down."""
+    if isinstance(value, Mapping):
+        return {key: steady(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [steady(one) for one in value]
+    return round(value, 9) if isinstance(value, float) else value
+
+
 def describe(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The columns of one method on one group of prompts: cost, similarities, shares with intervals over prompts."""
     have = set(rows[0])
@@ -114,7 +123,6 @@ def summarise(
         base = of_group.get(PLAIN)
         for cell in of_group.values():
             cell["cost"] = cell["rows"] / base["rows"] if base else None
-            cell["slower"] = cell["seconds"] / base["seconds"] if base else None
     ours = [name for name in cost if methods[name]["ours"]]
     peers = [name for name in cost if methods[name]["peer"]]
     shown = [row for row in rows if row["group"] == "memorized" and row["seed"] < amount.seeds]
@@ -129,8 +137,8 @@ def summarise(
     for axis, column in AXES.items():
         found = {name: one for name, one in curve.curves(strict, column, "faithful").items() if name in cost}
         result["curves"][axis] = {name: _points(name, one, shown) for name, one in found.items()}
-        result["verdicts"][axis] = pairs = curve.verdict(found, cost, ours, [*peers, PLAIN])
+        result["verdicts"][axis] = pairs = steady(curve.verdict(found, cost, ours, [*peers, PLAIN]))
         for name in shipped:
             if mine := [pair for pair in pairs if pair["ours"] == name and pair["other"] != PLAIN]:
                 result["sentences"].append(curve.sentence(mine, axis))
-    return result
+    return dict(steady(result))

@@ -31,17 +31,17 @@ def number(value: float | None, form: str = ".2f") -> str:
 
 
 def seconds_ratio(cell: Mapping[str, Any]) -> str:
-    """Seconds over plain guidance's: measured in pairs side by side where that was done, with quartiles; else of the run itself, marked."""
-    if (pairs := cell.get("seconds ratio")) is not None:
-        return f"{pairs['median']:.2f} [{pairs['low']:.2f}, {pairs['high']:.2f}]"
-    return f"({number(cell['slower'])})"
+    """Seconds over plain guidance's, median and quartiles; a dash where they were not measured by turns."""
+    if (pairs := cell.get("seconds ratio")) is None:
+        return "-"
+    return f"{pairs['median']:.2f} [{pairs['low']:.2f}, {pairs['high']:.2f}]"
 
 
 COST = (
     "rows / plain: rows of the denoiser's batches, probes and the forward half of gradient steps included, relative to plain guidance. "
     "What Wen's and han-sample have above 1.00 are gradient steps, each with a backward pass besides, about twice the work of its rows. "
-    "Seconds / plain: median [quartiles] of calls of one batch and of plain guidance by turns; in brackets (), where that was not done, "
-    "from the run itself, unrepeated and beside whatever else the machine did."
+    "s / plain: seconds of a call that makes the first memorized prompts' images, at most four, over those of plain guidance for the same, "
+    "measured by turns: median [quartiles]. none is plain guidance over itself, and shows how even the machine was; -: not measured."
 )
 COLUMNS = (  # column of the rows, head, what is shown
     ("copy", "copies", "interval"),
@@ -68,7 +68,7 @@ def _shown(cell: Any, kind: str) -> str:
 def methods_table(
     title: str, cells: Mapping[str, Mapping[str, Any]], networks: Mapping[str, str], fid: Mapping[str, Any], group: str
 ) -> Table:
-    """A row a method: cost, seconds, every measure with a letter that names its network."""
+    """A row a method: cost, every measure with a letter that names its network; seconds beside the memorized prompts, with which they were taken."""
     have = {name for cell in cells.values() for name in cell if cell[name] is not None}
     if group == "ordinary":
         have -= {"copy", "similarity", "sscd", "faithful, no copy"}
@@ -79,14 +79,8 @@ def methods_table(
         network = networks.get(column.removesuffix(", no copy"))
         return f" ({letters.setdefault(network, chr(97 + len(letters)))})" if network else ""
 
-    head = [
-        "method",
-        "images",
-        "rows / plain",
-        "s / plain",
-        "s / image",
-        *(text + mark(name) for name, text, _ in columns),
-    ]
+    timed = ["s / plain"] if group == "memorized" else []
+    head = ["method", "images", "rows / plain", *timed, *(text + mark(name) for name, text, _ in columns)]
     with_fid = group in fid.get("values", {})
     if with_fid:
         head.append("FID" + f" ({letters.setdefault(fid['network'], chr(97 + len(letters)))})")
@@ -94,7 +88,7 @@ def methods_table(
     head += ["caught by the gate"] if caught else []
     rows = []
     for name, cell in cells.items():
-        line = [name, str(cell["images"]), number(cell["cost"]), seconds_ratio(cell), f"{cell['seconds']:.3f}"]
+        line = [name, str(cell["images"]), number(cell["cost"]), *(seconds_ratio(cell) for _ in timed)]
         line += [_shown(cell.get(column), kind) for column, _, kind in columns]
         if with_fid:
             line.append(number(fid["values"][group].get(name)))

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.recheck.rows import DRAWS, Page, share, shown
+from bench.recheck.rows import DRAWS, Page, digits, share, shown
 
 
 def curves(page: Page, column: str) -> dict[str, tuple[list[float], np.ndarray, np.ndarray]]:
@@ -92,18 +92,18 @@ def point(page: Page, curve: Any, line: list[str]) -> list[str]:
     k = [f"{s:g}" for s in scales].index(line[2])
     cells = [shown((v[0, k], *np.percentile(v[1:, k], [2.5, 97.5]))) for v in (x, y)]
     blown = [r["blown"] for r in page.of(line[0], "memorized", scales[k]) if "blown" in r]
-    return [line[0], f"{page.cost(line[0]):.2f}", line[2], *cells, f"{np.mean(blown):.0%}" if blown else "-"]
+    return [line[0], digits(page.cost(line[0])), line[2], *cells, digits(np.mean(blown), ".0%") if blown else "-"]
 
 
 def pair(page: Page, curves: Any, ours: str, other: str, floor: float) -> list[str]:
-    start = [ours, other, f"{page.cost(other):.2f}", page.ratio(other)]
+    start = [ours, other, digits(page.cost(other)), page.ratio(other)]
     found = lead(curves[ours], curves[other], floor)
     if found is None:
         return [*start, "-", "-", "-", "-", "the peer never gets there"]
     where = "on or above" if found.gap >= -1e-4 else "below, within the interval" if found.high >= 0 else "below"
-    gap = f"{found.gap:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
-    near = "-" if found.near is None else f"{found.near[0]:+.3f} at {found.near[1]:.2f}"
-    return [*start, gap, f"{found.at:.2f}", f"{found.reach:.0%}", near, where]
+    gap = shown((found.gap, found.low, found.high), "+.3f")
+    near = "-" if found.near is None else f"{digits(found.near[0], '+.3f')} at {digits(found.near[1])}"
+    return [*start, gap, digits(found.at), digits(found.reach, ".0%"), near, where]
 
 
 def overview(page: Page, curves: Any, ours: str, floor: float, head: list[str]) -> list[str]:
@@ -119,6 +119,6 @@ def overview(page: Page, curves: Any, ours: str, floor: float, head: list[str]) 
         known = {m: f.near if near else (f.gap, f.at) for m, f in some.items() if f is not None}
         least = {m: one for m, one in known.items() if one is not None}
         name = min(least, key=lambda m: least[m][0], default="")
-        worst.append(f"{least[name][0]:+.3f}, {name} at {least[name][1]:.2f}" if name else "-")
+        worst.append(f"{digits(least[name][0], '+.3f')}, {name} at {digits(least[name][1])}" if name else "-")
     rows = page.of(ours, "ordinary")
-    return [ours, f"{page.cost(ours):.2f}", page.ratio(ours), *worst, shown(share(rows, "faithful")) if rows else "-"]
+    return [ours, digits(page.cost(ours)), page.ratio(ours), *worst, shown(share(rows, "faithful")) if rows else "-"]

@@ -76,4 +76,4 @@ def first(page: Page, kind: str) -> list[str]:
     own = rows[0].get("similarity") is not None
     low, middle, high = np.percentile([r["similarity" if own else "similarity_set"] for r in rows], [25, 50, 75])
     copies = shown(share(rows, "copy"))
-    return [kind, str(len(rows)), "own" if own else "whole set", f"{middle:.2f} [{low:.2f}, {high:.2f}]", copies]
+    return [kind, str(len(rows)), "own" if own else "whole set", shown((middle, low, high)), copies]

@@ -63,8 +63,18 @@ def share(rows: Rows, name: str) -> tuple[float, float, float] | None:
     return mean, *np.percentile(means, [2.5, 97.5])
 
 
+def digits(value: float, form: str = ".2f") -> str:
+    """A value that is a tie, .0005 in three digits, but for the order of its sums, is that tie."""
+    return f"{round(float(value), 9):{form}}"
+
+
 def shown(cell: tuple[float, float, float] | None, form: str = ".2f") -> str:
-    return "-" if cell is None else f"{cell[0]:{form}} [{cell[1]:{form}}, {cell[2]:{form}}]"
+    return "-" if cell is None else f"{digits(cell[0], form)} [{digits(cell[1], form)}, {digits(cell[2], form)}]"
+
+
+def spread(values: list[float]) -> str:
+    above = float(np.mean(np.array(values) > 0.5))
+    return f"{digits(np.percentile(values, 95), '.3f')} / {digits(np.mean(values), '.3f')} / {digits(above, '.0%')}"
 
 
 class Page:
@@ -88,12 +98,12 @@ class Page:
         mine, plain = ([r["rows"] for r in self.of(m, group)] for m in (method, "none"))
         return float(np.mean(mine) / np.mean(plain))
 
-    def ratio(self, method: str, group: str = "memorized") -> str:
-        if known := self.seconds.get(method):
-            q = statistics.quantiles(known, n=4) if len(known) > 1 else [known[0]] * 3
-            return f"{q[1]:.2f} [{q[0]:.2f}, {q[2]:.2f}]"
-        mine, plain = ([r["seconds"] for r in self.of(m, group)] for m in (method, "none"))
-        return f"({np.mean(mine) / np.mean(plain):.2f})"
+    def ratio(self, method: str) -> str:
+        known = self.seconds.get(method)
+        if not known:
+            return "-"
+        low, middle, high = statistics.quantiles(known, n=4) if len(known) > 1 else known * 3
+        return shown((middle, low, high))
 
     def method(self, method: str, group: str, head: list[str]) -> list[str]:
         rows = self.of(method, group)
@@ -105,22 +115,19 @@ class Page:
             elif name == "images":
                 line.append(str(len(rows)))
             elif name == "rows / plain":
-                line.append(f"{self.cost(method, group):.2f}")
+                line.append(digits(self.cost(method, group)))
             elif name == "s / plain":
-                line.append(self.ratio(method, group))
-            elif name == "s / image":
-                line.append(f"{np.mean([r['seconds'] for r in rows]):.3f}")
+                line.append(self.ratio(method))
             elif name == "caught by the gate":
                 gates = [r["details"]["gate"]["caught"] for r in rows if r["details"].get("gate")]
-                line.append(f"{np.mean(gates):.0%}" if gates else "-")
+                line.append(digits(np.mean(gates), ".0%") if gates else "-")
             elif name == "faithful, of what is no copy":
                 free = [r for r in rows if r["copy"] is False]
                 count = sum(len(g) for g in by_prompt(free, "faithful").values())
                 line.append(shown(share(free, "faithful")) + f" n={count}" if free else "-")
             elif name in SPREADS:
                 values = [r[SPREADS[name]] for r in rows if r.get(SPREADS[name]) is not None]
-                above = np.mean(np.array(values) > 0.5) if values else 0
-                line.append(f"{np.percentile(values, 95):.3f} / {np.mean(values):.3f} / {above:.0%}" if values else "-")
+                line.append(spread(values) if values else "-")
             elif name in SHARES:
                 line.append(shown(share(rows, SHARES[name])))
             else:

@@ -107,7 +107,7 @@ def test_seconds_are_measured_by_turns_and_kept(given: Path, done: Path, tmp_pat
     shutil.copytree(done, tmp_path / "out")
     assert call(given, tmp_path / "out", seconds=2).exit_code == 0
     found = json.loads((tmp_path / "out/seconds.json").read_text())
-    assert set(found) == {"cfg", "stp", "ren"} and all(len(v) == 2 and min(v) > 0 for v in found.values())
+    assert set(found) == {"none", "cfg", "stp", "ren"} and all(len(v) == 2 and min(v) > 0 for v in found.values())
     low, high = sorted(found["ren"])
     cell = json.loads((tmp_path / "out/summary.json").read_text())["tables"]["memorized"]["ren"]["seconds ratio"]
     assert cell["median"] == pytest.approx((low + high) / 2) and cell["pairs"] == 2
