@@ -56,7 +56,7 @@ def page(folder: Path) -> str:
     parts = [HEAD.format(**{**head, "device": f"one {head['name']}"}), f"Tests marked `gpu`: {counts}."]
     if head["broken"]:
         parts.append("Not run to its end:\n" + "\n".join(f"- {line}" for line in head["broken"]))
-    sections = (guided_step, generations, captures, compiled, synchronisations)
+    sections = (guided_step, generations, captures, compiled, own_combination, synchronisations)
     for section in sections:
         if section.__name__ in results:
             title, *_ = (section.__doc__ or "").partition("\n")
@@ -75,13 +75,17 @@ def guided_step(results: list[dict[str, Any]]) -> Iterator[str]:
     yield "| latents | launches | from Python: stock, fused | ratio | in a CUDA graph: stock, fused | ratio | GB/s |"
     yield "|---|---|---|---|---|---|---|"
     for one in results:
-        cells = []
-        for how in ("eager", "graph"):
-            stock, fused = (one[how][name] for name in ("stock", "fused"))
-            times = ", ".join(f"{1e3 * part['ms']['median'] / one['steps']:.0f}" for part in (stock, fused))
-            cells += [times, _ratio(fused["ratio"])]
-        shape = " x ".join(map(str, one["latents"]))
-        yield f"| {shape} | {one['launches_per_step']} | {' | '.join(cells)} | {one['bytes_per_second'] / 1e9:.0f} |"
+        shape, rate = " x ".join(map(str, one["latents"])), f"{one['bytes_per_second'] / 1e9:.0f}"
+        for name, where, bandwidth in (("fused", "", rate), ("fused, anchored", ", all anchored", "-")):
+            if name in one["eager"]:
+                cells = [_beside(one[how], name, one["steps"]) for how in ("eager", "graph")]
+                yield f"| {shape}{where} | {one['launches_per_step']} | {' | '.join(cells)} | {bandwidth} |"
+
+
+def _beside(timed: dict[str, Any], name: str, steps: int) -> str:
+    """Microseconds a step of stock and of another, and their ratio."""
+    times = ", ".join(f"{1e3 * timed[one]['ms']['median'] / steps:.0f}" for one in ("stock", name))
+    return f"{times} | {_ratio(timed[name]['ratio'])}"
 
 
 def _ways(results: list[dict[str, Any]], column: str) -> Iterator[str]:
@@ -116,6 +120,20 @@ def compiled(results: list[dict[str, Any]]) -> Iterator[str]:
     yield "Capture times include compiling; what was compiled first fills caches for what comes after it, so they are not compared."
     yield ""
     yield from _ways(results, "batch")
+
+
+def own_combination(results: list[dict[str, Any]]) -> Iterator[str]:
+    """A pipeline that combines the branches itself."""
+    yield "Wan 2.1 with 1.3 billion parameters, bfloat16, text to video, one prompt. Plain guidance under the guard is held against stock's latents first."
+    yield ""
+    yield "| video | how | ms a step | of stock | rounds | off by |"
+    yield "|---|---|---|---|---|---|"
+    for one in results:
+        video = f"{one['num_frames']} x {one['height']} x {one['width']}"
+        for how, part in one["times"].items():
+            off = f"{one['difference']:.1e}" if how.endswith("plain guidance") else ""
+            step = f"{part['ms']['median'] / one['steps']:.1f}"
+            yield f"| {video} | {how} | {step} | {_ratio(part['ratio'])} | {part['rounds']} | {off} |"
 
 
 def synchronisations(results: list[dict[str, Any]]) -> Iterator[str]:

@@ -31,3 +31,8 @@ def test_the_benchmark_to_its_end_and_what_it_refuses(monkeypatch: pytest.Monkey
     monkeypatch.setattr(gpu_own, "difference", lambda _: 0.03)
     with pytest.raises(WrongValues, match=r"differ from stock.s by 0\.03"):
         next(gpu_own.own_combination(video=SMALL))
+
+
+def test_it_has_the_published_size() -> None:
+    """1,418,996,800 parameters, counted on the meta device."""
+    assert sum(p.numel() for p in gpu_own.transformer("meta").parameters()) == 1_418_996_800

@@ -38,6 +38,29 @@ def test_numbers_come_through(tmp_path):
     assert (tmp_path / "captures.png").stat().st_size > 1000
 
 
+def test_the_anchored_op_and_an_own_combination_family_stand_there(tmp_path):
+    def timed(ms):
+        return {"ms": {"median": ms}, "ratio": {"median": ms / 8, "q1": ms / 10, "q3": ms / 5}, "rounds": 4}
+
+    works = {"stock": timed(8.0), "fused": timed(2.0), "fused, anchored": timed(4.0)}
+    step = {"latents": [1, 4, 64, 64], "launches_per_step": 1, "steps": 20, "eager": works, "graph": works}
+    video = {"height": 480, "width": 832, "num_frames": 17, "steps": 6, "difference": 0.0}
+    times = {"stock": timed(60.0), "guarded, plain guidance": timed(66.0), "guarded, anchored": timed(72.0)}
+    write(
+        tmp_path / "one.json",
+        {"name": "guided_step", "outcome": "ran", "results": [{**step, "bytes_per_second": 4.2e10}]},
+        {"name": "own_combination", "outcome": "ran", "results": [{**video, "times": times}]},
+    )
+    page = gpu_page.page(tmp_path)
+    assert "| 1 x 4 x 64 x 64 | 1 | 400, 100 | 0.25 [0.20, 0.40] | 400, 100 | 0.25 [0.20, 0.40] | 42 |" in page
+    assert (
+        "| 1 x 4 x 64 x 64, all anchored | 1 | 400, 200 | 0.50 [0.40, 0.80] | 400, 200 | 0.50 [0.40, 0.80] | - |"
+        in page
+    )
+    assert "| 17 x 480 x 832 | guarded, plain guidance | 11.0 | 8.25 [6.60, 13.20] | 4 | 0.0e+00 |" in page
+    assert "| 17 x 480 x 832 | guarded, anchored | 12.0 | 9.00 [7.20, 14.40] | 4 |  |" in page
+
+
 def test_files_of_two_devices_are_no_page(tmp_path):
     write(tmp_path / "one.json")
     write(tmp_path / "two.json", device="another thing")
