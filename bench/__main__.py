@@ -92,7 +92,9 @@ def paper(
     model: Annotated[str | None, typer.Option(help="Directory or hub id; the embedded model unless given.")] = None,
     lora: Annotated[Path | None, typer.Option(help="A LoRA to load onto the model: a file or a folder.")] = None,
     prompts: Annotated[Path | None, typer.Option(help='Memorized prompts, {"caption", "index", "url"} a line.')] = None,
-    ordinary: Annotated[Path | None, typer.Option(help='Ordinary prompts, {"caption"} a line, for detection.')] = None,
+    ordinary: Annotated[
+        Path | None, typer.Option(help='Ordinary prompts, {"caption"} a line: detection, and what guards do to them.')
+    ] = None,
     train_images: Annotated[Path | None, typer.Option(help="INDEX.png, INDEX_N.png or INDEX/*.png.")] = None,
     limit: Limit = None,
     methods: Methods = None,

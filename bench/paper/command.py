@@ -19,6 +19,7 @@ from bench.paper.choose import Chosen, choose, most_rows, parameters
 from bench.paper.inputs import BadInput, Item, TrainingSet
 from bench.paper.measures import ClipMeasure, Embedded, Measure, SscdMeasure, decode, training_descriptors
 from bench.paper.parallel import workers
+from bench.paper.refusals import Refusals
 from bench.paper.request import Request
 from bench.paper.store import Store
 from bench.paper.work import Made, Unit, ahead, make, run, units
@@ -55,17 +56,24 @@ def read(request: Request) -> tuple[list[Item], TrainingSet]:
 
 
 def read_all(request: Request) -> tuple[list[Item], TrainingSet]:
-    """All prompts and training images."""
+    """All prompts and training images. ValueError lists every bad line and image of all files."""
     if request.scenario:
         from bench.scenario import items as scenario
 
         return scenario.items(), scenario.training()
     if request.prompts is None or request.train_images is None:
         return inputs.embedded(), inputs.of_testbed()
-    files = inputs.image_files(request.train_images, "train-images")
-    items = inputs.memorized(request.prompts, request.train_images, files)
+    items: list[Item] = []
+    refused = Refusals()
+    with refused.kept():
+        files = inputs.image_files(request.train_images, "train-images")
+        with refused.kept():
+            inputs.readable(files, request.train_images, "train-images")
+        items += inputs.memorized(request.prompts, request.train_images, files)
     if request.ordinary is not None:
-        items += inputs.ordinary(request.ordinary)
+        with refused.kept():
+            items += inputs.ordinary(request.ordinary)
+    refused.end()
     return items, inputs.of_folder(request.train_images, files)
 
 
@@ -153,17 +161,25 @@ def prepare(request: Request) -> Callable[[Unit], Made]:
 
 def paper(request: Request) -> dict[str, Any] | None:
     """Check, make what is missing, write the page; returns the summary, None for a dry run. BadInput or ValueError before any work for bad input."""
-    items, training = read(request)
-    real = None if request.real_images is None else inputs.real_images(request.real_images)
-    if request.fid is not None and (count := len(training if real is None else real)) < 2:
-        raise BadInput(
-            "--fid", [f"{count} image to compare with (--real-images, else --train-images): must be at least 2"]
-        )
     device, dtype = models.prepare(request.device, request.dtype)
-    sscd = find_sscd(request.sscd_name, device)
-    clip, fid = find_scores(request, device)
-    model = request.model or models.TESTBED
-    models.model_index(model)
+    model, real = request.model or models.TESTBED, None
+    refused = Refusals()
+    with refused.kept():
+        if request.real_images is not None:
+            real = inputs.real_images(request.real_images)
+    with refused.kept():
+        items, training = read(request)
+        if request.fid is not None and (count := len(training if real is None else real)) < 2:
+            raise BadInput(
+                "--fid", [f"{count} image to compare with (--real-images, else --train-images): must be at least 2"]
+            )
+    with refused.kept():
+        sscd = find_sscd(request.sscd_name, device)
+    with refused.kept():
+        clip, fid = find_scores(request, device)
+    with refused.kept():
+        models.model_index(model)
+    refused.end()
     quiet()
     pipe = request.load(device, dtype)
     chosen, amount = choose(request, pipe), request.amount

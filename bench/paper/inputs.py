@@ -110,27 +110,33 @@ def of_testbed() -> TrainingSet:
 
 
 def image_files(folder: Path, option: str) -> list[Path]:
-    """Every image below `folder`, sorted by its path. BadInput, naming the option, if there is none or one cannot be read."""
+    """Every image below `folder`, sorted by its path. BadInput, naming the option, if there is none."""
     where = f"{option}={str(folder)!r}"
     if not folder.is_dir():
         raise BadInput(where, ["no such directory"])
     found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in ENDINGS and p.is_file())
     if not found:
         raise BadInput(where, [f"no image in it ({', '.join(ENDINGS)})"])
+    return found
+
+
+def readable(files: Sequence[Path], folder: Path, option: str) -> None:
+    """BadInput lists every one of `folder`'s files that cannot be read as an image."""
     problems = []
-    for path in tqdm(found, desc=f"reading --{option}", unit="image", mininterval=2, delay=2, leave=False):
+    for path in tqdm(files, desc=f"reading --{option}", unit="image", mininterval=2, delay=2, leave=False):
         try:
             read_image(path)  # Image.verify() decodes nothing: a truncated JPEG or BMP passes it
         except Exception as error:  # OSError, SyntaxError, struct.error, ...: every decoder raises its own
             problems.append(f"{path.relative_to(folder)}: cannot be read as an image ({error})")
     if problems:
-        raise BadInput(where, problems)
-    return found
+        raise BadInput(f"{option}={str(folder)!r}", problems)
 
 
 def real_images(folder: Path) -> Images:
-    """The images that FID compares with. BadInput as for `image_files`."""
-    return Images(image_files(folder, "real-images"), read_image)
+    """The images that FID compares with. BadInput as for `image_files` and `readable`."""
+    files = image_files(folder, "real-images")
+    readable(files, folder, "real-images")
+    return Images(files, read_image)
 
 
 def name_of(index: Any) -> str:

@@ -41,6 +41,9 @@ def describe(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
     if "faithful" in have and "copy" in have:
         found["faithful, no copy"] = over_prompts(free, "faithful") if free else None
+    updates = [row["details"]["updates"] for row in rows if "updates" in row["details"]]
+    if updates:
+        found["backward"] = float(np.mean(updates))
     gates = [row["details"]["gate"]["caught"] for row in rows if row["details"].get("gate")]
     if gates:
         found["caught"] = float(np.mean(gates))

@@ -39,7 +39,8 @@ def seconds_ratio(cell: Mapping[str, Any]) -> str:
 
 COST = (
     "rows / plain: rows of the denoiser's batches, probes and the forward half of gradient steps included, relative to plain guidance. "
-    "What Wen's and han-sample have above 1.00 are gradient steps, each with a backward pass besides, about twice the work of its rows. "
+    "What Wen's and han-sample have above 1.00 are gradient steps, each with a backward pass besides, about twice the work of its rows; "
+    "backward passes: how many of them an image took part in. "
     "s / plain: seconds of a call that makes the first memorized prompts' images, at most four, over those of plain guidance for the same, "
     "measured by turns: median [quartiles]. none is plain guidance over itself, and shows how even the machine was; -: not measured."
 )
@@ -80,7 +81,8 @@ def methods_table(
         return f" ({letters.setdefault(network, chr(97 + len(letters)))})" if network else ""
 
     timed = ["s / plain"] if group == "memorized" else []
-    head = ["method", "images", "rows / plain", *timed, *(text + mark(name) for name, text, _ in columns)]
+    backward = ["backward passes"] if "backward" in have else []
+    head = ["method", "images", "rows / plain", *backward, *timed, *(text + mark(name) for name, text, _ in columns)]
     with_fid = group in fid.get("values", {})
     if with_fid:
         head.append("FID" + f" ({letters.setdefault(fid['network'], chr(97 + len(letters)))})")
@@ -88,7 +90,8 @@ def methods_table(
     head += ["caught by the gate"] if caught else []
     rows = []
     for name, cell in cells.items():
-        line = [name, str(cell["images"]), number(cell["cost"]), *(seconds_ratio(cell) for _ in timed)]
+        line = [name, str(cell["images"]), number(cell["cost"]), *(number(cell.get("backward")) for _ in backward)]
+        line += [seconds_ratio(cell) for _ in timed]
         line += [_shown(cell.get(column), kind) for column, _, kind in columns]
         if with_fid:
             line.append(number(fid["values"][group].get(name)))

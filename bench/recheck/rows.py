@@ -118,6 +118,9 @@ class Page:
                 line.append(digits(self.cost(method, group)))
             elif name == "s / plain":
                 line.append(self.ratio(method))
+            elif name == "backward passes":
+                steps = [r["details"]["updates"] for r in rows if "updates" in r["details"]]
+                line.append(digits(np.mean(steps)) if steps else "-")
             elif name == "caught by the gate":
                 gates = [r["details"]["gate"]["caught"] for r in rows if r["details"].get("gate")]
                 line.append(digits(np.mean(gates), ".0%") if gates else "-")

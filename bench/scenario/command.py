@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import fastguard
+from bench.paper.choose import choose
 from bench.paper.command import paper
 from bench.paper.request import Request
 from bench.scenario import finetune
@@ -22,16 +23,21 @@ DONE = "finetune.json"  # written last
 
 
 def scenario(kind: str, request: Request) -> dict[str, Any] | None:
-    """Fine-tune unless that is done, calibrate unless that is done, then `paper` on it. ValueError for bad input, before any work."""
+    """Fine-tune unless that is done, calibrate unless that is done, then `paper` on it. ValueError for bad input, before any work.
+
+    Until there is a fine-tuned model with its policy, the arguments are checked, and a dry run done, on the model that will be fine-tuned.
+    """
     if kind not in finetune.RECIPES:
         raise ValueError(f"kind={kind!r}: must be {' or '.join(map(repr, finetune.RECIPES))}")
     tuned, policy = request.out / "finetune", request.out / "policy.json"
     where = {"lora": tuned} if kind == "lora" else {"model": str(tuned)}
-    request = replace(request, scenario=True, policy=policy, **where)
+    before = replace(request, scenario=True, policy=testbed.policy_path())
+    request = replace(before, policy=policy, **where)
     if request.dry and not policy.exists():
-        print(f"would fine-tune ({kind}) and calibrate first: minutes; then this command's dry run can check the rest")
-        return None
+        print(f"would fine-tune ({kind}) and calibrate first: minutes")
+        return paper(before)
     if not (tuned / DONE).exists():
+        choose(before, testbed.load())
         pipe = testbed.load()
         captions = [one.prompt for one in drawings()]
         losses = finetune.train(pipe, kind, images(), captions, preserved(), tuned)

@@ -86,7 +86,7 @@ def test_training_folders(folder: Path, tmp_path: Path) -> None:
         inputs.image_files(tmp_path / "empty", "train-images")
     (folder / "broken.png").write_bytes((folder / "7.png").read_bytes()[:20])
     with pytest.raises(BadInput, match=r"broken\.png: cannot be read"):
-        inputs.image_files(folder, "train-images")
+        inputs.readable(inputs.image_files(folder, "train-images"), folder, "train-images")
 
 
 def test_images_that_are_cut_off_are_all_listed(tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_images_that_are_cut_off_are_all_listed(tmp_path: Path) -> None:
         data = (tmp_path / f"whole-{name}").read_bytes()
         (tmp_path / name).write_bytes(data[: len(data) // 2])
     with pytest.raises(BadInput, match=rf"{len(names)} problems") as error:
-        inputs.image_files(tmp_path, "train-images")
+        inputs.readable(inputs.image_files(tmp_path, "train-images"), tmp_path, "train-images")
     assert all(f"\n  {name}: cannot be read" in str(error.value) for name in names)
 
 

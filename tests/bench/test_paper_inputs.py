@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +28,26 @@ def test_a_dry_run_reads_everything_and_writes_nothing(given: Path, done: Path, 
     result = call(given, done, flags=("--dry-run",), steps=4)
     assert result.exit_code == 2 and "steps: 3 there, 4 now" in result.output
     assert {path: path.read_bytes() for path in done.rglob("*") if path.is_file()} == before
+
+
+def test_what_is_wrong_in_several_files_is_said_at_once(given: Path, tmp_path: Path) -> None:
+    shutil.copytree(given / "train", tmp_path / "train")
+    (tmp_path / "train/9.png").write_bytes(b"no picture")
+    (tmp_path / "prompts.jsonl").write_text('{"caption": "a", "index": 1}\n{"caption": "b", "index": 7}\nno object\n')
+    (tmp_path / "ordinary.jsonl").write_text('{"caption": 3}\n')
+    files = {"prompts": tmp_path / "prompts.jsonl", "ordinary": tmp_path / "ordinary.jsonl"}
+    more = {"train_images": tmp_path / "train", "sscd": "missing.pt", "model": "./missing"}
+    result = call(given, tmp_path / "out", flags=("--dry-run",), **files, **more)
+    assert result.exit_code == 2 and not (tmp_path / "out").exists()
+    for part in (
+        "  9.png: cannot be read as an image",
+        "  line 2: index='7': no training image 7.*",
+        "  line 3: not valid JSON",
+        "  line 1: caption=3: must be text",
+        "no TorchScript file",
+        "no such directory",
+    ):
+        assert result.output.count(part) == 1, result.output
 
 
 def test_a_limit_keeps_that_many_of_each_group(given: Path, tmp_path: Path) -> None:

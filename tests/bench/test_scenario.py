@@ -63,6 +63,19 @@ def test_training_lowers_the_loss_and_what_is_kept_is_what_was_trained(
     assert fastguard.enable(fresh, "dtp").disable() is None
 
 
+def test_arguments_are_checked_before_minutes_of_training(tmp_path: Path) -> None:
+    def run(*options: str) -> tuple[int, str]:
+        result = CliRunner().invoke(app, ["scenario", "lora", "--out", str(tmp_path / "out"), *options])
+        return result.exit_code, result.output
+
+    code, said = run("--methods", "policy,og+sp")
+    assert code == 2 and "'og+sp' is unknown, did you mean 'og+stp'?" in said
+    code, said = run("--methods", "policy", "--limit", "4", "--seeds", "1", "--detection-seeds", "0", "--dry-run")
+    assert code == 0 and said.startswith("would fine-tune (lora) and calibrate first: minutes")
+    assert "4 memorized and 4 ordinary prompts" in said and "policy: 16 images, at most 100 rows" in said
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From training to the page, a few steps of each; a second run trains and makes nothing."""
