@@ -64,4 +64,11 @@ def main(folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(Path(sys.argv[1])))
+    if len(sys.argv) != 2:
+        raise SystemExit("usage: python -m bench.recheck FOLDER_OF_A_PAGE")
+    try:
+        raise SystemExit(main(Path(sys.argv[1])))
+    except FileNotFoundError as error:
+        raise SystemExit(
+            f"error: {error.filename}: no such file; a page has tables.md, settings.json and its rows"
+        ) from None

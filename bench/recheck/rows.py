@@ -63,7 +63,7 @@ def share(rows: Rows, name: str) -> tuple[float, float, float] | None:
     return mean, *np.percentile(means, [2.5, 97.5])
 
 
-def digits(value: float, form: str = ".2f") -> str:
+def digits(value: float | np.floating[Any], form: str = ".2f") -> str:
     """A value that is a tie, .0005 in three digits, but for the order of its sums, is that tie."""
     return f"{round(float(value), 9):{form}}"
 
