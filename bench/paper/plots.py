@@ -6,9 +6,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """The same numbers give the same file: without a date and with fixed names of its parts."""
+    with matplotlib.rc_context({"svg.hashsalt": "paper"}):
+        figure.savefig(path, metadata={"Date": None})
+    return path
 
 
 def d_curves(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path | None:
@@ -31,8 +39,7 @@ def d_curves(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path | None:
     axis.set(xlabel="timestep t", ylabel="RMS(c - u)", title="plain guidance: median and quartiles")
     axis.invert_xaxis()
     axis.legend(fontsize=8)
-    figure.savefig(path, metadata={"Date": None})
-    return path
+    return save(figure, path)
 
 
 def first_prediction(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path | None:
@@ -60,8 +67,7 @@ def first_prediction(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path | No
         title="first conditional predictions; dashed: medians",
     )
     axis.legend(fontsize=8)
-    figure.savefig(path, metadata={"Date": None})
-    return path
+    return save(figure, path)
 
 
 def grid(

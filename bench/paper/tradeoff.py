@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from bench.paper.plots import save
+
 PLAIN, PRESET = "none", "cfg"  # the same images
 # Twelve colours that are told apart, dark enough for text on white; further methods of a panel take them again, dashed.
 COLOURS = (
@@ -61,8 +63,7 @@ def tradeoff(
     for panel, style in zip((left, right), styles, strict=True):
         label(panel, {name: curves[name] for name in style}, style)
     left.set_ylabel(f"faithful and not blown up (higher is better)\n{faithful}", fontsize=9)
-    figure.savefig(path, metadata={"Date": None})
-    return path
+    return save(figure, path)
 
 
 def styles_of(names: Sequence[str]) -> dict[str, tuple[str, str]]:

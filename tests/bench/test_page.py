@@ -134,6 +134,13 @@ def test_seconds_stand_there_where_they_were_taken_by_turns_alone(tmp_path: Path
     assert "| dtp | 6 | 1.00 | 2.00 [1.00, 4.00] |" in text and "| wen-1 | 6 | 1.10 | - |" in text
 
 
+def test_the_same_results_give_the_same_page(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        page(tmp_path / name, WORSE, WORSE)
+    for name in ("tables.md", "summary.json", "curves-similarity.svg", "curves-copy-rate.svg"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
 def test_methods_that_were_left_out_stand_beside_the_verdict(tmp_path: Path) -> None:
     text = page(tmp_path, WORSE, WORSE)
     assert "Left out by --methods: stp, ren." in text.split("</p>")[0]
