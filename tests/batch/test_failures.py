@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import pytest
 import torch
 
 from fastguard.batch import local, store
-from fastguard.batch.growing import Growing
+from fastguard.batch.growing import Growing, JsonLines
 from fastguard.batch.task import Interrupted, generate
 from fastguard.policies.presets import policy
 from tests.batch.jobs import OPTIONS, ROWS, check_complete, lines, pixels, stamps
@@ -245,18 +244,20 @@ def test_picture_that_cannot_be_written(pipe, tmp_path, monkeypatch, whole, kind
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_ends_the_run_in_good_order(pipe, tmp_path, whole, number):
-    def send():
-        while not (tmp_path / "manifest.jsonl").exists() or not (tmp_path / "manifest.jsonl").stat().st_size:
-            time.sleep(0.001)
-        os.kill(os.getpid(), number)
+def test_signal_ends_the_run_in_good_order(pipe, tmp_path, whole, number, monkeypatch):
+    add, sent = JsonLines.add, []
+
+    def add_and_send(self, records):
+        # In the middle of the run on every machine: a thread that polls may come too late, and then ends the tests.
+        add(self, records)
+        if not sent:
+            sent.append(number)
+            signal.raise_signal(number)
 
     before = signal.getsignal(number)
-    thread = threading.Thread(target=send)
-    thread.start()
+    monkeypatch.setattr(JsonLines, "add", add_and_send)
     with pytest.raises(Interrupted, match=number.name):
         generate(pipe, ROWS, tmp_path, **{**OPTIONS, "batch_size": 1, "steps": 2})
-    thread.join()
     assert signal.getsignal(number) is before
     assert 0 < len(lines(tmp_path)) < 10
     assert {line["id"] for line in lines(tmp_path)} == set(pixels(tmp_path))
@@ -275,7 +276,7 @@ def test_killed_at_any_moment(model, tmp_path, whole):
         f"generate({model!r}, {ROWS!r}, {str(out)!r}, policy='stp', steps=2, batch_size=1, device='cpu', progress=False)"
     )
     known: dict[str, int] = {}
-    for target in (1, 4, 7):
+    for target in (1, 3, 5):
         process = subprocess.Popen(
             [sys.executable, "-c", program], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}
         )
