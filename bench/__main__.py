@@ -42,7 +42,10 @@ Batch = Annotated[int, typer.Option(help="Images at once; may differ when a run 
 Limit = Annotated[int | None, typer.Option(help="At most so many prompts of each group, evenly spread.")]
 Quick = Annotated[
     bool,
-    typer.Option("--quick", help="Two minutes on two cores: 8 prompts a group, one seed, two scales, ten methods."),
+    typer.Option(
+        "--quick",
+        help="Two minutes on two cores, a fine-tune not counted: 8 prompts a group, one seed, two scales, ten methods.",
+    ),
 ]
 Dry = Annotated[
     bool, typer.Option("--dry-run", help="Read and check every input, say what would be made, write nothing.")

@@ -3,5 +3,6 @@
     python -m bench.recheck OUT          # a folder of `python -m bench paper` or `scenario`
 
 Reads results.jsonl (or results.jsonl.gz), seconds.json and settings.json, works out every table of tables.md by itself (numpy and scipy
-alone) and compares cell by cell, as text. Exits with 1 and the cells that differ. FID and the published numbers are not from the rows.
+alone) and every number of its sentences, and compares them as text. Exits with 1 and what differs. FID and the published numbers are not
+from the rows.
 """

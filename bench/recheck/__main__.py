@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 from bench.recheck.curve import curves as curves_of
-from bench.recheck.curve import overview, pair, point
+from bench.recheck.curve import floor_of, overview, pair, point
 from bench.recheck.detect import detection, first
 from bench.recheck.rows import UNCHECKED, Page
+from bench.recheck.words import published, sentences
 
 
 def tables(text: str) -> dict[str, list[list[str]]]:
@@ -31,13 +32,15 @@ def expected(page: Page, title: str, head: list[str], lines: list[list[str]]) ->
         return [detection(page, line[0], int(line[1])) or [] for line in lines]
     if title.startswith("Does the first"):
         return [first(page, line[0]) for line in lines]
+    if title.startswith("Published"):
+        return [[*[UNCHECKED] * (len(line) - 1), published(page, line[-1])] for line in lines]
     column = "copy" if "copy rate" in title else "similarity"
     if not title.startswith(("Every point", "Who is on", "All of ours")):
         return None
     curves = curves_of(page, column)
     if title.startswith("Every point"):
         return [point(page, curves[line[0]], line) for line in lines]
-    floor = min(float(y[0].min()) for _, _, y in curves.values())
+    floor = floor_of(curves)
     if title.startswith("Who is on"):
         return [pair(page, curves, line[0], line[1], floor) for line in lines]
     return [overview(page, curves, line[0], floor, head) for line in lines]
@@ -50,7 +53,12 @@ def same(a: str, b: str) -> bool:
 
 def main(folder: Path) -> int:
     page, checked, wrong = Page(folder), 0, []
-    for title, (head, *lines) in tables((folder / "tables.md").read_text()).items():
+    text = (folder / "tables.md").read_text()
+    for where, said, value in sentences(page, text):
+        checked += 1
+        if not same(said, value):
+            wrong.append(f"sentences / {where}: the page has {said!r}, the rows give {value!r}")
+    for title, (head, *lines) in tables(text).items():
         again = expected(page, title, head, lines)
         for line, want in zip(lines, again or [], strict=False):
             for name, cell, value in zip(head, line, want, strict=True):
@@ -59,7 +67,7 @@ def main(folder: Path) -> int:
                     wrong.append(
                         f"{title} / {line[0]} / {line[1]} / {name}: the page has {cell!r}, the rows give {value!r}"
                     )
-    print("\n".join([*wrong, f"{checked} cells worked out again, {len(wrong)} of them differ"]))
+    print("\n".join([*wrong, f"{checked} numbers worked out again, {len(wrong)} of them differ"]))
     return bool(wrong)
 
 

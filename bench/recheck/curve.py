@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from bench.recheck.rows import DRAWS, Page, digits, share, shown
 
 
+@functools.cache
 def curves(page: Page, column: str) -> dict[str, tuple[list[float], np.ndarray, np.ndarray]]:
     """method -> scales, x and y [1 + DRAWS, S]; row 0 is everything, the others are draws of prompts, the same for all methods."""
     known: dict[tuple[str, float], dict[str, list[tuple[float, float]]]] = {}
@@ -35,6 +37,11 @@ def curves(page: Page, column: str) -> dict[str, tuple[list[float], np.ndarray, 
             y.append([sums[d, 1].sum() / n[d].sum() for d in rows])
         found[method] = (scales, np.array(x).T, np.array(y).T)
     return found
+
+
+def floor_of(curves: Any) -> float:
+    """The lowest faithfulness of any method."""
+    return min(float(y[0].min()) for _, _, y in curves.values())
 
 
 @dataclass(frozen=True)
@@ -106,16 +113,18 @@ def pair(page: Page, curves: Any, ours: str, other: str, floor: float) -> list[s
     return [*start, gap, digits(found.at), digits(found.reach, ".0%"), near, where]
 
 
+def peers(page: Page, curves: Any) -> list[str]:
+    """Taken from the settings: methods without a policy, but for plain guidance and what is no guard."""
+    known = page.settings["methods"].items()
+    return [m for m, v in known if "policy" not in v and m in curves and m not in ("none", "compile")]
+
+
 def overview(page: Page, curves: Any, ours: str, floor: float, head: list[str]) -> list[str]:
-    """Who the peers are is taken from the settings: methods without a policy, but for plain guidance and what is no guard."""
-    peers = [
-        m
-        for m, v in page.settings["methods"].items()
-        if "policy" not in v and m in curves and m not in ("none", "compile")
-    ]
     worst = []
     for dear, near in ((False, True), (False, False), (True, False)):
-        some = {m: lead(curves[ours], curves[m], floor) for m in peers if (page.cost(m) > 1 + 1e-6) is dear}
+        some = {
+            m: lead(curves[ours], curves[m], floor) for m in peers(page, curves) if (page.cost(m) > 1 + 1e-6) is dear
+        }
         known = {m: f.near if near else (f.gap, f.at) for m, f in some.items() if f is not None}
         least = {m: one for m, one in known.items() if one is not None}
         name = min(least, key=lambda m: least[m][0], default="")

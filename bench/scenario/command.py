@@ -34,7 +34,8 @@ def scenario(kind: str, request: Request) -> dict[str, Any] | None:
     before = replace(request, scenario=True, policy=testbed.policy_path())
     request = replace(before, policy=policy, **where)
     if request.dry and not policy.exists():
-        print(f"would fine-tune ({kind}) and calibrate first: minutes")
+        first = "calibrate" if (tuned / DONE).exists() else f"fine-tune ({kind}) and calibrate"
+        print(f"would {first} first: minutes")
         return paper(before)
     if not (tuned / DONE).exists():
         choose(before, testbed.load())
