@@ -1,7 +1,11 @@
-"""A pipeline that combines the branches itself, at real size: Wan 2.1's 1.3 billion parameters, random weights, text to video."""
+"""A pipeline that combines the branches itself, at real size: Wan 2.1's 1.3 billion parameters, random weights, text to video.
+
+python -m bench.gpu_own [--pairs 20]    on a CPU, at a third of its width and 4 of its 30 layers: guarded against stock, in turn
+"""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -11,6 +15,7 @@ import torch
 
 import fastguard
 from bench.gpu_timing import Results, close, rounds
+from bench.pairs import alternating
 
 # As published: Wan-AI/Wan2.1-T2V-1.3B-Diffusers, transformer/config.json.
 WAN: dict[str, Any] = {
@@ -26,6 +31,7 @@ WAN: dict[str, Any] = {
 VIDEO = {"height": 480, "width": 832, "num_frames": 17}
 TEXT = 512  # tokens
 STEPS = 6
+ON_A_CPU = {"num_attention_heads": 4, "ffn_dim": 2048, "num_layers": 4}, {"height": 128, "width": 128, "num_frames": 5}
 GUARDS = {"guarded, plain guidance": "cfg", "guarded, dtp": "dtp", "guarded, anchored": "anchored"}
 
 
@@ -74,3 +80,19 @@ def own_combination(size: Mapping[str, Any] = WAN, video: Mapping[str, int] = VI
     works = ways(transformer(device, size), video)
     found = close(difference(works))
     yield {**video, "steps": STEPS, "difference": found, "times": rounds(works, most=6, seconds=30)}
+
+
+def main() -> None:
+    """Ratios of seconds on a CPU, float32."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=20)
+    pairs = parser.parse_args().pairs
+    size, video = ON_A_CPU
+    works = ways(transformer("cpu", {**WAN, **size}).float(), video)
+    print(f"Wan, {size}, {video}, {STEPS} steps, {torch.get_num_threads()} threads; difference {difference(works):g}")
+    for name in GUARDS:
+        print(f"{name} / stock {alternating(works[name], works['stock'], pairs=pairs, progress=name)}")
+
+
+if __name__ == "__main__":
+    main()
