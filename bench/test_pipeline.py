@@ -2,7 +2,8 @@
 
     python -m pytest bench/test_pipeline.py --benchmark-only
 
-The authors' loop makes one image at a time and runs a whole pass before it (`bench.methods.reference`). Compilation is not timed.
+Ratios by turns, as the machine may be busy: seconds of one after the other would be worth little. The authors' loop makes one image at a
+time and runs a whole pass before it (`bench.methods.reference`). Compilation is not timed.
 """
 
 from __future__ import annotations
@@ -81,22 +82,8 @@ def same_until_transition(a: Generated, b: Generated) -> None:
 
 
 @pytest.mark.parametrize("batch,side", SIZES)
-def test_stock(benchmark, batch, side):
-    benchmark.group = f"generation, {STEPS} steps, batch {batch}, latents {side} x {side}"
-    benchmark.pedantic(stock(batch, side), rounds=PAIRS, warmup_rounds=1)
-
-
-@pytest.mark.parametrize("batch,side", SIZES)
-@pytest.mark.parametrize("name", PEERS)
-def test_peer(benchmark, name, batch, side):
-    benchmark.group = f"generation, {STEPS} steps, batch {batch}, latents {side} x {side}"
-    benchmark.pedantic(peer(name, batch, side), rounds=PAIRS, warmup_rounds=1)
-
-
-@pytest.mark.parametrize("batch,side", SIZES)
 @pytest.mark.parametrize("name", PEERS)
 def test_ratio(benchmark, capsys, name, batch, side):
-    """Alternating pairs, as the machine may be busy."""
     benchmark.group = f"pairs, {STEPS} steps, batch {batch}, latents {side} x {side}"
     ratios = benchmark.pedantic(alternating, (peer(name, batch, side), stock(batch, side)), {"pairs": PAIRS}, rounds=1)
     benchmark.extra_info.update(pair=f"{name} / stock, batch {batch}, latents {side} x {side}", ratios=ratios.values)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from bench.pairs import alternating
-from bench.test_guided_step import STEPS, Guided, Stock, same
+from bench.test_guided_step import Guided, Stock, same
 from fastguard import testbed
 
 SHAPES = [(1, 8, 8, 8), (8, 8, 8, 8), (2, 8, 16, 16)]
@@ -39,18 +39,6 @@ def peers(shape: tuple[int, ...]) -> tuple[Stock, Guided]:
     stock, guided = Stock(x, denoise), Guided(x, denoise)
     same(stock, guided, 1e-4)
     return stock, guided
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_stock(benchmark, shape):
-    benchmark.group = f"{STEPS} steps with the UNet, {shape}"
-    benchmark.pedantic(peers(shape)[0], rounds=PAIRS, warmup_rounds=1)
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_guided(benchmark, shape):
-    benchmark.group = f"{STEPS} steps with the UNet, {shape}"
-    benchmark.pedantic(peers(shape)[1], rounds=PAIRS, warmup_rounds=1)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
