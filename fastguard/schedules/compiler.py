@@ -12,7 +12,8 @@ arithmetic loses more than a table would repeat, gets a table that passes the gu
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -23,8 +24,8 @@ from fastguard.kernels.layout import HISTORY, Row
 from fastguard.schedules.fold import fold, free_form
 from fastguard.schedules.key import key_of
 from fastguard.schedules.noise_level import predictions, unknown
-from fastguard.schedules.schedule import Schedule, in_training_steps
-from fastguard.schedules.trace import Trace, on_cpu, stock_in_float32, trace
+from fastguard.schedules.schedule import Schedule, in_training_steps, without_update
+from fastguard.schedules.trace import Trace, stock, trace
 
 # Relative to the largest value of x'; beyond them the scheduler's own step() runs.
 LARGEST_RESIDUAL = 1e-6
@@ -61,37 +62,46 @@ def compile_schedule(scheduler: Any, *, step_kwargs: Mapping[str, Any] | None = 
 
 
 @torch.inference_mode(False)  # a cached table outlives the caller's inference mode
+@torch.no_grad()
 def _compile(scheduler: Any, arguments: Mapping[str, Any], begin: int) -> Schedule:
-    recorded = trace(scheduler, arguments, begin)
-    timesteps = scheduler.timesteps[begin:].detach().to("cpu", copy=True)
-    with on_cpu():
+    with _on_cpu():
+        recorded = trace(scheduler, arguments, begin)
+        timesteps = scheduler.timesteps[begin:].detach().to("cpu", copy=True)
         rows = _rows_without_update(scheduler, recorded, timesteps)
         no_x0 = unknown(scheduler, timesteps, recorded.sigma, recorded.starts)
-    if no_x0 is not None:
-        rows[:-1, Row.X : Row.E + 1] = float("nan")
-    reason = _known_reason(scheduler, arguments) or recorded.problem
-    own = Schedule(
-        rows, timesteps, history=0, draws=(0,) * len(timesteps), residual=float("nan"), form="own step", linear=False, reason=reason,
-        in_steps=in_training_steps(scheduler), no_x0=no_x0, full=len(scheduler.timesteps),
-    )  # fmt: skip
-    if own.reason is not None:
-        return own
-    try:
-        form, (rows, history, looks_back) = _best_fold(recorded, own.rows)
-    except ValueError as error:
-        return replace(own, reason=str(error))
+        if no_x0 is not None:
+            rows[:-1, Row.X : Row.E + 1] = float("nan")
+        reason = _known_reason(scheduler, arguments) or recorded.problem
+        full, in_steps = len(scheduler.timesteps), in_training_steps(scheduler)
+        own = Schedule(rows, timesteps, reason=reason, in_steps=in_steps, no_x0=no_x0, full=full)
+        if reason is not None:
+            return own
+        try:
+            return _with_update(own, recorded, lambda: stock(scheduler, arguments, begin, recorded, torch.float32)[0])
+        except ValueError as error:
+            return replace(own, reason=str(error))
+
+
+def _on_cpu() -> AbstractContextManager:
+    """New tensors are on the CPU. A default device is itself a mode: entering the CPU's for nothing would double every scalar's cost."""
+    return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
+
+
+def _with_update(own: Schedule, recorded: Trace, in_float32: Callable[[], np.ndarray]) -> Schedule:
+    """The table, of the first form that repeats what was recorded. ValueError if none does. in_float32: what stock computes in it."""
+    form, (rows, history, looks_back) = _best_fold(recorded, own.rows)
     residual = _deviation(rows, recorded, recorded.probe_x[1:], np.float64)
     if not residual <= LARGEST_RESIDUAL:
-        return replace(own, reason=f"not linear in sample, output and noise (residual {residual:.1e})")
+        raise ValueError(f"not linear in sample, output and noise (residual {residual:.1e})")
     rounding = _deviation(rows, recorded, recorded.probe_x[1:], np.float32)
     if not rounding <= LARGEST_ROUNDING:
-        return replace(own, reason=f"its table would lose {rounding:.1e} to rounding in float32")
-    if len(timesteps) >= SHORTEST_COMPARED:
-        stock = stock_in_float32(scheduler, arguments, begin, recorded)
-        difference = _deviation(rows, recorded, stock, np.float32)
+        raise ValueError(f"its table would lose {rounding:.1e} to rounding in float32")
+    if len(own.timesteps) >= SHORTEST_COMPARED:
+        difference = _deviation(rows, recorded, in_float32(), np.float32)
         if not difference <= LARGEST_DIFFERENCE:
-            lost = f"its own step loses {difference:.1e} to rounding in float32, which a table does not repeat"
-            return replace(own, reason=lost)
+            raise ValueError(
+                f"its own step loses {difference:.1e} to rounding in float32, which a table does not repeat"
+            )
     return replace(
         own, rows=rows, history=history, draws=recorded.draws, residual=residual, rounding=rounding, form=form, linear=True,
         noise_dtype=recorded.noise_dtype, looks_back=looks_back,
@@ -100,17 +110,16 @@ def _compile(scheduler: Any, arguments: Mapping[str, Any], begin: int) -> Schedu
 
 def _known_reason(scheduler: Any, arguments: Mapping[str, Any]) -> str | None:
     config = getattr(scheduler, "config", {})
-    if hasattr(scheduler, "noise_sampler"):
-        return "its noise comes from a Brownian tree, not from the caller's generators"
-    for name in ("thresholding", "clip_sample"):
-        if config.get(name):
-            return f"{name}=True is not linear"
-    if config.get("skip_prk_steps") is False:
-        return "Runge-Kutta steps (skip_prk_steps=False) need five remembered tensors"
+    reasons = {
+        "its noise comes from a Brownian tree, not from the caller's generators": hasattr(scheduler, "noise_sampler"),
+        "thresholding=True is not linear": config.get("thresholding"),
+        "clip_sample=True is not linear": config.get("clip_sample"),
+        "Runge-Kutta steps (skip_prk_steps=False) need five remembered tensors": config.get("skip_prk_steps") is False,
+    }
     for name, value in arguments.items():
-        if not isinstance(value, (int, float, str, bool, type(None))):
-            return f"step argument {name} is a {type(value).__name__}, not a number"
-    return None
+        number = isinstance(value, (int, float, str, bool, type(None)))
+        reasons[f"step argument {name} is a {type(value).__name__}, not a number"] = not number
+    return next((reason for reason, holds in reasons.items() if holds), None)
 
 
 def _best_fold(recorded: Trace, rows: torch.Tensor) -> tuple[str, tuple[torch.Tensor, int, bool]]:
@@ -121,30 +130,28 @@ def _best_fold(recorded: Trace, rows: torch.Tensor) -> tuple[str, tuple[torch.Te
         "x0" if x0 else "converted": recorded.converted,
         "free": free_form(recorded),
     }
-    reason = ValueError("not linear, or a row looks back at more than one tensor per earlier row")
+    reason = ValueError()
     for name, form in forms.items():
         try:
-            if (folded := fold(recorded, form, rows)) is not None:
-                return name, folded
+            return name, fold(recorded, form, rows)
         except ValueError as error:
             reason = error
     raise reason
 
 
 def _rows_without_update(scheduler: Any, recorded: Trace, timesteps: torch.Tensor) -> torch.Tensor:
-    rows = torch.zeros(len(timesteps) + 1, len(Row), dtype=torch.float64, device="cpu")
-    rows[:, Row.S] = 1.0
-    rows[:, Row.STORE] = -1.0
-    rows[:, [Row.Q, Row.B]] = 1.0
+    rows = without_update(torch.zeros(len(timesteps) + 1, len(Row), dtype=torch.float64))
+    rows[-1, Row.S] = 1.0
     body = rows[:-1]
     body[:, Row.ACTIVE] = 1.0
     body[:, Row.S] = torch.from_numpy(recorded.scale)
     body[:, Row.TIMESTEP] = timesteps.double()
     x, e, n = predictions(scheduler, recorded.sigma)
     body[:, [Row.W_EPSILON, Row.W_X0, Row.X, Row.E]] = torch.from_numpy(np.stack([n**2, e**2, x, e], axis=1))
-    levels = [level if starts else None for level, starts in zip(recorded.sigma.tolist(), recorded.starts, strict=True)]
-    for k, level in enumerate(levels):
-        body[k, Row.OBSERVE] = level is not None and level not in levels[:k]
+    seen: set[float] = set()
+    for k in np.flatnonzero(recorded.starts):
+        body[k, Row.OBSERVE] = recorded.sigma[k] not in seen
+        seen.add(recorded.sigma[k])
     return rows
 
 

@@ -17,12 +17,13 @@ from fastguard.schedules.trace import Trace
 EXACT = 1e-10  # coefficients below this part of the row's largest are rounding (float64 leaves 1e-16 to 1e-13)
 
 
-def fold(trace: Trace, form: np.ndarray, rows: torch.Tensor) -> tuple[torch.Tensor, int, bool] | None:
+def fold(trace: Trace, form: np.ndarray, rows: torch.Tensor) -> tuple[torch.Tensor, int, bool]:
     """Fold with m_j = form[j] = (P, Q): `rows` with the update, history slots in use, whether some row holds only if each x_k is what
-    row k - 1 gave. None if it does not fit, ValueError if it needs too many slots."""
+    row k - 1 gave. ValueError if it does not fit or needs too many slots."""
+    unfit = ValueError("not linear, or a row looks back at more than one tensor per earlier row")
     count = len(form)
     if not np.isfinite(form).all():
-        return None
+        raise unfit
     # m's scale is free: with 1 on the larger side m has one rounded product less. It shows where a row extrapolates from m
     # (DPM-Solver++ 3M to sigma_min, 20 steps, differs from stock by 1.7e-6 instead of 2.0e-6).
     form = form / np.abs(form).max(axis=1, keepdims=True)
@@ -35,7 +36,7 @@ def fold(trace: Trace, form: np.ndarray, rows: torch.Tensor) -> tuple[torch.Tens
             norm = previous_across @ previous_across
             back[k] = across @ previous_across / norm if norm > 0.0 else 0.0
             if np.abs(across - back[k] * previous_across).max() > EXACT * scale:
-                return None
+                raise unfit
             along = along - back[k] * previous_along
         lags[k, :k] = np.where(np.abs(along) > EXACT * scale, along, 0.0)
     slots, store, history = _assign_slots(lags)
@@ -45,9 +46,9 @@ def fold(trace: Trace, form: np.ndarray, rows: torch.Tensor) -> tuple[torch.Tens
     on_x = on_x + back
     # A row that nobody looks back at needs no conversion: one rounding less.
     p, q = form[:, 0].copy(), form[:, 1].copy()
-    plain = (np.array(store) < 0) | (q == 0.0) & (on_e != 0.0)
-    if ((np.array(store) >= 0) & plain).any():
-        return None
+    plain = store < 0
+    if ((q == 0.0) & (on_e != 0.0) & ~plain).any():
+        raise unfit
     if history > HISTORY:
         raise ValueError(f"it needs {history} remembered tensors, {HISTORY} are supported")
     p[plain], q[plain] = 0.0, 1.0
@@ -85,19 +86,15 @@ def _split(row: np.ndarray, form: np.ndarray, k: int) -> tuple[np.ndarray, np.nd
     return (x * p + e * q) / size**2, np.concatenate([(e * p - x * q) / size, z])
 
 
-def _assign_slots(lags: np.ndarray) -> tuple[list[dict[int, int]], list[int], int]:
+def _assign_slots(lags: np.ndarray) -> tuple[list[dict[int, int]], np.ndarray, int]:
     """(per row: m_j -> slot it is read from; slot it is stored in or -1; slots in use): m_j is kept from row j to the last row that reads it,
     always in the lowest free slot (a row reads before it stores)."""
-    rows = len(lags)
-    last = [int(np.flatnonzero(lags[:, j])[-1]) if lags[:, j].any() else -1 for j in range(rows)]
+    last = [max(np.flatnonzero(column), default=-1) for column in lags.T]
     live: dict[int, int] = {}
-    slots, store, most = [], [], 0
-    for k in range(rows):
-        slots.append({j: live[j] for j in np.flatnonzero(lags[k]).tolist()})
+    slots, store = [], np.full(len(lags), -1)
+    for k, lag in enumerate(lags):
+        slots.append({j: live[j] for j in np.flatnonzero(lag).tolist()})
         live = {j: slot for j, slot in live.items() if last[j] > k}
-        store.append(-1)
         if last[k] > k:
-            store[k] = min(set(range(len(live) + 1)) - set(live.values()))
-            live[k] = store[k]
-        most = max([most, *(slot + 1 for slot in live.values())])
-    return slots, store, most
+            live[k] = store[k] = min(set(range(len(live) + 1)) - set(live.values()))
+    return slots, store, int(store.max(initial=-1)) + 1

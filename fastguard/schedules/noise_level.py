@@ -42,8 +42,7 @@ def predictions(scheduler: Any, levels: np.ndarray) -> list[np.ndarray]:
         known = {
             "epsilon": (1.0 / a, -b / a, one),
             "v_prediction": (a / r**2, -b / r, a / r),
-            "sample": (zero, one, -a / b),
-            "original_sample": (zero, one, -a / b),
+            **dict.fromkeys(("sample", "original_sample"), (zero, one, -a / b)),
             "flow_prediction": (one, -b, 1.0 - b),
         }
         found = known.get(kind, (one * np.nan,) * 3)
@@ -81,33 +80,30 @@ def unknown(scheduler: Any, timesteps: torch.Tensor, levels: np.ndarray, starts:
     """
     if reason := foreign(scheduler):
         return reason
-    a, b = signal_and_noise(scheduler, levels)
-    fresh = at_the_start(scheduler)
-    fresh._begin_index = None  # else add_noise takes every timestep for the first one
-
-    def mixed(signal: float, noise: float) -> np.ndarray:
-        x, z = (torch.full((len(timesteps), 1), value) for value in (signal, noise))
-        if hasattr(fresh, "add_noise"):
-            return fresh.add_noise(x, z, timesteps).reshape(-1).double().numpy()
-        one_by_one = []  # scale_noise moves on through the schedule
-        for k, t in enumerate(timesteps):
-            fresh._step_index = None
-            one_by_one.append(float(fresh.scale_noise(x[k], t[None], z[k])))
-        return np.array(one_by_one)
-
-    if not (hasattr(fresh, "add_noise") or hasattr(fresh, "scale_noise")):
+    if not (hasattr(scheduler, "add_noise") or hasattr(scheduler, "scale_noise")):
         return None
-    worst = []
+    own = np.stack(signal_and_noise(scheduler, levels), axis=1)
     try:
-        for own, pair in ((a, (1.0, 0.0)), (b, (0.0, 1.0))):
-            off = np.abs(own - mixed(*pair)) / np.maximum(1.0, np.abs(own))
-            worst.append(off[starts].max(initial=0.0))
+        mixed = _mixed(at_the_start(scheduler), timesteps)
     except NotImplementedError:  # IPNDM
         return None
     except Exception as error:
         return f"add_noise failed: {error}"
-    fits = np.max(worst) <= LARGEST_DEVIATION
-    return None if fits else f"{type(scheduler).__name__}.add_noise differs by {np.max(worst):.1e}"
+    worst = (np.abs(own - mixed) / np.maximum(1.0, np.abs(own)))[starts].max(initial=0.0)
+    return None if worst <= LARGEST_DEVIATION else f"{type(scheduler).__name__}.add_noise differs by {worst:.1e}"
+
+
+def _mixed(fresh: Any, timesteps: torch.Tensor) -> np.ndarray:
+    """(a, b) of every row [K, 2], as the scheduler adds noise itself: to signal alone, to noise alone."""
+    fresh._begin_index = None  # else add_noise takes every timestep for the first one
+    x, z = (column.expand(len(timesteps), 2) for column in torch.eye(2))
+    if hasattr(fresh, "add_noise"):
+        return fresh.add_noise(x, z, timesteps).double().numpy()
+    rows = []
+    for k, t in enumerate(timesteps):
+        fresh._step_index = None  # scale_noise moves on through the schedule
+        rows.append(fresh.scale_noise(x[k], t[None], z[k]).double().numpy())
+    return np.stack(rows)
 
 
 def _lineage(scheduler: Any) -> str:

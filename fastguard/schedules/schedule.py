@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,12 +37,12 @@ class Schedule:
 
     rows: torch.Tensor
     timesteps: torch.Tensor
-    history: int
-    draws: tuple[int, ...]
-    residual: float
-    form: str
-    linear: bool
-    reason: str | None
+    history: int = 0
+    draws: tuple[int, ...] = ()
+    residual: float = float("nan")
+    form: str = "own step"
+    linear: bool = False
+    reason: str | None = None
     noise_dtype: torch.dtype | None = None
     rounding: float = float("nan")
     in_steps: bool = True
@@ -51,28 +51,31 @@ class Schedule:
     full: int = 0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "draws", self.draws or (0,) * len(self.timesteps))
         object.__setattr__(self, "full", max(self.full, len(self.timesteps)))
 
     def with_own_step(self, reason: str) -> Schedule:
         """The same rows without an update: x' = e, for callers that must run the scheduler's own step() on the guided output."""
         if not self.linear:
             return self
-        rows = self.rows.clone()
-        rows[:, [Row.P, Row.A, *range(Row.H0, Row.H0 + HISTORY), Row.N]] = 0.0
-        rows[:, [Row.Q, Row.B]] = 1.0
-        rows[:, Row.STORE] = -1.0
-        return replace(
-            self, rows=rows, history=0, draws=(0,) * len(self.draws), residual=float("nan"), form="own step", linear=False, reason=reason,
-            noise_dtype=None, rounding=float("nan"), looks_back=False,
-        )  # fmt: skip
+        rows = without_update(self.rows)
+        return Schedule(rows, self.timesteps, reason=reason, in_steps=self.in_steps, no_x0=self.no_x0, full=self.full)
+
+
+def without_update(rows: torch.Tensor) -> torch.Tensor:
+    """A copy with x' = e in every row."""
+    rows = rows.clone()
+    rows[:, [Row.P, Row.A, *range(Row.H0, Row.H0 + HISTORY), Row.N]] = 0.0
+    rows[:, [Row.Q, Row.B]] = 1.0
+    rows[:, Row.STORE] = -1.0
+    return rows
 
 
 def in_training_steps(scheduler: Any) -> bool:
     """By the whole schedule: one that counts steps begins among the hundreds, or has so few that they are small integers."""
     trained = getattr(scheduler, "config", {}).get("num_train_timesteps", 0)
     times = [float(t) for t in scheduler.timesteps]
-    if (
-        trained == 1 or times[0] < times[-1]
-    ):  # from 1 to 0 (ACE-Step), or they grow as noise goes away (Mochi, LongCat audio)
+    # From 1 to 0 (ACE-Step), or they grow as noise goes away (Mochi, LongCat audio).
+    if trained == 1 or times[0] < times[-1]:
         return False
     return (trained > 0 and max(times) >= SMALLEST_START * trained) or all(t.is_integer() for t in times)

@@ -41,19 +41,15 @@ def signature(scheduler: Any) -> dict[str, Any]:
 
 def changed(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Names of what differs between two signatures, but for tensors that were only moved: add_noise moves a schedule to the latents."""
-    if now == then:
-        return []
     return sorted(name for name in {*then, *now} if not _alike(then.get(name), now.get(name)))
 
 
 @functools.lru_cache(maxsize=64)
 def _mentioned(kind: type) -> frozenset[str]:
     """The names that the code of a class mentions, its attributes among them."""
-    found: set[str] = set()
-    for value in functions(kind):
-        plain = getattr(value, "__func__", None) or getattr(value, "fget", None) or value
-        found.update(getattr(getattr(inspect.unwrap(plain), "__code__", None), "co_names", ()))
-    return frozenset(found)
+    plain = [getattr(value, "__func__", None) or getattr(value, "fget", None) or value for value in functions(kind)]
+    codes = [getattr(inspect.unwrap(value), "__code__", None) for value in plain]
+    return frozenset(name for code in codes for name in getattr(code, "co_names", ()))
 
 
 def _mark(value: Any) -> Any:
@@ -75,10 +71,8 @@ def own_state(scheduler: Any) -> dict[str, Any]:
     """The scheduler's attributes as they stand before a run, without methods that someone wrapped on the instance."""
     replaced = hooked(scheduler)
     state = {name: value for name, value in vars(scheduler).items() if name not in replaced}
-    for name in state.keys() & RUN_STATE.keys():
-        start = RUN_STATE[name]
-        state[name] = start * len(state[name] or []) if isinstance(start, list) else start
-    return state
+    starts = {name: RUN_STATE[name] for name in state if name in RUN_STATE}
+    return state | {name: s * len(state[name] or []) if isinstance(s, list) else s for name, s in starts.items()}
 
 
 def at_the_start(scheduler: Any) -> Any:

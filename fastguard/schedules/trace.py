@@ -13,7 +13,7 @@ cast down and answers `torch.randn`; its stack is per thread, the global generat
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,7 @@ class Trace:
         self.out = np.zeros((rows, 3 * rows))  # coefficients of x_{k+1}
         self.converted = np.full(
             (rows, 2), np.nan
-        )  # (P, Q) of the output as the scheduler keeps it; NaN where it keeps none
+        )  # (P, Q) of the output as the scheduler keeps it; NaN: it keeps none
         self.scale = np.ones(rows)  # factor of scale_model_input
         self.sigma = np.full(rows, np.nan)  # noise level: sigma, or the timestep without sigmas; NaN if unknown
         self.starts = np.ones(rows, dtype=bool)  # the evaluation begins a block (it is no mid-stage)
@@ -73,52 +73,19 @@ _OTHER_DRAWS = {
 }
 
 
-def on_cpu() -> AbstractContextManager:
-    """New tensors are on the CPU. A default device is itself a mode: entering the CPU's for nothing would double every scalar's cost."""
-    return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
-
-
 def trace(scheduler: Any, step_kwargs: Mapping[str, Any], begin_index: int) -> Trace:
-    """Step a private copy through all rows from `begin_index` on. What the scheduler raises ends up in `problem`.
+    """Step a private copy through all rows from `begin_index` on. What the scheduler raises ends up in `problem`; with one only scale,
+    sigma and starts are recorded.
 
     The step() of a foreign or replaced one is not called: whatever it does besides belongs to its owner.
     """
-    with torch.no_grad(), on_cpu():
-        private = at_the_start(scheduler)
-        timesteps = private.timesteps[begin_index:]
-        result = Trace(len(timesteps), float(getattr(private, "init_noise_sigma", 1.0)))
-        # With a problem only scale, sigma and starts are recorded.
-        result.problem = foreign(scheduler) or replaced_step(scheduler)
-        _run(private, timesteps, step_kwargs, result)
-        if any(result.draws):
-            result.noise_dtype = _noise_dtype(at_the_start(scheduler), timesteps, step_kwargs)
-    return result
-
-
-def stock_in_float32(scheduler: Any, step_kwargs: Mapping[str, Any], begin_index: int, recorded: Trace) -> np.ndarray:
-    """x_{k+1} [K, PROBES] of the random columns as stock computes it in float32, each row from the recorded x_k."""
-    shape = torch.Size((1, 1, 1, PROBES))
-
-    def column(values: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(values.astype(np.float32)).reshape(shape)
-
-    result = np.empty_like(recorded.probe_e, dtype=np.float32)
-    row = 0
-    with torch.no_grad(), on_cpu(), Lanes(shape, lambda: column(recorded.probe_z[row])):
-        private = at_the_start(scheduler)
-        for row, t in enumerate(private.timesteps[begin_index:]):
-            x = column(recorded.probe_x[row])
-            if hasattr(private, "scale_model_input"):
-                private.scale_model_input(x, t)
-            after = private.step(column(recorded.probe_e[row]), t, x, **step_kwargs, return_dict=False)[0]
-            result[row] = after.reshape(-1).numpy()
-    return result
-
-
-def _run(private: Any, timesteps: torch.Tensor, step_kwargs: Mapping[str, Any], result: Trace) -> None:
+    private = at_the_start(scheduler)
+    timesteps = private.timesteps[begin_index:]
     rows = len(timesteps)
     lanes = 3 * rows
     shape = torch.Size((1, 1, 1, lanes + PROBES))
+    result = Trace(rows, float(getattr(private, "init_noise_sigma", 1.0)))
+    result.problem = foreign(scheduler) or replaced_step(scheduler)
     draws = [0] * rows
     row = 0
 
@@ -162,6 +129,33 @@ def _run(private: Any, timesteps: torch.Tensor, step_kwargs: Mapping[str, Any], 
     result.draws = tuple(draws)
     if max(draws, default=0) > 1 and result.problem is None:
         result.problem = f"it draws noise {max(draws)} times in one row"
+    if any(draws):
+        with suppress(Exception):
+            dtype = stock(scheduler, step_kwargs, begin_index, result, torch.float16)[1]
+            result.noise_dtype = None if dtype == torch.float16 else dtype
+    return result
+
+
+def stock(
+    scheduler: Any, step_kwargs: Mapping[str, Any], begin_index: int, recorded: Trace, dtype: torch.dtype
+) -> tuple[np.ndarray, torch.dtype | None]:
+    """x_{k+1} [K, PROBES] of the random columns as stock computes it in `dtype`, each row from the recorded x_k; the dtype of its draws."""
+    shape = torch.Size((1, 1, 1, PROBES))
+
+    def column(values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(values).to(dtype).reshape(shape)
+
+    result = np.empty_like(recorded.probe_e, dtype=np.float32)
+    row = 0
+    with Lanes(shape, lambda: column(recorded.probe_z[row])) as mode:
+        private = at_the_start(scheduler)
+        for row, t in enumerate(private.timesteps[begin_index:]):
+            x = column(recorded.probe_x[row])
+            if hasattr(private, "scale_model_input"):
+                private.scale_model_input(x, t)
+            after = private.step(column(recorded.probe_e[row]), t, x, **step_kwargs, return_dict=False)[0]
+            result[row] = after.reshape(-1).numpy()
+    return result, mode.dtypes[0] if mode.dtypes else None
 
 
 def _sigma(private: Any, t: torch.Tensor) -> float:
@@ -211,21 +205,3 @@ def _kept_output(private: Any, shape: torch.Size, row: int, rows: int) -> tuple[
         if np.count_nonzero(lanes) == (p != 0.0) + (q != 0.0) and (is_output or q != 0.0):
             return p, q
     return np.nan, np.nan
-
-
-def _noise_dtype(private: Any, timesteps: torch.Tensor, step_kwargs: Mapping[str, Any]) -> torch.dtype | None:
-    """Dtype that stock draws in when sample and model output are float16; None if it is theirs."""
-    shape = torch.Size((1, 1, 1, 1))
-    zero = torch.zeros(shape, dtype=torch.float16)
-    mode = Lanes(shape, lambda: zero)
-    for t in timesteps:
-        try:
-            with mode:
-                if hasattr(private, "scale_model_input"):
-                    private.scale_model_input(zero, t)
-                private.step(zero, t, zero, **step_kwargs, return_dict=False)
-        except Exception:
-            return None
-        if mode.dtypes:
-            return None if mode.dtypes[0] == torch.float16 else mode.dtypes[0]
-    return None
