@@ -88,8 +88,7 @@ class Guide:
         self, *, path: str = "guidance alone", reason: str | None = None, latents: torch.Tensor | None = None
     ) -> Report:
         """What happened in the rows so far. `latents` at the end, where the caller has them: whether they are finite."""
-        told = self.loop, self.so_far()
-        return Report(*told, rows_run=self.rows_run, path=path, reason=reason, latents=latents)
+        return Report(self.loop, self.so_far(), rows_run=self.rows_run, path=path, reason=reason, latents=latents)
 
     def so_far(self) -> Plan:
         """The plan as the report shows it."""

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from fastguard.files import write_atomic
 
 if TYPE_CHECKING:
@@ -34,11 +36,14 @@ def plot_curves(images: Sequence[ImageReport], path: str | os.PathLike[str] | No
     for b, image in enumerate(images):
         colour, label = f"C{b % 10}", f"{b}: {image.policy.name}"
         # Small dots: between two gaps there is no line to see.
-        axes.plot(image.timesteps, _with_gaps(image.rms_curve), lw=1.2, marker=".", ms=2, color=colour, label=label)
+        curve, shares = (
+            np.array(values, float) for values in (image.rms_curve, image.share_curve)
+        )  # None is a gap, NaN
+        axes.plot(image.timesteps, curve, lw=1.2, marker=".", ms=2, color=colour, label=label)
         _mark(axes, image, image.transition_step, "o", colour, "white" if image.forced else colour)
         _mark(axes, image, image.minimum_step, "v", colour, colour)
         if right is not None:
-            right.plot(image.timesteps, _with_gaps(image.share_curve), ls="--", lw=1, color=colour)
+            right.plot(image.timesteps, shares, ls="--", lw=1, color=colour)
     gates = {(image.gate["threshold"], image.policy.gate_steps) for image in images if image.gate is not None}
     for tau, steps in sorted(gates):
         axes.axhline(tau, ls="--", lw=1, color="0.4")
@@ -56,10 +61,6 @@ def plot_curves(images: Sequence[ImageReport], path: str | os.PathLike[str] | No
         figure.savefig(buffer, format=Path(path).suffix[1:] or "png", dpi=150)
         write_atomic(path, buffer.getvalue())
     return figure
-
-
-def _with_gaps(values: Sequence[float | None]) -> list[float]:
-    return [float("nan") if value is None else value for value in values]
 
 
 def _mark(axes: Any, image: ImageReport, row: int | None, marker: str, colour: str, face: str) -> None:

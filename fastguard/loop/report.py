@@ -71,6 +71,11 @@ class ImageReport:
     reason: str | None = None
 
     @property
+    def _guarded(self) -> bool:
+        """Whether the guard held this image: its policy guards, and its gate, if it has one, caught it."""
+        return self.policy.guarded and (self.gate is None or self.gate["caught"])
+
+    @property
     def rms_curve(self) -> tuple[float | None, ...]:
         """RMS(c - u) = sqrt(d / elements) per row: the gate's unit, independent of the latent's size."""
         return tuple(None if d is None else math.sqrt(d / self.elements) for d in self.d_curve)
@@ -86,8 +91,7 @@ class ImageReport:
         """Whether `collapse` lies below the policy's bound, which is one for plain guidance: None for a guarded image, or without bound or curve."""
         bound: Any = self.policy.suspect  # one image's, no list
         collapse = self.collapse
-        guarded = self.policy.guarded and (self.gate is None or self.gate["caught"])
-        return None if bound is None or collapse is None or guarded else collapse < bound
+        return None if bound is None or collapse is None or self._guarded else collapse < bound
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; what is not finite becomes None."""
@@ -95,12 +99,10 @@ class ImageReport:
         return finite({**vars(self), "policy": self.policy.to_dict(), **judged})
 
     def __str__(self) -> str:
-        parts = [str(self.policy.name), f"gate: {self.gate_text()}" if self.gate else "", self.transition_text()]
-        if self.suspect:
-            parts.append(f"SUSPECT (collapse {self.collapse:.3g} < {self.policy.suspect:g})")
-        if self.non_finite is not None:
-            parts.append(f"NOT FINITE from row {self.non_finite}")
-        return "  ".join(part for part in [*parts, f"{self.denoiser_rows} denoiser rows"] if part)
+        parts = [self.policy.name, f"gate: {self.gate_text()}" if self.gate else "", self.transition_text()]
+        parts.append(f"SUSPECT (collapse {self.collapse:.3g} < {self.policy.suspect:g})" if self.suspect else "")
+        parts.append("" if self.non_finite is None else f"NOT FINITE from row {self.non_finite}")
+        return "  ".join(filter(None, map(str, [*parts, f"{self.denoiser_rows} denoiser rows"])))
 
     def _repr_html_(self) -> str:
         return _table([self], self.path if self.reason is None else f"{self.path}: {self.reason}")
@@ -109,28 +111,25 @@ class ImageReport:
         """The gate's verdict in words; empty without a gate."""
         if self.gate is None:
             return ""
-        if self.gate["rms"] is None:
-            return f"not caught (no finite observation; threshold {self.gate['threshold']:.4g})"
-        rms = f"RMS {self.gate['rms']:.4g}"
+        rms, threshold = self.gate["rms"], f"{self.gate['threshold']:.4g}"
+        if rms is None:
+            return f"not caught (no finite observation; threshold {threshold})"
         if self.gate["caught"]:
-            return f"caught at row {self.gate['step']} ({rms} >= {self.gate['threshold']:.4g})"
-        return f"not caught ({rms} < {self.gate['threshold']:.4g})"
+            return f"caught at row {self.gate['step']} (RMS {rms:.4g} >= {threshold})"
+        return f"not caught (RMS {rms:.4g} < {threshold})"
 
     def transition_text(self) -> str:
         """When the guard ended, in words; empty for images that the gate released."""
         if self.policy.transition is None:
-            caught = self.policy.anchored and (self.gate is None or self.gate["caught"])
-            return "anchored" if caught else "plain guidance"
+            return "anchored" if self._guarded else "plain guidance"
         if self.transition_step is None:
-            return "no transition" if self.gate is None or self.gate["caught"] else ""
-        details = []
-        if self.minimum_timestep is not None:
-            details.append(f"minimum at t = {self.minimum_timestep:g}")
-        if self.margin is not None:
-            details.append(f"margin {self.margin:.2%}")
+            return "no transition" if self._guarded else ""
+        minimum = "" if self.minimum_timestep is None else f"minimum at t = {self.minimum_timestep:g}"
+        margin = "" if self.margin is None else f"margin {self.margin:.2%}"
+        details = ", ".join(filter(None, (minimum, margin)))
         how = "forced" if self.forced else "transition"
         text = f"{how} at row {self.transition_step}, t = {self.transition_timestep:g}"
-        return f"{text} ({', '.join(details)})" if details else text
+        return f"{text} ({details})" if details else text
 
 
 class Report(Sequence[ImageReport]):
@@ -167,40 +166,40 @@ class Report(Sequence[ImageReport]):
         """Waits for the device."""
         if self._ready is not None:
             self._ready.synchronize()
-        n = len(State)
-        table = enumerate(self._numbers.cpu().T.tolist())
-        return tuple(self._image(b, line[:n], bool(line[n]), line[n + 1 :]) for b, line in table)
+        lines = self._numbers.cpu().T.tolist()
+        return tuple(self._image(policy, line) for policy, line in zip(self._plan.policies, lines, strict=True))
 
-    def _image(self, b: int, state: list[float], finite: bool, trace: list[float]) -> ImageReport:
-        policy: Any = self._plan.policies[b]
+    def _image(self, policy: Any, numbers: list[float]) -> ImageReport:
+        state, finite, trace = numbers[: len(State)], bool(numbers[len(State)]), numbers[len(State) + 1 :]
         times, elements = self._plan.timesteps, self._plan.elements
 
         def row(column: State) -> int | None:
             return int(state[column]) if state[column] >= 0 else None
 
+        def known(value: float) -> float | None:
+            return None if math.isnan(value) else value
+
         transition = row(State.TRANSITION_STEP) if policy.transition else None
         minimum, caught, non_finite = row(State.MINIMUM_STEP), row(State.GATE_STEP), row(State.NON_FINITE)
-        gate: Gate | None = None
-        if policy.gate is not None:
-            rms = math.sqrt(state[State.GATE_D] / elements) if state[State.GATE_D] >= 0 else None
-            gate = Gate(caught=caught is not None, rms=rms, threshold=policy.gate, step=caught)
+        rms = math.sqrt(state[State.GATE_D] / elements) if state[State.GATE_D] >= 0 else None
+        gate = Gate(caught=caught is not None, rms=rms, threshold=policy.gate, step=caught)
         # NaN is what a row leaves that did not run both branches, unless the op says that d itself was not finite.
         ran = int(state[State.STEP])
         not_finite = range(ran if non_finite is None else non_finite, ran)
-        d_curve = (None if math.isnan(d) and k not in not_finite else d for k, d in enumerate(trace[: len(times)]))
+        d_curve = (d if k in not_finite else known(d) for k, d in enumerate(trace[: len(times)]))
         return ImageReport(
             policy=policy,
             policy_hash=policy.hash,
             timesteps=times,
             d_curve=tuple(d_curve),
-            share_curve=tuple(None if math.isnan(share) else share for share in trace[len(times) :]),
+            share_curve=tuple(map(known, trace[len(times) :])),
             elements=elements,
             transition_step=transition,
             transition_timestep=None if transition is None else times[transition],
             minimum_step=minimum,
             minimum_timestep=None if minimum is None else times[minimum],
-            margin=None if math.isnan(state[State.MARGIN]) else state[State.MARGIN],
-            gate=gate,
+            margin=known(state[State.MARGIN]),
+            gate=None if policy.gate is None else gate,
             forced=bool(state[State.FORCED]),
             non_finite=ran - 1 if non_finite is None and not finite else non_finite,
             denoiser_rows=self._rows_run,
@@ -250,9 +249,8 @@ def _table(images: Sequence[ImageReport], title: str) -> str:
     """HTML, a line per image, for notebooks."""
     lines = ["<tr><th>image</th><th>policy</th><th>gate</th><th>what happened</th><th>rows</th></tr>"]
     for b, image in enumerate(images):
-        happened = [image.transition_text(), "suspect" if image.suspect else ""]
-        happened.append("" if image.non_finite is None else f"not finite from row {image.non_finite}")
-        told = ", ".join(filter(None, happened))
+        broken = "" if image.non_finite is None else f"not finite from row {image.non_finite}"
+        told = ", ".join(filter(None, (image.transition_text(), "suspect" if image.suspect else "", broken)))
         cells = (b, image.policy.name, image.gate_text(), told, image.denoiser_rows)
-        lines.append("".join(["<tr>", *(f"<td>{escape(str(cell))}</td>" for cell in cells), "</tr>"]))
+        lines.append(f"<tr>{''.join(f'<td>{escape(str(cell))}</td>' for cell in cells)}</tr>")
     return f"<p>{escape(title)}</p><table>{''.join(lines)}</table>"

@@ -12,7 +12,7 @@ from fastguard.kernels.layout import NEVER, Row, Rule
 from fastguard.loop.guide import Guide
 from fastguard.policies.plan import Plan, limit
 from fastguard.policies.policy import Policy
-from fastguard.schedules.schedule import Schedule
+from fastguard.schedules.schedule import Schedule, without_update
 
 ROWS = 1024  # evaluations of one run at most
 
@@ -61,15 +61,13 @@ class Stepwise(Guide):
         space, and (X, E) of x0(e) = X x + E e. Each is a number or a tensor of one element; a tensor on the latents' device is not
         waited for."""
         row = self.loop.rows[self.row]
-        level, timestep = (_scalar(value, row) for value in (level, timestep))
+        level = torch.as_tensor(level, dtype=row.dtype, device=row.device).reshape(())
         observed = level > self._highest
         self._highest = torch.maximum(self._highest, level)
         columns = {Row.OBSERVE: observed, Row.TIMESTEP: timestep, Row.W_EPSILON: w_epsilon, Row.W_X0: w_x0}
-        if x0 is not None:
-            columns |= {Row.X: x0[0], Row.E: x0[1]}
-        for column, value in columns.items():
+        for column, value in (columns if x0 is None else columns | {Row.X: x0[0], Row.E: x0[1]}).items():
             row[column] = value
-        reached = observed & (timestep <= self._limits)
+        reached = observed & (row[Row.TIMESTEP] <= self._limits)
         self.loop.rules[:, Rule.SWITCH_ROW] = torch.where(reached, float(self.row), float(NEVER))
 
     def so_far(self) -> Plan:
@@ -80,13 +78,8 @@ class Stepwise(Guide):
 
 def _blank(in_steps: bool, observations: int | None) -> Schedule:
     """Rows that `at` writes; the first ones count as observations until then."""
-    rows = torch.zeros(ROWS + 1, len(Row), dtype=torch.float64)
+    rows = without_update(torch.zeros(ROWS + 1, len(Row), dtype=torch.float64))
     rows[:-1, Row.ACTIVE] = 1.0
     rows[: observations or 0, Row.OBSERVE] = 1.0
     no_x0 = "no scheduler is known" if observations is None else None
-    times, draws = rows[:-1, Row.TIMESTEP], (0,) * ROWS
-    return Schedule(rows, times, 0, draws, torch.nan, "free", True, None, in_steps=in_steps, no_x0=no_x0)
-
-
-def _scalar(value: Any, like: torch.Tensor) -> torch.Tensor:
-    return torch.as_tensor(value, dtype=like.dtype, device=like.device).reshape(())
+    return Schedule(rows, rows[:-1, Row.TIMESTEP], in_steps=in_steps, no_x0=no_x0)

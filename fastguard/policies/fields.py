@@ -38,48 +38,37 @@ def checked(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     try:
         valid = {key: _FIELDS[key](key, value) for key, value in values.items()}
         _combination(valid)
-        _ranges(valid)
-    except (ValueError, RecursionError) as error:
-        message = str(error)  # holds the value, whatever its length, and at its end what is allowed
-        raise ValueError(
-            prefix + (message if len(message) <= 400 else f"{message[:80]} ... {message[-300:]}")
-        ) from None
+        for key, (lowest, highest) in RANGES.items():
+            for value in valid[key] if isinstance(valid[key], tuple) else [valid[key]]:
+                if isinstance(value, (int, float)) and not lowest <= value <= highest:
+                    raise ValueError(f"{key}={short(value)}: must be from {lowest:g} to {highest:g}")
+    except ValueError as error:
+        raise ValueError(f"{prefix}{error}") from None
     return valid
 
 
-def _ranges(valid: Mapping[str, Any]) -> None:
-    for key, (lowest, highest) in RANGES.items():
-        for value in valid[key] if isinstance(valid[key], tuple) else [valid[key]]:
-            if isinstance(value, (int, float)) and not lowest <= value <= highest:
-                raise ValueError(f"{key}={short(value)}: must be from {lowest:g} to {highest:g}")
-
-
 def _before(name: str, value: Any) -> str | float:
-    if isinstance(value, str) and value in BEFORE:
-        return value
-    return number(name, value, "one of 'zero', 'conditional', 'opposite' or a finite number")
+    allowed = "one of 'zero', 'conditional', 'opposite' or a finite number"
+    return value if isinstance(value, str) and value in BEFORE else number(name, value, allowed)
 
 
 def _guidance_scale(name: str, value: Any) -> float | tuple[float, ...] | None:
-    allowed = "None, a finite number or a tuple of finite numbers, one per denoiser row"
-    if value is None:
-        return None
     if isinstance(value, tuple) and value:
         return tuple(number(f"{name}[{k}]", item, "a finite number") for k, item in enumerate(value))
-    return number(name, value, allowed)
+    allowed = "None, a finite number or a tuple of finite numbers, one per denoiser row"
+    return None if value is None else number(name, value, allowed)
 
 
 def _flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
-        raise ValueError(f"{name}={value!r}: must be True or False")
+        raise ValueError(f"{name}={short(value)}: must be True or False")
     return value
 
 
 def _name(name: str, value: Any) -> str:
-    if not isinstance(value, str) or not value:
-        raise ValueError(f"{name}={value!r}: must be a string that is not empty")
-    if len(value) > LONGEST_NAME or not is_unicode(value):
-        raise ValueError(f"{name}={short(value)}: must be UTF-8 text of at most {LONGEST_NAME} characters")
+    if not isinstance(value, str) or not 0 < len(value) <= LONGEST_NAME or not is_unicode(value):
+        allowed = f"UTF-8 text that is not empty, of at most {LONGEST_NAME} characters"
+        raise ValueError(f"{name}={short(value)}: must be {allowed}")
     return value
 
 
@@ -130,5 +119,5 @@ def _combination(v: Mapping[str, Any]) -> None:
     for fields, met, need in needs:
         for name, default in fields.items():
             if v[name] != default and not met:
-                have = f"transition={v['transition']!r}, before={v['before']!r}, rule={v['rule']!r}, gate={v['gate']!r}"
+                have = ", ".join(f"{key}={v[key]!r}" for key in ("transition", "before", "rule", "gate"))
                 raise ValueError(f"{name}={v[name]!r} has no effect here: it needs {need} (have {have})")

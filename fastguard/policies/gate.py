@@ -22,6 +22,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from fastguard import checks
 from fastguard.files import short
 
 if TYPE_CHECKING:
@@ -51,18 +52,14 @@ class Calibration:
 
 def _binomial_cdf(m: int, n: int, p: float) -> float:
     """P(Binomial(n, p) <= m)."""
-    logs = [
-        math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) + k * math.log(p) + (n - k) * math.log1p(-p)
-        for k in range(m + 1)
-    ]
-    return math.fsum(math.exp(value) for value in logs)
+    log_ways = [math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) for k in range(m + 1)]
+    return math.fsum(math.exp(ways + k * math.log(p) + (n - k) * math.log1p(-p)) for k, ways in enumerate(log_ways))
 
 
 def needed_prompts(fpr: float, confidence: float) -> int:
     """The smallest n with (1 - fpr)^n <= 1 - confidence."""
     for name, value in (("fpr", fpr), ("confidence", confidence)):
-        if not 0 < value < 1:
-            raise ValueError(f"{name}={value!r}: must lie strictly between 0 and 1")
+        checks.number(name, value, "strictly between 0 and 1", lambda share: 0 < share < 1)
     if fpr < SMALLEST_FPR:
         raise ValueError(f"fpr={fpr!r}: must be at least {SMALLEST_FPR:g}")
     return math.ceil(math.log1p(-confidence) / math.log1p(-fpr))  # 1 - fpr may well be 1 in floats
@@ -127,8 +124,7 @@ def screening_bound(policy: Policy) -> tuple[int, float]:
     known = policy.provenance.get("screen")
     if isinstance(known, Mapping):
         return int(known["noises"]), float(known["threshold"])
-    gate: Any = policy.gate  # of one image, no list
-    if gate is None:
-        problem = "has neither a bound for screening nor a gate; `fastguard calibrate` finds them"
-        raise ValueError(f"policy {short(policy.name)}: {problem}")
-    return NOISES, gate
+    if policy.gate is None:
+        neither = "has neither a bound for screening nor a gate; `fastguard calibrate` finds them"
+        raise ValueError(f"policy {short(policy.name)}: {neither}")
+    return NOISES, policy.gate  # type: ignore[return-value]  # of one image, no list

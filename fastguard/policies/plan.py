@@ -91,17 +91,17 @@ def limit(policy: Any) -> float | None:
     return policy.t_star if policy.transition == "static" else policy.deadline
 
 
-def limit_of(policy: Any) -> str | None:
-    """`limit` in words, as "t_star=500"."""
-    name = "t_star" if policy.transition == "static" else "deadline"
-    return None if (t := limit(policy)) is None else f"{name}={t:g}"
-
-
 def limit_problem(policy: Any) -> str | None:
     """Why a policy cannot be used where timesteps count no training steps; None if it can."""
+    if limit(policy) is None:
+        return None
     why = "counts training steps, which this scheduler's timesteps do not"
     use = "use a policy without such a limit ('paper-dtp'), or another scheduler"
-    return None if limit(policy) is None else f"policy {short(policy.name)}: {limit_of(policy)} {why}; {use}"
+    return f"policy {short(policy.name)}: {_limit(policy)} {why}; {use}"
+
+
+def _limit(policy: Any) -> str:
+    return f"t_star={policy.t_star:g}" if policy.transition == "static" else f"deadline={policy.deadline:g}"
 
 
 def anchor_problem(policy: Policy, schedule: Schedule) -> str | None:
@@ -128,13 +128,11 @@ def unfit_guards(plan: Plan, rows: int) -> list[str]:
             found[policy] = (
                 "is anchored in a call that begins late (image-to-image): its anchor shows the given image, too, which was never measured"
             )
-        if not policy.transition:
-            continue
-        if switch_row == 0:
-            found[policy] = f"has no effect in this call: {limit_of(policy)} is not below its first timestep, {first:g}"
-        elif 0 < rows <= switch_row < len(plan.timesteps):
+        if policy.transition and switch_row == 0:
+            found[policy] = f"has no effect in this call: {_limit(policy)} is not below its first timestep, {first:g}"
+        elif policy.transition and 0 < rows <= switch_row < len(plan.timesteps):
             found[policy] = (
-                f"does not end in this call: {limit_of(policy)} is not above its last timestep, {last:g} (denoising_end); an image "
+                f"does not end in this call: {_limit(policy)} is not above its last timestep, {last:g} (denoising_end); an image "
                 f"without an earlier transition never gets the guidance after it"
             )
     return [f"policy {policy.name!r} {what}" for policy, what in found.items()]
@@ -142,9 +140,9 @@ def unfit_guards(plan: Plan, rows: int) -> list[str]:
 
 def of_images(policy: Policy, batch: int, per_prompt: int) -> list[Policy]:
     """Policies per image: lists may be as long as the batch of images or as the list of prompts."""
-    if per_prompt > 1 and policy.images == batch // per_prompt:
-        return [p for p in policy.samples(batch // per_prompt) for _ in range(per_prompt)]
-    return policy.samples(batch)
+    prompts = batch // per_prompt
+    each = per_prompt if policy.images == prompts else 1
+    return [one for one in policy.samples(batch // each) for _ in range(each)]
 
 
 def gate_threshold(tau: float, elements: int) -> float:
@@ -160,9 +158,8 @@ def _switch_row(policy: Any, times: Sequence[float], observed: Sequence[bool]) -
     """First observing row at or below t_star (static) or the deadline (dynamic); row 0 where anchored guidance alone holds."""
     if policy.transition is None and policy.anchored:
         return 0  # no guidance before a transition: guarded at its own scale from the catch on
-    if (last := limit(policy)) is None:
-        return NEVER
-    return next((k for k, t in enumerate(times) if observed[k] and t <= last), NEVER)
+    last = limit(policy)
+    return next((k for k, t in enumerate(times) if last is not None and observed[k] and t <= last), NEVER)
 
 
 def _rule(policy: Any, switch_row: int, elements: int, observations: float) -> list[float]:
@@ -187,8 +184,8 @@ def _guidance(policy: Any, rows: int, scale: float) -> list[tuple[float, float]]
     own = scale if policy.guidance_scale is None else policy.guidance_scale
     after = own if isinstance(own, tuple) else (own,) * rows
     if len(after) != rows:
-        wanted = f"must be one per denoiser row, {rows}"
-        raise ValueError(f"guidance_scale of policy {policy.name!r} has {len(after)} values: {wanted}")
+        found = f"guidance_scale of policy {policy.name!r} has {len(after)} values"
+        raise ValueError(f"{found}: must be one per denoiser row, {rows}")
     fixed = {"zero": 0.0, "conditional": 1.0}.get(policy.before, policy.before)
     before = [-s if fixed == "opposite" else fixed for s in after]
     if policy.opposite_steps is not None:

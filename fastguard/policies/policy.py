@@ -124,25 +124,23 @@ class Policy:
         ungated = [s for s in self.samples(self.images or 1) if s.guarded and s.gate is None]
         if not ungated:
             return None
+        names = ", ".join(map(short, dict.fromkeys(s.name for s in ungated)))
         cost = UNGATED_COST if all(s.anchored for s in ungated) else ""
         return (
-            f"policy {', '.join(map(short, dict.fromkeys(s.name for s in ungated)))} has no gate: every prompt is guarded, ordinary ones too, and their images change{cost}."
+            f"policy {names} has no gate: every prompt is guarded, ordinary ones too, and their images change{cost}."
             " Set gate=tau (`fastguard calibrate` chooses it from ordinary prompts), or use policy 'cfg' for plain guidance."
         )
 
     def samples(self, batch: int) -> list[Policy]:
         """One policy with scalar fields (a per-step tuple counts as one) for each of `batch` images; ValueError if a list has another length."""
-        length = self.images
-        if length is None:
+        if self.images is None:
             return [self] * batch
-        if length != batch:
-            raise ValueError(
-                f"policy {self.name!r} has per-image lists of {length} values, but the batch has {batch} images; values per denoiser row "
-                "are a tuple"
-            )
+        if self.images != batch:
+            lists = f"per-image lists of {self.images} values, but the batch has {batch} images"
+            raise ValueError(f"policy {self.name!r} has {lists}; values per denoiser row are a tuple")
         notes = self.provenance.get(PER_IMAGE)
-        each = notes if isinstance(notes, list) and len(notes) == length else [self.provenance] * length
-        return [Policy(**_pick(self._values(), i), provenance=each[i]) for i in range(length)]
+        each = notes if isinstance(notes, list) and len(notes) == batch else [self.provenance] * batch
+        return [Policy(**_pick(self._values(), i), provenance=each[i]) for i in range(batch)]
 
     @classmethod
     def stack(cls, policies: Sequence[Policy]) -> Policy:
@@ -153,10 +151,9 @@ class Policy:
         if not policies:
             raise ValueError("policies=[]: must hold at least one policy")
         for b, one in enumerate(policies):
-            if (images := one.images) is not None:
-                raise ValueError(
-                    f"policies[{b}] already holds per-image lists of {images} values: must be for one image"
-                )
+            if one.images is not None:
+                held = f"already holds per-image lists of {one.images} values"
+                raise ValueError(f"policies[{b}] {held}: must be for one image")
         notes = [one.provenance for one in policies]
         known = notes[0] if all(note == notes[0] for note in notes) else {PER_IMAGE: notes}
         return cls(**{key: [getattr(one, key) for one in policies] for key in FIELDS}, provenance=known)
@@ -173,11 +170,11 @@ class Policy:
             raise ValueError(f'not a fastguard policy: expected an object with "fastguard_policy": {FORMAT}')
         given = {key: value for key, value in values.items() if key not in ("fastguard_policy", "provenance")}
         refuse_unknown(given)
+        note = values.get("provenance")
         fields: dict[str, Any] = {
             key: [_decode(key, item) for item in value] if isinstance(value, list) else _decode(key, value)
             for key, value in given.items()
         }
-        note = values.get("provenance")
         return cls(**fields, provenance=note if isinstance(note, dict) else {})
 
     def save(self, path: str | os.PathLike[str], *, provenance: Mapping[str, Any] | None = None) -> Path:
@@ -204,10 +201,10 @@ FIELDS = tuple(field.name for field in dataclasses.fields(Policy) if field.name 
 
 
 def refuse_unknown(given: Mapping[str, Any]) -> None:
-    unknown = [key for key in given if key not in FIELDS]
-    if unknown:
-        near = checks.meant(unknown[0], FIELDS)
-        raise ValueError(f"unknown policy field {short(unknown[0])}: allowed are {', '.join(FIELDS)}{near}")
+    for key in given:
+        if key not in FIELDS:
+            allowed = f"allowed are {', '.join(FIELDS)}{checks.meant(key, FIELDS)}"
+            raise ValueError(f"unknown policy field {short(key)}: {allowed}")
 
 
 def _pick(values: Mapping[str, Any], index: int) -> dict[str, Any]:
@@ -225,8 +222,8 @@ def _encode(value: Any) -> Any:
 
 
 def _decode(key: str, value: Any) -> Any:
-    if isinstance(value, dict):
-        if set(value) != {"per_step"} or not isinstance(value["per_step"], list):
-            raise ValueError(f'{key}={short(value)}: an object must be {{"per_step": [...]}}')
-        return tuple(value["per_step"])
-    return value
+    if not isinstance(value, dict):
+        return value
+    if set(value) != {"per_step"} or not isinstance(value["per_step"], list):
+        raise ValueError(f'{key}={short(value)}: an object must be {{"per_step": [...]}}')
+    return tuple(value["per_step"])

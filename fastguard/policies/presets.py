@@ -40,7 +40,6 @@ PRESETS = {name: Policy(name=name, **fields) for name, fields in _FIELDS.items()
 the deadline; `released-dtp` what the authors' released script really runs (g = 1 before the transition); `anchored` our own, from the model's first
 prediction, without a transition."""
 
-
 Source: TypeAlias = str | os.PathLike[str] | Policy
 
 

@@ -38,15 +38,15 @@ def elsewhere(policy: Policy, used: Mapping[str, Any]) -> list[str]:
 
 
 def _same(name: str, one: str, other: str) -> bool:
-    if name != "model":
-        return _plain(one) == _plain(other)
-    if EMBEDDED in (one, other):
+    if name == "model" and EMBEDDED in (one, other):
         return one == other
-    pair = [text.rstrip("/\\") for text in (one, other)]
-    hub = [text.count("/") == 1 and not text.startswith((".", "/", "~")) for text in pair]
-    return hub[0] != hub[1] or _plain(pair[0]) == _plain(pair[1])
+    return (name == "model" and _is_hub(one) != _is_hub(other)) or _plain(one) == _plain(other)
+
+
+def _is_hub(text: str) -> bool:
+    return text.rstrip("/\\").count("/") == 1 and not text.startswith((".", "/", "~"))
 
 
 def _plain(text: str) -> str:
     """The last part of a path, in any case, without a scheduler's ending."""
-    return text.replace("\\", "/").rpartition("/")[2].lower().removesuffix("scheduler")
+    return text.rstrip("/\\").replace("\\", "/").rpartition("/")[2].lower().removesuffix("scheduler")

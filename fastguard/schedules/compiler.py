@@ -22,9 +22,9 @@ import torch
 
 from fastguard.kernels.layout import HISTORY, Row
 from fastguard.schedules.fold import fold, free_form
-from fastguard.schedules.key import key_of
 from fastguard.schedules.noise_level import predictions, unknown
 from fastguard.schedules.schedule import Schedule, in_training_steps, without_update
+from fastguard.schedules.scheduler_state import key_of
 from fastguard.schedules.trace import Trace, stock, trace
 
 # Relative to the largest value of x'; beyond them the scheduler's own step() runs.
