@@ -103,7 +103,7 @@ def _with_update(own: Schedule, recorded: Trace, in_float32: Callable[[], np.nda
                 f"its own step loses {difference:.1e} to rounding in float32, which a table does not repeat"
             )
     return replace(
-        own, rows=rows, history=history, draws=recorded.draws, residual=residual, rounding=rounding, form=form, linear=True,
+        own, rows=rows, history=history, draws=tuple(recorded.draws), residual=residual, rounding=rounding, form=form, linear=True,
         noise_dtype=recorded.noise_dtype, looks_back=looks_back,
     )  # fmt: skip
 

@@ -37,7 +37,7 @@ class Trace:
         self.scale = np.ones(rows)  # factor of scale_model_input
         self.sigma = np.full(rows, np.nan)  # noise level: sigma, or the timestep without sigmas; NaN if unknown
         self.starts = np.ones(rows, dtype=bool)  # the evaluation begins a block (it is no mid-stage)
-        self.draws: tuple[int, ...] = (0,) * rows  # noise draws per row
+        self.draws = [0] * rows  # of noise, per row
         self.noise_dtype: torch.dtype | None = None  # of the draws; None: the model's
         # [K + 1, PROBES] the real trajectory of the random columns, of which the first row stays
         self.probe_x = rng.standard_normal((rows + 1, PROBES)) * first_scale
@@ -86,7 +86,6 @@ def trace(scheduler: Any, step_kwargs: Mapping[str, Any], begin_index: int) -> T
     shape = torch.Size((1, 1, 1, lanes + PROBES))
     result = Trace(rows, float(getattr(private, "init_noise_sigma", 1.0)))
     result.problem = foreign(scheduler) or replaced_step(scheduler)
-    draws = [0] * rows
     row = 0
 
     def lane(column: int, probes: np.ndarray) -> torch.Tensor:
@@ -96,7 +95,7 @@ def trace(scheduler: Any, step_kwargs: Mapping[str, Any], begin_index: int) -> T
         return tensor
 
     def noise() -> torch.Tensor:
-        draws[row] += 1
+        result.draws[row] += 1
         return lane(2 * rows + row, result.probe_z[row])
 
     mode = Lanes(shape, noise)
@@ -126,10 +125,9 @@ def trace(scheduler: Any, step_kwargs: Mapping[str, Any], begin_index: int) -> T
             continue
         result.out[row], result.probe_x[row + 1] = after[:lanes], after[lanes:]
         result.converted[row] = _kept_output(private, shape, row, rows)
-    result.draws = tuple(draws)
-    if max(draws, default=0) > 1 and result.problem is None:
-        result.problem = f"it draws noise {max(draws)} times in one row"
-    if any(draws):
+    if (most := max(result.draws, default=0)) > 1:
+        result.problem = result.problem or f"it draws noise {most} times in one row"
+    if most and result.problem is None:
         with suppress(Exception):
             dtype = stock(scheduler, step_kwargs, begin_index, result, torch.float16)[1]
             result.noise_dtype = None if dtype == torch.float16 else dtype
