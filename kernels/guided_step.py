@@ -4,7 +4,7 @@ For every sample b of the batch, with k = state[b, STEP], row r = rows[state[b, 
 
     d = ||delta||^2                                            trace[k, b] = d
     g = guidance[b, k, 0 before the transition | 1 otherwise]  (`decide`: the transition of Jain et al., CVPR 2025, arXiv 2411.16738)
-    e = u + g delta - f a                                      f = 0 but for anchored samples (`anchor.push`);
+    e = u + g delta - f a                                      f = 0 but for anchored samples (`anchor.restrain`);
                                                                or `combined`, same bits, where that is given and the sample unguarded
     m = P x + Q e
     x = A x + B m + sum_j H_j history[j] + N noise             history[STORE] = m
@@ -20,16 +20,13 @@ the sample lies, so a sample's bits do not depend on its batch. A sample whose r
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import torch_step, triton_step
-from .arguments import Operands, check, dense_like, like
+from .arguments import Operands, check, like
 from .layout import State
-
-BACKENDS = ("torch", "triton")
 
 
 def guided_step(operands: Operands, backend: str | None = None) -> None:
@@ -53,8 +50,8 @@ def choose_backend(x: Tensor, backend: str | None = None) -> str:
     backend = backend or os.environ.get("FASTGUARD_BACKEND")
     if backend is None:
         return "triton" if x.device.type == "cuda" else "torch"
-    if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}; allowed: {', '.join(BACKENDS)}")
+    if backend not in ("torch", "triton"):
+        raise ValueError(f"backend is {backend!r}; allowed: torch, triton")
     return backend
 
 
@@ -66,30 +63,20 @@ def scratch_for(x: Tensor) -> Tensor:
 
 def history_for(x: Tensor, slots: int) -> Tensor:
     """[slots, *x.shape] zeros, every slot in x's memory format."""
-    return torch.empty_strided(
-        (slots, *x.shape), (x.numel(), *x.stride()), dtype=torch.float32, device=x.device
-    ).zero_()
+    strides = (x.numel(), *x.stride())
+    return torch.empty_strided((slots, *x.shape), strides, dtype=torch.float32, device=x.device).zero_()
 
 
-def _run(operands: Operands, backend: str) -> None:
-    x, noise = operands.x, operands.noise
-    outputs = {name: getattr(operands, name) for name in ("uncond", "cond", "combined")}
-    copies = {name: like(output.detach(), x) for name, output in outputs.items() if output is not None}
-    if noise is not None and not dense_like(noise, x):
-        copies["noise"] = like(noise.contiguous(), x)
-    if backend == "triton" and operands.scratch is None:
-        copies["scratch"] = scratch_for(x)
-    step = triton_step.guided_step_triton if backend == "triton" else torch_step.guided_step_torch
-    step(operands._replace(**copies))
-
-
-def _implementation(*arguments: Any) -> None:
-    *tensors, backend = arguments
-    _run(Operands(*tensors), backend)
-
-
-def _fake(*_: Any) -> None:
-    """Nothing is returned and no shape depends on data, so FakeTensor, torch.compile and export see one node."""
+def _run(o: Operands, backend: str) -> None:
+    x, c, combined, noise = o.x, o.cond, o.combined, o.noise
+    o = o._replace(
+        uncond=like(o.uncond.detach(), x),
+        cond=None if c is None else like(c.detach(), x),
+        combined=None if combined is None else like(combined.detach(), x),
+        noise=None if noise is None else like(noise, x, dense=True),
+        scratch=scratch_for(x) if o.scratch is None and backend == "triton" else o.scratch,
+    )
+    (triton_step.guided_step_triton if backend == "triton" else torch_step.guided_step_torch)(o)
 
 
 _library = torch.library.Library("fastguard", "FRAGMENT")
@@ -99,5 +86,6 @@ _library.define(
     "Tensor(g!)? anchor, Tensor(h!)? shares, Tensor(i!)? scratch, str backend) -> ()",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-_library.impl("guided_step", _implementation, "CompositeExplicitAutograd")
-torch.library.register_fake("fastguard::guided_step", _fake, lib=_library)
+_library.impl("guided_step", lambda *given: _run(Operands(*given[:-1]), given[-1]), "CompositeExplicitAutograd")
+# Nothing is returned and no shape depends on data, so FakeTensor, torch.compile and export see one node.
+torch.library.register_fake("fastguard::guided_step", lambda *_: None, lib=_library)

@@ -37,7 +37,7 @@ class Rule(IntEnum):
     RHO = 6  # drop rule: fires below RHO * maximum so far; `rho` of the policy
     MAGNITUDE = 7  # Magnitude
     COMBINED = 8  # 1: while unguarded the caller's own combination is the output, where there is one; 0: the policy has its own scale
-    ANCHORED = 9  # 1: guarded by its anchor (`anchor.push`, which has the formulas of the columns that follow)
+    ANCHORED = 9  # 1: guarded by its anchor (`anchor.restrain`, which has the formulas of the columns that follow)
     FAINT = 10  # norm of m - mu at which the strength begins
     SHARP = 11  # norm at which it is 1
     BACK, ETA, DRIFT, MOST = range(12, 16)
@@ -62,14 +62,12 @@ class State(IntEnum):
     FORCED = 13  # 1 if a dynamic rule was overruled by SWITCH_ROW
     NON_FINITE = 14  # first row with a non-finite d
     LENGTH = 15  # |m - mu| of the anchor
-    PUSH = 16  # of the drift: rho in `anchor.push`
+    PUSH = 16  # of the drift: rho in `anchor.restrain`
     ANCHOR = 17  # Anchor
 
 
 class Anchor(IntEnum):
-    UNWRITTEN = 0
-    WRITTEN = 1
-    BROKEN = 2  # a sum over it was not finite
+    UNWRITTEN, WRITTEN, BROKEN = range(3)  # BROKEN: a sum over it was not finite
 
 
 class RuleKind(IntEnum):
@@ -81,9 +79,22 @@ class Magnitude(IntEnum):
 
 
 class Phase(IntEnum):
-    """Guidance is `guidance[b, step, 0]` in BEFORE, `guidance[b, step, 1]` in all other phases."""
+    """Guidance is `guidance[b, step, 0]` in BEFORE, `guidance[b, step, 1]` in all other phases.
 
-    PLAIN = 0  # not guarded, or released by the gate
-    UNDECIDED = 1  # plain guidance while the gate looks
-    BEFORE = 2
-    AFTER = 3
+    PLAIN: not guarded, or released by the gate; UNDECIDED: the gate looks; BEFORE and AFTER the transition.
+    """
+
+    PLAIN, UNDECIDED, BEFORE, AFTER = range(4)
+
+
+# The same as plain numbers: Triton takes these from a module but takes no enums, and Python compares them four times as fast.
+STATE_WIDTH, ROW_WIDTH, RULE_WIDTH = len(State), len(Row), len(Rule)
+P, Q, A, B, H0, H1, H2, N, S, TIMESTEP, OBSERVE, STORE, W_EPSILON, W_X0, ACTIVE, X, E = map(int, Row)
+STEP, BASE, PHASE, *_, NON_FINITE, LENGTH, PUSH, ANCHOR = map(int, State)
+ANCHORED = int(
+    Rule.ANCHORED
+)  # from LENGTH and ANCHORED on columns are `anchor.restrain`'s, before them `decide.decide`'s
+PLAIN, UNDECIDED, BEFORE, AFTER = map(float, Phase)
+NONE, MINIMUM, DROP = map(float, RuleKind)
+OUTPUT, EPSILON, X0 = map(float, Magnitude)
+UNWRITTEN, WRITTEN, BROKEN = map(float, Anchor)

@@ -139,7 +139,7 @@ else:
         ("old", "new"),
         [
             ("guidance_ptr += (b * steps + k) * 2", "guidance_ptr += (b * steps + k) * 2 + 1"),
-            ("next_row_ptr = rows_ptr + codes.ROW_WIDTH", "next_row_ptr = rows_ptr + 2 * codes.ROW_WIDTH"),
+            ("next_row_ptr = rows_ptr + layout.ROW_WIDTH", "next_row_ptr = rows_ptr + 2 * layout.ROW_WIDTH"),
         ],
     )
     def test_planted_row_beyond_the_last_is_found(old, new, monkeypatch, tmp_path):
@@ -157,7 +157,7 @@ else:
 
     @pytest.mark.parametrize("shape", [SHAPE, (2, 4, 67, 65)])
     def test_planted_out_of_bounds_is_found(shape, monkeypatch, tmp_path):
-        module = planted("mask = offs < n\n    u = ", "mask = offs < n + 1\n    u = ", tmp_path)
+        module = planted("mask = offs < n\n            x = ", "mask = offs < n + 1\n            x = ", tmp_path)
         traced(lambda: Sanitizer(abort_on_error=True), module, monkeypatch)
         with pytest.raises(SystemExit):
             run(module, shape)
