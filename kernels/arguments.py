@@ -50,8 +50,7 @@ def like(tensor: Tensor, x: Tensor, *, dense: bool = False) -> Tensor:
 def memory_format(latents: Tensor) -> torch.memory_format:
     """The one of the two formats that latents are in, contiguous where they are in neither."""
     last = _LAST.get(latents.dim(), torch.contiguous_format)
-    only_last = not latents.is_contiguous() and latents.is_contiguous(memory_format=last)
-    return last if only_last else torch.contiguous_format
+    return torch.contiguous_format if latents.is_contiguous() or not latents.is_contiguous(memory_format=last) else last
 
 
 def check(o: Operands) -> None:

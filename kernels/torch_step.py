@@ -26,9 +26,13 @@ def guided_step_torch(o: Operands) -> None:
     written = [t for t in (o.state, o.trace, o.shares) if t is not None]
     host = [t.cpu().numpy() for t in written]  # on the CPU these are views
     (states, trace, *shares), rows, guidance = host, o.rows.cpu().numpy(), o.guidance.cpu().numpy()
-    latents = [_samples(t, size) or [None] * batch for t in (o.uncond, o.cond, o.combined, o.x, o.noise)]
-    slots, inputs = [_samples(slot, size) for slot in o.history], _samples(o.model_input, size)
-    anchors = [] if o.anchor is None or o.cond is None else [_samples(half, size) for half in o.anchor]
+    latents = [_samples(t, size, batch) for t in (o.uncond, o.cond, o.combined, o.x, o.noise)]
+    slots = [_samples(slot, size, batch) for slot in o.history]
+    anchors = [] if o.anchor is None or o.cond is None else [_samples(half, size, batch) for half in o.anchor]
+    inputs = (
+        None if o.model_input is None else _flat(o.model_input, size).view(-1, batch, size).unbind(1)
+    )  # both halves
+    times = None if o.timestep_out is None else o.timestep_out.view(-1, batch).unbind(1)
 
     for b, (rule, u, c, combined, x, noise) in enumerate(zip(o.rules.tolist(), *latents, strict=True)):
         old = tuple(states[b].tolist())
@@ -63,7 +67,7 @@ def guided_step_torch(o: Operands) -> None:
         if own_weight:
             e = combined.float() if own_weight == 1 else (combined.float() - u) * own_weight + u
         e = e - a * f if f else e  # only an anchored sample has an f
-        m = _weighted((row[layout.Q], e), (row[layout.P], x))
+        m = e if (row[layout.Q], row[layout.P]) == (1.0, 0.0) else _weighted((row[layout.Q], e), (row[layout.P], x))
         past = [(row[layout.H0 + j], slot[b]) for j, slot in enumerate(slots)]
         after = _weighted(
             (row[layout.A], x), (row[layout.B], m), *past, (0.0 if noise is None else row[layout.N], noise)
@@ -71,20 +75,24 @@ def guided_step_torch(o: Operands) -> None:
         if row[layout.STORE] >= 0:
             slots[int(row[layout.STORE])][b].copy_(m)
         x.copy_(after)
-        next_input = after if following[layout.S] == 1.0 else after * following[layout.S]
-        for half in inputs[b::batch]:
-            half.copy_(next_input)
-        if o.timestep_out is not None:
-            o.timestep_out[b::batch] = following[layout.TIMESTEP]
+        if inputs is not None:
+            inputs[b].copy_(after if following[layout.S] == 1.0 else after * following[layout.S])
+        if times is not None:
+            times[b].fill_(following[layout.TIMESTEP])
 
     if o.x.device.type != "cpu":
         for tensor, values in zip(written, host, strict=True):
             tensor.copy_(torch.from_numpy(values))
 
 
-def _samples(tensor: Tensor | None, size: int) -> Any:
-    """Each sample [size] in memory order, in which it is dense; () where there is no tensor."""
-    return () if tensor is None else tensor.as_strided((len(tensor), size), (tensor.stride(0), 1)).unbind()
+def _samples(tensor: Tensor | None, size: int, batch: int) -> Any:
+    """[size] views of the samples, None for each where there is no tensor."""
+    return [None] * batch if tensor is None else _flat(tensor, size).unbind()
+
+
+def _flat(tensor: Tensor, size: int) -> Tensor:
+    """[B, size] of samples that are dense in memory, in memory order."""
+    return tensor.as_strided((len(tensor), size), (tensor.stride(0), 1))
 
 
 def _sum(products: Tensor) -> float:
