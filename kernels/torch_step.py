@@ -29,9 +29,7 @@ def guided_step_torch(o: Operands) -> None:
     latents = [_samples(t, size, batch) for t in (o.uncond, o.cond, o.combined, o.x, o.noise)]
     slots = [_samples(slot, size, batch) for slot in o.history]
     anchors = [] if o.anchor is None or o.cond is None else [_samples(half, size, batch) for half in o.anchor]
-    inputs = (
-        None if o.model_input is None else _flat(o.model_input, size).view(-1, batch, size).unbind(1)
-    )  # both halves
+    inputs = None if o.model_input is None else _flat(o.model_input, size).view(-1, batch, size).unbind(1)
     times = None if o.timestep_out is None else o.timestep_out.view(-1, batch).unbind(1)
 
     for b, (rule, u, c, combined, x, noise) in enumerate(zip(o.rules.tolist(), *latents, strict=True)):
@@ -47,10 +45,11 @@ def guided_step_torch(o: Operands) -> None:
         own_weight = 0.0 if combined is None else own_weight
         g, f, share = float(guidance[b, k, 0 if before else 1]), 0.0, math.nan
         if anchors and rule[layout.ANCHORED]:
-            x0_u, x0_c = (x * row[layout.X] + output.float() * row[layout.E] for output in (u, c))
-            first_c, first_u = (half[b] for half in anchors)
+            to_x, to_e = row[layout.X], row[layout.E]
+            x0_u, x0_c = x * to_x + u.float() * to_e, x * to_x + c.float() * to_e
+            first_c, first_u = anchors[0][b], anchors[1][b]
             first = old[layout.ANCHOR] == layout.UNWRITTEN
-            a = delta * row[layout.E] if first else first_c - x0_u
+            a = delta * to_e if first else first_c - x0_u
             spread = 0.0 if first else _sum((x0_u - first_u).square() + (first_c - first_u).square())
             w = None if combined is None else combined.float() - u
             wa, ww = (0.0, 0.0) if w is None else (_sum(w * a), _sum(w.square()))
@@ -69,13 +68,12 @@ def guided_step_torch(o: Operands) -> None:
         e = e - a * f if f else e  # only an anchored sample has an f
         m = e if (row[layout.Q], row[layout.P]) == (1.0, 0.0) else _weighted((row[layout.Q], e), (row[layout.P], x))
         past = [(row[layout.H0 + j], slot[b]) for j, slot in enumerate(slots)]
-        after = _weighted(
-            (row[layout.A], x), (row[layout.B], m), *past, (0.0 if noise is None else row[layout.N], noise)
-        )
+        drawn = [] if noise is None else [(row[layout.N], noise)]
+        after = _weighted((row[layout.A], x), (row[layout.B], m), *past, *drawn)
         if row[layout.STORE] >= 0:
             slots[int(row[layout.STORE])][b].copy_(m)
         x.copy_(after)
-        if inputs is not None:
+        if inputs is not None:  # one or both halves
             inputs[b].copy_(after if following[layout.S] == 1.0 else after * following[layout.S])
         if times is not None:
             times[b].fill_(following[layout.TIMESTEP])

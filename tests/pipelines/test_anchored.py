@@ -82,7 +82,7 @@ def _halved(pipe, step, timestep, values):
 
 
 def formula(pipe, callback=None, scale=7.5):
-    """One anchored image and one plain one by hand: stock's parts in the order of stock's loop, `push` in float64 on x0.
+    """One anchored image and one plain one by hand: stock's parts in the order of stock's loop, `restrain` in float64 on x0.
 
     Of epsilon predictions of schedulers that keep the variance: x0 = (x - sqrt(1 - alpha) e) / sqrt(alpha).
     """
