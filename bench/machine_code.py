@@ -1,7 +1,7 @@
 """Machine code of the guided step for GPUs that are not here: registers, spills, widths of accesses, bytes per sample.
 
     python -m bench.machine_code            # writes bench/MACHINE_CODE.md
-    python -m bench.machine_code --all      # every configuration that the launcher can choose (about fifteen minutes of one core)
+    python -m bench.machine_code --all      # every configuration that the launcher can choose (8,640 compilations: hours of one core)
 
 Triton compiles for a named target without the device; ptxas, cuobjdump and LLVM's AMD backend ship inside it. What this cannot
 show is time: that takes a GPU (`python -m bench.gpu`).

@@ -12,8 +12,9 @@ except ImportError:  # not on every platform; the torch backend needs none
     triton = tl = None
 
 # Numbers of which no value makes another kernel.
-_VARYING = ("n", "slots", "slot_stride", "steps", "u_stride", "c_stride", "combined_stride")
-_VARYING += ("model_input_halves", "timestep_halves")
+_VARYING = [
+    "n", "u_stride", "c_stride", "combined_stride", "slot_stride", "slots", "steps", "model_input_halves", "timestep_halves",
+]  # fmt: skip
 
 
 def jit(function: Callable[..., Any]) -> Any:
