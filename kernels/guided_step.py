@@ -47,9 +47,7 @@ def guided_step(operands: Operands, backend: str | None = None) -> None:
 
 def choose_backend(x: Tensor, backend: str | None = None) -> str:
     """The one place that chooses: the argument, else FASTGUARD_BACKEND, else the device."""
-    backend = backend or os.environ.get("FASTGUARD_BACKEND")
-    if backend is None:
-        return "triton" if x.device.type == "cuda" else "torch"
+    backend = backend or os.environ.get("FASTGUARD_BACKEND") or ("triton" if x.device.type == "cuda" else "torch")
     if backend not in ("torch", "triton"):
         raise ValueError(f"backend is {backend!r}; allowed: torch, triton")
     return backend

@@ -29,7 +29,8 @@ def guided_step_torch(o: Operands) -> None:
     latents = [_samples(t, size, batch) for t in (o.uncond, o.cond, o.combined, o.x, o.noise)]
     slots = [_samples(slot, size, batch) for slot in o.history]
     anchors = [] if o.anchor is None or o.cond is None else [_samples(half, size, batch) for half in o.anchor]
-    inputs = None if o.model_input is None else _flat(o.model_input, size).view(-1, batch, size).unbind(1)
+    y = o.model_input
+    inputs = None if y is None else y.as_strided((len(y) // batch, batch, size), (batch * size, size, 1)).unbind(1)
     times = None if o.timestep_out is None else o.timestep_out.view(-1, batch).unbind(1)
 
     for b, (rule, u, c, combined, x, noise) in enumerate(zip(o.rules.tolist(), *latents, strict=True)):
@@ -84,13 +85,8 @@ def guided_step_torch(o: Operands) -> None:
 
 
 def _samples(tensor: Tensor | None, size: int, batch: int) -> Any:
-    """[size] views of the samples, None for each where there is no tensor."""
-    return [None] * batch if tensor is None else _flat(tensor, size).unbind()
-
-
-def _flat(tensor: Tensor, size: int) -> Tensor:
-    """[B, size] of samples that are dense in memory, in memory order."""
-    return tensor.as_strided((len(tensor), size), (tensor.stride(0), 1))
+    """[size] views of the samples, which are dense, in memory order; None for each where there is no tensor."""
+    return [None] * batch if tensor is None else tensor.as_strided((batch, size), (tensor.stride(0), 1)).unbind()
 
 
 def _sum(products: Tensor) -> float:
