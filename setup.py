@@ -13,7 +13,7 @@ from setuptools import find_packages, setup
 
 STATS = ["scipy>=1.11"]  # intervals of the tables
 TRITON = [
-    "triton>=3.2; platform_system == 'Linux'"
+    "triton>=3.3; platform_system == 'Linux'"
 ]  # torch's CUDA and ROCm builds bring the one that fits; the tests interpret it anywhere
 FAMILIES = ["peft>=0.17", "sentencepiece>=0.2"]  # without which diffusers has no LoRA, and no Kolors
 TEST = ["pytest>=8", "pytest-xdist>=3.6", "pytest-benchmark>=5", "hypothesis>=6.100", *FAMILIES, *STATS, *TRITON]
@@ -48,7 +48,7 @@ setup(
     },
     include_package_data=False,
     install_requires=[
-        "torch>=2.6",
+        "torch>=2.7",
         "diffusers>=0.40",
         "transformers>=5.0",
         "accelerate>=1.0",
@@ -64,7 +64,7 @@ setup(
         "parquet": PARQUET,
         "ray": RAY,
         "webdataset": WEBDATASET,
-        "triton": ["triton>=3.2; platform_system == 'Linux'"],  # comes with torch's CUDA and ROCm builds
+        "triton": ["triton>=3.3; platform_system == 'Linux'"],  # comes with torch's CUDA and ROCm builds
         "xformers": ["xformers>=0.0.30"],
         "demo": PLOT,
         "metrics": METRICS,

@@ -15,7 +15,7 @@ from .anchor import restrain
 from .arguments import Operands
 from .decide import decide
 from .triton_sums import anchor_elements, products, sums
-from .triton_tables import jit, load_row, load_rule, load_state, store_state, tl
+from .triton_tables import jit, load_row, load_rule, load_state, root, store_state, tl, where
 
 # All sizes depend on the latent's size alone: with it the order of the sum, and so the bits of d, would change.
 SINGLE = 16384
@@ -142,13 +142,13 @@ def _step_kernel(
             found = sums(u_ptr, c_ptr, combined_ptr, x_ptr, anchor_ptr, partials_ptr, b, half, n, to_read, row, BLOCK, PARTIALS)  # fmt: skip
             d = found[0]
         rule = load_rule(rules_ptr + b * layout.RULE_WIDTH)
-        state, before, own_weight = _decide(tl.where, state, rule, row, d, c_ptr is not None)
+        state, before, own_weight = _decide(where, state, rule, row, d, c_ptr is not None)
         guidance_ptr += (b * steps + k) * 2
         g = tl.where(before, tl.load(guidance_ptr), tl.load(guidance_ptr + 1))
         if anchor_ptr is not None and c_ptr is not None:
             own_weight = 0.0 if combined_ptr is None else own_weight
             state, share, f, g, own_weight = _restrain(
-                tl.where, tl.sqrt, state, rule, row, found, g.to(tl.float64), own_weight
+                where, root, state, rule, row, found, g.to(tl.float64), own_weight
             )
             f, g, own_weight = f.to(tl.float32), g.to(tl.float32), own_weight.to(tl.float32)
         next_row_ptr = rows_ptr + layout.ROW_WIDTH

@@ -21,6 +21,17 @@ def jit(function: Callable[..., Any]) -> Any:
     return function if triton is None else triton.jit(function, do_not_specialize=_VARYING)
 
 
+# Triton 3.3 takes its own functions for no arguments of another, as `decide` and `restrain` want them, but takes these.
+@jit
+def where(condition, yes, no):
+    return tl.where(condition, yes, no)
+
+
+@jit
+def root(value):
+    return tl.sqrt(value)
+
+
 # Columns one by one: TileLens takes even a static_range for a loop at run time, and then knows no column's value.
 @jit
 def load_4(ptr):
