@@ -84,7 +84,7 @@ def _compile(scheduler: Any, arguments: Mapping[str, Any], begin: int) -> Schedu
 
 def _on_cpu() -> AbstractContextManager:
     """New tensors are on the CPU. A default device is itself a mode: entering the CPU's for nothing would double every scalar's cost."""
-    return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
+    return nullcontext() if torch.empty(0).device.type == "cpu" else torch.device("cpu")
 
 
 def _with_update(own: Schedule, recorded: Trace, in_float32: Callable[[], np.ndarray]) -> Schedule:
