@@ -62,6 +62,8 @@ def screen(
     wanted = options_for(model, JobOptions(**options))
     if noises is not None:
         checks.integer("noises", noises, 1, 1000)
+    if bound is not None:
+        checks.number("bound", bound, "a finite number above 0", lambda mean: mean > 0)
     noises, limit = _bound(wanted.policy, noises, bound)
     checks.integer("seed", seed, 0, SEEDS - noises)
     rows, _ = load(prompts, wanted, ("prompt", "negative_prompt"))

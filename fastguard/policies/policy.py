@@ -170,12 +170,14 @@ class Policy:
             raise ValueError(f'not a fastguard policy: expected an object with "fastguard_policy": {FORMAT}')
         given = {key: value for key, value in values.items() if key not in ("fastguard_policy", "provenance")}
         refuse_unknown(given)
-        note = values.get("provenance")
+        note = values.get("provenance") or {}
+        if not isinstance(note, dict):
+            raise ValueError(f"provenance={short(note)}: must be an object")
         fields: dict[str, Any] = {
             key: [_decode(key, item) for item in value] if isinstance(value, list) else _decode(key, value)
             for key, value in given.items()
         }
-        return cls(**fields, provenance=note if isinstance(note, dict) else {})
+        return cls(**fields, provenance=note)
 
     def save(self, path: str | os.PathLike[str], *, provenance: Mapping[str, Any] | None = None) -> Path:
         """Write the policy as JSON, atomically, with its provenance or the one given here.

@@ -197,6 +197,8 @@ def test_what_is_refused(model, no_model, rows, tmp_path):
     common = ("screen", model, rows, *OPTIONS, "--out")
     assert "must be a .jsonl or .csv file" in refused(*common, tmp_path / "list.txt")
     assert "noises=0" in refused("screen", model, rows, "--out", tmp_path / "x.csv", "--noises", 0)
+    for bound in ("nan", "inf", "-1", "0"):
+        assert "bound=" in refused("screen", model, rows, "--out", tmp_path / "x.csv", "--bound", bound)
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "a"}\n{"prompt": 3}\n')
     assert "line 2: prompt=3: must be text" in refused("screen", model, bad, "--out", tmp_path / "x.csv")

@@ -76,6 +76,7 @@ def test_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
         ('{"fastguard_policy": 1, "guidance_scale": {"per_step": []}}', "guidance_scale=()"),
         ('{"fastguard_policy": 1, "guidance_scale": 1e300}', "guidance_scale=1e+300: must be from 0 to 1000"),
         ('{"fastguard_policy": 1, "before": ' + "[" * 900 + "]" * 900 + "}", "before"),
+        ('{"fastguard_policy": 1, "provenance": [1]}', "provenance=[1]: must be an object"),
         ("[" * 10**5, "not valid JSON"),
         ('{"fastguard_policy": 1', "not valid JSON"),
         ("\xff", "not valid JSON"),
