@@ -36,9 +36,8 @@ def plot_curves(images: Sequence[ImageReport], path: str | os.PathLike[str] | No
     for b, image in enumerate(images):
         colour, label = f"C{b % 10}", f"{b}: {image.policy.name}"
         # Small dots: between two gaps there is no line to see.
-        curve, shares = (
-            np.array(values, float) for values in (image.rms_curve, image.share_curve)
-        )  # None is a gap, NaN
+        # None becomes NaN: a gap.
+        curve, shares = (np.array(values, float) for values in (image.rms_curve, image.share_curve))
         axes.plot(image.timesteps, curve, lw=1.2, marker=".", ms=2, color=colour, label=label)
         _mark(axes, image, image.transition_step, "o", colour, "white" if image.forced else colour)
         _mark(axes, image, image.minimum_step, "v", colour, colour)
