@@ -8,8 +8,7 @@ from pathlib import Path
 
 import diffusers
 
-from fastguard.pipelines.families import FAMILIES, OWN_FAMILIES, OwnFamily, loops
-from fastguard.pipelines.families.refused import REASONS
+from fastguard.pipelines.families import FAMILIES, OWN_FAMILIES, REASONS, Family, loops
 
 HEADER = """# Pipelines
 
@@ -56,13 +55,13 @@ c - u is taken out (AceStep), the probe tells order and sign alone. EasyAnimateC
 READ: frozenset[str] = frozenset()  # declared from reading: no instance of them runs in the tests
 
 
-def _calls(family: OwnFamily) -> str:
+def _calls(family: Family) -> str:
     names = {"cond": "c", "uncond": "u"}
     order = ", ".join(names[branch] for branch in family.order)
     return f"two calls: {order}" if family.calls == 2 else f"one batch: [{order}]"
 
 
-def _special(family: OwnFamily) -> str:
+def _special(family: Family) -> str:
     offset = f" + {family.offset:g}" if family.offset else ""
     facts = [
         " and ".join(f"`{name}`" for name in (family.scales.values() if family.scales else (family.scale,)))

@@ -20,9 +20,7 @@ class Operands(NamedTuple):
     cond: Tensor | None  # c, as uncond; None: only one branch ran
     x: Tensor  # latents, float32 [B, C, *S], contiguous or channels_last
     history: Tensor  # float32 [L, B, C, *S], L = 0 to 3 slots, each in x's memory format (`history_for`)
-    model_input: (
-        Tensor | None
-    )  # the next denoiser input, floats [B or 2B, C, *S] in x's memory format; None: not written
+    model_input: Tensor | None  # next denoiser input, floats [B or 2B, C, *S] in x's memory format; None: not written
     trace: Tensor  # float32 [>= steps, B], d of every step
     state: Tensor  # float64 [B, len(State)]
     rows: Tensor  # float64 [R, len(Row)]

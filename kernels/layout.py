@@ -91,9 +91,8 @@ class Phase(IntEnum):
 STATE_WIDTH, ROW_WIDTH, RULE_WIDTH = len(State), len(Row), len(Rule)
 P, Q, A, B, H0, H1, H2, N, S, TIMESTEP, OBSERVE, STORE, W_EPSILON, W_X0, ACTIVE, X, E = map(int, Row)
 STEP, BASE, PHASE, *_, NON_FINITE, LENGTH, PUSH, ANCHOR = map(int, State)
-ANCHORED = int(
-    Rule.ANCHORED
-)  # from LENGTH and ANCHORED on columns are `anchor.restrain`'s, before them `decide.decide`'s
+# From LENGTH and ANCHORED on columns are `anchor.restrain`'s, before them `decide.decide`'s.
+ANCHORED = int(Rule.ANCHORED)
 PLAIN, UNDECIDED, BEFORE, AFTER = map(float, Phase)
 NONE, MINIMUM, DROP = map(float, RuleKind)
 OUTPUT, EPSILON, X0 = map(float, Magnitude)

@@ -69,7 +69,7 @@ def _listed(prompts: Any) -> Rows:
         prompts = prompts.to_pylist()
     elif hasattr(
         prompts, "itertuples"
-    ):  # pandas: what is missing is NaN or NA, an integer column with gaps is of floats
+    ):  # pandas: what is missing is NaN or NA, a column of integers with gaps is of floats
         prompts = prompts.astype(object).where(prompts.notna(), None).to_dict("records")
     for number, prompt in enumerate(prompts, 1):
         if isinstance(prompt, (str, Mapping)):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fastguard.kernels.layout import NEVER, Row, Rule
-from fastguard.pipelines.families import Family, OwnFamily, find
+from fastguard.pipelines.families import Family, Fused, find
 from fastguard.pipelines.guard import enable
 from fastguard.pipelines.loading import (
     distilled,
@@ -49,7 +49,7 @@ def inspect_model(
     index = model_index(model)
     kind = pipeline_class(index)
     defaults = {name: p.default for name, p in inspect.signature(kind.__call__).parameters.items()}  # type: ignore[operator]
-    known: Family | OwnFamily | None = None
+    known: Family | None = None
     try:
         known = find(kind)
     except TypeError as error:
@@ -69,7 +69,7 @@ def inspect_model(
     except Exception as error:  # each scheduler refuses in its own way
         raise ValueError(f"steps={count}: {type(made).__name__} refuses: {error}") from None
 
-    own = known if isinstance(known, OwnFamily) else None
+    own = None if isinstance(known, Fused) else known
     name, offset = (own.scale, own.offset) if own else ("guidance_scale", 0.0)
     given = float(defaults.get(name, 7.5)) if guidance_scale is None else guidance_scale
     scale = given + offset  # g of u + g (c - u)

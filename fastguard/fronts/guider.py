@@ -10,12 +10,16 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.guiders.classifier_free_guidance import ClassifierFreeGuidance
 from diffusers.guiders.guider_utils import GuiderOutput
 
-from fastguard.fronts.seen import Seen
+from fastguard.kernels.layout import Row
 from fastguard.loop.guide import Guide
 from fastguard.loop.report import Report
+from fastguard.loop.stepwise import Stepwise
+from fastguard.pipelines.families.guiders import effective_scale
+from fastguard.policies.plan import limit
 from fastguard.policies.policy import Policy
 from fastguard.policies.presets import BLIND
 from fastguard.policies.presets import policy as make_policy
+from fastguard.schedules.compiler import compile_schedule
 
 
 class GuardedGuidance(ClassifierFreeGuidance):
@@ -54,7 +58,8 @@ class GuardedGuidance(ClassifierFreeGuidance):
         self.policy = Policy.from_dict(policy) if isinstance(policy, Mapping) else make_policy(policy)
         self.register_to_config(policy=self.policy.to_dict())
         self._guide: Guide | None = None
-        self._seen = Seen()
+        self._shown: Any = None  # the model's last input
+        self._hook: Any = None
 
     @property
     def report(self) -> Report | None:
@@ -73,11 +78,15 @@ class GuardedGuidance(ClassifierFreeGuidance):
     def prepare_models(self, denoiser: torch.nn.Module) -> None:
         super().prepare_models(denoiser)
         if self.scheduler is not None:
-            self._seen.watch(denoiser)
+            self._hook = denoiser.register_forward_pre_hook(self._see, with_kwargs=True)
 
     def cleanup_models(self, denoiser: torch.nn.Module) -> None:
         super().cleanup_models(denoiser)
-        self._seen.leave()
+        if self._hook is not None:
+            self._hook = self._hook.remove()
+
+    def _see(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        self._shown = args[0] if args else kwargs.get("hidden_states", kwargs.get("sample"))
 
     def forward(self, pred_cond: torch.Tensor, pred_uncond: torch.Tensor | None = None) -> GuiderOutput:
         stock = super().forward(pred_cond, pred_uncond)
@@ -85,15 +94,37 @@ class GuardedGuidance(ClassifierFreeGuidance):
             return stock
         if pred_uncond is None:
             raise ValueError(f"pred_uncond is None: policy {self.policy.name!r} needs both predictions")
-        if self._guide is None:
-            policies = self.policy.samples(len(pred_uncond))
-            self._guide = self._seen.begin(self.scheduler, policies, self._scale, pred_uncond, self._timestep)
-        self._guide.follow(self._scale)
-        x = self._seen.row(self._guide, pred_uncond, self._timestep)
-        stock["pred"] = self._guide(pred_uncond, pred_cond, x, combined=stock.pred)
+        self._guide = guide = self._guide or self._begin(pred_uncond)
+        guide.follow(effective_scale(self))
+        if isinstance(guide, Stepwise):
+            guide.at(*((guide.row, torch.nan) if self._timestep is None else (-self._timestep, self._timestep)))
+        x = self._latents(guide, pred_uncond) if guide.plan.anchored else None
+        stock["pred"] = guide(pred_uncond, pred_cond, x, combined=stock.pred)
         return stock
 
-    @property
-    def _scale(self) -> float:
-        """g of u + g (c - u); the original formulation is c + s (c - u)."""
-        return self.guidance_scale + (1.0 if self.use_original_formulation else 0.0)
+    def _begin(self, pred: torch.Tensor) -> Guide:
+        """The guide of a run whose first row has predictions like `pred`. ValueError where a policy needs what is not seen.
+
+        With a scheduler on a GPU the host waits here for its timesteps, once a run.
+        """
+        policies, scale = self.policy.samples(len(pred)), effective_scale(self)
+        if self.scheduler is not None:
+            return Guide(policies, compile_schedule(self.scheduler), guidance_scale=scale, latents=pred)
+        for one in policies:
+            what = "is anchored" if one.anchored else f"has magnitude={one.magnitude!r}"
+            if one.anchored or one.magnitude != "output":
+                raise ValueError(
+                    f"policy {one.name!r} {what}, which needs noise levels: set guider.scheduler = pipe.scheduler"
+                )
+            if self._timestep is None and (last := limit(one)) is not None:
+                raise ValueError(f"policy {one.name!r} ends at timestep {last:g}: call set_state before the first row")
+        return Stepwise(policies, guidance_scale=scale, latents=pred)
+
+    def _latents(self, guide: Guide, pred: torch.Tensor) -> torch.Tensor:
+        """The latents of the next row, for anchored policies."""
+        if self._shown is None or self._shown.shape[1] < pred.shape[1]:
+            raise RuntimeError(
+                "anchored policies need the latents: the loop must call the guider's prepare_models and cleanup_models around the model"
+            )
+        # A model may be shown more than the latents: a picture's channels, or its tokens.
+        return self._shown[:, : pred.shape[1]] / float(guide.schedule.rows[guide.row, Row.S])

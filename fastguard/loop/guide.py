@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 
-from fastguard.kernels.layout import Row
 from fastguard.loop.loop import Loop, LoopShape
 from fastguard.loop.report import Report
 from fastguard.policies.plan import Plan, lower
@@ -44,10 +42,8 @@ class Guide:
         self.row = self.rows_run = 0
 
     def _loop_of(self, latents: torch.Tensor) -> Loop:
-        schedule = self.schedule.with_own_step("guidance alone")
-        rows = schedule.rows.clone()
-        rows[:, Row.S] = 1.0  # what the op writes as the next model input is then e itself
-        schedule = replace(schedule, rows=rows)
+        # What the op writes as the next model input is then e itself.
+        schedule = self.schedule.with_own_step("guidance alone").unscaled()
         return Loop(schedule, self.plan, latents, LoopShape.of(schedule, self.plan, latents, halves=1))
 
     def __call__(

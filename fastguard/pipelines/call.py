@@ -15,15 +15,16 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from diffusers.guiders.guider_utils import rescale_noise_cfg
 
 from fastguard.capture.obstacles import watched
 from fastguard.capture.runner import BodyRunner
 from fastguard.loop.report import Report
 from fastguard.pipelines.attached import Attached
-from fastguard.pipelines.families import Family
-from fastguard.pipelines.families.base import Said
+from fastguard.pipelines.families import parts_of
+from fastguard.pipelines.families.fused import Fused, Said
 from fastguard.pipelines.generation import Generation
-from fastguard.pipelines.outputs import Output, needs_both, rescaled
+from fastguard.pipelines.outputs import Output, needs_both
 from fastguard.pipelines.scheduler import Step
 from fastguard.policies.policy import Policy
 from fastguard.schedules.schedule import Schedule
@@ -34,13 +35,13 @@ INPUT, DENOISER, STEP = "input", "denoiser", "step"  # what a row has come to
 class Call(Attached):
     """`guide` is the `Generation`."""
 
-    family: Family
+    family: Fused
     said: Said  # of guidance, by the pipeline, at this row
 
     def __init__(
         self,
         policy: Policy,
-        family: Family,
+        family: Fused,
         arguments: Mapping[str, Any],
         pipe: Any,
         denoiser: Callable[..., Any],
@@ -48,22 +49,13 @@ class Call(Attached):
         *,
         unguided: str,
     ) -> None:
-        """arguments: of the pipeline's call, by name; denoiser: the pipeline's, as it shall run."""
-        self.family, self.denoiser, self.runner = family, denoiser, runner
-        callback = any(arguments.get(name) is not None for name in ("callback_on_step_end", "callback"))
+        """denoiser: the pipeline's, as it shall run."""
+        super().__init__(policy, family, arguments, pipe, unguided=unguided)
+        self.denoiser, self.runner = denoiser, runner
         # Somebody may look at, keep or change the latents between two rows.
-        self.open = callback or family.rewrites_latents
-        super().__init__(
-            policy,
-            arguments,
-            pipe,
-            {family.denoiser: self.denoise},
-            unguided=unguided,
-            callback=callback,
-            scales_input=family.scales_input,
-        )
+        self.open = self.scheduling.callback or family.rewrites_latents
         # Hooks may keep the model inputs that they see, of which the loop has one buffer.
-        self.watched = any(watched(getattr(pipe, name, None)) for name in (family.denoiser, "controlnet"))
+        self.watched = any(watched(part) for part in parts_of(pipe, (*family.denoisers, "controlnet")).values())
         self._at = STEP
         self._cond: torch.Tensor | None = None
 
@@ -72,36 +64,36 @@ class Call(Attached):
     def begin(self, latents: torch.Tensor, row: int) -> None:
         self.said = self.family.guidance(self.stand_in, self.arguments)
         if not self.said.on:
-            remedy = "pass a guidance_scale above 1 to a model with classifier-free guidance"
-            self.refuse_unguided(f"guidance_scale={self.arguments.get('guidance_scale')!r}", remedy)
-        super().begin(latents, row)
+            self.refuse_unguided()
+        single = 1 in (len(self.scheduling.scheduler.timesteps), self.arguments["num_inference_steps"])
+        own_step = None
+        if single and self.family.reads_x0:
+            own_step = "a single step: the pipeline reads pred_original_sample from the scheduler"
+        elif self.said.rescale > 0.0:
+            own_step = f"guidance_rescale={self.said.rescale:g} needs the whole guided output before the update"
+        self.guide_by(self._generation, latents, row, own_step)
         self._keeps_both: str | None = None  # why
         if self.said.on and any(branch != "both" for branch in self.guide.plan.branches):
-            self._keeps_both = needs_both(getattr(self.pipe, self.family.denoiser), self.arguments)
+            (original,) = self.denoisers.values()
+            self._keeps_both = needs_both(original, self.arguments)
         if self._keeps_both is not None:
             self.reasons.append(f"both branches run in every row: {self._keeps_both}")
         self._branches = self._needed()
-        takes_generator = self.scheduling.passes_generator(self.stand_in)
-        self._generator = self.arguments.get("generator") if takes_generator else None
         # A generator in host memory would stop every row for a copy. Not where somebody may use it between two rows, nor where
         # fewer rows than the table's will run.
-        if takes_generator and not self.open and self.arguments.get("denoising_end") is None:
-            self.guide.noise.draw_ahead(self.guide.schedule, latents, self._generator)
+        if "generator" in self.scheduling.promised and not self.open and self.arguments.get("denoising_end") is None:
+            self.guide.noise.draw_ahead(self.guide.schedule, latents, self.guide.generator)
 
-    def own_step(self) -> str | None:
-        reason = self.family.own_step(self.arguments, len(self.scheduling.scheduler.timesteps))
-        if reason is None and self.said.rescale > 0.0:
-            reason = f"guidance_rescale={self.said.rescale:g} needs the whole guided output before the update"
-        return reason
-
-    def guide_of(self, policies: list[Policy], schedule: Schedule, latents: torch.Tensor) -> Generation:
+    def _generation(self, policies: list[Policy], schedule: Schedule, latents: torch.Tensor) -> Generation:
         return Generation(
             policies,
-            schedule,
+            schedule if self.family.scales_input else schedule.unscaled(),
             self.denoiser,
             self.runner,
             guidance_scale=self.said.scale,
             latents=latents,
+            generator=self.scheduling.promised.get("generator"),
+            look_again=self.open,
             halves=2 if self.said.on else 1,
             whole=self.runner.wants_whole(latents.device) and self._may_be_whole(schedule),
         )
@@ -152,24 +144,22 @@ class Call(Attached):
             ready = run.model_input(sample)
         return ready.clone() if self.watched else ready
 
-    def denoise(self, *args: Any, **kwargs: Any) -> Output:
+    def denoise(self, name: str, *args: Any, **kwargs: Any) -> Output:
         """Run the row that the pipeline has come to, on the branches that it needs; return a placeholder of the full batch."""
-        name = self.family.sample_argument
-        shown = args[0] if args else kwargs[name]
+        argument = self.family.sample_argument
+        shown = args[0] if args else kwargs[argument]
         if not self.family.scales_input:
             shown = self.scale_model_input(shown, kwargs["timestep"] if "timestep" in kwargs else args[1])
-            args, kwargs = ((shown, *args[1:]), kwargs) if args else (args, {**kwargs, name: shown})
+            args, kwargs = ((shown, *args[1:]), kwargs) if args else (args, {**kwargs, argument: shown})
         if self._at != INPUT:
             raise RuntimeError(
-                f"{self.family.denoiser} was called outside its turn in a guarded loop (by a callback?); call that of the original pipeline"
+                f"{name} was called outside its turn in a guarded loop (by a callback?); call that of the original pipeline"
             )
         self._at = DENOISER
         run = self.guide
         if run.row < len(run.plan.timesteps):
             cut, keeps_cond = len(shown) == 2 * len(run.loop.x), self.said.rescale > 0.0
-            self._cond = run.run_row(
-                (args, kwargs), self._branches, self._generator, cut=cut, look_again=self.open, keeps_cond=keeps_cond
-            )
+            self._cond = run.run_row((args, kwargs), self._branches, cut=cut, keeps_cond=keeps_cond)
         # For the pipeline's own guidance arithmetic, whose result is ignored; in host memory, where it launches nothing.
         shape = (len(shown), run.loop.x.shape[1], *[1] * (run.loop.x.ndim - 2))
         return Output((torch.zeros(shape, dtype=run.loop.dtype),))
@@ -193,8 +183,9 @@ class Call(Attached):
         # A copy: some schedulers keep what they are given, and the next row writes into x.
         latents = run.loop.x.to(run.loop.dtype, copy=True)
         if not run.schedule.linear:
-            guided = rescaled(latents, self._cond, self.said.rescale)
-            return scheduling.own_step(guided, timestep, sample, *args, **kwargs)
+            if self._cond is not None and self.said.rescale > 0.0:
+                latents = rescale_noise_cfg(latents, self._cond, self.said.rescale)
+            return scheduling.own_step(latents, timestep, sample, *args, **kwargs)
         scheduling.stepped = latents
         if hasattr(scheduling.scheduler, "_step_index"):  # which add_noise looks at, in inpaint pipelines
             scheduling.scheduler._step_index = scheduling.first_row + run.row

@@ -31,14 +31,12 @@ def enabled_class(base: Any) -> type:
 
     @functools.wraps(base.__call__)
     def __call__(self, *args, **kwargs):
-        stock_call, guard = base.__call__, guard_of(self)  # as the class has it now: somebody may patch it
-        if guard is None:
-            return stock_call(self, *args, **kwargs)
-        if guard_disabled():
+        guard = guard_of(self)
+        if guard is not None and guard_disabled():
             logger.info("FASTGUARD_DISABLE is set: stock call")
             guard.forget()
-            return stock_call(self, *args, **kwargs)
-        return guard.run(stock_call, args, kwargs)
+            guard = None
+        return base.__call__(self, *args, **kwargs) if guard is None else guard.run(args, kwargs)
 
     def without_no_grad(self, *args, **kwargs):
         raise RuntimeError(
@@ -84,4 +82,4 @@ def enabled_class(base: Any) -> type:
 
 def stock_class(cls: type) -> type:
     """Also of the stand-in that a callback gets."""
-    return next((vars(base)["_fastguard_stock"] for base in cls.__mro__ if "_fastguard_stock" in vars(base)), cls)
+    return getattr(cls, "_fastguard_stock", cls)

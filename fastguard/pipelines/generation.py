@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from fastguard.capture.graphs import Body
 from fastguard.capture.runner import Arguments, BodyRunner
 from fastguard.kernels.layout import Row
 from fastguard.loop.guide import Guide
@@ -23,9 +22,10 @@ from fastguard.schedules.schedule import Schedule
 class Generation(Guide):
     """A `Guide` whose op makes the scheduler's update, too, and which runs the denoiser itself.
 
-    halves    2 where the denoiser is given both branches, else 1
-    recorded  rows may be graphs
-    whole     the first row runs all of them, as one graph; the pipeline passes through the others
+    generator  by which stock's step() draws; halves: 2 where the denoiser is given both branches, else 1
+    look_again somebody may have changed the model since the last row
+    recorded   rows may be graphs
+    whole      the first row runs all of them, as one graph; the pipeline passes through the others
     """
 
     def __init__(
@@ -37,10 +37,13 @@ class Generation(Guide):
         *,
         guidance_scale: float,
         latents: torch.Tensor,
+        generator: Any,
         halves: int,
+        look_again: bool,
         whole: bool,
     ) -> None:
-        self.denoiser, self.runner, self.halves, self.whole = denoiser, runner, halves, whole
+        self.denoiser, self.runner, self.generator = denoiser, runner, generator
+        self.halves, self.look_again, self.whole = halves, look_again, whole
         self.noise = Noise()
         super().__init__(policies, schedule, guidance_scale=guidance_scale, latents=latents)
 
@@ -56,55 +59,42 @@ class Generation(Guide):
         leased.load(self.schedule, self.plan, latents)
         return leased
 
-    def run_row(
-        self,
-        arguments: Arguments,
-        plan: tuple[str, ...],
-        generator: Any,
-        *,
-        cut: bool,
-        look_again: bool,
-        keeps_cond: bool,
-    ) -> torch.Tensor | None:
+    def run_row(self, arguments: Arguments, plan: tuple[str, ...], *, cut: bool, keeps_cond: bool) -> Any:
         """The next row, or all of them. `arguments` are the denoiser's, plan: the branches of every row, which are to be `cut` out of them.
 
-        keeps_cond: return the conditional output, which a graph would keep to itself: such a row is never one.
+        keeps_cond: return the conditional output [B, ...], which a graph would keep to itself: such a row is never one.
         """
         if self.whole:
-            self.run_all(arguments, plan, generator)
+            self.run_all(arguments, plan, cut)
             return None
         branches, cond = plan[self.row], None
-        if cut and branches != "both":
-            arguments = select_branch(arguments, branches, len(self.loop.x))
         if self.schedule.draws[self.row]:
-            self._draw(self.row, 0, generator)
-        body: Any = partial(run_body, self.denoiser, self.loop, branches, 0)
+            self._draw(self.row, 0)
+        body: Any = partial(run_body, self.denoiser, self.loop, branches, 0, cut)
         if keeps_cond or not self.recorded:
             cond = body(arguments)
             if self.recorded:
                 self.runner.reason = "guidance_rescale reads the conditional output, which stays inside a graph"
         else:
-            self.runner.run(("step", branches, self.loop.x.shape[1]), body, arguments, look_again=look_again)
+            self.runner.run(("step", branches, self.loop.x.shape[1]), body, arguments, look_again=self.look_again)
         self.row += 1
         self.rows_run += 2 if branches == "both" else 1
         return cond
 
-    def run_all(self, arguments: Arguments, plan: tuple[str, ...], generator: Any) -> None:
+    def run_all(self, arguments: Arguments, plan: tuple[str, ...], cut: bool) -> None:
         """All rows in one launch."""
         loop, draws = self.loop, [bool(n) for n in self.schedule.draws]
-        batch, cut = len(loop.x), len(loop.model_input) == 2 * len(loop.x)
         args, kwargs = arguments
         if "timestep" in kwargs:
             kwargs = {**kwargs, "timestep": loop.timestep}
         else:
             args = (args[0], loop.timestep, *args[2:])
-        bodies: list[Body] = []
+        bodies: list[Any] = []
         for k, branches in enumerate(plan):
             slot = sum(draws[:k])
             if draws[k]:
-                self._draw(k, slot, generator)
-            body: Any = partial(run_body, self.denoiser, loop, branches, slot)
-            bodies.append(_on_branch(body, branches, batch) if cut and branches != "both" else body)
+                self._draw(k, slot)
+            bodies.append(partial(run_body, self.denoiser, loop, branches, slot, cut))
 
         def generation(tree: Arguments) -> None:
             for body in bodies:
@@ -118,9 +108,9 @@ class Generation(Guide):
         self.row = len(plan)
         self.rows_run = sum(2 if branches == "both" else 1 for branches in plan)
 
-    def _draw(self, row: int, slot: int, generator: Any) -> None:
+    def _draw(self, row: int, slot: int) -> None:
         """The noise that stock's step() of a row would draw, to where the row's body reads it."""
-        noise: Any = self.noise.of_row(self.schedule, row, self.loop.x, self.loop.dtype, generator)
+        noise: Any = self.noise.of_row(self.schedule, row, self.loop.x, self.loop.dtype, self.generator)
         self.loop.noise[slot].copy_(noise)
 
     def take(self, shown: torch.Tensor, halves: int) -> None:
@@ -139,18 +129,17 @@ class Generation(Guide):
 
 
 def run_body(
-    denoiser: Callable[..., Any], loop: Loop, branches: str, slot: int, arguments: Arguments
+    denoiser: Callable[..., Any], loop: Loop, branches: str, slot: int, cut: bool, arguments: Arguments
 ) -> torch.Tensor | None:
     """One row, run eagerly or recorded: nothing in it may depend on the row, the schedule or a scale but through tensors.
 
-    A model may predict more than the latents' channels (a variance), which are not guided. Gives the conditional output.
+    cut: the arguments are those of both branches. A model may predict more than the latents' channels (a variance), which are not
+    guided. Gives the conditional output.
     """
+    if cut and branches != "both":
+        arguments = select_branch(arguments, branches, len(loop.x))
     args, kwargs = arguments
     output = denoiser(*args, **kwargs)[0][:, : loop.x.shape[1]]
     uncond, cond = output.chunk(2) if branches == "both" else (output, None)
     loop.advance(uncond, cond, loop.noise[slot] if slot < len(loop.noise) else None)
     return cond
-
-
-def _on_branch(body: Body, branches: str, batch: int) -> Body:
-    return lambda arguments: body(select_branch(arguments, branches, batch))

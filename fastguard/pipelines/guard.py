@@ -2,36 +2,34 @@
 
 from __future__ import annotations
 
-import dataclasses
 import html
 import inspect
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
 import torch
 
+from fastguard import checks
 from fastguard.capture.graphs import Graphs
 from fastguard.capture.options import Options
 from fastguard.loop.report import Report
 from fastguard.pipelines.attached import UNGUIDED
 from fastguard.pipelines.call import Call
 from fastguard.pipelines.enabled import ATTRIBUTE, enabled_class, guard_of, stock_class
-from fastguard.pipelines.families import Family, OwnFamily, find
+from fastguard.pipelines.families import Family, Fused, find, parts_of
 from fastguard.pipelines.families.loops import changed
 from fastguard.pipelines.loading import facts
 from fastguard.pipelines.locks import held
-from fastguard.pipelines.outputs import denoisers_of
 from fastguard.pipelines.own_combination import OwnCombination
 from fastguard.pipelines.probe import Probe, by_name
-from fastguard.pipelines.verified import UNKNOWN, checked, examined, likely_denoisers
+from fastguard.pipelines.verified import UNKNOWN, examined, unlisted
 from fastguard.policies.policy import Policy
 from fastguard.policies.presets import DEFAULT
 from fastguard.policies.presets import policy as make_policy
 from fastguard.policies.provenance import elsewhere
-
-EAGER = "capture={!r} became 'off': the pipeline runs its denoiser itself"
 
 logger = logging.getLogger("fastguard")
 
@@ -71,21 +69,23 @@ def enable(
     that cannot work here.
     """
     base = stock_class(type(pipe))
-    known = _known_family(pipe, base, family)
+    if family not in (None, "probe"):
+        raise ValueError(f"family={family!r}: must be 'probe', or None for a pipeline class on the list")
+    try:
+        known = find(base)
+    except TypeError:
+        if family is None:
+            raise
+        known = unlisted(pipe)
     chosen = make_policy(policy, **overrides)
-    if unguided not in UNGUIDED:
-        raise ValueError(f"unguided={unguided!r}: allowed are {', '.join(map(repr, UNGUIDED))}")
-    if isinstance(known, OwnFamily) and (attention_backend is not None or compile):
+    checks.choice("unguided", unguided, UNGUIDED)
+    if not isinstance(known, Fused) and (attention_backend is not None or compile):
         raise ValueError(
             f"attention_backend={attention_backend!r}, compile={compile!r}: {base.__name__} runs its denoiser itself; set them there "
             f"(pipe.{known.denoisers[0]}.set_attention_backend(...), .compile())"
         )
-    options = Options.of(
-        next(iter(denoisers_of(pipe, known).values()), None),
-        capture=capture,
-        attention_backend=attention_backend,
-        compile=compile,
-    )
+    denoiser = next(iter(parts_of(pipe, known.denoisers).values()), None)
+    options = Options.of(denoiser, capture=capture, attention_backend=attention_backend, compile=compile)
     guard = Guard.of(pipe)
     known_policy = guard is not None and guard.policy == chosen
     if not known_policy and (ungated := chosen.ungated_warning()):
@@ -104,7 +104,7 @@ def enable(
         for note in elsewhere(chosen, facts(pipe)):
             logger.warning(note)
     guard.unguided = unguided
-    guard.probed = not verify and known.name != UNKNOWN.name
+    guard.probed = not verify and known.name != UNKNOWN
     return guard
 
 
@@ -114,7 +114,7 @@ _Settings = tuple[Policy, Options, str]
 class Guard:
     """The guard of one pipeline: its policy, the report of the last call, and the way back."""
 
-    def __init__(self, pipe: Any, family: Family | OwnFamily, policy: Policy, options: Options) -> None:
+    def __init__(self, pipe: Any, family: Family, policy: Policy, options: Options) -> None:
         self.policy = policy
         self.family = family
         self.options = options
@@ -124,16 +124,14 @@ class Guard:
         self.probed = True  # `enable` sets False where the next call is to be probed first
         self.steps_checked = False  # whether a call was compared with the steps that the policy belongs to
         self._pipe = pipe
-        self._signature = inspect.signature(stock_class(type(pipe)).__call__)
+        self._stock: Any = stock_class(type(pipe))
+        self._signature = inspect.signature(self._stock.__call__)
         self._replaced: _Settings | None = None  # by the last `enable`
         self._outer: list[_Settings | None] = []  # what each `with` goes back to; None: the stock pipeline
         self._last: Report | None = None
         self._thread = threading.local()
 
-    @staticmethod
-    def of(pipe: Any) -> Guard | None:
-        """The guard of a pipeline (or of the stand-in that a callback gets); None if it has none."""
-        return guard_of(pipe)
+    of = staticmethod(guard_of)
 
     @property
     def report(self) -> Report | None:
@@ -143,7 +141,9 @@ class Guard:
     def __repr__(self) -> str:
         attached = "" if Guard.of(self._pipe) is self else ", disabled"
         options = f"capture={self.options.capture!r}, unguided={self.unguided!r}"
-        return f"Guard of a {stock_class(type(self._pipe)).__name__} ({self.family.name}){attached}: policy {self.policy.name!r}, {options}"
+        return (
+            f"Guard of a {self._stock.__name__} ({self.family.name}){attached}: policy {self.policy.name!r}, {options}"
+        )
 
     def _repr_html_(self) -> str:
         report = self.report
@@ -152,8 +152,7 @@ class Guard:
     def probe(self, *args: Any, **kwargs: Any) -> Probe:
         """What the pipeline's loop does with its denoiser's outputs in a call with these arguments, and whether the guard expects that.
         The loop runs on random numbers; nothing of it is left, and no callback is called."""
-        stock_call = stock_class(type(self._pipe)).__call__
-        return examined(self._pipe, self.family, self._arguments(stock_call, args, kwargs), stock_call)
+        return examined(self._pipe, self.family, self._arguments(args, kwargs))
 
     def forget(self) -> None:
         """No report: the last call of this thread was not guarded."""
@@ -164,7 +163,7 @@ class Guard:
         self.graphs.clear()
         if Guard.of(self._pipe) is self:  # and not a later one
             del self._pipe.__dict__[ATTRIBUTE]
-            self._pipe.__class__ = stock_class(type(self._pipe))
+            self._pipe.__class__ = self._stock
 
     def __enter__(self) -> Guard:
         self._outer.append(self._replaced)
@@ -180,18 +179,26 @@ class Guard:
                 self.graphs.clear()  # those of the inner options
             self.policy, self.options, self.unguided = outer
 
-    def run(self, stock_call: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
-        """One call of the pipeline: the stock loop on a stand-in that holds shadows. Calls of one object run one after the other."""
-        values = self._arguments(stock_call, args, kwargs)
+    def run(self, args: tuple, kwargs: dict) -> Any:
+        """One call of the pipeline: the stock loop on a stand-in that holds shadows. Calls of one object run one after the other.
+
+        RuntimeError where its first call was to be probed and the loop does otherwise than its family says.
+        """
+        pipe, values = self._pipe, self._arguments(args, kwargs)
         if not self.probed:
-            self.family = checked(self._pipe, self.family, values, stock_call)
+            found = examined(pipe, self.family, values)
+            if contradictions := found.contradictions():
+                raise RuntimeError(f"{self._stock.__name__}: the guard does not know this loop: {contradictions[0]}")
+            if self.family.name == UNKNOWN:
+                self.family = found.family
             self.probed = True
         if not self.steps_checked:
             self.steps_checked = True
-            for note in elsewhere(self.policy, {"steps": _steps(values)}):
+            listed = any(values.get(name) is not None for name in ("timesteps", "sigmas"))
+            for note in elsewhere(self.policy, {"steps": None if listed else values.get("num_inference_steps")}):
                 logger.warning(note)
-        pipe, family = self._pipe, self.family
-        denoiser: Any = next(iter(denoisers_of(pipe, family).values()), None)
+        family = self.family
+        denoiser: Any = next(iter(parts_of(pipe, family.denoisers).values()), None)
         reason = family.refusal(pipe, values)
         if reason is None and getattr(denoiser, "dtype", None) == torch.float64:
             reason = f"{type(denoiser).__name__} is torch.float64: a guarded call takes float16, bfloat16 or float32; disable the guard for float64"
@@ -200,52 +207,33 @@ class Guard:
             raise ValueError(reason)
         with held(pipe, "pipeline"), held(pipe.scheduler, "scheduler"):
             call: Call | OwnCombination
-            if isinstance(family, OwnFamily):
-                call = OwnCombination(self.policy, family, values, pipe, unguided=self.unguided)
-                if self.options.capture in ("step", "loop"):
-                    call.reasons.append(EAGER.format(self.options.capture))
+            if isinstance(family, Fused):
+                lent = self.options.lend(denoiser, self.graphs)
+                call = Call(self.policy, family, values, pipe, *lent, unguided=self.unguided)
             else:
-                runs, runner = self.options.lend(denoiser, self.graphs)
-                call = Call(self.policy, family, values, pipe, runs, runner, unguided=self.unguided)
+                call = OwnCombination(self.policy, family, values, pipe, unguided=self.unguided)
+                if (capture := self.options.capture) in ("step", "loop"):
+                    call.reasons.append(f"capture={capture!r} became 'off': the pipeline runs its denoiser itself")
             self._replaced, self.in_a_call = None, True
-            try:
-                result = stock_call(call.stand_in, *args, **kwargs)
-                call.finish()
-                return result
-            finally:
-                self.in_a_call = False
+            with closing(call):
                 try:
-                    self._last = self._thread.last = call.report()
+                    result = self._stock.__call__(call.stand_in, *args, **kwargs)
+                    call.finish()
+                    return result
                 finally:
-                    call.close()
+                    self.in_a_call = False
+                    self._last = self._thread.last = call.report()
 
-    def _arguments(self, stock_call: Callable[..., Any], args: tuple, kwargs: dict) -> Mapping[str, Any]:
+    def _arguments(self, args: tuple, kwargs: dict) -> Mapping[str, Any]:
         """The arguments of a call by name, with the defaults of what is not given.
 
         By the signature that the class had when it was enabled where somebody has wrapped its call in a function that names none.
         """
-        now = inspect.signature(stock_call)
+        now = inspect.signature(self._stock.__call__)
         for signature in (now, self._signature):
             if {"prompt", "prompt_embeds", "num_inference_steps"} & signature.parameters.keys():
                 return by_name(signature, self._pipe, *args, **kwargs)
         raise TypeError(
-            f"{type(self._pipe).__name__}.__call__ was replaced by a function whose signature names no arguments ({now}), so the "
+            f"{self._stock.__name__}.__call__ was replaced by a function whose signature names no arguments ({now}), so the "
             f"guard cannot read them: use functools.wraps there, or enable the guard before"
         )
-
-
-def _steps(arguments: Mapping[str, Any]) -> int | None:
-    """How many, where the call says so by their number."""
-    listed = any(arguments.get(name) is not None for name in ("timesteps", "sigmas"))
-    return None if listed else arguments.get("num_inference_steps")
-
-
-def _known_family(pipe: Any, base: type, family: str | None) -> Family | OwnFamily:
-    if family is None:
-        return find(base)
-    if family != "probe":
-        raise ValueError(f"family={family!r}: must be 'probe', or None for a pipeline class on the list")
-    try:
-        return find(base)
-    except TypeError:
-        return dataclasses.replace(UNKNOWN, denoisers=likely_denoisers(pipe))

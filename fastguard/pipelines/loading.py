@@ -100,14 +100,13 @@ def scheduler_class(name: str) -> type:
     import diffusers
 
     names = [n for n in dir(diffusers.schedulers) if n.endswith("Scheduler") and not n.startswith("Flax")]
-    classes = {n.removesuffix("Scheduler"): getattr(diffusers, n, None) for n in names}
-    # One whose library is missing is a stand-in with `_backends`, which raises at any look at it; some real ones have no step().
-    usable = {
-        n: c for n, c in classes.items() if isinstance(c, type) and ("_backends" in vars(c) or hasattr(c, "step"))
-    }
-    for short, found in usable.items():
-        if short.lower() == name.lower().removesuffix("scheduler"):
-            return found
+    usable: dict[str, type] = {}
+    for short, found in ((n.removesuffix("Scheduler"), getattr(diffusers, n, None)) for n in names):
+        # One whose library is missing is a stand-in with `_backends`, which raises at any look at it; some real ones have no step().
+        if isinstance(found, type) and ("_backends" in vars(found) or hasattr(found, "step")):
+            usable[short] = found
+            if short.lower() == name.lower().removesuffix("scheduler"):
+                return found
     raise ValueError(f"scheduler={name!r}: allowed are {', '.join(usable)}{checks.meant(name, usable)}")
 
 
@@ -116,7 +115,7 @@ def with_scheduler(name: str, config: Any, pipeline: type) -> Any:
 
     ValueError if it needs what the configuration has not, or a library that is not here, or if the pipelines cannot call it.
     """
-    from fastguard.pipelines.families import Family, find
+    from fastguard.pipelines.families import Fused, find
 
     kind: Any = scheduler_class(name)
     with _in_a_line(f"scheduler={name!r}: cannot be made from this model's configuration"):
@@ -125,11 +124,11 @@ def with_scheduler(name: str, config: Any, pipeline: type) -> Any:
         family = find(pipeline)
     except TypeError:
         return scheduler
-    if isinstance(family, Family) and family.scales_input:  # of those with their own combination it is not known
+    if isinstance(family, Fused) and family.scales_input:  # of those with their own combination it is not known
         why = [f"has no {n}" for n in ("init_noise_sigma", "order", "scale_model_input") if not hasattr(scheduler, n)]
-        for parameter in inspect.signature(scheduler.step).parameters.values():
-            known = parameter.name in ("model_output", "timestep", "sample") or parameter.default is not parameter.empty
-            why += [] if known else [f"wants {parameter.name} at every step"]
+        given = ("model_output", "timestep", "sample")
+        wanted = [p for p in inspect.signature(scheduler.step).parameters.values() if p.default is p.empty]
+        why += [f"wants {p.name} at every step" for p in wanted if p.name not in given]
         if why:
             raise ValueError(f"scheduler={name!r}: {kind.__name__} {why[0]}, so this model's pipeline cannot run it")
     return scheduler

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_with_path
 
 from fastguard.capture.obstacles import hooks
 from fastguard.capture.static_inputs import tensors_of
@@ -21,18 +22,10 @@ UNBRANCHED = ("ip_adapter_masks",)  # one per adapter, whatever their number
 IMAGES = ("image_embeds",)  # added_cond_kwargs of an IP-Adapter
 BRANCHED = ("ip_adapter_image_embeds",)  # put among the caller's own by Stable Diffusion 3
 _LIBRARIES = ("torch", "diffusers", "peft", "accelerate", "bitsandbytes", "torchao", "optimum")
-HARMLESS_HOOKS = {
-    "group_offloading",
-    "lazy_prefetch_group_offloading",
-    "layerwise_casting",
-}  # of diffusers, which move weights
+# Of diffusers, which move weights.
+HARMLESS_HOOKS = {"group_offloading", "lazy_prefetch_group_offloading", "layerwise_casting"}
 _WRAPPERS = ("accelerate.hooks", "diffusers.hooks.hooks")  # what puts hooks around a forward
 _BY_HALVES = ("PAG", "CrossFrame")  # in the names of diffusers' processors that treat parts of the batch differently
-
-
-def denoisers_of(pipe: Any, family: Any) -> dict[str, Any]:
-    """The denoisers of a family (`Family`, `OwnFamily`) that the pipeline has."""
-    return {name: part for name in family.denoisers if (part := getattr(pipe, name, None)) is not None}
 
 
 class Output(tuple):
@@ -43,37 +36,31 @@ class Output(tuple):
         return self[0]
 
 
-def select_branch(tree: Any, branch: str, batch: int, *, several: bool = False) -> Any:
+def select_branch(tree: Any, branch: str, batch: int) -> Any:
     """Keep one half of every tensor in `tree` whose leading size is 2 * batch; everything else passes through unchanged.
 
-    `tree` may nest tuples, lists and mappings: ControlNet residuals, `added_cond_kwargs`, IP-Adapter embeddings. Tensors of
-    another leading size (timestep) belong to no branch, nor does what is called by a name in UNBRANCHED.
-
-    several: tensors may hold several rows an image, as embeddings in IMAGES do, which attention folds into the images' own.
+    `tree` may nest tuples, lists and dictionaries: ControlNet residuals, `added_cond_kwargs`, IP-Adapter embeddings. Tensors of
+    another leading size (timestep) belong to no branch, nor does what is called by a name in UNBRANCHED. Those called by one in
+    IMAGES may hold several rows an image, which attention folds into the images' own.
     """
-    if isinstance(tree, torch.Tensor):
-        rows = tree.shape[0] if tree.ndim else 0
-        if rows == 0 or (rows % (2 * batch) if several else rows != 2 * batch):
-            return tree
-        return tree[: rows // 2] if branch == "uncond" else tree[rows // 2 :]
-    if isinstance(tree, Mapping):
-        return {
-            k: v if k in UNBRANCHED else select_branch(v, branch, batch, several=several or k in IMAGES)
-            for k, v in tree.items()
-        }
-    if isinstance(tree, (tuple, list)):
-        items = [select_branch(value, branch, batch, several=several) for value in tree]
-        return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
-    return tree
+
+    def half(path: tuple, leaf: Any) -> Any:
+        names = {getattr(step, "key", None) for step in path}
+        if not isinstance(leaf, torch.Tensor) or leaf.ndim == 0 or names.intersection(UNBRANCHED):
+            return leaf
+        rows = len(leaf)
+        if rows == 0 or (rows % (2 * batch) if names.intersection(IMAGES) else rows != 2 * batch):
+            return leaf
+        return leaf[: rows // 2] if branch == "uncond" else leaf[rows // 2 :]
+
+    return tree_map_with_path(half, tree)
 
 
 def needs_both(denoiser: Any, arguments: Mapping[str, Any]) -> str | None:
-    """Why both branches must run in every row of a call, whatever its policies need; None if one may run alone."""
-    return _cannot_be_cut(denoiser, arguments) or keeps_state(denoiser)
+    """Why both branches must run in every row of a call, whatever its policies need; None if one may run alone.
 
-
-def _cannot_be_cut(denoiser: Any, arguments: Mapping[str, Any]) -> str | None:
-    """FaceID's image embeddings lie on the module, [2B, ...]; what a tensor in cross_attention_kwargs is, its processor alone knows."""
+    FaceID's image embeddings lie on the module, [2B, ...]; what a tensor in cross_attention_kwargs is, its processor alone knows.
+    """
     layers = getattr(getattr(denoiser, "encoder_hid_proj", None), "image_projection_layers", None) or ()
     if any(getattr(layer, "clip_embeds", None) is not None for layer in layers):
         return "FaceID embeddings lie on the denoiser for both branches"
@@ -81,7 +68,7 @@ def _cannot_be_cut(denoiser: Any, arguments: Mapping[str, Any]) -> str | None:
         for name, value in (arguments.get(argument) or {}).items():
             if name not in (*UNBRANCHED, *BRANCHED) and any(tensor.ndim > 0 for tensor in tensors_of(value)):
                 return f"{argument}[{name!r}] holds a tensor, which cannot be cut into branches"
-    return None
+    return keeps_state(denoiser)
 
 
 def keeps_state(denoiser: Any) -> str | None:
@@ -117,22 +104,15 @@ def _foreign_hooks(module: torch.nn.Module) -> Iterator[str]:
     registry = getattr(module, "_diffusers_hook", None)
     if registry is not None:
         yield from (f"the hook {name}" for name in sorted(set(registry.hooks) - HARMLESS_HOOKS))
-    for hook in _in_sequence(getattr(module, "_hf_hook", None)):
-        if type(hook).__module__.split(".")[0] not in _LIBRARIES:
-            yield f"the hook {type(hook).__name__}"
+    ones = [hook] if (hook := getattr(module, "_hf_hook", None)) is not None else []
+    for one in ones:
+        ones += getattr(one, "hooks", ())  # of accelerate's SequentialHook
+        if type(one).__module__.split(".")[0] not in _LIBRARIES:
+            yield f"the hook {type(one).__name__}"
     for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
         own = (getattr(hook, "__module__", None) or "?").split(".")[0] == "fastguard"
         if not (own or getattr(hook, "only_looks", False)):
             yield "a forward hook"
-
-
-def _in_sequence(hook: Any) -> Iterator[Any]:
-    """The hooks in one of accelerate's, which may be a SequentialHook of others."""
-    if hasattr(hook, "hooks"):
-        for one in hook.hooks:
-            yield from _in_sequence(one)
-    elif hook is not None:
-        yield hook
 
 
 def _own_forward(module: torch.nn.Module) -> bool:
@@ -146,12 +126,3 @@ def _own_forward(module: torch.nn.Module) -> bool:
             return False
         forward = inner
     return forward == own
-
-
-def rescaled(guided: torch.Tensor, cond: torch.Tensor | None, phi: float) -> torch.Tensor:
-    """guidance_rescale of Lin et al. 2023 (arXiv 2305.08891, section 3.4): pull the standard deviation back to cond's."""
-    if phi <= 0.0 or cond is None:
-        return guided
-    dims = tuple(range(1, guided.ndim))
-    rescaled = guided * (cond.std(dim=dims, keepdim=True) / guided.std(dim=dims, keepdim=True))
-    return phi * rescaled + (1 - phi) * guided

@@ -21,10 +21,9 @@ import torch
 from fastguard.kernels.layout import NEVER, Rule
 from fastguard.loop.guide import Guide
 from fastguard.pipelines.attached import Attached, check_shape
-from fastguard.pipelines.families.own import OwnFamily
-from fastguard.pipelines.outputs import denoisers_of, keeps_state
+from fastguard.pipelines.families import Family
+from fastguard.pipelines.outputs import keeps_state
 from fastguard.policies.policy import Policy
-from fastguard.schedules.schedule import Schedule
 
 
 class Collected(NamedTuple):
@@ -37,17 +36,12 @@ class Collected(NamedTuple):
 
 
 class OwnCombination(Attached):
-    """`denoisers` are the originals behind the stand-in's shadows."""
-
     path = "own combination"
 
     def __init__(
-        self, policy: Policy, family: OwnFamily, arguments: Mapping[str, Any], pipe: Any, *, unguided: str = "raise"
+        self, policy: Policy, family: Family, arguments: Mapping[str, Any], pipe: Any, *, unguided: str = "raise"
     ) -> None:
-        self.family = family
-        self.denoisers = denoisers_of(pipe, family)
-        calls = {name: functools.partial(self.denoise, name) for name in self.denoisers}
-        super().__init__(policy, arguments, pipe, calls, unguided=unguided)
+        super().__init__(policy, family, arguments, pipe, unguided=unguided)
         self._in_loop = not family.before_loop
         self._step_signature = inspect.signature(pipe.scheduler.step)
         self._outputs: list[Collected] = []  # of this row
@@ -98,35 +92,28 @@ class OwnCombination(Attached):
     # The loop begins -------------------------------------------------------------------------------------------------------
 
     def begin(self, latents: torch.Tensor, row: int) -> None:
-        super().begin(latents, row)
-        self._skip_until = self._skips_until()
-
-    def own_step(self) -> str | None:
-        return "the pipeline combines the branches itself"
-
-    def guide_of(self, policies: list[Policy], schedule: Schedule, latents: torch.Tensor) -> Guide:
         scale = self.family.guidance_scale(self.stand_in, self.arguments, next(iter(self.denoisers)))
-        return Guide(policies, schedule, guidance_scale=scale, latents=latents)
+        make = functools.partial(Guide, guidance_scale=scale)
+        self.guide_by(make, latents, row, "the pipeline combines the branches itself")
+        self._skip_until = self._skips_until()
 
     def _skips_until(self) -> int:
         """The row from which on no call is left out: a later one may need what the call would have given."""
         plan = self.guide.plan
         if set(plan.branches) == {"both"} or any(policy.transition != "static" for policy in plan.policies):
             return 0
-        if (forbids := self._forbids_skipping()) is not None:
-            self.reasons.append(f"both branches run in every row: {forbids}")
-            return 0
-        return int(plan.rules[:, Rule.SWITCH_ROW].min())
-
-    def _forbids_skipping(self) -> str | None:
-        """Why a call whose branch no image needs is made all the same."""
         if self.family.calls == 1:
-            return "they come of one call"
-        if not self.family.skippable:
-            return "the pipeline or its guider remembers them"
-        if any(self.arguments.get(f"ip_adapter_image{end}") is not None for end in ("", "_embeds")):
-            return "the pipeline swaps the IP-Adapter's embeddings between them"
-        return next(filter(None, map(keeps_state, self.denoisers.values())), None)
+            forbids: str | None = "they come of one call"
+        elif not self.family.skippable:
+            forbids = "the pipeline or its guider remembers them"
+        elif any(self.arguments.get(f"ip_adapter_image{end}") is not None for end in ("", "_embeds")):
+            forbids = "the pipeline swaps the IP-Adapter's embeddings between them"
+        else:
+            forbids = next(filter(None, map(keeps_state, self.denoisers.values())), None)
+        if forbids is None:
+            return int(plan.rules[:, Rule.SWITCH_ROW].min())
+        self.reasons.append(f"both branches run in every row: {forbids}")
+        return 0
 
     # A row -----------------------------------------------------------------------------------------------------------------
 
@@ -140,30 +127,25 @@ class OwnCombination(Attached):
             check_shape(list(sample.shape), list(self.guide.loop.x.shape))
         left_out = self._outputs[0].result is None or self._outputs[-1].result is None
         both = (uncond is not None and cond is not None) or (left_out and len(self._outputs) == 2)
-        if both != self._both:
-            self._one_branch(both, sample)
+        if self._both and not both:
+            if self.guide.row > 0:
+                self.warn_of_its_end()
+            elif self.refuse_unguided():
+                self.begin(sample, self.scheduling.first_row)
+        self._both = both
         guide = self.guide
         guide.follow(self.family.guidance_scale(self.stand_in, self.arguments, self._outputs[0].denoiser))
         if uncond is not None and cond is not None:
             e = guide(uncond, cond, None if guide.loop.anchor is None else sample, combined=combined)
         elif left_out:
-            only: Any = (
-                self._left_over(combined) if uncond is None and cond is None else uncond if cond is None else cond
-            )
+            only: Any = cond if uncond is None else uncond
+            if only is None:  # guidance ended, and the call of the branch that is left was left out: run it now
+                name, args, kwargs, _ = self._outputs[0]
+                only = self.family.in_step(self.stand_in, self.denoisers[name](*args, **kwargs), combined, kwargs)
             e = guide(only, None).to(output.dtype)
         else:
             e = guide(combined, None, combined=combined)
         return e if combined is output else torch.cat([e, output[:, channels:]], 1)
-
-    def _one_branch(self, both: bool, sample: torch.Tensor) -> None:
-        """Other branches ran than in the row before."""
-        self._both = both
-        if self.guide.row > 0 and not both:
-            self.warn_of_its_end()
-        elif not both:
-            given = self.family.given(self.stand_in, self.arguments)
-            if self.refuse_unguided(given, self.family.second_branch):
-                self.begin(sample, self.scheduling.first_row)
 
     def _branches(self, combined: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """(u, c) of this row in the step's space, None for a branch that did not run."""
@@ -189,11 +171,6 @@ class OwnCombination(Attached):
                     f"{list(combined.shape)}; this is not the loop that the guard knows, call the pipeline without it"
                 )
         return found.get("uncond"), found.get("cond")
-
-    def _left_over(self, combined: torch.Tensor) -> torch.Tensor:
-        """The row turned out to have one branch (guidance ended), and its call was left out: run it now."""
-        name, args, kwargs, _ = self._outputs[0]
-        return self.family.in_step(self.stand_in, self.denoisers[name](*args, **kwargs), combined, kwargs)
 
     # After it --------------------------------------------------------------------------------------------------------------
 

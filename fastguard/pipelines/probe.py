@@ -11,15 +11,16 @@ import copy
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from fastguard.capture.static_inputs import tensors_of
-from fastguard.pipelines.families import OwnFamily
-from fastguard.pipelines.outputs import denoisers_of
+from fastguard.pipelines.enabled import stock_class
+from fastguard.pipelines.families import Family, parts_of
 from fastguard.pipelines.own_combination import OwnCombination
 from fastguard.policies.presets import policy
 
@@ -49,32 +50,39 @@ class ProbedRow:
     def linear(self) -> bool:
         return self.residual <= (LINEAR_NARROW if self.narrow else LINEAR)
 
-    def contradiction(self, family: OwnFamily) -> str | None:
+    def contradiction(self, family: Family) -> str | None:
         """How this differs from what the family declares; None if it does not, or if one branch ran."""
-        if self.cond is None or self.uncond is None:
+        a, b, g = self.cond, self.uncond, self.scale
+        if a is None or b is None:
             return None
-        found = f"e = {self.uncond:.4g} u + {self.cond:.4g} c (residual {self.residual:.1g})"
-        expected = f"e = {1 - self.scale:.4g} u + {self.scale:.4g} c is expected"
-        tolerance = (LINEAR_NARROW if self.narrow else 1e-4) * max(abs(self.scale), 1.0)
+        tolerance = (LINEAR_NARROW if self.narrow else 1e-4) * max(abs(g), 1.0)
+
+        def in_ratio(tolerance: float) -> bool:
+            """Whether (a, b) is (g, 1 - g) up to a positive factor, one for the whole image."""
+            factor = a / g
+            return factor > 0 and abs(b - factor * (1 - g)) <= tolerance * factor
+
+        expected = f"e = {1 - g:.4g} u + {g:.4g} c is expected"
+        where = f"where {expected}"
         if self.linear:
-            right = abs(self.cond - self.scale) <= tolerance and abs(self.uncond - 1 + self.scale) <= tolerance
-            if not right and family.nonlinear:  # one factor for the whole image
-                right = _same_ratio(self, tolerance)
-            return None if right else f"{found}, where {expected}"
-        if family.by_sign:
-            return None if self.cond > 0 > self.uncond else f"{found}, where it goes from u to c"
-        if not family.nonlinear:
-            return f"{found}: not linear, where {expected}"
-        if self.direction is not None:
-            return None if self.direction <= tolerance else f"{found}, where a multiple of {expected}"
-        return None if _same_ratio(self, RATIO * max(abs(self.scale), 1.0)) else f"{found}, where about {expected}"
+            right = abs(a - g) <= tolerance and abs(b - 1 + g) <= tolerance
+            right = right or (bool(family.nonlinear) and in_ratio(tolerance))
+        elif family.by_sign:
+            right, where = a > 0 > b, "where it goes from u to c"
+        elif not family.nonlinear:
+            right, where = False, f"not linear, where {expected}"
+        elif self.direction is not None:
+            right, where = self.direction <= tolerance, f"where a multiple of {expected}"
+        else:
+            right, where = in_ratio(RATIO * max(abs(g), 1.0)), f"where about {expected}"
+        return None if right else f"e = {b:.4g} u + {a:.4g} c (residual {self.residual:.1g}), {where}"
 
 
 @dataclass(frozen=True)
 class Probe:
     """What was found: the rows that ran, and why the loop broke off, if it did."""
 
-    family: OwnFamily
+    family: Family
     rows: tuple[ProbedRow, ...]
     problem: str | None = None
 
@@ -111,13 +119,6 @@ class Probe:
         return "\n".join(lines)
 
 
-def _same_ratio(row: ProbedRow, tolerance: float) -> bool:
-    """Whether (a, b) is (g, 1 - g) up to a positive factor."""
-    assert row.cond is not None and row.uncond is not None
-    factor = row.cond / row.scale
-    return factor > 0 and abs(row.uncond - factor * (1 - row.scale)) <= tolerance * factor
-
-
 class _Finished(Exception):
     """The last row has run."""
 
@@ -125,32 +126,25 @@ class _Finished(Exception):
 class _Probing(OwnCombination):
     """An own combination that only looks: weights and residual of every row. The denoiser runs once for each form of its inputs."""
 
-    def __init__(self, family: OwnFamily, arguments: Mapping[str, Any], pipe: Any) -> None:
+    def __init__(self, family: Family, arguments: Mapping[str, Any], pipe: Any) -> None:
         super().__init__(policy("cfg"), family, arguments, pipe)
         self._skip_until = 0
         self.rows: list[ProbedRow] = []
         self._generator = torch.Generator().manual_seed(0)
-        self._shapes: dict[Any, Any] = {}
-        for name, denoiser in self.denoisers.items():
-            self.denoisers = {**self.denoisers, name: functools.partial(self._stub, name, denoiser)}
+        self._outputs_of: dict[Any, Any] = {}
+        self.denoisers = {name: functools.partial(self._stub, name, part) for name, part in self.denoisers.items()}
 
     def begin(self, latents: torch.Tensor, row: int) -> None:
         """It needs no tables."""
 
     def _stub(self, name: str, denoiser: Any, *args: Any, **kwargs: Any) -> Any:
         key = (name, *(tuple(t.shape) for t in tensors_of((args, kwargs))))
-        if key not in self._shapes:
-            self._shapes[key] = denoiser(*args, **kwargs)
-        return self._random(self._shapes[key])
+        if key not in self._outputs_of:
+            self._outputs_of[key] = denoiser(*args, **kwargs)
+        return tree_map_only(torch.Tensor, self._random, self._outputs_of[key])
 
-    def _random(self, tree: Any) -> Any:
-        if isinstance(tree, torch.Tensor):
-            return torch.randn(tree.shape, generator=self._generator).to(tree.device)
-        if isinstance(tree, (tuple, list)):
-            return type(tree)([self._random(one) for one in tree])
-        if isinstance(tree, dict):
-            return type(tree)(**{name: self._random(one) for name, one in tree.items()})
-        return tree
+    def _random(self, like: torch.Tensor) -> torch.Tensor:
+        return torch.randn(like.shape, generator=self._generator).to(like.device)
 
     def _guided(self, output: torch.Tensor, sample: torch.Tensor, timestep: Any) -> torch.Tensor:
         combined = output[:, : sample.shape[1]] if output.shape[1] > sample.shape[1] else output
@@ -181,17 +175,16 @@ class _Probing(OwnCombination):
         return result
 
 
-def probe(
-    pipe: Any, arguments: Mapping[str, Any], family: OwnFamily, stock_call: Callable[..., Any] | None = None
-) -> Probe:
+def probe(pipe: Any, arguments: Mapping[str, Any], family: Family) -> Probe:
     """Run the loop of `pipe`, called with `arguments`, on random numbers.
 
     Text encoders and an image's encoder run as in a call; the denoiser once for each form of its inputs, nothing is decoded.
     Generators, the global random state, the scheduler, attributes and offloading are afterwards as before; no callback is called.
     """
-    stock_call = stock_call or type(pipe).__call__
+    stock_call: Any = stock_class(type(pipe)).__call__
     signature = inspect.signature(stock_call)
-    given = {name: _cloned(value) for name, value in arguments.items() if "callback" not in name}
+    called_with = {name: value for name, value in arguments.items() if "callback" not in name}
+    given = tree_map_only(torch.Generator, torch.Generator.clone_state, called_with)
     if "output_type" in signature.parameters:
         given["output_type"] = "latent"
     values = by_name(signature, pipe, **given)
@@ -199,7 +192,7 @@ def probe(
     own = {"scheduler": copy.deepcopy(pipe.scheduler), "_progress_bar_config": {"disable": True}}
     state.__dict__.update(pipe.__dict__, maybe_free_model_hooks=lambda: None, **own, **family.in_probe(pipe))
     call = _Probing(family, values, state)
-    parts = denoisers_of(pipe, family).values()
+    parts = parts_of(pipe, family.denoisers).values()
     hooked = [part for part in parts if "_diffusers_hook" in vars(part)]
     problem = None
     try:
@@ -238,12 +231,3 @@ def _fitted(e: torch.Tensor, p: torch.Tensor, q: torch.Tensor) -> tuple[float, f
     weights = torch.linalg.lstsq(pair, target[:, None]).solution
     residual = (target - (pair @ weights)[:, 0]).abs().max() / target.abs().max()
     return (*weights.flatten().tolist(), residual.item())
-
-
-def _cloned(value: Any) -> Any:
-    """Generators of one's own, at the same place."""
-    if isinstance(value, torch.Generator):
-        clone = torch.Generator(value.device)
-        clone.set_state(value.get_state())
-        return clone
-    return [_cloned(one) for one in value] if isinstance(value, list) else value

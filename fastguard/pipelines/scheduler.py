@@ -5,12 +5,11 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
-from fastguard.kernels.layout import Row
 from fastguard.schedules.compiler import compile_schedule
 from fastguard.schedules.schedule import Schedule
 from fastguard.schedules.scheduler_state import changed, signature
@@ -20,17 +19,16 @@ class Scheduling:
     """`scheduler` is the original behind the pipeline's shadow; `schedule` is None until `compile`.
 
     first_row: of the schedule, at which the loop begins. stepped: the latents that the last step gave.
-    callback: somebody may change the latents between two steps.
-    scales_input: whether the pipeline's loop scales the model input (`Family`).
+    callback: somebody may change latents and scheduler between two steps.
     """
 
-    def __init__(self, scheduler: Any, arguments: Mapping[str, Any], *, callback: bool, scales_input: bool) -> None:
-        self.scheduler, self.arguments, self.callback, self.scales_input = scheduler, arguments, callback, scales_input
+    def __init__(self, scheduler: Any, arguments: Mapping[str, Any]) -> None:
+        self.scheduler, self.arguments = scheduler, arguments
+        self.callback = any(arguments.get(name) is not None for name in ("callback_on_step_end", "callback"))
         self.schedule: Any = None  # Schedule
         self.stepped: torch.Tensor | None = None
-        self._accepted = inspect.signature(scheduler.step).parameters
-        self._step_kwargs: dict[str, Any] = {}
         self.first_row = 0
+        self.promised: dict[str, Any] = {}  # what the pipeline will hand to step() besides
         self._timesteps_arguments: tuple[tuple, dict] = ((), {})
 
     def set_timesteps(self, *args: Any, **kwargs: Any) -> Any:
@@ -52,25 +50,16 @@ class Scheduling:
     def compile(self, row: int, own_step: str | None, pipe: Any) -> Schedule:
         """The table from `row` on. `own_step`: why the scheduler's own step() must run, whatever the table can do."""
         self.first_row = row
-        self._step_kwargs = self._expected_arguments(pipe)
-        schedule = compile_schedule(self._on_host(), step_kwargs=self._step_kwargs, begin_index=row)
-        if not self.scales_input:
-            rows = schedule.rows.clone()
-            rows[:, Row.S] = 1.0
-            schedule = replace(schedule, rows=rows)
+        if hasattr(pipe, "prepare_extra_step_kwargs"):  # asked in the way in which the pipeline asks itself
+            asked = self.arguments.get("generator"), self.arguments.get("eta", 0.0)
+            self.promised = pipe.prepare_extra_step_kwargs(*asked)
+        schedule = compile_schedule(self._on_host(), step_kwargs=_relevant(self.promised), begin_index=row)
         if own_step is None and self.callback and schedule.looks_back:
             name = type(self.scheduler).__name__
             own_step = f"{name} goes back to latents of an earlier row, which the callback may have changed since"
         self.schedule = schedule if own_step is None else schedule.with_own_step(own_step)
         self._signature = signature(self.scheduler) if self.callback else {}
         return self.schedule
-
-    def _expected_arguments(self, pipe: Any) -> dict[str, Any]:
-        """What the pipeline will hand to step() besides, asked in the way it asks itself; a generator is not the table's concern."""
-        if not hasattr(pipe, "prepare_extra_step_kwargs"):
-            return {}
-        arguments = pipe.prepare_extra_step_kwargs(self.arguments.get("generator"), self.arguments.get("eta", 0.0))
-        return _relevant(arguments)
 
     def row_of(self, timestep: Any) -> int:
         """Row of the schedule at which a loop with this first timestep begins (image-to-image and denoising_start begin late).
@@ -90,18 +79,16 @@ class Scheduling:
 
     def check_arguments(self, step_kwargs: Mapping[str, Any]) -> None:
         """RuntimeError if the pipeline calls step() with other arguments than the table was made for."""
-        if (given := _relevant(step_kwargs)) != self._step_kwargs:
+        if (given := _relevant(step_kwargs)) != (promised := _relevant(self.promised)):
             raise RuntimeError(
-                f"scheduler.step got {given}, but the pipeline's prepare_extra_step_kwargs had promised {self._step_kwargs}, for which "
+                f"scheduler.step got {given}, but the pipeline's prepare_extra_step_kwargs had promised {promised}, for which "
                 f"the table of this call was made"
             )
 
     def check_unchanged(self) -> None:
         """RuntimeError if a callback has changed the scheduler, whose table was made before the first row."""
-        if not self.callback or not self.schedule.linear:
-            return
         now = signature(self.scheduler)
-        if names := changed(self._signature, now):
+        if self.schedule.linear and (names := changed(self._signature, now)):
             raise RuntimeError(
                 f"pipe.scheduler.{names[0]} was changed during a guarded call (by a callback), whose schedule was read before its first "
                 f"step; change it before the call, or call the pipeline without the guard"
@@ -127,12 +114,9 @@ class Scheduling:
         steps = self.scheduler.config.num_train_timesteps
         return sum(float(t) >= round(steps - end * steps) for t in self.schedule.timesteps)
 
-    def passes_generator(self, pipe: Any) -> bool:
-        """Whether the pipeline hands its generator to scheduler.step, where stock draws."""
-        return "generator" in self._accepted and hasattr(pipe, "prepare_extra_step_kwargs")
-
 
 def _relevant(step_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a table depends on; it draws no noise."""
     return {name: value for name, value in step_kwargs.items() if name not in ("generator", "return_dict")}
 
 
@@ -142,16 +126,8 @@ def expected_arguments(scheduler: Any, arguments: Mapping[str, Any]) -> dict[str
     return {"eta": arguments["eta"]} if "eta" in accepted and "eta" in arguments else {}
 
 
-class Step(dict):
-    """What scheduler.step returns by default: `prev_sample` as attribute, key and first item."""
+class Step(SchedulerOutput):
+    """What scheduler.step returns by default, with `prev_sample` alone."""
 
     def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(
-                f"scheduler.step: {name!r} is not computed on the fused path; only prev_sample is"
-            ) from None
-
-    def __getitem__(self, key: Any) -> Any:
-        return super().__getitem__("prev_sample" if key == 0 else key)
+        raise AttributeError(f"scheduler.step: {name!r} is not computed on the fused path; only prev_sample is")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -60,6 +60,12 @@ class Schedule:
             return self
         rows = without_update(self.rows)
         return Schedule(rows, self.timesteps, reason=reason, in_steps=self.in_steps, no_x0=self.no_x0, full=self.full)
+
+    def unscaled(self) -> Schedule:
+        """The same rows with S = 1: for loops that do not scale the model's input."""
+        rows = self.rows.clone()
+        rows[:, Row.S] = 1.0
+        return replace(self, rows=rows)
 
 
 def without_update(rows: torch.Tensor) -> torch.Tensor:

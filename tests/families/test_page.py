@@ -10,8 +10,7 @@ import diffusers
 import pytest
 
 from bench.pipelines_page import READ, hashes, markdown
-from fastguard.pipelines.families import FAMILIES, OWN_FAMILIES
-from fastguard.pipelines.families.refused import REASONS
+from fastguard.pipelines.families import FAMILIES, OWN_FAMILIES, REASONS
 from tests.families.every import EVERY
 from tests.families.tiny_guiders import CASES as GUIDED
 

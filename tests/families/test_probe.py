@@ -12,8 +12,7 @@ import torch
 from diffusers import hooks
 
 import fastguard
-from fastguard.pipelines.families import find
-from fastguard.pipelines.families.own import OwnFamily
+from fastguard.pipelines.families import Family, find
 from fastguard.pipelines.probe import probe
 from fastguard.pipelines.verified import infer
 from tests.families.every import EVERY, PARAMS
@@ -70,7 +69,7 @@ def test_a_linear_family_is_inferred():
         if name not in EVERY:
             continue
         tiny, pipe = EVERY[name], EVERY[name].make()
-        declared, found = find(type(pipe)), infer(pipe, _arguments(tiny))
+        declared, found = find(type(pipe)), infer(pipe, _arguments(tiny)).family
         same = ("calls", "order", "sign", "scale", "offset")
         assert [getattr(found, one) for one in same] == [getattr(declared, one) for one in same]
 
@@ -135,7 +134,7 @@ def test_a_loop_that_steps_another_scheduler_is_told():
 
     pipe = parts(Other, scheduler=euler())
     pipe.transformer = Denoiser()
-    family = OwnFamily(name="other", pipelines=("Other",))
+    family = Family(name="other", pipelines=("Other",))
     (told,) = probe(pipe, {}, family).contradictions()
     assert "no scheduler.step" in told
 

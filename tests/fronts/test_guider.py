@@ -243,6 +243,6 @@ def test_anchored_policies_do_what_the_loop_does(kind: Any) -> None:
     assert guider.report[0].transition_step is None and guider.report[3].share_curve[0] is None
 
     guider.set_state(step=0, num_inference_steps=STEPS, timestep=scheduler.timesteps[0])
-    guider._seen = type(guider._seen)()
+    guider._shown = None
     with pytest.raises(RuntimeError, match="must call the guider's prepare_models"):
         guider.forward(x, x + 1)

@@ -12,7 +12,6 @@ import torch
 import fastguard
 from fastguard.pipelines.families import FAMILIES, find
 from fastguard.pipelines.probe import probe
-from fastguard.pipelines.verified import in_own_terms
 from tests import pipelines
 from tests.guarded import mask, picture
 
@@ -93,7 +92,7 @@ def test_declaration_is_what_the_probe_finds(name):
     rows = len(found.rows)
     assert found.contradictions() == [] and rows >= 3
     assert [row.cond for row in found.rows] == pytest.approx([4.0] * rows) and all(row.linear for row in found.rows)
-    family = in_own_terms(find(type(pipe)))
+    family = find(type(pipe))
     for wrong in ({"order": family.order[::-1]}, {"sign": -1}, {"offset": 1.0}):
         planted = dataclasses.replace(family, **wrong)
         assert len(probe(pipe, {**given, **settings}, planted).contradictions()) == rows

@@ -14,7 +14,7 @@ from diffusers.hooks import HookRegistry, ModelHook, apply_group_offloading
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, PAGCFGIdentitySelfAttnProcessor2_0
 
 import fastguard
-from fastguard.fronts.seen import Seen
+from fastguard.fronts.guider import GuardedGuidance
 from fastguard.pipelines.outputs import needs_both
 from tests import pipelines
 from tests.guarded import STEPS, call
@@ -232,9 +232,15 @@ def test_a_class_forward_replaced_under_its_old_name(monkeypatch):
     assert "is not one of the libraries' own layers" in needs_both(unet, {})
 
 
+def watched_by_a_guider(unet):
+    guider = GuardedGuidance()
+    guider.scheduler = pipelines.ddim()
+    guider.prepare_models(unet)
+
+
 HARMLESS = {
     "nothing": lambda unet: None,
-    "fastguard's own hook": lambda unet: Seen().watch(unet),
+    "fastguard's own hook": watched_by_a_guider,
     "processors": lambda unet: unet.set_attn_processor(AttnProcessor2_0()),
     "offload": lambda unet: add_hook_to_module(unet, OffloadHook()),
     "offload twice": lambda unet: [add_hook_to_module(unet, OffloadHook(), append=True) for _ in range(2)],

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fastguard
-from fastguard.pipelines.families import FAMILIES, Family
+from fastguard.pipelines.families import FAMILIES
 from tests import pipelines
 from tests.guarded import STEPS, call, mask, picture, same
 
@@ -35,7 +35,6 @@ def test_every_pipeline_that_rescales_is_among_these():
     takes = {
         name
         for family in FAMILIES
-        if isinstance(family, Family)  # the others combine themselves, as in stock
         for name in family.pipelines
         if "guidance_rescale" in inspect.signature(getattr(diffusers, name).__call__).parameters
     }

@@ -18,12 +18,33 @@ from typing import Any
 
 import torch
 
-from fastguard.fronts.comfyui.clock import Clock
 from fastguard.loop.report import Report
 from fastguard.loop.stepwise import Stepwise
 from fastguard.policies.policy import Policy
 
 _SAME_LEVEL = 1.0 - 1e-6  # samplers that go through log(sigma) come back with another last bit
+
+
+class Clock:
+    """Noise levels of a model as timesteps and weights, by its `model_sampling`.
+
+    in_steps: whether its timesteps count training steps, as t_star and deadline do. Fractions of the whole are taken as thousandths.
+    """
+
+    def __init__(self, sampling: Any) -> None:
+        self._sampling = sampling
+        last, first = (float(sampling.timestep(torch.as_tensor(s))) for s in (sampling.sigma_min, sampling.sigma_max))
+        fractions = 0.0 <= last < first <= 1.0
+        self._factor = 1000.0 if fractions else 1.0
+        self.in_steps = fractions or (last >= 0.0 and first >= 10.0)
+        self._flow = any(kind.__name__ == "CONST" for kind in type(sampling).__mro__)
+
+    def timestep(self, sigma: torch.Tensor) -> torch.Tensor:
+        return self._sampling.timestep(sigma) * self._factor
+
+    def weights(self, sigma: float) -> tuple[float, float]:
+        """Factors of d in epsilon and in x0 space."""
+        return ((1.0 - sigma) ** 2 if self._flow else 1.0), sigma**2
 
 
 class Guarded:

@@ -1,39 +1,42 @@
 """The allow-list: the only code that knows a pipeline class.
 
-Two kinds. `Family`: the guard takes the combination into its own op, so it may only run where that is known to be u + s (c - u) on a
-batch ordered [unconditional, conditional]. `OwnFamily`: the pipeline combines, and the guard replaces the result for guarded images.
+Two kinds. `Fused`: the guard takes the combination into its own op, so it may only run where that is known to be u + s (c - u) on a
+batch ordered [unconditional, conditional]. Any other `Family`: the pipeline combines, and the guard replaces the result for guarded images.
 A pipeline qualifies by its `__call__`: a subclass that overrides `__call__` does not inherit its parent's place.
 """
 
 from __future__ import annotations
 
-import functools
+import json
+from pathlib import Path
 from typing import Any
 
-from fastguard.pipelines.families.base import Family
-from fastguard.pipelines.families.fused import FUSED
-from fastguard.pipelines.families.guiders import GUIDERS
-from fastguard.pipelines.families.own import OwnFamily
-from fastguard.pipelines.families.refused import reason_against
-from fastguard.pipelines.families.table import TABLE
+from fastguard.pipelines.families.family import Family, parts_of
+from fastguard.pipelines.families.fused import Fused
+from fastguard.pipelines.families.guiders import Guided
+from fastguard.pipelines.families.table import read
 
-FAMILIES: tuple[Family, ...] = FUSED
-OWN_FAMILIES: tuple[OwnFamily, ...] = (*TABLE, *GUIDERS)
-
-
-@functools.cache
-def _named() -> dict[str, Family | OwnFamily]:
-    families: tuple[Family | OwnFamily, ...] = (*FAMILIES, *OWN_FAMILIES)
-    return {name: family for family in families for name in family.pipelines}
+FAMILIES: tuple[Fused, ...] = read("fused.json", Fused)
+OWN_FAMILIES: tuple[Family, ...] = (*read("own.json", Family), *read("guiders.json", Guided))
+REASONS: dict[str, str] = {  # why a class is not guarded, by name
+    name: reason
+    for reason, names in json.loads(Path(__file__).with_name("refused.json").read_text()).items()
+    for name in names
+}
+_NAMED: dict[str, Family] = {name: family for family in (*FAMILIES, *OWN_FAMILIES) for name in family.pipelines}
+_UNKNOWN = (
+    "its guidance is not known (family='probe' takes it if it combines u + g (c - u) with one g above 1 in every row)"
+)
 
 
 def find(pipeline_class: Any) -> Any:
-    """The Family or OwnFamily of a pipeline class, or TypeError with why it is not supported."""
+    """The Family of a pipeline class, or TypeError with why it is not supported."""
     for kind in pipeline_class.__mro__:
-        family = _named().get(kind.__name__)
+        family = _NAMED.get(kind.__name__)
         if family is not None and kind.__module__.startswith("diffusers.") and pipeline_class.__call__ is kind.__call__:
             return family
-    raise TypeError(f"pipe: {pipeline_class.__name__} is not supported: {reason_against(pipeline_class.__name__)}")
+    name = pipeline_class.__name__
+    raise TypeError(f"pipe: {name} is not supported: {REASONS.get(name, _UNKNOWN)}")
 
 
-__all__ = ["FAMILIES", "OWN_FAMILIES", "Family", "OwnFamily", "find"]
+__all__ = ["FAMILIES", "OWN_FAMILIES", "REASONS", "Family", "Fused", "find", "parts_of"]

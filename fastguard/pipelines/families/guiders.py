@@ -5,15 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from fastguard.pipelines.families.base import Arguments
-from fastguard.pipelines.families.own import OwnFamily
-from fastguard.pipelines.families.refused import NO_BRANCH, THIRD
+from fastguard.pipelines.families.family import Arguments, Family, parts_of
 
 TWO_PREDICTIONS = ["pred_cond", "pred_uncond"]
+NO_BRANCH = "no negative branch: nothing to guard with"
 
 
 @dataclass(frozen=True, kw_only=True)
-class GuiderFamily(OwnFamily):
+class Guided(Family):
     """A guider calls the denoiser for pred_cond, then for pred_uncond, and combines them as it likes (rescale, APG, zero*, momentum);
     what it makes of an unguarded image reaches the scheduler as it is. Neither call is left out: a guider may remember predictions.
 
@@ -31,14 +30,13 @@ class GuiderFamily(OwnFamily):
     guiders: tuple[str, ...] = ("guider",)
 
     def refusal(self, pipe: Any, arguments: Arguments) -> str | None:
-        found = {name: part for name in self.guiders if (part := getattr(pipe, name, None)) is not None}
+        found = parts_of(pipe, self.guiders)
         if not found:
             return f"pipe: this {type(pipe).__name__} has no guider (a distilled model?): {NO_BRANCH}"
-        problems = (_problem(f"pipe.{name}", guider) for name, guider in found.items())
-        return next(filter(None, problems), None) or super().refusal(pipe, arguments)
+        return next(filter(None, map(_problem, found, found.values())), None)
 
     def guidance_scale(self, pipe: Any, arguments: Arguments, denoiser: str) -> float:
-        return _scale(self._at_work(pipe))
+        return effective_scale(self._at_work(pipe))
 
     def given(self, pipe: Any, arguments: Arguments) -> str:
         guider = self._at_work(pipe)
@@ -46,42 +44,31 @@ class GuiderFamily(OwnFamily):
 
     def in_probe(self, pipe: Any) -> dict[str, Any]:
         """Plain guidance with the guiders' scales: what a guider does besides is its own affair, and its state stays as it is."""
-        from diffusers import ClassifierFreeGuidance
+        from diffusers import ClassifierFreeGuidance as Plain
 
-        found = {name: part for name in self.guiders if (part := getattr(pipe, name, None)) is not None}
         return {
-            name: ClassifierFreeGuidance(
-                _scale(guider), start=guider._start, stop=guider._stop, enabled=guider._enabled
-            )
-            for name, guider in found.items()
+            name: Plain(effective_scale(guider), start=guider._start, stop=guider._stop, enabled=guider._enabled)
+            for name, guider in parts_of(pipe, self.guiders).items()
         }
 
     def _at_work(self, pipe: Any) -> Any:
         """The guider that was told of this row's timestep."""
-        found = [part for name in self.guiders if (part := getattr(pipe, name, None)) is not None]
+        found = list(parts_of(pipe, self.guiders).values())
         return next((guider for guider in found if guider._timestep is pipe._current_timestep), found[0])
 
 
-def _scale(guider: Any) -> float:
+def effective_scale(guider: Any) -> float:
     """g of u + g (c - u); the original formulation is c + s (c - u)."""
     return float(guider.guidance_scale) + (1.0 if getattr(guider, "use_original_formulation", False) else 0.0)
 
 
 def _problem(name: str, guider: Any) -> str | None:
     """Why a guider's images cannot be guarded."""
-    kind = type(guider).__name__
+    what = f"pipe.{name}={type(guider).__name__}"
     if guider._input_predictions != TWO_PREDICTIONS:
-        return f"{name}={kind}: {THIRD}"
-    if kind == "AutoGuidance":
-        return f"{name}={kind}: its second prediction is a weaker model's for the same prompt, {NO_BRANCH}"
+        return f"{what}: a third branch enters its combination, which the guard would drop"
+    if type(guider).__name__ == "AutoGuidance":
+        return f"{what}: its second prediction is a weaker model's for the same prompt, {NO_BRANCH}"
     if not isinstance(getattr(guider, "guidance_scale", None), (int, float)):
-        return f"{name}={kind}: it has no single guidance_scale"
+        return f"{what}: it has no single guidance_scale"
     return None
-
-
-GUIDERS: tuple[OwnFamily, ...] = (
-    GuiderFamily(name="hunyuan-video 1.5", pipelines=("HunyuanVideo15Pipeline", "HunyuanVideo15ImageToVideoPipeline")),
-    GuiderFamily(name="hunyuan-image", pipelines=("HunyuanImagePipeline",), guiders=("guider", "ocr_guider")),
-    GuiderFamily(name="hunyuan-image refiner", pipelines=("HunyuanImageRefinerPipeline",)),
-    GuiderFamily(name="motif-video", pipelines=("MotifVideoPipeline", "MotifVideoImage2VideoPipeline")),
-)

@@ -1,16 +1,16 @@
-"""The families of own combination that are data alone: own.json, fields of `OwnFamily` by the family's name; and the functions it names."""
+"""The families' files: fields by the family's name; and the functions that they name."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from fastguard.pipelines.families.base import Arguments
-from fastguard.pipelines.families.own import OwnFamily, Refusal, ToStep
-from fastguard.pipelines.families.refused import NO_BRANCH
+from fastguard.pipelines.families.family import Family, ToStep
+
+Kind = TypeVar("Kind", bound=Family)
 
 
 def _unpacked_video(pipe: Any, output: torch.Tensor, given: Any) -> torch.Tensor:
@@ -20,36 +20,22 @@ def _unpacked_video(pipe: Any, output: torch.Tensor, given: Any) -> torch.Tensor
     return pipe._unpack_latents(output, *size, *patches)[:, :, 1:]
 
 
-def _distilled(pipe: Any, arguments: Arguments) -> str | None:
-    if getattr(pipe.config, "is_distilled", False):
-        return f"pipe: this {type(pipe).__name__} is distilled (is_distilled): {NO_BRANCH}; the base model has one"
-    return None
-
-
-def _free_init(pipe: Any, arguments: Arguments) -> str | None:
-    if getattr(pipe, "free_init_enabled", False):
-        return (
-            "enable_free_init: its loop runs several times, and the guard's state would begin anew; disable_free_init()"
-        )
-    return None
-
-
 TO_STEP: dict[str, ToStep] = {
     "one frame": lambda pipe, output, given: output.squeeze(2),
     "after the first frame, dimension 1": lambda pipe, output, given: output[:, 1:],  # the first is the user's
     "after the first frame, dimension 2": lambda pipe, output, given: output[:, :, 1:],
     "unpacked, after the first frame": _unpacked_video,
 }
-REFUSED: dict[str, Refusal] = {"distilled": _distilled, "free init": _free_init}
 
 
-def _family(name: str, facts: dict[str, Any]) -> OwnFamily:
-    functions: dict[str, Any] = {"to_step": TO_STEP, "refused": REFUSED}
-    named = {key: table[facts[key]] for key, table in functions.items() if key in facts}
-    tuples = {key: tuple(value) for key, value in facts.items() if isinstance(value, list)}
-    return OwnFamily(name=name, **{**facts, **tuples, **named})
+def read(file: str, kind: type[Kind]) -> tuple[Kind, ...]:
+    families: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name(file).read_text())
+    return tuple(
+        kind(name=name, **{key: _field(key, value) for key, value in facts.items()}) for name, facts in families.items()
+    )
 
 
-TABLE = tuple(
-    _family(name, facts) for name, facts in json.loads(Path(__file__).with_name("own.json").read_text()).items()
-)
+def _field(key: str, value: Any) -> Any:
+    if key == "to_step":
+        return TO_STEP[value]
+    return tuple(value) if isinstance(value, list) else value

@@ -1,22 +1,25 @@
-"""Families that are guided by their own combination: what collects their two branches, as data."""
+"""What the guard has to know about a pipeline class, as data."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from fastguard.pipelines.families.base import Arguments
-
+Arguments = Mapping[str, Any]
 ToStep = Callable[[Any, torch.Tensor, Mapping[str, Any]], torch.Tensor]
-Refusal = Callable[[Any, Arguments], str | None]
+
+
+def parts_of(pipe: Any, names: Iterable[str]) -> dict[str, Any]:
+    """The components that the pipeline has under these names."""
+    return {name: part for name in names if (part := getattr(pipe, name, None)) is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
-class OwnFamily:
-    """Pipeline classes whose loop combines the branches itself; the guard replaces what reaches `scheduler.step`.
+class Family:
+    """Pipeline classes whose loops collect and combine the two branches alike.
 
     pipelines: class names in diffusers.
     denoisers: the components that the loop calls; absent ones (None) are left out.
@@ -34,7 +37,7 @@ class OwnFamily:
     by_sign: whether a probe tells order and sign alone in a row that is not linear: its parts have scales of their own.
     skippable: whether a call whose branch no image needs may be left out (not with GLM-Image's own key and value caches).
     second_branch: what the caller must pass so that the second branch runs.
-    refused: (pipe, arguments) -> why this pipeline or call cannot be guarded.
+    refused_if: flags of the pipeline or its configuration with which it cannot be guarded, and why.
     """
 
     name: str
@@ -54,11 +57,14 @@ class OwnFamily:
     by_sign: bool = False
     skippable: bool = True
     second_branch: str = "pass guidance_scale above 1"
-    refused: Refusal | None = None
+    refused_if: Mapping[str, str] = field(default_factory=dict)
 
     def refusal(self, pipe: Any, arguments: Arguments) -> str | None:
         """Why this call cannot be guarded although the class can; names the argument."""
-        return None if self.refused is None else self.refused(pipe, arguments)
+        for flag, why in self.refused_if.items():
+            if pipe.config[flag] if flag in pipe.config else getattr(pipe, flag, False):
+                return why.format(pipeline=type(pipe).__name__)
+        return None
 
     def guidance_scale(self, pipe: Any, arguments: Arguments, denoiser: str) -> float:
         """g of u + g (c - u), for rows that `denoiser` runs, right now."""
