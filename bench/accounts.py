@@ -200,9 +200,9 @@ def eager_guard() -> int:
 def _run(pipe: Any) -> Ledger:
     arguments = {**probe.example_arguments(pipe), "num_inference_steps": STEPS, "output_type": "latent"}
     ledger = Ledger()
-    _, broke_off = probe.run(pipe, arguments, ledger)
-    if broke_off is not None:
-        raise RuntimeError(f"{type(pipe.scheduler).__name__}: {broke_off}")
+    probe.run(pipe, arguments, ledger)
+    if ledger.broke_off is not None:
+        raise RuntimeError(f"{type(pipe.scheduler).__name__}: {ledger.broke_off}")
     return ledger
 
 

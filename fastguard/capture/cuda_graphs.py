@@ -173,8 +173,3 @@ def _end_allocation(device: torch.device, pool: Any) -> None:
     if end is not None:
         with suppress(RuntimeError):
             end(device.index, pool)
-
-
-def available() -> bool:
-    """Whether there is a device at all: without one, tensors that call themselves CUDA ones are make-believe."""
-    return bool(cuda.is_available())

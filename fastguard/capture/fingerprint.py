@@ -53,7 +53,8 @@ class Fingerprint:
         self._read()
 
     def __call__(self) -> Hashable:
-        if self._changed():
+        same = not (self._hooked or any(self._hooks)) and self._lengths() == self._counted
+        if not (same and all(map(operator.is_, self._entries(), self._contents)) and self._where() == self._addresses):
             self._read()
         return self._key, ambient()
 
@@ -61,19 +62,14 @@ class Fingerprint:
         """All tensors as of the last call, and how often each was written to; those made in inference mode do not count that."""
         return {tensor: 0 if tensor.is_inference() else tensor._version for tensor in self._plain()}
 
-    def _changed(self) -> bool:
-        if self._hooked or any(self._hooks) or self._lengths() != self._counted:
-            return True
-        return not all(map(operator.is_, self._entries(), self._contents)) or self._where() != self._addresses
-
     def _lengths(self) -> list[int]:
         return list(map(len, chain(self._mappings, self._sequences)))
 
     def _entries(self) -> Iterator[Any]:
         """Names, values and items of all that was read. Without a line of Python for each: SDXL's UNet has 48,000 names."""
-        values = map(operator.methodcaller("values"), self._filled)
+        values = map(operator.methodcaller("values"), self._mappings)
         slots = starmap(getattr, self._slots)
-        return chain(slots, *map(chain.from_iterable, (self._filled, values, self._sequences)))
+        return chain(slots, *map(chain.from_iterable, (self._mappings, values, self._sequences)))
 
     def _where(self) -> list[Hashable]:
         """Addresses and layouts: both may change under the same tensor, as its `.data` does. Arrays are small: their contents."""
@@ -101,7 +97,6 @@ class Fingerprint:
         self._queue = []
         self._hooks = hooks(self._modules)
         self._hooked = any(self._hooks)  # once more, then, to see whether they are gone
-        self._filled = list(filter(None, self._mappings))
         self._contents, self._counted, self._addresses = list(self._entries()), self._lengths(), self._where()
         digest = hashlib.sha256(f"{text}{self._addresses}".encode()).hexdigest()
         self._key = Key(digest, tuple(self._held))

@@ -12,7 +12,8 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ BUDGET = 4 << 30  # bytes of pool, inputs and generations' tensors together
 LIMIT = 32  # graphs; the driver's own memory for nodes (980 a forward of SD 1.5's UNet, 2,980 of SDXL's) cannot be asked for
 
 Body = Callable[[Any], None]  # of the arguments
+# Called before a body runs for the first time; what it gives says afterwards why a replay would not do the same.
+Watch = Callable[[], Callable[[], str | None]]
 
 
 # The one place that chooses what records on which type of device; tests add the simulator here.
@@ -32,8 +35,8 @@ RECORDERS: dict[str, Callable[[torch.device], Any]] = {"cuda": cuda_graphs.Recor
 
 
 def records(device: torch.device) -> bool:
-    """Whether graphs can be recorded on a device."""
-    return device.type in RECORDERS and (device.type != "cuda" or cuda_graphs.available())
+    """Whether graphs can be recorded on a device. Where there is no GPU, tensors that call themselves CUDA ones are make-believe."""
+    return device.type in RECORDERS and (device.type != "cuda" or cuda_graphs.cuda.is_available())
 
 
 def holds(tensor: torch.Tensor) -> bool:
@@ -41,35 +44,31 @@ def holds(tensor: torch.Tensor) -> bool:
     return type(tensor) is torch.Tensor
 
 
-@dataclass(eq=False)
-class Graph:
-    """A body and the tensors that it works on, whose addresses it keeps alive; and what was recorded of it.
-
-    content  the generation's: has `tensors`, those of them that a body changes in `changed`, and `nbytes`
-    warm_up  shows the device everything that the body uses
-    watch    called before the body runs for the first time; what it gives says afterwards why a replay would not do the same
-    bytes    by which the pool grew; graphs of equal shapes share what the first of them took
-    """
-
-    content: Any
-    inputs: StaticInputs
-    body: Body
-    warm_up: Body
-    watch: Callable[[], Callable[[], str | None]]
-    recorded: Any = None
-    bytes: int = 0
-    replays: int = 0
-    seconds: float = 0.0
-
-
-@dataclass(frozen=True)
+@dataclass
 class GraphInfo:
-    """One recorded graph: a short name of its key, bytes by which it made the shared pool grow, launches, seconds to capture."""
+    """One recorded graph: a short name of its key, bytes by which it made the shared pool grow, launches, seconds to capture.
+
+    Graphs of equal shapes share what the first of them took.
+    """
 
     key: str
     bytes: int
     replays: int
     seconds: float
+
+
+@dataclass(eq=False)
+class Graph:
+    """A body and the tensors that it works on, whose addresses it keeps alive; and what was recorded of it.
+
+    content  the generation's: has `tensors`, those of them that a body changes in `changed`, and `nbytes`
+    """
+
+    content: Any
+    inputs: StaticInputs
+    body: Body
+    recorded: Any = None
+    info: Any = None  # GraphInfo, once it is recorded
 
 
 @dataclass
@@ -88,44 +87,40 @@ class Graphs:
     lock: Any = field(default_factory=threading.RLock)
     _bounds: tuple[int, int] = (BUDGET, LIMIT)  # the last that were applied to what is there
     _recorder: Any = None
-    _device: torch.device | None = None
     _graphs: OrderedDict[tuple, Graph] = field(default_factory=OrderedDict)
     _leased: Any = None  # tensors of the generation that runs: calls of a guard follow each other
-    _refused: dict[Hashable, str] = field(default_factory=dict)
+    refused: dict[Hashable, str] = field(default_factory=dict)  # why no graph is recorded under these keys
 
     def __call__(self) -> list[GraphInfo]:
         """Least recently used first."""
         with self.lock:
-            names = [hashlib.sha256(repr(key).encode()).hexdigest()[:12] for key in self._graphs]
-            graphs = zip(names, self._graphs.values(), strict=True)
-            return [GraphInfo(name, g.bytes, g.replays, g.seconds) for name, g in graphs]
+            return [replace(graph.info) for graph in self._graphs.values()]
 
     @property
     def bytes(self) -> int:
         """Pool, inputs and generations' tensors."""
         with self.lock:
             pool = self._recorder.pool_bytes() if self._recorder else 0
-            inputs = sum(graph.inputs.nbytes for graph in self._graphs.values())
-            of_graphs = (graph.content for graph in self._graphs.values())
-            held = {id(content): content.nbytes for content in (self._leased, *of_graphs) if content is not None}
-            return pool + inputs + sum(held.values())
+            parts = [part for graph in self._graphs.values() for part in (graph.inputs, graph.content)]
+            held = {id(part): part.nbytes for part in (self._leased, *parts) if part is not None}
+            return pool + sum(held.values())
 
     def clear(self) -> None:
         """Forget every graph, and every failure. Calls that have begun record nothing any more: no graph is left behind them."""
         with self.lock:
             self.clears += 1
             self.model = self.failure = None
-            self._refused.clear()
+            self.refused.clear()
             self._evict_all()
             if self._recorder is not None:
                 self._recorder.new_pool()  # whatever a failed capture left in the old one
 
     def lease(self, key: Hashable, device: torch.device, make: Callable[[], Any]) -> Any:
         """Tensors for this key, for one call until its `give_back`: those that a graph holds, else what `make` gives."""
-        if device != self._device:
-            if self._device is not None:
+        if self._recorder is None or self._recorder.device != device:
+            if self._recorder is not None:
                 self.clear()  # of the device that the model was on
-            self._device, self._recorder = device, RECORDERS[device.type](device)
+            self._recorder = RECORDERS[device.type](device)
         self._leased = next((graph.content for (shape, *_), graph in self._graphs.items() if shape == key), None)
         if self._leased is None:
             with torch.inference_mode(False):  # so that calls in either mode may write to them
@@ -142,31 +137,28 @@ class Graphs:
             self._bounds = self.budget, self.limit
             self._make_room()
 
-    def refusal(self, key: tuple) -> str | None:
-        """Why no graph is recorded under this key."""
-        return self.failure or self._refused.get(key)
-
-    def run(self, key: tuple, arguments: Any, make: Callable[[], Graph]) -> str | None:
-        """Run the graph of this key on these arguments; what `make` gives the first time, which runs eagerly if no graph comes of it
-        (the reason why). Its own errors are raised."""
+    def run(self, key: tuple, arguments: Any, body: Body, warm_up: Body, watch: Watch) -> str | None:
+        """Run the graph of this key on these arguments; the first time the body, eagerly if no graph comes of it (the reason why). Its own
+        errors are raised. warm_up: shows the device everything that the body uses."""
         graph = self._graphs.get(key)
         if graph is None:
+            leased = self._leased
             with torch.inference_mode(False):
-                graph = make()
+                graph = Graph(leased, StaticInputs(arguments, leased.tensors[0].device, leased.tensors), body)
         graph.inputs.load(arguments)
-        if graph.recorded is None and (reason := self._first_run(key, graph)) is not None:
+        if graph.recorded is None and (reason := self._first_run(key, graph, warm_up, watch)) is not None:
             return reason
         self._graphs.move_to_end(key)
-        graph.replays += 1
+        graph.info.replays += 1
         self._recorder.replay(graph.recorded)
         return None
 
-    def _first_run(self, key: tuple, graph: Graph) -> str | None:
+    def _first_run(self, key: tuple, graph: Graph, warm_up: Body, watch: Watch) -> str | None:
         """Eagerly, and what comes of that counts unless a graph could be made: its errors, its result, whatever it changed elsewhere."""
         before = [tensor.clone() for tensor in graph.content.changed]
-        changed = graph.watch()
+        changed = watch()
         graph.body(graph.inputs.tree)
-        reason = changed() or self._record(key, graph)
+        reason = changed() or self._record(key, graph, warm_up)
         if reason is None and (reason := changed()) is not None:
             self._evict(key)
         if reason is None:
@@ -174,7 +166,7 @@ class Graphs:
                 tensor.copy_(copy)
         return reason
 
-    def _record(self, key: tuple, graph: Graph) -> str | None:
+    def _record(self, key: tuple, graph: Graph, warm_up: Body) -> str | None:
         """Record and keep a graph within the budget; the reason if that cannot be. A capture that fails is the last one."""
         recorder, inputs = self._recorder, graph.inputs
         # What this graph needs alone: nobody knows the whole of it before it is recorded.
@@ -183,17 +175,17 @@ class Graphs:
             self._make_room(graphs=1, nbytes=inputs.nbytes)
             before, start = recorder.pool_bytes(), time.perf_counter()
             try:
-                graph.recorded = recorder.record(
-                    lambda: graph.body(inputs.tree), lambda: graph.warm_up(inputs.tree), graph.content.changed
-                )
+                bodies = partial(graph.body, inputs.tree), partial(warm_up, inputs.tree)
+                graph.recorded = recorder.record(*bodies, graph.content.changed)
             except Exception as error:
                 return self._failed(key, error)
-            graph.seconds, graph.bytes = time.perf_counter() - start, recorder.pool_bytes() - before
+            name, seconds = hashlib.sha256(repr(key).encode()).hexdigest()[:12], time.perf_counter() - start
+            graph.info = GraphInfo(name, recorder.pool_bytes() - before, 0, seconds)
             self._graphs[key] = graph
             self._make_room()
             if key in self._graphs:
                 return None
-            own = graph.content.nbytes + inputs.nbytes + graph.bytes
+            own = graph.content.nbytes + inputs.nbytes + graph.info.bytes
             # Blocks of graphs that are gone stay in the pool while a graph is left in it: once more, in an empty pool.
             if not before:
                 break
@@ -215,7 +207,7 @@ class Graphs:
         return self.failure
 
     def _refuse(self, key: tuple, reason: str) -> str:
-        self._refused[key] = reason
+        self.refused[key] = reason
         return reason
 
     def _evict_all(self) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch._inductor import config as inductor
 
-from fastguard.capture.attention import Attending, check
+from fastguard import checks
+from fastguard.capture.attention import check
 from fastguard.capture.graphs import MODES, Graphs
 from fastguard.capture.obstacles import own_graphs
 from fastguard.capture.runner import BodyRunner, Model
@@ -29,15 +30,12 @@ class Options:
     compile: Mapping[str, Any] | None = None
 
     @classmethod
-    def of(
-        cls, denoiser: Any, *, capture: str, attention_backend: str | None, compile: bool | Mapping[str, Any]
-    ) -> Options:
+    def of(cls, denoiser: Any, *, capture: str, attention_backend: str | None, compile: Any) -> Options:
         """ValueError names the option that is not allowed, or that cannot work with this denoiser where it is now.
 
         denoiser: None of a pipeline that was built to encode prompts alone; its call would fail in stock as well.
         """
-        if capture not in MODES:
-            raise ValueError(f"capture={capture!r}: allowed are {', '.join(map(repr, MODES))}")
+        checks.choice("capture", capture, MODES)
         options = cls(capture, attention_backend, _compile_arguments(compile))
         if denoiser is None:
             return options
@@ -51,13 +49,10 @@ class Options:
 
     def lend(self, denoiser: torch.nn.Module, graphs: Graphs) -> tuple[Callable[..., Any], BodyRunner]:
         """The denoiser as a call shall run it, and what runs the call's rows. Calls of a guard follow each other."""
-        decides = (self.attention_backend, repr(self.compile))
-        if graphs.model is None or (graphs.model.denoiser, graphs.model.decides) != (denoiser, decides):
-            # The module is not changed; its weights, LoRA scales and so on stay its own.
-            compiled: Any = denoiser if self.compile is None else torch.compile(denoiser, **self.compile)
-            graphs.model = Model(denoiser, decides, Attending(self.attention_backend, denoiser, compiled))
-        model = graphs.model
-        return model.runs.in_a_call(), BodyRunner(self.capture, graphs, model)
+        decides, model = (self.attention_backend, repr(self.compile)), graphs.model
+        if model is None or (model.denoiser, model.decides) != (denoiser, decides):
+            model = graphs.model = Model(denoiser, self.attention_backend, self.compile)
+        return model.in_a_call(), BodyRunner(self.capture, graphs, model)
 
 
 def _compile_arguments(compile: bool | Mapping[str, Any]) -> dict[str, Any] | None:
@@ -68,8 +63,9 @@ def _compile_arguments(compile: bool | Mapping[str, Any]) -> dict[str, Any] | No
         raise ValueError(f"compile={compile!r}: must be True, False or a dictionary of torch.compile's arguments")
     given = {} if compile is True else dict(compile)
     if unknown := [name for name in given if name not in _ARGUMENTS]:
-        allowed = ", ".join(_ARGUMENTS)
-        raise ValueError(f"compile: {unknown[0]!r} is no argument of torch.compile; allowed are {allowed}")
+        raise ValueError(
+            f"compile: {unknown[0]!r} is no argument of torch.compile; allowed are {', '.join(_ARGUMENTS)}"
+        )
     if (mode := given.get("mode")) not in COMPILE_MODES:
         allowed = ", ".join(map(repr, COMPILE_MODES))
         raise ValueError(

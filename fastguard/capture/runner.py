@@ -10,8 +10,7 @@ from __future__ import annotations
 import os
 import pickle
 import random
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -19,10 +18,11 @@ import numpy as np
 import torch
 
 from fastguard.capture import graphs
+from fastguard.capture.attention import Attention
 from fastguard.capture.fingerprint import Fingerprint
-from fastguard.capture.graphs import Body, Graph, Graphs
+from fastguard.capture.graphs import Body, Graphs
 from fastguard.capture.obstacles import surroundings
-from fastguard.capture.static_inputs import StaticInputs, signature
+from fastguard.capture.static_inputs import signature
 
 # "auto" records where launches take longer than the work: the denoiser's rows (2 B guided, else B) times the latents' positions h w. A
 # forward of SD 1.5 / SDXL is about 980 / 2,980 kernels, 5 / 15 ms of launches at 5 us each, whatever the batch. This is SD 1.5
@@ -38,23 +38,52 @@ MOVES = (
 Arguments = tuple[tuple, dict]
 
 
-@dataclass(eq=False)
 class Model:
-    """What a guard keeps of its denoiser from call to call.
+    """A guard's denoiser from call to call, with its attention computed by the named backend, and compiled by these arguments (None: as it is).
 
-    decides  what beside the model decides what it computes (attention, compilation)
-    runs     the denoiser as it runs under these
+    decides  these: what beside the denoiser decides what it computes
     moves    how often in a row it was found changed by its own forward, by what is recorded
     """
 
-    denoiser: torch.nn.Module
-    decides: Hashable
-    runs: Any
-    moves: dict[Hashable, int] = field(default_factory=dict)
+    def __init__(self, denoiser: torch.nn.Module, attention: str | None, compile: Mapping[str, Any] | None) -> None:
+        self.denoiser, self.decides, self._attention = denoiser, (attention, repr(compile)), attention
+        # The module is not changed; its weights, LoRA scales and so on stay its own.
+        self._runs: Any = denoiser if compile is None else torch.compile(denoiser, **compile)
+        self._asks_unseen = False  # it asks, but its compiled form, which counts nothing, does not show it
+        self.moves: dict[Hashable, int] = {}
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
         return Fingerprint(self.denoiser)
+
+    def in_a_call(self) -> Callable[..., Any]:
+        """For one call of the pipeline.
+
+        ValueError at its first row if the denoiser asks for no attention: its processors compute it by themselves. (Later rows may skip
+        it: diffusers' caches do.) Of a compiled denoiser the first call alone is looked at.
+        """
+        if self._attention is None:
+            return self._runs
+        attention = Attention(self._attention)
+
+        def row(*args: Any, **kwargs: Any) -> Any:
+            with attention:
+                result = self._runs(*args, **kwargs)
+            if not (attention.asked or self._asks_unseen):
+                self._ask_as_written(attention, args, kwargs)
+            return result
+
+        return row
+
+    def _ask_as_written(self, attention: Attention, args: tuple, kwargs: dict) -> None:
+        with torch.compiler.set_stance("force_eager"), attention:
+            self.denoiser(*args, **kwargs)
+        self._asks_unseen = attention.asked
+        if not attention.asked:
+            raise ValueError(
+                f"attention_backend={self._attention!r}: {type(self.denoiser).__name__} never calls scaled_dot_product_attention of torch, "
+                f"so nothing would change; set processors that do (AttnProcessor2_0), or attention_backend=None"
+            )
 
 
 class BodyRunner:
@@ -109,7 +138,11 @@ class BodyRunner:
         with self._graphs.lock:
             key = None if self._content is None else self._key(what, arguments, look_again)
             if key is not None:
-                self._run(key, body, arguments, warm_up or body)
+                place = key[:3]
+                reason = self._graphs.run(key, arguments, body, warm_up or body, lambda: self._watch(place))
+                if not self._refused(reason):
+                    self.replayed += 1
+                    self._model.moves.pop(place, None)
                 return
         body(arguments)
 
@@ -141,19 +174,8 @@ class BodyRunner:
             self.reason = str(error)
             return None
         key = (*place, self._print, self._model.decides, os.environ.get("FASTGUARD_BACKEND"))
-        refused = self._refused(obstacle or self._graphs.refusal(key) or self._moving(place))
+        refused = self._refused(obstacle or self._graphs.refused.get(key) or self._moving(place))
         return None if refused else key
-
-    def _run(self, key: tuple, body: Body, arguments: Arguments, warm_up: Body) -> None:
-        content, place = self._content, key[:3]
-
-        def make() -> Graph:
-            inputs = StaticInputs(arguments, content.tensors[0].device, content.tensors)
-            return Graph(content, inputs, body, warm_up, lambda: self._watch(place))
-
-        if not self._refused(self._graphs.run(key, arguments, make)):
-            self.replayed += 1
-            self._model.moves.pop(place, None)
 
     def _watch(self, place: tuple) -> Callable[[], str | None]:
         """Begin to look at the model; what this gives says whether it is still the one that the key names, written to by nobody."""

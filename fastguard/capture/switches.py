@@ -31,10 +31,7 @@ def ambient() -> tuple[Any, ...]:
         torch.are_deterministic_algorithms_enabled(),
         *(cudnn.benchmark, cudnn.deterministic, cudnn.enabled),
         *_precision(),
-        cuda.flash_sdp_enabled(),
-        cuda.mem_efficient_sdp_enabled(),
-        cuda.math_sdp_enabled(),
-        cuda.cudnn_sdp_enabled(),
+        *(getattr(cuda, f"{kernel}_sdp_enabled")() for kernel in ("flash", "mem_efficient", "math", "cudnn")),
         *(str(getattr(torch._C, name)()) for name in _SDP if hasattr(torch._C, name)),
         F.scaled_dot_product_attention,  # libraries put their own in its place
         str(attention_dispatch._AttentionBackendRegistry.get_active_backend()[0]),

@@ -12,8 +12,8 @@ arithmetic loses more than a table would repeat, gets a table that passes the gu
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -64,7 +64,8 @@ def compile_schedule(scheduler: Any, *, step_kwargs: Mapping[str, Any] | None = 
 @torch.inference_mode(False)  # a cached table outlives the caller's inference mode
 @torch.no_grad()
 def _compile(scheduler: Any, arguments: Mapping[str, Any], begin: int) -> Schedule:
-    with _on_cpu():
+    # Onto the CPU. A default device is itself a mode: entering the CPU's for nothing would double every scalar's cost.
+    with nullcontext() if torch.empty(0).device.type == "cpu" else torch.device("cpu"):
         recorded = trace(scheduler, arguments, begin)
         timesteps = scheduler.timesteps[begin:].detach().to("cpu", copy=True)
         rows = _rows_without_update(scheduler, recorded, timesteps)
@@ -77,18 +78,13 @@ def _compile(scheduler: Any, arguments: Mapping[str, Any], begin: int) -> Schedu
         if reason is not None:
             return own
         try:
-            return _with_update(own, recorded, lambda: stock(scheduler, arguments, begin, recorded, torch.float32)[0])
+            return _with_update(own, recorded)
         except ValueError as error:
             return replace(own, reason=str(error))
 
 
-def _on_cpu() -> AbstractContextManager:
-    """New tensors are on the CPU. A default device is itself a mode: entering the CPU's for nothing would double every scalar's cost."""
-    return nullcontext() if torch.empty(0).device.type == "cpu" else torch.device("cpu")
-
-
-def _with_update(own: Schedule, recorded: Trace, in_float32: Callable[[], np.ndarray]) -> Schedule:
-    """The table, of the first form that repeats what was recorded. ValueError if none does. in_float32: what stock computes in it."""
+def _with_update(own: Schedule, recorded: Trace) -> Schedule:
+    """The table, of the first form that repeats what was recorded. ValueError if none does."""
     form, (rows, history, looks_back) = _best_fold(recorded, own.rows)
     residual = _deviation(rows, recorded, recorded.probe_x[1:], np.float64)
     if not residual <= LARGEST_RESIDUAL:
@@ -97,7 +93,7 @@ def _with_update(own: Schedule, recorded: Trace, in_float32: Callable[[], np.nda
     if not rounding <= LARGEST_ROUNDING:
         raise ValueError(f"its table would lose {rounding:.1e} to rounding in float32")
     if len(own.timesteps) >= SHORTEST_COMPARED:
-        difference = _deviation(rows, recorded, in_float32(), np.float32)
+        difference = _deviation(rows, recorded, stock(recorded, torch.float32)[0], np.float32)
         if not difference <= LARGEST_DIFFERENCE:
             raise ValueError(
                 f"its own step loses {difference:.1e} to rounding in float32, which a table does not repeat"
@@ -125,18 +121,11 @@ def _known_reason(scheduler: Any, arguments: Mapping[str, Any]) -> str | None:
 def _best_fold(recorded: Trace, rows: torch.Tensor) -> tuple[str, tuple[torch.Tensor, int, bool]]:
     """The first form that fits: the output itself, the scheduler's own conversion, whatever the coefficients say."""
     x0 = np.allclose(recorded.converted[:, 1] ** 2, rows[:-1, Row.W_X0].numpy(), rtol=1e-4)
-    forms = {
-        "epsilon": np.tile([0.0, 1.0], (len(recorded.out), 1)),
-        "x0" if x0 else "converted": recorded.converted,
-        "free": free_form(recorded),
-    }
-    reason = ValueError()
-    for name, form in forms.items():
-        try:
+    itself = np.tile([0.0, 1.0], (len(recorded.out), 1))
+    for name, form in {"epsilon": itself, "x0" if x0 else "converted": recorded.converted}.items():
+        with suppress(ValueError):
             return name, fold(recorded, form, rows)
-        except ValueError as error:
-            reason = error
-    raise reason
+    return "free", fold(recorded, free_form(recorded), rows)
 
 
 def _rows_without_update(scheduler: Any, recorded: Trace, timesteps: torch.Tensor) -> torch.Tensor:

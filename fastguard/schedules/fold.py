@@ -39,28 +39,24 @@ def fold(trace: Trace, form: np.ndarray, rows: torch.Tensor) -> tuple[torch.Tens
                 raise unfit
             along = along - back[k] * previous_along
         lags[k, :k] = np.where(np.abs(along) > EXACT * scale, along, 0.0)
-    slots, store, history = _assign_slots(lags)
+    weights, store, history = _assign_slots(lags)
 
     index = np.arange(count)
     on_x, on_e, n = (trace.out[index, block * count + index] for block in range(3))
     on_x = on_x + back
     # A row that nobody looks back at needs no conversion: one rounding less.
-    p, q = form[:, 0].copy(), form[:, 1].copy()
-    plain = store < 0
-    if ((q == 0.0) & (on_e != 0.0) & ~plain).any():
+    p, q = np.where(store[:, None] < 0, (0.0, 1.0), form).T
+    if ((q == 0.0) & (on_e != 0.0)).any():
         raise unfit
     if history > HISTORY:
         raise ValueError(f"it needs {history} remembered tensors, {HISTORY} are supported")
-    p[plain], q[plain] = 0.0, 1.0
     b = np.divide(on_e, q, out=np.zeros(count), where=q != 0.0)
     a = on_x - b * p
     a[np.abs(a) < 1e-15 * np.abs(on_x)] = 0.0
     rows = rows.clone()
     body = rows[:-1].numpy()  # the same memory
     body[:, [Row.P, Row.Q, Row.A, Row.B, Row.N, Row.STORE]] = np.stack([p, q, a, b, n, store], axis=1)
-    for k, read in enumerate(slots):
-        for j, slot in read.items():
-            body[k, Row.H0 + slot] = lags[k, j]
+    body[:, Row.H0 : Row.H0 + history] = weights[:, :history]
     return rows, history, bool(back.any())
 
 
@@ -86,15 +82,15 @@ def _split(row: np.ndarray, form: np.ndarray, k: int) -> tuple[np.ndarray, np.nd
     return (x * p + e * q) / size**2, np.concatenate([(e * p - x * q) / size, z])
 
 
-def _assign_slots(lags: np.ndarray) -> tuple[list[dict[int, int]], np.ndarray, int]:
-    """(per row: m_j -> slot it is read from; slot it is stored in or -1; slots in use): m_j is kept from row j to the last row that reads it,
+def _assign_slots(lags: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+    """(weight of each slot in each row; slot a row is stored in or -1; slots in use): m_j is kept from row j to the last row that reads it,
     always in the lowest free slot (a row reads before it stores)."""
     last = [max(np.flatnonzero(column), default=-1) for column in lags.T]
     live: dict[int, int] = {}
-    slots, store = [], np.full(len(lags), -1)
+    weights, store = np.zeros_like(lags), np.full(len(lags), -1)
     for k, lag in enumerate(lags):
-        slots.append({j: live[j] for j in np.flatnonzero(lag).tolist()})
+        weights[k, list(live.values())] = lag[list(live)]
         live = {j: slot for j, slot in live.items() if last[j] > k}
         if last[k] > k:
             live[k] = store[k] = min(set(range(len(live) + 1)) - set(live.values()))
-    return slots, store, int(store.max(initial=-1)) + 1
+    return weights, store, int(store.max(initial=-1)) + 1

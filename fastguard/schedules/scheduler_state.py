@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 
-_WRAPPED = (staticmethod, classmethod, property)
-
 # What a scheduler remembers of a run, as it stands after set_timesteps (lists keep their length).
 RUN_STATE: dict[str, Any] = {
     **dict.fromkeys(("_step_index", "cur_sample", "sample", "last_sample", "last_noise", "prev_derivative", "dt")),
@@ -32,7 +30,7 @@ OUTSIDE = ("set_timesteps", "set_begin_index", "add_noise", "scale_noise", "get_
 def functions(kind: type) -> tuple[Any, ...]:
     """Everything that a class and its bases define, as it stands: what somebody patches there changes what step() does."""
     values = [value for base in kind.__mro__ for value in vars(base).values()]
-    return tuple(value for value in values if callable(value) or isinstance(value, _WRAPPED))
+    return tuple(v for v in values if callable(v) or isinstance(v, (staticmethod, classmethod, property)))
 
 
 def signature(scheduler: Any) -> dict[str, Any]:

@@ -26,14 +26,15 @@ PROBES = 256  # random columns; with 64 the worst of a latent was missed by a fa
 
 
 class Trace:
-    """Lanes of K rows: columns [0, K) are x_j, [K, 2K) e_j, [2K, 3K) z_j; the probes are random columns."""
+    """Lanes of K rows: columns [0, K) are x_j, [K, 2K) e_j, [2K, 3K) z_j; the probes are random columns. The rows are those from `begin` on,
+    `arguments` go to step() besides."""
 
-    def __init__(self, rows: int, first_scale: float) -> None:
+    def __init__(self, scheduler: Any, arguments: Mapping[str, Any], begin: int) -> None:
+        self.scheduler, self.arguments, self.begin = scheduler, arguments, begin
+        rows, first_scale = len(scheduler.timesteps[begin:]), float(getattr(scheduler, "init_noise_sigma", 1.0))
         rng = np.random.default_rng(0)
         self.out = np.zeros((rows, 3 * rows))  # coefficients of x_{k+1}
-        self.converted = np.full(
-            (rows, 2), np.nan
-        )  # (P, Q) of the output as the scheduler keeps it; NaN: it keeps none
+        self.converted = np.full((rows, 2), np.nan)  # (P, Q) of the output as the scheduler keeps it; NaN: it does not
         self.scale = np.ones(rows)  # factor of scale_model_input
         self.sigma = np.full(rows, np.nan)  # noise level: sigma, or the timestep without sigmas; NaN if unknown
         self.starts = np.ones(rows, dtype=bool)  # the evaluation begins a block (it is no mid-stage)
@@ -73,18 +74,16 @@ _OTHER_DRAWS = {
 }
 
 
-def trace(scheduler: Any, step_kwargs: Mapping[str, Any], begin_index: int) -> Trace:
-    """Step a private copy through all rows from `begin_index` on. What the scheduler raises ends up in `problem`; with one only scale,
+def trace(scheduler: Any, arguments: Mapping[str, Any], begin: int) -> Trace:
+    """Step a private copy through all rows from `begin` on. What the scheduler raises ends up in `problem`; with one only scale,
     sigma and starts are recorded.
 
     The step() of a foreign or replaced one is not called: whatever it does besides belongs to its owner.
     """
-    private = at_the_start(scheduler)
-    timesteps = private.timesteps[begin_index:]
-    rows = len(timesteps)
-    lanes = 3 * rows
+    result = Trace(at_the_start(scheduler), arguments, begin)
+    private = at_the_start(result.scheduler)
+    rows, lanes = result.out.shape
     shape = torch.Size((1, 1, 1, lanes + PROBES))
-    result = Trace(rows, float(getattr(private, "init_noise_sigma", 1.0)))
     result.problem = foreign(scheduler) or replaced_step(scheduler)
     row = 0
 
@@ -99,7 +98,7 @@ def trace(scheduler: Any, step_kwargs: Mapping[str, Any], begin_index: int) -> T
         return lane(2 * rows + row, result.probe_z[row])
 
     mode = Lanes(shape, noise)
-    for row, t in enumerate(timesteps):
+    for row, t in enumerate(private.timesteps[begin:]):
         x, e = lane(row, result.probe_x[row]), lane(rows + row, result.probe_e[row])
         index = after = None
         try:
@@ -114,7 +113,7 @@ def trace(scheduler: Any, step_kwargs: Mapping[str, Any], begin_index: int) -> T
             index = getattr(private, "step_index", None)
             if result.problem is None:
                 with mode:
-                    after = private.step(e, t, x, **step_kwargs, return_dict=False)[0].reshape(-1).numpy()
+                    after = private.step(e, t, x, **arguments, return_dict=False)[0].reshape(-1).numpy()
         except Exception as error:  # a foreign scheduler may raise anything
             result.problem = result.problem or f"step failed at row {row}: {type(error).__name__}: {error}"
         if after is None:  # go on for scale, sigma and starts alone
@@ -129,14 +128,12 @@ def trace(scheduler: Any, step_kwargs: Mapping[str, Any], begin_index: int) -> T
         result.problem = result.problem or f"it draws noise {most} times in one row"
     if most and result.problem is None:
         with suppress(Exception):
-            dtype = stock(scheduler, step_kwargs, begin_index, result, torch.float16)[1]
+            dtype = stock(result, torch.float16)[1]
             result.noise_dtype = None if dtype == torch.float16 else dtype
     return result
 
 
-def stock(
-    scheduler: Any, step_kwargs: Mapping[str, Any], begin_index: int, recorded: Trace, dtype: torch.dtype
-) -> tuple[np.ndarray, torch.dtype | None]:
+def stock(recorded: Trace, dtype: torch.dtype) -> tuple[np.ndarray, torch.dtype | None]:
     """x_{k+1} [K, PROBES] of the random columns as stock computes it in `dtype`, each row from the recorded x_k; the dtype of its draws."""
     shape = torch.Size((1, 1, 1, PROBES))
 
@@ -146,12 +143,12 @@ def stock(
     result = np.empty_like(recorded.probe_e, dtype=np.float32)
     row = 0
     with Lanes(shape, lambda: column(recorded.probe_z[row])) as mode:
-        private = at_the_start(scheduler)
-        for row, t in enumerate(private.timesteps[begin_index:]):
+        private = at_the_start(recorded.scheduler)
+        for row, t in enumerate(private.timesteps[recorded.begin :]):
             x = column(recorded.probe_x[row])
             if hasattr(private, "scale_model_input"):
                 private.scale_model_input(x, t)
-            after = private.step(column(recorded.probe_e[row]), t, x, **step_kwargs, return_dict=False)[0]
+            after = private.step(column(recorded.probe_e[row]), t, x, **recorded.arguments, return_dict=False)[0]
             result[row] = after.reshape(-1).numpy()
     return result, mode.dtypes[0] if mode.dtypes else None
 

@@ -89,8 +89,9 @@ def find_syncs(pipe: Any, *, steps: int = 4, **arguments: Any) -> SyncReport:
     """
     on_gpu = torch.device(pipe.device).type == "cuda"
     given = {"output_type": "latent", "num_inference_steps": steps, **(arguments or probe.example_arguments(pipe))}
+    stream = Stream()
     try:
-        stream, broke_off = (_on_gpu(pipe, given), None) if on_gpu else probe.run(pipe, given)
+        (_on_gpu if on_gpu else probe.run)(pipe, given, stream)
     except Exception as error:  # before the loop; whatever happens in it is reported
         if on_gpu and arguments:
             raise
@@ -100,7 +101,7 @@ def find_syncs(pipe: Any, *, steps: int = 4, **arguments: Any) -> SyncReport:
         ) from error
     technique, guarded = "gpu" if on_gpu else "labelled", Guard.of(pipe) is not None
     names = type(pipe).__name__, type(pipe.scheduler).__name__
-    return SyncReport(*names, guarded, technique, steps=stream.row, ops=tuple(stream.ops), broke_off=broke_off)
+    return SyncReport(*names, guarded, technique, steps=stream.row, ops=tuple(stream.ops), broke_off=stream.broke_off)
 
 
 def assert_sync_free(pipe: Any, *, steps: int = 4, **arguments: Any) -> SyncReport:
@@ -111,16 +112,16 @@ def assert_sync_free(pipe: Any, *, steps: int = 4, **arguments: Any) -> SyncRepo
     return report
 
 
-def _on_gpu(pipe: Any, arguments: Mapping[str, Any]) -> Stream:
+def _on_gpu(pipe: Any, arguments: Mapping[str, Any], stream: Stream) -> None:
     """The call on the GPU that the pipeline is on; a first call, unwatched, compiles and allocates."""
     device = torch.device(pipe.device)
     moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
-    stream = Stream()
     copied = probe.copy_of(pipe, stream, None)
     copied(**moved)
-    with Watching(stream), _sync_debug(stream), probe.counted(copied, stream):
+    denoiser = next(model for name in probe.DENOISERS if (model := getattr(pipe, name, None)) is not None)
+    begins, ends = denoiser.register_forward_pre_hook(stream.enter), denoiser.register_forward_hook(stream.leave)
+    with begins, ends, Watching(stream), _sync_debug(stream):
         copied(**moved)
-    return stream
 
 
 @contextmanager

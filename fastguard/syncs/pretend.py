@@ -50,13 +50,14 @@ class Labelled(torch.Tensor):
 class Pretend(Watching):
     """While entered, `cuda` tensors exist, labelled ones: made from the host's (`tensor`) or by factories; in the denoiser fake ones.
 
-    Fake tensors made elsewhere come in only with their mode, `fake`.
+    models: those that have been put on the device, by their originals.
     """
 
-    def __init__(self, stream: Stream, fake: FakeTensorMode | None = None) -> None:
+    def __init__(self, stream: Stream) -> None:
         super().__init__(stream)
         # Its presence also keeps torch from looking for a driver when somebody names the device.
-        self._fake = fake or FakeTensorMode(allow_non_fake_inputs=True)
+        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.models: dict[torch.nn.Module, Any] = {}
 
     def __enter__(self) -> Pretend:
         self._fake.__enter__()
@@ -72,7 +73,7 @@ class Pretend(Watching):
         labelled = {id(tensor.held): tensor for tensor in given.values() if isinstance(tensor, Labelled)}
         device = kwargs.get("device")
         on_device = bool(labelled) if device is None else torch.device(device).type == DEVICE.type
-        made_in_denoiser = on_device and not labelled and self._stream.denoiser
+        made_in_denoiser = on_device and not labelled and self.stream.denoiser
         if made_in_denoiser or any(isinstance(tensor, FakeTensor) for tensor in given.values()):
             return func(*args, **kwargs)
         args, kwargs = tree_map_only(Labelled, lambda tensor: tensor.held, (args, kwargs))
@@ -109,9 +110,8 @@ class Pretend(Watching):
 
     def module(self, module: torch.nn.Module) -> Any:
         """A copy of the module whose parameters and buffers are fake; nothing of the original moves."""
-        memo: dict[int, Any] = {}
-        for parameter in module.parameters():
-            memo[id(parameter)] = torch.nn.Parameter(self.fake(parameter), requires_grad=False)
-        for buffer in module.buffers():
-            memo[id(buffer)] = self.fake(buffer)
+        memo: dict[int, Any] = {
+            id(p): torch.nn.Parameter(self.fake(p), requires_grad=False) for p in module.parameters()
+        }
+        memo |= {id(buffer): self.fake(buffer) for buffer in module.buffers()}
         return copy.deepcopy(module, memo).eval()

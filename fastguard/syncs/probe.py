@@ -17,61 +17,47 @@ from typing import Any
 
 import diffusers
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
+from fastguard.capture.graphs import error_text
 from fastguard.pipelines.guard import Guard, enable
 from fastguard.syncs.pretend import DEVICE, Labelled, Pretend
 from fastguard.syncs.stream import Op, Stream
 
-_DENOISERS = ("unet", "transformer", "transformer_2")
+DENOISERS = ("unet", "transformer", "transformer_2")
 
 
-class Memory:
-    """Fake copies of models and what their forward gave for each kind of arguments, for use by several runs (`remembering`)."""
-
-    def __init__(self) -> None:
-        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self.models: dict[torch.nn.Module, Any] = {}
-        self.results: dict[tuple[torch.nn.Module, str], tuple[Any, list[Op]]] = {}
-
-
-_memory: ContextVar[Memory | None] = ContextVar("_memory", default=None)
+_device: ContextVar[Pretend | None] = ContextVar("_device", default=None)
 
 
 @contextmanager
 def remembering() -> Iterator[None]:
     """Inside, a model that has been run is not copied again, nor run again on arguments of the same kind: do not change it."""
-    token = _memory.set(Memory())
+    token = _device.set(Pretend(Stream()))
     try:
         yield
     finally:
-        _memory.reset(token)
+        _device.reset(token)
 
 
-def run(pipe: Any, arguments: Mapping[str, Any], stream: Stream | None = None) -> tuple[Stream, str | None]:
-    """Call the pipeline on a pretended device: (what its loop did, why it broke off if it did).
-
-    arguments  of the call; tensors among them are moved to the device before
-    """
-    stream = stream or Stream()
-    memory = _memory.get() or Memory()
-    pretend = Pretend(stream, memory.fake)
+def run(pipe: Any, arguments: Mapping[str, Any], stream: Stream) -> None:
+    """Call the pipeline on a pretended device, to which tensors among the arguments are moved before."""
+    pretend = _device.get() or Pretend(stream)
+    pretend.stream = stream
     copied = copy_of(pipe, stream, DEVICE)
-    for name in (*_DENOISERS, "controlnet"):
+    for name in (*DENOISERS, "controlnet"):
         model = getattr(copied, name, None)
         if isinstance(model, torch.nn.Module):
-            copied.__dict__[name] = _listening(model, memory, pretend, stream, counts=name in _DENOISERS)
+            if model not in pretend.models:
+                pretend.models[model] = _listening(model, pretend, counts=name in DENOISERS)
+            copied.__dict__[name] = pretend.models[model]
     moved = tree_map_only(torch.Tensor, pretend.tensor, dict(arguments))
     with pretend, torch.no_grad():
         try:
             copied(**moved)
-        except Exception as error:
-            if not stream.started:
+        except Exception:  # in the loop, which notes it, or in what follows it (decoding, reports)
+            if not stream.begun:
                 raise
-            if not stream.finished:  # what follows the loop (decoding, reports) may fail
-                return stream, f"{type(error).__name__}: {str(error).splitlines()[0]}"
-    return stream, None
 
 
 def copy_of(pipe: Any, stream: Stream, device: torch.device | None) -> Any:
@@ -79,26 +65,26 @@ def copy_of(pipe: Any, stream: Stream, device: torch.device | None) -> Any:
 
     device  where it believes to be; None: where it is
     """
-    guard = Guard.of(pipe)
-    base = type(pipe).__dict__.get("_fastguard_stock", type(pipe))
+    guard, copied = Guard.of(pipe), copy.copy(pipe)  # a copy is of the stock class and without a guard
+    base: Any = type(copied)
 
     @contextmanager
     def progress_bar(self: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
         with base.progress_bar(self, *args, **kwargs) as bar:
-            stream.open = stream.started = True
+            stream.open = stream.begun = True
             try:
                 yield bar
-                stream.finished = True
+            except Exception as error:
+                stream.broke_off = error_text(error)
+                raise
             finally:
                 stream.open = False
 
     namespace: dict[str, Any] = {"progress_bar": progress_bar, "__module__": base.__module__}
     if device is not None:
         namespace["device"] = namespace["_execution_device"] = property(lambda self: device)
-    copied = object.__new__(type(base)(base.__name__, (base,), namespace))
-    copied.__dict__.update({name: value for name, value in vars(pipe).items() if guard is None or value is not guard})
-    own = {"scheduler": copy.copy(pipe.scheduler), "_progress_bar_config": {"disable": True}, "_all_hooks": []}
-    copied.__dict__.update(own)
+    copied.__class__ = type(base)(base.__name__, (base,), namespace)
+    copied.__dict__.update(scheduler=copy.copy(pipe.scheduler), _progress_bar_config={"disable": True}, _all_hooks=[])
     if guard is not None:
         options, real = guard.options, dict[str, Any]()
         if device is None:  # one that is not there cannot be compiled for, nor an attention kernel tried on it
@@ -107,44 +93,33 @@ def copy_of(pipe: Any, stream: Stream, device: torch.device | None) -> Any:
     return copied
 
 
-@contextmanager
-def counted(pipe: Any, stream: Stream) -> Iterator[None]:
-    """Inside, the calls of the pipeline's denoiser are the stream's."""
-    denoiser = next(getattr(pipe, name) for name in _DENOISERS if getattr(pipe, name, None) is not None)
-    with denoiser.register_forward_pre_hook(stream.enter), denoiser.register_forward_hook(stream.leave):
-        yield
-
-
-def _listening(model: torch.nn.Module, memory: Memory, pretend: Pretend, stream: Stream, *, counts: bool) -> Any:
+def _listening(model: torch.nn.Module, pretend: Pretend, *, counts: bool) -> Any:
     """A fake copy of the model, whose forward runs once for each kind of arguments; counts: its calls are rows of the stream."""
-    if model not in memory.models:
-        memory.models[model] = pretend.module(model)
-    copied = copy.copy(memory.models[model])
+    copied = pretend.module(model)
     forward = copied.forward
+    known: dict[str, tuple[Any, list[Op]]] = {}
 
     @functools.wraps(forward)
     def listening(*args: Any, **kwargs: Any) -> Any:
         args, kwargs = tree_map_only(Labelled, pretend.fake, (args, kwargs))
-        key = model, repr(tree_map_only(torch.Tensor, _kind, (args, kwargs)))
+        kinds = tree_map_only(torch.Tensor, lambda t: (tuple(t.shape), t.stride(), t.dtype, t.device), (args, kwargs))
+        key = repr(kinds)
+        stream = pretend.stream
         stream.enter()
         try:
-            if key in memory.results:
-                result, ops = memory.results[key]
+            if key in known:
+                result, ops = known[key]
                 stream.ops += [replace(op, row=stream.row) for op in ops]
             else:
                 before = len(stream.ops)
                 result = forward(*args, **kwargs)
-                memory.results[key] = result, stream.ops[before:]
+                known[key] = result, stream.ops[before:]
         finally:
             stream.leave(counts=counts)
         return tree_map_only(torch.Tensor, pretend.drawn, result)
 
     copied.forward = listening
     return copied
-
-
-def _kind(tensor: torch.Tensor) -> tuple[Any, ...]:
-    return tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device
 
 
 def example_arguments(pipe: Any) -> dict[str, Any]:

@@ -56,15 +56,16 @@ class Op:
 class Stream:
     """Collects `Op`s while `open`; `Watching` and `Pretend` show it every operation.
 
-    started, finished  whether the loop has begun, and whether it has ended without an exception
-    row                denoiser calls so far
-    denoiser           one is running
+    begun      whether the loop has begun
+    broke_off  the exception that ended it
+    row        denoiser calls so far
+    denoiser   one is running
     """
 
     ops: list[Op] = field(default_factory=list)
     open: bool = False
-    started: bool = False
-    finished: bool = False
+    begun: bool = False
+    broke_off: str | None = None
     row: int = 0
     denoiser: bool = False
 
@@ -97,13 +98,13 @@ class Watching(TorchDispatchMode):
 
     def __init__(self, stream: Stream) -> None:
         super().__init__()
-        self._stream = stream
+        self.stream = stream
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        self._stream.before(func, args, kwargs)
+        self.stream.before(func, args, kwargs)
         result = self._run(func, args, kwargs)
-        self._stream.after(func, args, kwargs, result)
+        self.stream.after(func, args, kwargs, result)
         return result
 
     def _run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:

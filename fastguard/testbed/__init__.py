@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from PIL import Image
+
 from fastguard import checks
 from fastguard.files import read_json
 
 if TYPE_CHECKING:
-    import numpy as np
     from diffusers import StableDiffusionPipeline
 
 __all__ = ["GUIDANCE_SCALE", "Prompt", "concepts", "load", "path", "policy_path", "prompts", "training_images"]
@@ -104,9 +106,6 @@ def prompts(kind: str | None = None, half: str | None = None) -> list[Prompt]:
 @functools.cache
 def training_images() -> np.ndarray:
     """The duplicated training images, uint8 [60, 32, 32, 3]; `Prompt.index` counts along the first axis."""
-    import numpy as np
-    from PIL import Image
-
     sheet = np.asarray(Image.open(path() / "memorized.png").convert("RGB"))
     tiles = sheet.reshape(sheet.shape[0] // _TILE, _TILE, -1, _TILE, 3).swapaxes(1, 2).reshape(-1, _TILE, _TILE, 3)
     return tiles[: len(prompts("memorized"))]

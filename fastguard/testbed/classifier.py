@@ -44,7 +44,6 @@ class Classifier(nn.Module):
         self.head = nn.Linear(192, classes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits."""
         return self.head(F.dropout(self.body(self.stem(x)).mean((2, 3)), 0.2, self.training))
 
 

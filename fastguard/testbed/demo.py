@@ -11,18 +11,19 @@ import json
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
+
+from fastguard.policies.policy import Policy
+from fastguard.policies.presets import policy
 
 from . import Prompt, load, policy_path, prompts, training_images
 from .measures import COPY, Judge
 from .page import page
 from .sampling import Sample, generate
-
-if TYPE_CHECKING:
-    from fastguard import Policy
 
 FREE, SHIPPED = "no guard", "shipped policy"
 TITLES = {
@@ -69,8 +70,6 @@ def chosen() -> list[Prompt]:
 
 def make_jobs(shown: Sequence[Prompt], seeds: int, own: Policy) -> list[Sample]:
     """Every prompt and seed under every mode, mode by mode; `own`: the embedded model's policy, with the gate of all."""
-    from fastguard import policy
-
     policies = {m: policy(m, gate=own.gate) for m in MODES[1:-1]}
     policies |= {FREE: policy("cfg"), SHIPPED: own}
     return [Sample(p, s, policies[m]) for m in MODES for p in shown for s in range(seeds)]
@@ -81,8 +80,6 @@ def run_demo(out: Path = Path("demo"), *, seeds: int = 2) -> list[Path]:
 
     seeds   images per prompt and mode; the grid shows the first, the table averages all
     """
-    from fastguard import policy
-
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     pipe, shown, own = load(), chosen(), policy(policy_path())
@@ -154,8 +151,6 @@ def as_table(kind: str, lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def draw_grid(path: Path, shown: Sequence[Prompt], pictures: np.ndarray, copies: np.ndarray) -> None:
     """Training image and modes side by side: pictures [modes, prompts, 32, 32, 3]; a red frame where copies [modes, prompts] is true."""
-    from matplotlib.figure import Figure
-
     columns = ["training image", *(TITLES[mode] for mode in MODES)]
     height = 1.3 * len(shown) + 0.6
     figure = Figure(figsize=(1.3 * len(columns) + 2.2, height))
@@ -179,8 +174,6 @@ def draw_grid(path: Path, shown: Sequence[Prompt], pictures: np.ndarray, copies:
 
 def draw_curves(path: Path, rows: Sequence[dict[str, Any]], own: Policy) -> None:
     """By timestep: RMS(c - u) without a guard and under the shipped policy, `own`, with its gate; and the share of the guidance that leads to the anchor."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     axes = figure.subplots(1, 3)
     axes[1].sharey(axes[0])

@@ -16,14 +16,10 @@ augmented again and real pictures measure, from which the thresholds were taken.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
+from diffusers import StableDiffusionPipeline
 
 from . import Prompt, classifier, concepts, training_images
-
-if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
 
 COPY = 0.5
 BLOWN = 0.5

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from fastguard.pipelines.guard import enable
+
 from . import GUIDANCE_SCALE, Prompt
 
 CALL = {"num_inference_steps": 50, "guidance_scale": GUIDANCE_SCALE}
@@ -30,8 +32,6 @@ def generator(job: Sample) -> torch.Generator:
 
 def generate(pipe: Any, batch: Sequence[Sample], **call: Any) -> tuple[torch.Tensor, list[dict]]:
     """Latents [B, 8, 8, 8] and, per image, what the guard reports (empty without one)."""
-    from fastguard.pipelines.guard import enable
-
     arguments = {"prompt": [job.prompt.prompt for job in batch], "generator": [generator(job) for job in batch]}
     arguments |= {"output_type": "latent", **CALL, **call}
     if all(job.policy is None for job in batch):

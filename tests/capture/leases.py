@@ -6,9 +6,6 @@ from types import SimpleNamespace
 
 import torch
 
-from fastguard.capture.graphs import Graph
-from fastguard.capture.static_inputs import StaticInputs
-
 CPU = torch.device("cpu")
 
 
@@ -24,12 +21,7 @@ def lease(graphs, key="shape", size=4):
 def run(graphs, held, key, body, arguments=(), watch=lambda: lambda: None):
     """As `BodyRunner` does: the reason why no graph was run."""
     key = held.key, key
-    if (reason := graphs.refusal(key)) is not None:
+    if (reason := graphs.failure or graphs.refused.get(key)) is not None:
         body()
         return reason
-
-    def make():
-        inputs = StaticInputs(arguments, held.x.device, held.tensors)
-        return Graph(held, inputs, lambda tree: body(), lambda tree: body(), watch)
-
-    return graphs.run(key, arguments, make)
+    return graphs.run(key, arguments, lambda tree: body(), lambda tree: body(), watch)

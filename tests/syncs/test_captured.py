@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 import fastguard
 from bench import real_size
-from fastguard.capture import cuda_graphs, graphs
+from fastguard.capture import graphs
 from fastguard.capture.static_inputs import StaticInputs
 from fastguard.loop.loop import Loop
 from fastguard.syncs import probe
@@ -28,7 +28,7 @@ class FakeRecorder:
     """In the place of `cuda_graphs.Recorder`: a graph is its body, a replay runs it."""
 
     def __init__(self, device):
-        self.replays = self.recorded = 0
+        self.device, self.replays, self.recorded = device, 0, 0
         runners.append(self)
 
     def record(self, body, warm_up, keeps):
@@ -62,7 +62,7 @@ def device(monkeypatch):
     runners.clear()
     real = torch.Tensor.data_ptr
     monkeypatch.setitem(graphs.RECORDERS, "cuda", FakeRecorder)
-    monkeypatch.setattr(cuda_graphs, "available", lambda: True)
+    monkeypatch.setattr(graphs, "records", lambda device: True)
     monkeypatch.setattr(graphs, "holds", lambda tensor: True)
     monkeypatch.setattr(
         torch.Tensor, "data_ptr", lambda t: storage(t) + t.storage_offset() if isinstance(t, FakeTensor) else real(t)
@@ -96,7 +96,7 @@ def test_neither_waits_nor_copies(sized, device, name, mode, policy):
 
 def test_a_loop_that_nothing_records_shows_all_of_its_rows(sized, monkeypatch):
     """On a machine with a GPU a check on tensors that no graph holds still walks through the whole generation."""
-    monkeypatch.setattr("fastguard.capture.cuda_graphs.available", lambda: True)
+    monkeypatch.setattr(graphs, "records", lambda device: True)
     pipe = sized(schedulers.SD["ddim"]())
     with fastguard.enable(pipe, "og+dtp", gate=0.02, capture="loop"):
         report = fastguard.assert_sync_free(pipe, steps=STEPS)
