@@ -11,9 +11,8 @@ from diffusers.guiders.classifier_free_guidance import ClassifierFreeGuidance
 from diffusers.guiders.guider_utils import GuiderOutput
 
 from fastguard.kernels.layout import Row
-from fastguard.loop.guide import Guide
+from fastguard.loop.guide import Guide, Stepwise
 from fastguard.loop.report import Report
-from fastguard.loop.stepwise import Stepwise
 from fastguard.pipelines.families.guiders import effective_scale
 from fastguard.policies.plan import limit
 from fastguard.policies.policy import Policy

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
+from fastguard.loop.guide import Stepwise
 from fastguard.loop.report import Report
-from fastguard.loop.stepwise import Stepwise
 from fastguard.policies.policy import Policy
 
 _SAME_LEVEL = 1.0 - 1e-6  # samplers that go through log(sigma) come back with another last bit
