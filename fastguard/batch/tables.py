@@ -67,9 +67,7 @@ def _listed(prompts: Any) -> Rows:
         prompts = prompts.iter_rows(named=True)
     elif hasattr(prompts, "to_pylist"):  # pyarrow
         prompts = prompts.to_pylist()
-    elif hasattr(
-        prompts, "itertuples"
-    ):  # pandas: what is missing is NaN or NA, a column of integers with gaps is of floats
+    elif hasattr(prompts, "itertuples"):  # pandas: missing is NaN or NA, integers with gaps are floats
         prompts = prompts.astype(object).where(prompts.notna(), None).to_dict("records")
     for number, prompt in enumerate(prompts, 1):
         if isinstance(prompt, (str, Mapping)):
