@@ -65,7 +65,7 @@ class Call(Attached):
         self.said = self.family.guidance(self.stand_in, self.arguments)
         if not self.said.on:
             self.refuse_unguided()
-        single = 1 in (len(self.scheduling.scheduler.timesteps), self.arguments["num_inference_steps"])
+        single = 1 in (len(self.scheduling.scheduler.timesteps), self.arguments.get("num_inference_steps"))
         own_step = None
         if single and self.family.reads_x0:
             own_step = "a single step: the pipeline reads pred_original_sample from the scheduler"
@@ -195,10 +195,8 @@ class Call(Attached):
 
     def report(self) -> Report | None:
         if self.guide is not None:
-            graph = ", loop graph" if self.guide.whole else ", step graph"
-            self.path = ("fused" if self.guide.schedule.linear else "own step") + (
-                graph if self.runner.replayed else ""
-            )
+            graph = f", {'loop' if self.guide.whole else 'step'} graph" if self.runner.replayed else ""
+            self.path = ("fused" if self.guide.schedule.linear else "own step") + graph
             self.reasons = [self.guide.schedule.reason, *self.reasons, self.runner.reason]
         return super().report()
 

@@ -14,10 +14,9 @@ from typing import Any
 from fastguard.pipelines.families.family import Family, parts_of
 from fastguard.pipelines.families.fused import Fused
 from fastguard.pipelines.families.guiders import Guided
-from fastguard.pipelines.families.table import read
 
-FAMILIES: tuple[Fused, ...] = read("fused.json", Fused)
-OWN_FAMILIES: tuple[Family, ...] = (*read("own.json", Family), *read("guiders.json", Guided))
+FAMILIES: tuple[Fused, ...] = Fused.read("fused.json")
+OWN_FAMILIES: tuple[Family, ...] = (*Family.read("own.json"), *Guided.read("guiders.json"))
 REASONS: dict[str, str] = {  # why a class is not guarded, by name
     name: reason
     for reason, names in json.loads(Path(__file__).with_name("refused.json").read_text()).items()

@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
 Arguments = Mapping[str, Any]
 ToStep = Callable[[Any, torch.Tensor, Mapping[str, Any]], torch.Tensor]
+
+
+def _unpacked_video(pipe: Any, output: torch.Tensor, given: Any) -> torch.Tensor:
+    """Tokens to [B, C, F, H, W] without the first frame, which is the user's."""
+    size = (given[name] for name in ("num_frames", "height", "width"))
+    patches = pipe.transformer_spatial_patch_size, pipe.transformer_temporal_patch_size
+    return pipe._unpack_latents(output, *size, *patches)[:, :, 1:]
+
+
+TO_STEP: dict[str, ToStep] = {
+    "one frame": lambda pipe, output, given: output.squeeze(2),
+    "after the first frame, dimension 1": lambda pipe, output, given: output[:, 1:],  # the first is the user's
+    "after the first frame, dimension 2": lambda pipe, output, given: output[:, :, 1:],
+    "unpacked, after the first frame": _unpacked_video,
+}
 
 
 def parts_of(pipe: Any, names: Iterable[str]) -> dict[str, Any]:
@@ -58,6 +75,19 @@ class Family:
     skippable: bool = True
     second_branch: str = "pass guidance_scale above 1"
     refused_if: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, file: str) -> tuple[Any, ...]:
+        """The families of a file beside this one: fields by the family's name; functions by theirs in TO_STEP."""
+        found = []
+        for name, facts in json.loads(Path(__file__).with_name(file).read_text()).items():
+            if "to_step" in facts:
+                facts["to_step"] = TO_STEP[facts["to_step"]]
+            fields: dict[str, Any] = {
+                key: tuple(value) if isinstance(value, list) else value for key, value in facts.items()
+            }
+            found.append(cls(name=name, **fields))
+        return tuple(found)
 
     def refusal(self, pipe: Any, arguments: Arguments) -> str | None:
         """Why this call cannot be guarded although the class can; names the argument."""
