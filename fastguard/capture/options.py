@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,12 +47,12 @@ class Options:
             check(attention_backend, some.device, dtype)
         return options
 
-    def lend(self, denoiser: torch.nn.Module, graphs: Graphs) -> tuple[Callable[..., Any], BodyRunner]:
-        """The denoiser as a call shall run it, and what runs the call's rows. Calls of a guard follow each other."""
+    def lend(self, denoiser: torch.nn.Module, graphs: Graphs) -> BodyRunner:
+        """What runs the denoiser and the rows of a call. Calls of a guard follow each other."""
         decides, model = (self.attention_backend, repr(self.compile)), graphs.model
         if model is None or (model.denoiser, model.decides) != (denoiser, decides):
             model = graphs.model = Model(denoiser, self.attention_backend, self.compile)
-        return model.in_a_call(), BodyRunner(self.capture, graphs, model)
+        return BodyRunner(self.capture, graphs, model)
 
 
 def _compile_arguments(compile: bool | Mapping[str, Any]) -> dict[str, Any] | None:

@@ -89,11 +89,13 @@ class Model:
 class BodyRunner:
     """Runs the bodies of one generation.
 
+    denoiser  as they shall run it
     replayed  launches of graphs; reason: why some or all bodies were not among them
     """
 
     def __init__(self, mode: str, graphs: Graphs, model: Model) -> None:
         self._mode, self._graphs, self._model, self._begun = mode, graphs, model, graphs.clears
+        self.denoiser = model.in_a_call()
         self._shape: Hashable = None
         self._content: Any = None  # what is leased under this shape
         self._print: Hashable = None  # of the model; None: it is to be looked at

@@ -11,7 +11,7 @@ What the loop needs is on the device before its first row (`begin`); in it the h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -44,14 +44,12 @@ class Call(Attached):
         family: Fused,
         arguments: Mapping[str, Any],
         pipe: Any,
-        denoiser: Callable[..., Any],
         runner: BodyRunner,
         *,
         unguided: str,
     ) -> None:
-        """denoiser: the pipeline's, as it shall run."""
         super().__init__(policy, family, arguments, pipe, unguided=unguided)
-        self.denoiser, self.runner = denoiser, runner
+        self.runner = runner
         # Somebody may look at, keep or change the latents between two rows.
         self.open = self.scheduling.callback or family.rewrites_latents
         # Hooks may keep the model inputs that they see, of which the loop has one buffer.
@@ -88,7 +86,6 @@ class Call(Attached):
         return Generation(
             policies,
             schedule if self.family.scales_input else schedule.unscaled(),
-            self.denoiser,
             self.runner,
             guidance_scale=self.said.scale,
             latents=latents,

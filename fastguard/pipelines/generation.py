@@ -32,7 +32,6 @@ class Generation(Guide):
         self,
         policies: Sequence[Policy],
         schedule: Schedule,
-        denoiser: Callable[..., Any],
         runner: BodyRunner,
         *,
         guidance_scale: float,
@@ -42,7 +41,7 @@ class Generation(Guide):
         look_again: bool,
         whole: bool,
     ) -> None:
-        self.denoiser, self.runner, self.generator = denoiser, runner, generator
+        self.runner, self.generator = runner, generator
         self.halves, self.look_again, self.whole = halves, look_again, whole
         self.noise = Noise()
         super().__init__(policies, schedule, guidance_scale=guidance_scale, latents=latents)
@@ -70,7 +69,7 @@ class Generation(Guide):
         branches, cond = plan[self.row], None
         if self.schedule.draws[self.row]:
             self._draw(self.row, 0)
-        body: Any = partial(run_body, self.denoiser, self.loop, branches, 0, cut)
+        body: Any = partial(run_body, self.runner.denoiser, self.loop, branches, 0, cut)
         if keeps_cond or not self.recorded:
             cond = body(arguments)
             if self.recorded:
@@ -94,7 +93,7 @@ class Generation(Guide):
             slot = sum(draws[:k])
             if draws[k]:
                 self._draw(k, slot)
-            bodies.append(partial(run_body, self.denoiser, loop, branches, slot, cut))
+            bodies.append(partial(run_body, self.runner.denoiser, loop, branches, slot, cut))
 
         def generation(tree: Arguments) -> None:
             for body in bodies:

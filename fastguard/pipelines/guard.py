@@ -24,8 +24,7 @@ from fastguard.pipelines.families.loops import changed
 from fastguard.pipelines.loading import facts
 from fastguard.pipelines.locks import held
 from fastguard.pipelines.own_combination import OwnCombination
-from fastguard.pipelines.probe import Probe, by_name
-from fastguard.pipelines.verified import UNKNOWN, examined, unlisted
+from fastguard.pipelines.probe import UNKNOWN, Probe, by_name, probe, unlisted
 from fastguard.policies.policy import Policy
 from fastguard.policies.presets import DEFAULT
 from fastguard.policies.presets import policy as make_policy
@@ -108,9 +107,6 @@ def enable(
     return guard
 
 
-_Settings = tuple[Policy, Options, str]
-
-
 class Guard:
     """The guard of one pipeline: its policy, the report of the last call, and the way back."""
 
@@ -126,8 +122,10 @@ class Guard:
         self._pipe = pipe
         self._stock: Any = stock_class(type(pipe))
         self._signature = inspect.signature(self._stock.__call__)
-        self._replaced: _Settings | None = None  # by the last `enable`
-        self._outer: list[_Settings | None] = []  # what each `with` goes back to; None: the stock pipeline
+        self._replaced: tuple[Policy, Options, str] | None = None  # by the last `enable`
+        self._outer: list[
+            tuple[Policy, Options, str] | None
+        ] = []  # what each `with` goes back to; None: the stock pipeline
         self._last: Report | None = None
         self._thread = threading.local()
 
@@ -152,7 +150,7 @@ class Guard:
     def probe(self, *args: Any, **kwargs: Any) -> Probe:
         """What the pipeline's loop does with its denoiser's outputs in a call with these arguments, and whether the guard expects that.
         The loop runs on random numbers; nothing of it is left, and no callback is called."""
-        return examined(self._pipe, self.family, self._arguments(args, kwargs))
+        return probe(self._pipe, self._arguments(args, kwargs), self.family)
 
     def forget(self) -> None:
         """No report: the last call of this thread was not guarded."""
@@ -186,7 +184,7 @@ class Guard:
         """
         pipe, values = self._pipe, self._arguments(args, kwargs)
         if not self.probed:
-            found = examined(pipe, self.family, values)
+            found = probe(pipe, values, self.family)
             if contradictions := found.contradictions():
                 raise RuntimeError(f"{self._stock.__name__}: the guard does not know this loop: {contradictions[0]}")
             if self.family.name == UNKNOWN:
@@ -208,8 +206,8 @@ class Guard:
         with held(pipe, "pipeline"), held(pipe.scheduler, "scheduler"):
             call: Call | OwnCombination
             if isinstance(family, Fused):
-                lent = self.options.lend(denoiser, self.graphs)
-                call = Call(self.policy, family, values, pipe, *lent, unguided=self.unguided)
+                runner = self.options.lend(denoiser, self.graphs)
+                call = Call(self.policy, family, values, pipe, runner, unguided=self.unguided)
             else:
                 call = OwnCombination(self.policy, family, values, pipe, unguided=self.unguided)
                 if (capture := self.options.capture) in ("step", "loop"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -174,8 +173,7 @@ def skeleton(model: str, *, scheduler: str | None = None) -> Any:
             parts[name] = entry
         elif parameter.default is inspect.Parameter.empty and name != "self":
             parts[name] = None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of what is repaired
+    with hushed():  # of what is repaired
         pipe = kind(**parts)
     if scheduler is not None:
         pipe.scheduler = with_scheduler(scheduler, pipe.scheduler.config, kind)

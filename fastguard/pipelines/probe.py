@@ -2,7 +2,7 @@
 
 The loop runs at full length on a copy of the pipeline, with a copy of the scheduler and a stub in the denoiser's place. Per row, what
 reaches `scheduler.step` is fitted by the two branches p, q, for each image:  e = a p + b q. That tells order, sign, effective scale
-and linearity.
+and linearity. A family is held against it, or made of it where a class is on no list.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from fastguard.pipelines.families import Family, parts_of
 from fastguard.pipelines.own_combination import OwnCombination
 from fastguard.policies.presets import policy
 
+DENOISERS = ("transformer", "transformer_2", "unet", "prior", "decoder")
+UNKNOWN = "unknown"  # the name of a family whose first call is to be probed
 LINEAR = 1e-5  # largest residual of a linear combination in float32; measured: 7e-8
 LINEAR_NARROW = 3e-2  # where the pipeline combines in float16 or bfloat16
 RATIO = 0.15  # of a / b, where a norm is restored besides; measured: 0.02 to 0.06
@@ -176,11 +178,13 @@ class _Probing(OwnCombination):
 
 
 def probe(pipe: Any, arguments: Mapping[str, Any], family: Family) -> Probe:
-    """Run the loop of `pipe`, called with `arguments`, on random numbers.
+    """Run the loop of `pipe`, called with `arguments`, on random numbers. A family that is unknown is inferred (`infer`).
 
     Text encoders and an image's encoder run as in a call; the denoiser once for each form of its inputs, nothing is decoded.
     Generators, the global random state, the scheduler, attributes and offloading are afterwards as before; no callback is called.
     """
+    if family.name == UNKNOWN:
+        return infer(pipe, arguments)
     stock_call: Any = stock_class(type(pipe)).__call__
     signature = inspect.signature(stock_call)
     called_with = {name: value for name, value in arguments.items() if "callback" not in name}
@@ -231,3 +235,43 @@ def _fitted(e: torch.Tensor, p: torch.Tensor, q: torch.Tensor) -> tuple[float, f
     weights = torch.linalg.lstsq(pair, target[:, None]).solution
     residual = (target - (pair @ weights)[:, 0]).abs().max() / target.abs().max()
     return (*weights.flatten().tolist(), residual.item())
+
+
+def unlisted(pipe: Any) -> Family:
+    """What is known of a pipeline class that nobody declared: under which names it may have denoisers. TypeError if there is none."""
+    name, found = stock_class(type(pipe)).__name__, tuple(parts_of(pipe, DENOISERS))
+    if not found:
+        raise TypeError(f"pipe: {name} has no denoiser under a name that is known: {', '.join(DENOISERS)}")
+    return Family(name=UNKNOWN, pipelines=(name,), denoisers=found, skippable=False)
+
+
+def infer(pipe: Any, arguments: Mapping[str, Any]) -> Probe:
+    """The family of a pipeline that nobody declared is read off its first guided row, and probed as a declared one is.
+
+    TypeError unless it combines u + g (c - u) with g = s + offset above 1 in every row, for every image.
+    """
+    stock: Any = stock_class(type(pipe))
+    known = {*inspect.signature(stock.__call__).parameters, *arguments}
+    scale = "true_cfg_scale" if "true_cfg_scale" in known else "guidance_scale"
+    problem = f"its call has no {scale}"
+    for calls in (1, 2) if scale in known else ():
+        guess = dataclasses.replace(unlisted(pipe), name="probe", calls=calls, scale=scale)
+        found = probe(pipe, arguments, guess)
+        row = next((row for row in found.rows if row.cond is not None), None)
+        if found.problem or row is None or row.cond is None or row.uncond is None:
+            problem = found.problem or "no row ran a second branch"
+            continue
+        sign = 1 if row.cond + row.uncond > 0 else -1
+        p, q = sign * row.cond, sign * row.uncond
+        offset = round(max(p, q) - row.scale, 4)
+        order = guess.order if p > q else guess.order[::-1]  # c is the branch that weighs more
+        held = probe(pipe, arguments, dataclasses.replace(guess, order=order, sign=sign, offset=offset))
+        contradictions = held.contradictions()
+        if not contradictions and row.scale + offset > 1:
+            return held
+        found_there = f"row {found.rows.index(row)}: e = {row.cond:.4g} p + {row.uncond:.4g} q"
+        problem = contradictions[0] if contradictions else f"{found_there}: g is at most 1, where either may be c"
+        break
+    raise TypeError(
+        f"pipe: {stock.__name__} cannot be guarded: {problem}, which is not u + g (c - u) of two branches with one g above 1"
+    )

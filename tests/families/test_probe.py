@@ -13,8 +13,7 @@ from diffusers import hooks
 
 import fastguard
 from fastguard.pipelines.families import Family, find
-from fastguard.pipelines.probe import probe
-from fastguard.pipelines.verified import infer
+from fastguard.pipelines.probe import infer, probe
 from tests.families.every import EVERY, PARAMS
 from tests.families.tiny import euler, flux_transformer, parts, run
 
