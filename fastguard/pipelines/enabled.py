@@ -29,55 +29,51 @@ def guard_disabled() -> bool:
 def enabled_class(base: Any) -> type:
     """A subclass of `base` with its very name and module: model_index.json, isinstance and AutoPipeline see no difference."""
 
-    @functools.wraps(base.__call__)
-    def __call__(self, *args, **kwargs):
-        guard = guard_of(self)
-        if guard is not None and guard_disabled():
-            logger.info("FASTGUARD_DISABLE is set: stock call")
-            guard.forget()
-            guard = None
-        return base.__call__(self, *args, **kwargs) if guard is None else guard.run(args, kwargs)
-
     def without_no_grad(self, *args, **kwargs):
         raise RuntimeError(
             "gradients through a guarded call are not supported; disable the guard to call what it wraps"
         )
 
-    vars(__call__).update(__signature__=inspect.signature(base.__call__), __wrapped__=without_no_grad)
+    class Enabled(base):
+        __module__, __qualname__, __doc__ = base.__module__, base.__qualname__, base.__doc__
+        _fastguard_stock = base
 
-    def __setattr__(self, name, value):  # also of the stand-in that a callback gets
-        guard = self.__dict__.get(ATTRIBUTE)
-        if guard is not None and name in ("scheduler", *guard.family.denoisers):
-            if guard.in_a_call:
-                if original_of(value) is self.__dict__.get(name):
-                    return
-                raise RuntimeError(
-                    f"{base.__name__}.{name} was replaced during a guarded call, which works on the one it began with"
-                )
-            if name != "scheduler":
-                guard.graphs.clear()  # nothing here keeps a denoiser that the pipeline has given up
-        super(enabled, self).__setattr__(name, value)
+        @functools.wraps(base.__call__)
+        def __call__(self, *args, **kwargs):
+            guard = guard_of(self)
+            if guard is not None and guard_disabled():
+                logger.info("FASTGUARD_DISABLE is set: stock call")
+                guard.forget()
+                guard = None
+            # Stock as the class has it now: somebody may patch it.
+            return base.__call__(self, *args, **kwargs) if guard is None else guard.run(args, kwargs)
 
-    def components(self):
-        # A loop's stand-in shows stand-ins of its parts: who builds another pipeline of them wants the originals.
-        return {name: vars(self).get(name, part) for name, part in base.components.fget(self).items()}
+        vars(__call__).update(__signature__=inspect.signature(base.__call__), __wrapped__=without_no_grad)
 
-    def __reduce_ex__(self, protocol):
-        # Copies and pickles are stock pipelines: a guard is never inherited silently.
-        return object.__new__, (base,), {key: value for key, value in self.__dict__.items() if key != ATTRIBUTE}
+        def __setattr__(self, name, value):  # also of the stand-in that a callback gets
+            guard = self.__dict__.get(ATTRIBUTE)
+            if guard is not None and name in ("scheduler", *guard.family.denoisers):
+                if guard.in_a_call:
+                    if original_of(value) is self.__dict__.get(name):
+                        return
+                    raise RuntimeError(
+                        f"{base.__name__}.{name} was replaced during a guarded call, which works on the one it began with"
+                    )
+                if name != "scheduler":
+                    guard.graphs.clear()  # nothing here keeps a denoiser that the pipeline has given up
+            super().__setattr__(name, value)
 
-    namespace = {
-        "__call__": __call__,
-        "__setattr__": __setattr__,
-        "__reduce_ex__": __reduce_ex__,
-        "__module__": base.__module__,
-        "__qualname__": base.__qualname__,
-        "__doc__": base.__doc__,
-        "_fastguard_stock": base,
-        "components": property(components),
-    }
-    enabled = type(base)(base.__name__, (base,), namespace)
-    return enabled
+        @property
+        def components(self):
+            # A loop's stand-in shows stand-ins of its parts: who builds another pipeline of them wants the originals.
+            return {name: vars(self).get(name, part) for name, part in super().components.items()}
+
+        def __reduce_ex__(self, protocol):
+            # Copies and pickles are stock pipelines: a guard is never inherited silently.
+            return object.__new__, (base,), {key: value for key, value in self.__dict__.items() if key != ATTRIBUTE}
+
+    Enabled.__name__ = base.__name__
+    return Enabled
 
 
 def stock_class(cls: type) -> type:
