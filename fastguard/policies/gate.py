@@ -20,13 +20,11 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastguard import checks
 from fastguard.files import short
-
-if TYPE_CHECKING:
-    from fastguard.policies.policy import Policy
+from fastguard.policies.policy import Policy
 
 SMALLEST_FPR = 1e-12  # 3e12 prompts; far below it their number leaves the floats
 NOISES = 4  # of a screening

@@ -29,9 +29,7 @@ PerSample: TypeAlias = "T | list[T]"  # a list holds one value per image of the 
 Number = float | int
 
 FORMAT = 1  # version of the policy file
-UNGATED_COST = (
-    " (on the embedded model 79.8% of 400 ordinary images still showed their caption when anchored, 84.8% unguarded)"
-)
+UNGATED_COST = " (on the embedded model 79.8% of 400 ordinary images still showed their caption, unguarded 84.8%)"
 PER_IMAGE = "per_image"  # in a provenance: a list of one per image
 SUFFIX = ".json"  # by which a policy file is told from a preset's name
 
