@@ -15,8 +15,8 @@ class Growing:
     """The file at `path` (made if missing), cut to `end` bytes."""
 
     def __init__(self, path: Path, end: int) -> None:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
-        self._file, self.end = os.fdopen(handle, "r+b", buffering=0), end
+        path.touch()
+        self._file, self.end = path.open("r+b", buffering=0), end
         self._file.truncate(end)
 
     def append(self, data: bytes) -> int:

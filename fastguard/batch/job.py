@@ -66,13 +66,14 @@ class Job:
         """BadRows, ValueError or OSError for all that can be known to be wrong. Writes nothing."""
         check(self.out, self._all_settings)
         check_free(self.out)
+        self._index = manifest.index(manifest.lines(self.out))
         ids = {request.id for request in self.requests} if self.options.remake else set()
         taken = [request for request in self.requests if remade(request).id in ids]
         told = "id={!r}: {!r} must be left to its remake"
         self.leave_out([Problem.of(request, told.format(request.id, remade(request).id)) for request in taken])
-        self.leave_out(self.store.refused(self.requests, manifest.index(self.out)))
+        self.leave_out(self.store.refused(self.requests, self._index))
         self.requests += self._remakes()
-        self._done()
+        self._find_done()
 
     def leave_out(self, found: Sequence[Problem]) -> None:
         """BadRows for requests (`values["id"]`) that cannot be made; keeping going they are left out and reported."""
@@ -87,11 +88,12 @@ class Job:
         """Load the model, if an image is missing, and make the directory ours: ValueError if one cannot be, till then nothing is written."""
         with ExitStack() as stack:
             stack.callback(self.runner.close)
-            if len(self._done()) < len(self.requests):
+            if len(self._done) < len(self.requests):
                 self.runner.start()
             stack.enter_context(claim(self.out, self._all_settings))
-            self._listed = stack.enter_context(closing(JsonLines(self.out / manifest.NAME)))
-            self.store.open(manifest.lines(self.out))
+            self._manifest = stack.enter_context(closing(JsonLines(self.out / manifest.NAME)))
+            self._index = manifest.index(manifest.lines(self.out))  # another process may have been here
+            self.store.open(self._index.values())
             yield self
 
     def run(self, *, progress: bool = True) -> Summary:
@@ -100,36 +102,36 @@ class Job:
         `Interrupted` after SIGTERM or SIGINT, OSError if the disk is full, or the error of an image: all that was finished by then is
         in the manifest.
         """
-        done = self._done() | self._adopt()
-        before = len(done)
+        self._find_done()
+        self._adopt()
+        before = len(self._done)
         self.requests += self._remakes()  # of what was found
         self._reject()
-        if len(done) < len(self.requests):
+        if before < len(self.requests):
             self.runner.start()
             total, phase = len(self.requests), self.runner.phase
             with tqdm(total=total, initial=before, unit="image", desc=phase, disable=not progress) as bar:
-                self._make(self.requests, done, bar)
-                if again := self._remakes():
-                    self.requests += again
-                    bar.total += len(again)
-                    self._make(again, done, bar)
+                todo = self.requests
+                while todo:
+                    self._make(todo, bar)
+                    todo = self._remakes()
+                    self.requests += todo
+                    bar.total += len(todo)
         self.store.close()
         if self.options.sheet:
-            write_sheet(self.out, self._lines(self.requests[:SHOWN]), self.store.read)
-        made = len(done) - before
+            write_sheet(self.out, manifest.latest(self.out, self.requests[:SHOWN]), self.store.read)
+        made = len(self._done) - before
         return summarize(self.out, self.requests, self._all_settings, made=made, problems=self.problems)
 
-    def _make(self, requests: Sequence[Request], done: set[str], bar: Any) -> None:
-        """Make what is not in `done`; whatever gets into the manifest gets into `done` too."""
-        batches = plan(requests, self.options.batch_size, lambda request: request.id in done)
+    def _make(self, requests: Sequence[Request], bar: Any) -> None:
+        """Make what is not there."""
+        batches = plan(requests, self.options.batch_size, self._done)
         error: Exception | None = None
         with interrupting(self.runner.stop), closing(self.runner.run(batches, self.store.prepare)) as results:
             for group in results:
                 bar.set_description_str("", refresh=False)
-                fresh = [item for item in group if isinstance(item, Made) and item.request.id not in done]
-                if fresh:
-                    self._listed.add(self.store.commit(fresh))
-                    done.update(item.request.id for item in fresh)
+                if fresh := [item for item in group if isinstance(item, Made) and item.request.id not in self._done]:
+                    self._list(self.store.commit(fresh))
                     bar.update(len(fresh))
                 for failed in (item for item in group if isinstance(item, Failed)):
                     if self.options.keep_going and not failed.fatal:
@@ -141,26 +143,20 @@ class Job:
         if error is not None:
             raise error
 
-    def _done(self) -> set[str]:
-        """Ids of the images that are there. BadRows if one is there that was made from something else."""
-        index, done = manifest.index(self.out), set()
-        others = []
-        for request in self.requests:
-            line = index.get(request.id)
-            if line and line.get("request") != request.digest(self.settings):
-                others.append(request)
-            elif line and self.store.holds(line):
-                done.add(request.id)
-        if others:
-            found = zip(others, self._lines(others), strict=True)
-            raise BadRows(self.source, [self._other_values(request, line) for request, line in found])
-        return done
+    def _list(self, lines: list[dict[str, Any]]) -> None:
+        """Into the manifest: from here on these images are done."""
+        self._manifest.add(lines)
+        self._index |= manifest.index(lines)
+        self._done |= {line["id"] for line in lines}
 
-    def _lines(self, requests: Sequence[Request]) -> list[dict[str, Any]]:
-        """The manifest's last line of each of these images, as far as they are there."""
-        wanted = {request.id for request in requests}
-        lines = {line["id"]: line for line in manifest.lines(self.out) if line["id"] in wanted}
-        return [lines[request.id] for request in requests if request.id in lines]
+    def _find_done(self) -> None:
+        """Which images are there. BadRows if one is there that was made from something else."""
+        listed = [request for request in self.requests if request.id in self._index]
+        others = [r for r in listed if self._index[r.id].get("request") != r.digest(self.settings)]
+        if others:
+            found = zip(others, manifest.latest(self.out, others), strict=True)
+            raise BadRows(self.source, [self._other_values(request, line) for request, line in found])
+        self._done = {request.id for request in listed if self.store.holds(self._index[request.id])}
 
     def _other_values(self, request: Request, line: dict[str, Any]) -> Problem:
         own = {key: value for key, value in (request.identity() | self.settings).items() if value is not None}
@@ -175,19 +171,15 @@ class Job:
         """Images that are still to be asked for, in the place of those that the manifest calls suspect by now."""
         if not self.options.remake:
             return []
-        suspect = {line["id"]: line.get("suspect") for line in manifest.lines(self.out)}
         known = {request.id for request in self.requests}
-        made = [remade(r) for r in self.requests if r.remake_of is None and suspect.get(r.id)]
-        return [request for request in made if request.id not in known]
+        suspect = [r for r in self.requests if r.remake_of is None and self._index.get(r.id, {}).get("suspect")]
+        return [made for made in map(remade, suspect) if made.id not in known]
 
-    def _adopt(self) -> set[str]:
-        """List the images that a killed run had finished and not listed. Returns their ids."""
-        listed = manifest.index(self.out)
-        unlisted = (request for request in self.requests if request.id not in listed)
-        found = [line for r in unlisted if (line := self.store.found(r.id, r.digest(self.settings)))]
-        if found:
-            self._listed.add(found)
-        return {line["id"] for line in found}
+    def _adopt(self) -> None:
+        """List the images that a killed run had finished and not listed."""
+        unlisted = [request for request in self.requests if request.id not in self._index]
+        if found := [line for r in unlisted if (line := self.store.found(r.id, r.digest(self.settings)))]:
+            self._list(found)
 
     def _reject(self) -> None:
         """rejected.jsonl: a line per row that cannot be made, with the reason."""

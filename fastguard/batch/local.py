@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -72,7 +73,7 @@ class LocalRunner:
     def __init__(self, load: Callable[[], Any], settings: dict[str, Any], options: JobOptions) -> None:
         self.load, self.settings, self.options = load, settings, options
         self.maker: Maker | None = None
-        self._limit: int | None = None  # images per call, once memory was short
+        self._limit = options.batch_size  # images per call; fewer once memory was short
         self._stopped = False
 
     def start(self) -> None:
@@ -83,13 +84,11 @@ class LocalRunner:
         threads = self.options.workers or (1 if self.options.engine == "ray" else min(8, os.cpu_count() or 1))
         with ThreadPoolExecutor(threads, thread_name_prefix="fastguard-write") as pool:
             before: list[Any] = []
-            for group in self._made(batches):
+            for group in chain(self._made(batches), [[]]):
                 now = [pool.submit(self._finish, item, prepare) for item in group]
                 if before:
                     yield [future.result() for future in before]
                 before = now
-            if before:
-                yield [future.result() for future in before]
 
     def stop(self) -> None:
         """End the run at the next denoising step. Images that were made before are still finished and yielded."""
@@ -112,7 +111,7 @@ class LocalRunner:
         todo = deque(batches)
         while todo and not self._stopped:
             batch = todo.popleft()
-            if self._limit is not None and len(batch) > self._limit:
+            if len(batch) > self._limit:
                 todo.extendleft([batch[self._limit :], batch[: self._limit]])
                 continue
             try:

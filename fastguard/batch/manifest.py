@@ -7,19 +7,20 @@ speaks of is safe; an image whose line a crash tore off is found again by its fi
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from fastguard.batch.growing import whole_lines
+from fastguard.batch.request import Request
 from fastguard.files import read_json, write_json
 
 NAME = "manifest.jsonl"
 SETTINGS, LOCK = "settings.json", ".lock"
 FORMAT = "fastguard_generate"
 """The key of the settings that says whose they are; its value is the version of what a run writes."""
-INDEXED = ("request", "file", "offset", "bytes", "mtime_ns", "sha256")
+INDEXED = ("request", "file", "offset", "bytes", "mtime_ns", "sha256", "suspect")
 BOOKS = {SETTINGS, NAME, "rejected.jsonl", "report.json"}
 
 
@@ -98,6 +99,13 @@ def lines(out: Path) -> Iterator[dict[str, Any]]:
         yield line
 
 
-def index(out: Path) -> dict[str, dict[str, Any]]:
-    """Per id what says whether its image is still there and the same: of its last line, an image made again has two."""
-    return {line["id"]: {key: line[key] for key in INDEXED if key in line} for line in lines(out)}
+def index(found: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Per id what a run has to know of its image all the time: of its last line, an image made again has two."""
+    return {line["id"]: {key: line[key] for key in INDEXED if key in line} for line in found}
+
+
+def latest(out: Path, requests: Sequence[Request]) -> list[dict[str, Any]]:
+    """The last line of each of these images, in their order, as far as they are there."""
+    wanted = {request.id for request in requests}
+    last = {line["id"]: line for line in lines(out) if line["id"] in wanted}
+    return [last[request.id] for request in requests if request.id in last]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 from fastguard.batch.request import Request
@@ -36,17 +36,15 @@ def arguments(batch: Sequence[Request], scale: float | None = None) -> dict[str,
     return {name: value for name, value in given.items() if value is not None}
 
 
-def plan(
-    requests: Sequence[Request], batch_size: int, done: Callable[[Request], bool] = lambda request: False
-) -> list[Batch]:
-    """Batches of at most `batch_size` of the requests that are not done.
+def plan(requests: Sequence[Request], batch_size: int, done: Container[str] = ()) -> list[Batch]:
+    """Batches of at most `batch_size` of the requests whose ids are not `done`.
 
     The plan is made for all requests first. A batch of which nothing is done stays as it is, so its images get the same bits as in
     a run that was never interrupted; what is left of the others is put together anew.
     """
     whole, left = [], []
     for batch in _grouped(requests, batch_size):
-        rest = [request for request in batch if not done(request)]
+        rest = [request for request in batch if request.id not in done]
         if len(rest) == len(batch):
             whole.append(batch)
         else:

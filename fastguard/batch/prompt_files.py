@@ -49,16 +49,15 @@ def load(prompts: Prompts, options: JobOptions, fields: Sequence[str] = FIELDS) 
     source = Source.of(prompts)
     base = Path(prompts).parent if isinstance(prompts, (str, os.PathLike)) else Path()
     named_policy.cache_clear()  # a policy file may have changed since the last job of this process
-    strict = fields is FIELDS
     requests: list[Request] = []
     problems: list[Problem] = []
     seen: dict[str, int] = {}
-    for index, (line, row) in enumerate(rows(prompts, fields, strict=strict)):
+    for index, (line, row) in enumerate(rows(prompts, fields)):
         if isinstance(row, Problem):
             problems.append(row)
             continue
         try:
-            read = row if strict else {name: row[name] for name in fields if name in row}
+            read = row if fields == FIELDS else {name: row[name] for name in fields if name in row}
             made = parse(read, options, index, line=line, base=base)
             for request in made:
                 if (first := seen.setdefault(request.id, line)) != line:

@@ -89,11 +89,10 @@ class Request:
 
 def remade(request: Request) -> Request:
     """The image to make in the place of a suspect one: anchored, whatever the gate and the screening say, under an id of its own."""
-    policy = request.policy
-    fields: dict[str, Any] = {"suspect": policy.suspect, "guidance_scale": policy.guidance_scale}
-    anchored = ungated(policy) if policy.anchored else dataclasses.replace(PRESETS["anchored"], **fields)
-    own: dict[str, Any] = {"id": f"{request.id}-remake", "remake_of": request.id}
-    return dataclasses.replace(request, policy=anchored, screen=None, **own)
+    policy = ungated(request.policy)
+    if not policy.anchored:
+        policy = dataclasses.replace(PRESETS["anchored"], suspect=policy.suspect, guidance_scale=policy.guidance_scale)
+    return dataclasses.replace(request, id=f"{request.id}-remake", remake_of=request.id, policy=policy, screen=None)
 
 
 def ungated(policy: Policy) -> Policy:
@@ -113,14 +112,13 @@ def parse(
     """
     for key in row:
         if key not in FIELDS:
-            near = checks.meant(key, FIELDS)
-            raise ValueError(f"unknown field {short(key)}: allowed are {', '.join(FIELDS)}{near}")
+            told = f"unknown field {short(key)}: allowed are {', '.join(FIELDS)}{checks.meant(key, FIELDS)}"
+            raise ValueError(told)
     given = {key: _plain(value) for key, value in row.items() if value is not None}
     values = {name: getattr(options, name, None) for name in FIELDS} | given
-    counts = {name: _numeric(values[name]) for name in ("seed", "steps", "width", "height")}
-    first = checks.integer("seed", counts["seed"], 0, SEEDS - options.images_per_prompt)
-    sides = [(name, counts[name]) for name in ("width", "height")]
-    width, height = (None if side is None else checks.integer(name, side, 8, LARGEST_SIDE) for name, side in sides)
+    first = checks.integer("seed", _numeric(values["seed"]), 0, SEEDS - options.images_per_prompt)
+    given_sides = [name for name in ("width", "height") if values[name] is not None]
+    sides: Any = {name: checks.integer(name, _numeric(values[name]), 8, LARGEST_SIDE) for name in given_sides}
     negative = values["negative_prompt"]
     chosen, scale = _policy_and_scale(given, options, base)
     shared = Request(
@@ -128,12 +126,11 @@ def parse(
         prompt=_text("prompt", values["prompt"], empty=False),
         policy=chosen,
         negative_prompt=None if negative is None else _text("negative_prompt", negative),
-        steps=checks.integer("steps", counts["steps"], 1, MOST_STEPS),
+        steps=checks.integer("steps", _numeric(values["steps"]), 1, MOST_STEPS),
         guidance_scale=scale,
-        width=width,
-        height=height,
         screen=screening_bound(chosen) if options.screen and chosen.guarded else None,
         line=line,
+        **sides,
     )
     name = _id(given["id"]) if "id" in given else f"{index:05d}"
     numbered = "id" not in given or options.images_per_prompt > 1
@@ -147,9 +144,8 @@ def _policy_and_scale(given: Mapping[str, Any], options: JobOptions, base: Path)
     chosen = _policy(given["policy"], options.gate, base) if "policy" in given else options.policy
     if chosen.images is not None:
         raise ValueError(f"policy {short(chosen.name)} holds per-image lists: must be for one image")
-    scale = given.get("guidance_scale")
-    if scale is None and ("policy" not in given or chosen.guidance_scale is None):
-        scale = options.guidance_scale
+    sets_its_own = "policy" in given and chosen.guidance_scale is not None
+    scale = given.get("guidance_scale", None if sets_its_own else options.guidance_scale)
     if scale is None:
         return chosen, None
     lowest, highest = RANGES["guidance_scale"]

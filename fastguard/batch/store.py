@@ -1,7 +1,7 @@
 """Where images go: one file each in a directory, or WebDataset shards. What `commit` has returned survives a crash.
 
 refused   the requests whose names cannot be taken
-open      what a killed run left half written goes; lines: of the manifest
+open      what a killed run left half written goes; lines: the manifest's last ones of all images
 holds     whether the image of a manifest line is still there, whole
 found     the line of an image that a killed run finished and did not list
 read      the image's file, of a manifest line
@@ -78,7 +78,7 @@ class Directory:
 
     def found(self, name: str, digest: str) -> dict[str, Any] | None:
         path = self.out / (name + self.ending)
-        record = read_record(path) if path.exists() else None
+        record = read_record(path)
         # An id alone is no whole record.
         if not record or "versions" not in record or (record.get("id"), record.get("request")) != (name, digest):
             return None
@@ -125,10 +125,10 @@ class Shards:
         """Every recorded sample is read, too: a shard with a damaged one is set aside."""
         samples: dict[str, list[Line]] = {}
         for line in lines:
-            samples.setdefault(line["file"], []).append({key: line[key] for key in ("offset", "bytes", "sha256")})
+            samples.setdefault(line["file"], []).append(line)
         for name, own in samples.items():
             shard = self.out / name
-            if shard.exists() and not _whole(shard, own):
+            if shard.exists() and any(_sha256(self._sample(line)) != line["sha256"] for line in own):
                 shard.rename(shard.with_suffix(".damaged"))
                 logger.warning("%s is damaged: its images are made again, it is now %s.damaged", name, shard.stem)
         self._index = max(map(_number, samples), default=-1)
@@ -147,10 +147,7 @@ class Shards:
         """None: what no line speaks of was cut off."""
 
     def read(self, line: Line) -> bytes:
-        with (self.out / line["file"]).open("rb") as shard:
-            shard.seek(line["offset"])
-            sample = io.BytesIO(shard.read(line["bytes"]))
-        with tarfile.open(fileobj=sample) as tar:
+        with tarfile.open(fileobj=io.BytesIO(self._sample(line))) as tar:
             return tar.extractfile(f"{line['id']}{self.ending}").read()  # type: ignore[union-attr]
 
     def prepare(self, made: Made) -> Made:
@@ -174,6 +171,11 @@ class Shards:
             self._file.close()
             self._file = None
 
+    def _sample(self, line: Line) -> bytes:
+        with (self.out / line["file"]).open("rb") as shard:
+            shard.seek(line["offset"])
+            return shard.read(line["bytes"])
+
     def _last(self) -> Path:
         return self.out / f"shard-{self._index:06d}.tar"
 
@@ -191,15 +193,6 @@ class Shards:
             info.size, info.mode = len(data), 0o644
             parts += [info.tobuf(tarfile.GNU_FORMAT), data, bytes(-len(data) % _BLOCK)]
         return b"".join(parts)
-
-
-def _whole(shard: Path, samples: Iterable[Line]) -> bool:
-    with shard.open("rb") as file:
-        for sample in samples:
-            file.seek(sample["offset"])
-            if _sha256(file.read(sample["bytes"])) != sample["sha256"]:
-                return False
-    return True
 
 
 def _number(shard: str) -> int:

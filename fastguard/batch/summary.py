@@ -84,13 +84,11 @@ def summarize(
 ) -> Summary:
     """Write report.json: the settings, the counts and, of small jobs, the manifest's lines in the order of the requests."""
     wanted = {request.id for request in requests}
-    small = len(wanted) <= LISTED
-    last: dict[str, tuple[list[bool], str]] = {}  # what is counted of an image, and its line
+    last: dict[str, list[bool]] = {}  # what is counted of an image
     for line in manifest.lines(out):
         if line["id"] in wanted:
-            flags = [bool(holds(line)) for _, holds in COUNTS.values()]
-            last[line["id"]] = flags, json.dumps(line, ensure_ascii=False) if small else ""
-    counts = {name: sum(flags[i] for flags, _ in last.values()) for i, name in enumerate(COUNTS)}
+            last[line["id"]] = [bool(holds(line)) for _, holds in COUNTS.values()]
+    counts = {name: sum(flags[i] for flags in last.values()) for i, name in enumerate(COUNTS)}
     values = [problem.values for problem in problems]
     ids = tuple(str(row["id"]) for row in values if isinstance(row, Mapping) and row.get("id") is not None)
     report = {
@@ -104,8 +102,10 @@ def summarize(
     }
     # Indented, but with a line an image.
     head = json.dumps(report, indent=2, allow_nan=False, ensure_ascii=False).removesuffix("\n}")
-    rows = ",\n    ".join(last[request.id][1] for request in requests if request.id in last)
-    images = f"[\n    {rows}\n  ]" if small else "null"
+    images = "null"
+    if len(wanted) <= LISTED:
+        rows = [json.dumps(line, ensure_ascii=False) for line in manifest.latest(out, requests)]
+        images = "[\n    {}\n  ]".format(",\n    ".join(rows))
     written = write_atomic(out / REPORT, f'{head},\n  "images": {images}\n}}\n')
     return Summary(len(last), made, counts, len(problems), ids, written)
 

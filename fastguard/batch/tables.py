@@ -9,13 +9,11 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastguard import checks
+from fastguard.batch.request import FIELDS, Request
 from fastguard.files import is_unicode, parse_json, short
-
-if TYPE_CHECKING:
-    from fastguard.batch.request import Request
 
 Prompts = str | os.PathLike[str] | Iterable[str | Mapping[str, Any]]
 
@@ -36,11 +34,11 @@ class Problem:
 Rows = Iterator[tuple[int, Mapping[str, Any] | Problem]]
 
 
-def rows(prompts: Prompts, fields: Sequence[str], *, strict: bool = True) -> Rows:
+def rows(prompts: Prompts, fields: Sequence[str] = FIELDS) -> Rows:
     """Line and values of every row of `prompts`: a file, a list of texts or mappings, or a table (pandas, polars, pyarrow, datasets).
 
-    fields  the columns that are read, "prompt" among them, which a table with a header must have
-    strict  a header with other columns is refused; otherwise they are of no concern
+    fields  the columns that are read, "prompt" among them, which a table with a header must have. Beside `FIELDS` a header may have no
+            others; beside other fields they are of no concern.
 
     ValueError if the prompts as a whole cannot be read, FileNotFoundError if the file is not there.
     """
@@ -53,7 +51,7 @@ def rows(prompts: Prompts, fields: Sequence[str], *, strict: bool = True) -> Row
     if ending == ".jsonl":
         return _jsonl(path, fields)
     if ending in (".csv", ".parquet"):
-        return (_csv if ending == ".csv" else _parquet)(path, fields, strict)
+        return (_csv if ending == ".csv" else _parquet)(path, fields)
     raise ValueError(f"prompts={str(path)!r}: must end in .txt, .csv, .jsonl, .parquet")
 
 
@@ -108,22 +106,10 @@ def _jsonl(path: Path, fields: Sequence[str]) -> Rows:
             yield number, Problem(number, str(error), line)
 
 
-def _csv(path: Path, fields: Sequence[str], strict: bool) -> Rows:
-    header: list[str] | None = None
-    for line, cells in _cells(path):
-        if header is None:
-            header = _header(path, cells, fields, strict)
-        elif len(cells) != len(header):
-            yield line, Problem(line, f"has {len(cells)} cells, but the header has {len(header)} columns", cells)
-        else:
-            yield line, {name: cell or None for name, cell in zip(header, cells, strict=True)}
-
-
-def _cells(path: Path) -> list[tuple[int, list[str]]]:
-    """The line at which a row begins, and its cells, however long: one that is too long is its row's problem."""
+def _csv(path: Path, fields: Sequence[str]) -> Rows:
     reader = csv.reader(io.StringIO(_decoded(path), newline=""), strict=True)
-    table, line = [], 1
-    before = csv.field_size_limit(2**31 - 1)  # of the whole process
+    table, line = [], 1  # at which a row begins
+    before = csv.field_size_limit(2**31 - 1)  # of the whole process; a cell that is too long is its row's problem
     try:
         for cells in reader:
             table.append((line, cells))
@@ -132,14 +118,19 @@ def _cells(path: Path) -> list[tuple[int, list[str]]]:
         raise ValueError(f"{path}: line {line}: not valid CSV: {error}") from None
     finally:
         csv.field_size_limit(before)
-    return table
+    header = _header(path, table[0][1], fields) if table else []
+    for line, cells in table[1:]:
+        if len(cells) != len(header):
+            yield line, Problem(line, f"has {len(cells)} cells, but the header has {len(header)} columns", cells)
+        else:
+            yield line, {name: cell or None for name, cell in zip(header, cells, strict=True)}
 
 
-def _header(path: Path, names: list[str], fields: Sequence[str], strict: bool) -> list[str]:
+def _header(path: Path, names: list[str], fields: Sequence[str]) -> list[str]:
     names = [name.strip() for name in names]
     told = None
     for name in reversed(names):
-        if strict and name not in fields:
+        if name not in fields and fields == FIELDS:
             told = f"unknown column {short(name)}: allowed are {', '.join(fields)}{checks.meant(name, fields)}"
         elif name in fields and names.count(name) > 1:
             told = f"column {short(name)} is there twice"
@@ -153,7 +144,7 @@ def _header(path: Path, names: list[str], fields: Sequence[str], strict: bool) -
     return names
 
 
-def _parquet(path: Path, fields: Sequence[str], strict: bool) -> Rows:
+def _parquet(path: Path, fields: Sequence[str]) -> Rows:
     """The rows of a file, or of the files of a directory in the order of their names, numbered from 1."""
     parquet = checks.extra("pyarrow.parquet", "parquet", f"prompts={str(path)!r}")
     pyarrow = checks.extra("pyarrow", "parquet", f"prompts={str(path)!r}")
@@ -163,18 +154,16 @@ def _parquet(path: Path, fields: Sequence[str], strict: bool) -> Rows:
     for part in sorted(p for p in path.rglob("*.parquet") if p.is_file()) if path.is_dir() else [path]:
         try:
             with parquet.ParquetFile(part) as file:
-                names = _header(part, file.schema_arrow.names, fields, strict)
+                names = _header(part, file.schema_arrow.names, fields)
                 wanted = [name for name in names if name in fields]
                 for batch in file.iter_batches(batch_size=4096, columns=wanted):
                     for i in range(batch.num_rows):
                         number += 1
-                        row: Any
                         try:
-                            row = batch.slice(i, 1).to_pylist()[0]
+                            yield number, batch.slice(i, 1).to_pylist()[0]
                         except (ValueError, OverflowError, LookupError, NotImplementedError) as error:
                             # text that is no UTF-8, the year 30000, unknown time zones
-                            row = Problem(number, f"not a readable row: {error}")
-                        yield number, row
+                            yield number, Problem(number, f"not a readable row: {error}")
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             first = str(error).partition("\n")[0]
             raise ValueError(f"prompts={str(part)!r}: not a readable parquet file: {first}") from None

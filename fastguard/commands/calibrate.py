@@ -100,9 +100,7 @@ def draws(path: Path, options: JobOptions) -> tuple[list[Request], list[str] | N
     has a group where others have none; OSError if the file cannot be read.
     """
     requests, _ = load(path, options, ("prompt",))
-    groups = [
-        row.get("group") for _, row in rows(path, ("prompt", "group"), strict=False) if not isinstance(row, Problem)
-    ]
+    groups = [row.get("group") for _, row in rows(path, ("prompt", "group")) if not isinstance(row, Problem)]
     unit = Source.of(path).unit
     seen: dict[str, int | None] = {}
     for request, group in zip(requests, groups, strict=True):

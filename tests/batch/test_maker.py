@@ -148,5 +148,5 @@ def test_what_is_left_is_put_together_and_whole_batches_stay():
     every = requests(*(f"cat {i}" for i in range(40)))
     first = plan(every, 8)
     done = {r.id for r in [*first[0][:5], *first[2][2:], *first[3]]}
-    again = plan(every, 8, lambda r: r.id in done)
+    again = plan(every, 8, done)
     assert again == [[*first[0][5:], *first[2][:2]], first[1], first[4]]
