@@ -36,13 +36,12 @@ def write_atomic(path: str | os.PathLike[str], data: str | bytes) -> Path:
     path = Path(path)
     raw = data.encode() if isinstance(data, str) else data
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    # The system applies the umask; reading it would mean setting it for the whole process, other threads included.
     try:
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        file = temporary.open("xb")
     except OSError as error:  # it names the temporary file
         raise OSError(error.errno, error.strerror, str(path)) from None
     try:
-        with os.fdopen(handle, "wb") as file:
+        with file:
             file.write(raw)
             file.flush()
             os.fsync(file.fileno())

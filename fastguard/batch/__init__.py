@@ -1,6 +1,6 @@
 """Batch generation: prompt files in, images and a manifest out.
 
-    prompts -> rows (tables) -> requests (prompt_files, request) -> batches (planning) -> images (maker) -> files (store) -> manifest
+    prompts -> rows (tables) -> requests (prompt_files, request) -> batches (planning) -> images (local) -> files (store) -> manifest
 
 options       all options of `generate`, once
 task          `fastguard.generate`: checks a job and runs it

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from tqdm import tqdm
 
 from fastguard.batch import manifest
 from fastguard.batch.growing import JsonLines
-from fastguard.batch.local import Failed, Prepare, Result
+from fastguard.batch.local import Failed, LocalRunner
 from fastguard.batch.manifest import FORMAT, check, check_free, claim, differences
 from fastguard.batch.options import JobOptions
 from fastguard.batch.pictures import ENDINGS
-from fastguard.batch.planning import Batch, plan
+from fastguard.batch.planning import plan
 from fastguard.batch.prompt_files import BadRows, Source
+from fastguard.batch.ray_runner import RayRunner
 from fastguard.batch.request import Request, remade
 from fastguard.batch.signals import interrupting
 from fastguard.batch.store import Directory, Made, Shards
@@ -29,23 +30,13 @@ from fastguard.files import finite, short, write_atomic
 REJECTED = "rejected.jsonl"
 
 
-class Runner(Protocol):
-    """What makes the images: this process (`local`) or Ray's actors (`ray_runner`)."""
-
-    phase: str  # what the first image waits for
-
-    def start(self) -> None: ...  # loads, once; ValueError, OSError if it cannot run
-    def run(self, batches: Sequence[Batch], prepare: Prepare) -> Generator[list[Result], None, None]: ...
-    def stop(self) -> None: ...  # from a signal handler: what is made by then is still yielded
-    def close(self) -> None: ...
-
-
 @dataclass
 class Job:
     """The images of `requests` in the directory `out`: `refuse`, then `run` inside `open`.
 
     problems   rows that were left out already (keep_going)
     settings   of the model: with a request they decide what an image looks like
+    runner     makes the images, in this process or in Ray's actors
     """
 
     requests: list[Request]
@@ -54,7 +45,7 @@ class Job:
     settings: dict[str, Any]
     source: Source
     options: JobOptions
-    runner: Runner
+    runner: LocalRunner | RayRunner
 
     def __post_init__(self) -> None:
         named = {name: getattr(self.options, name) for name in ("format", "metadata", "shard_size")}

@@ -7,6 +7,7 @@ encoded to the driver, so the machines need no file system in common.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import pickle
 import signal
@@ -17,6 +18,8 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from itertools import chain
 from typing import Any
 
 from fastguard import checks
@@ -63,10 +66,8 @@ class Worker:
         if self.failure is not None:
             yield [Failed(first, self.failure, str(self.failure), fatal=True)]
         elif _ray().get(self.ledger.begin.remote(first.id)) > TRIES:
-            told = RuntimeError(
-                f"id={first.id!r}: actors died {TRIES} times over this and the other images of its task"
-            )
-            yield [Failed.of(request, told) for batch in batches for request in batch]
+            told = f"id={first.id!r}: actors died {TRIES} times over this and the other images of its task"
+            yield [Failed.of(request, RuntimeError(told)) for request in chain.from_iterable(batches)]
         else:
             for group in self.runner.run(batches, lambda made: made):
                 # Not every error can be pickled.
@@ -98,11 +99,12 @@ class RayRunner:
         ray, address = _ray(), self.options.ray_address
         if not ray.is_initialized():
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-            needed = int(-(-self.actors * self.cpus // 1)) + 1  # one for Ray Data
-            own = {"address": "local", "include_dashboard": False, "num_cpus": max(os.cpu_count() or 1, needed)}
-            if address is not None:
+            own: dict[str, Any] = {"address": address}
+            if address is None:
+                needed = math.ceil(self.actors * self.cpus) + 1  # one for Ray Data
+                own = {"address": "local", "include_dashboard": False, "num_cpus": max(os.cpu_count() or 1, needed)}
+            else:
                 _reach(address)
-                own = {"address": address}
             handler = signal.getsignal(signal.SIGTERM)
             try:
                 ray.init(logging_level=logging.WARNING, log_to_driver=False, **own)
@@ -115,14 +117,11 @@ class RayRunner:
         check_resources(ray.nodes(), self.actors, self.cpus, self.gpus)
 
     def run(self, batches: Sequence[Batch], prepare: Prepare) -> Generator[list[Result], None, None]:
-        def stored(item: Result) -> Result:
-            return item if isinstance(item, Failed) else attempt(item.request, lambda: prepare(item))
-
         with _quiet_context() as data, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             tables = iter(self._dataset(data, batches).iter_batches(batch_size=None, batch_format="pyarrow"))
             while (table := self._next(tables)) is not None:
                 groups = [pickle.loads(data) for data in table.column("group").to_pylist()]
-                yield list(pool.map(stored, [item for group in groups for item in group]))
+                yield list(pool.map(partial(attempt, prepare), chain.from_iterable(groups)))
 
     def _dataset(self, data: Any, batches: Sequence[Batch]) -> Any:
         per_task = max(1, min(BATCHES_PER_TASK, len(batches) // (2 * self.actors)), len(batches) // 10_000)

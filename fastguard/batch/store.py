@@ -36,10 +36,11 @@ Line = Mapping[str, Any]  # of the manifest
 
 @dataclass(frozen=True)
 class Made:
-    """A finished image. record: all that is known of it, and where it is once it is stored; data: the encoded file until then."""
+    """A finished image. record: all that is known of it, and where it is once it is stored; until then image, then data, the encoded file."""
 
     request: Request
     record: dict[str, Any]
+    image: Any = None
     data: bytes = b""
 
 

@@ -13,8 +13,10 @@ from typing import Any
 from fastguard.batch import screening
 from fastguard.batch.fitting import check_class, check_pipeline, misfits
 from fastguard.batch.job import Job
+from fastguard.batch.local import LocalRunner
 from fastguard.batch.options import JobOptions
 from fastguard.batch.prompt_files import BadRows, Source, load
+from fastguard.batch.ray_runner import RayRunner
 from fastguard.batch.request import Request, parse
 from fastguard.batch.signals import Interrupted
 from fastguard.batch.summary import Summary
@@ -60,11 +62,7 @@ def prepare(model: Any, prompts: Prompts, out: str | os.PathLike[str], **options
     settings, loader, skeleton = model_of(model, wanted)
     if guard_disabled():
         settings["guard"] = "disabled"  # such images are not to be taken for guarded ones later
-    if wanted.engine == "ray":
-        from fastguard.batch.ray_runner import RayRunner as Runner
-    else:
-        from fastguard.batch.local import LocalRunner as Runner  # type: ignore[assignment]
-    runner = Runner(loader, settings, wanted)
+    runner = (RayRunner if wanted.engine == "ray" else LocalRunner)(loader, settings, wanted)
     job = Job(requests, problems, Path(out), settings, Source.of(prompts), wanted, runner)
     job.leave_out(list(misfits(skeleton, requests)))
     if wanted.screen and all(request.screen is None for request in job.requests):
@@ -120,9 +118,8 @@ def model_of(model: Any, options: JobOptions) -> tuple[dict[str, Any], Callable[
     check_pipeline(skeleton)
     # Actors have other working directories.
     where = os.path.abspath(name) if os.path.isdir(name) else name
-    named = {"model": name, "dtype": dtype, "scheduler": kind, "variant": options.variant}
-    how: dict[str, Any] = {"dtype": dtype, "device": device, "scheduler": kind, "variant": options.variant}
-    return named, lambda: models.load_pipeline(where, **how), skeleton
+    how: dict[str, Any] = {"dtype": dtype, "scheduler": kind, "variant": options.variant}
+    return {"model": name, **how}, lambda: models.load_pipeline(where, device=device, **how), skeleton
 
 
 def _warnings(requests: Sequence[Request], used: Mapping[str, Any]) -> Iterator[str]:

@@ -245,7 +245,9 @@ def test_unicode_forms_of_a_name(tmp_path, monkeypatch):
 
 
 def test_a_run_that_made_no_image_pins_no_settings(pipe, tmp_path, monkeypatch):
-    monkeypatch.setattr("fastguard.batch.maker.Maker.make", lambda *_: (_ for _ in ()).throw(RuntimeError("broken")))
+    monkeypatch.setattr(
+        "fastguard.batch.local.LocalRunner.make", lambda *_: (_ for _ in ()).throw(RuntimeError("broken"))
+    )
     with pytest.raises(RuntimeError, match="broken"):
         generate(pipe, ["a"], tmp_path, **OPTIONS)
     generate(pipe, ["a"], tmp_path, **OPTIONS, keep_going=True)  # all fail, and rejected.jsonl says so

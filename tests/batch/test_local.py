@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fastguard
-from fastguard.batch.maker import Maker
+from fastguard.batch.local import LocalRunner
 from fastguard.batch.options import JobOptions
 from fastguard.batch.planning import plan, shape
 from fastguard.batch.prompt_files import load
@@ -21,8 +21,15 @@ def requests(*rows, **defaults):
     return load(rows, JobOptions(**{"policy": policy("cfg"), "steps": 3, **defaults}))[0]
 
 
+def started(pipe) -> LocalRunner:
+    runner = LocalRunner(lambda: pipe, SETTINGS, JobOptions())
+    runner.start()
+    return runner
+
+
 def made(pipe, batch):
-    return zip(*Maker(pipe, SETTINGS).make(batch), strict=True)
+    found = started(pipe).make(batch)
+    return [one.image for one in found], [one.record for one in found]
 
 
 def pixels(images) -> np.ndarray:
@@ -35,8 +42,8 @@ def test_images_are_the_pipelines_own(family):
     pipe = getattr(pipelines, family)()
     batch = requests("a red cat", "two dogs", "a red cat", negative_prompt="ugly", seed=4, guidance_scale=3.0)
     batch[2] = requests("x", "x", {"prompt": "a red cat", "seed": 9}, negative_prompt="ugly", guidance_scale=3.0)[2]
-    maker = Maker(pipe, SETTINGS)
-    images = [image for image, _ in maker.make(batch)]
+    runner = started(pipe)
+    images = [one.image for one in runner.make(batch)]
 
     def own():
         return pipe(
@@ -48,7 +55,7 @@ def test_images_are_the_pipelines_own(family):
         ).images
 
     assert np.array_equal(pixels(images), pixels(own()))
-    maker.close()
+    runner.close()
     assert "_fastguard_guard" not in pipe.__dict__
     assert np.abs(pixels(images) - pixels(own())).max() <= 1
 
@@ -58,7 +65,7 @@ def test_sdxl_without_negative_prompt():
     pipe = pipelines.sdxl()
     pipe.register_to_config(force_zeros_for_empty_prompt=True)
     both = requests("a cat", {"prompt": "a cat", "negative_prompt": "ugly"}, guidance_scale=5.0)
-    images = [image for batch in plan(both, 8) for image, _ in Maker(pipe, SETTINGS).make(batch)]
+    images = [one.image for batch in plan(both, 8) for one in started(pipe).make(batch)]
     for image, negative in zip(images, (None, "ugly"), strict=True):
         stock = pipe(
             "a cat", negative_prompt=negative, num_inference_steps=3, generator=torch.Generator().manual_seed(0)
@@ -126,9 +133,9 @@ def test_disabled_guard(pipe, monkeypatch):
 
 def test_guard_of_the_caller_comes_back(pipe):
     guard = fastguard.enable(pipe, "dtp", gate=0.3)
-    maker = Maker(pipe, SETTINGS)
-    maker.guard.policy = policy("cfg")
-    maker.close()
+    runner = started(pipe)
+    runner.guard.policy = policy("cfg")
+    runner.close()
     assert pipe.__dict__["_fastguard_guard"] is guard
     assert guard.policy == policy("dtp", gate=0.3)
 
