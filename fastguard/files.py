@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import uuid
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,7 @@ def short(value: Any) -> str:
 
 def is_unicode(text: str) -> bool:
     """Whether UTF-8 can write `text`: it cannot write a lone surrogate, which JSON's "\\ud800" becomes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return not re.search("[\ud800-\udfff]", text)
 
 
 def write_atomic(path: str | os.PathLike[str], data: str | bytes) -> Path:

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import Any
 
+from fastguard.batch.prompt_files import Problem
 from fastguard.batch.request import Request
-from fastguard.batch.tables import Problem
 from fastguard.files import short
 from fastguard.pipelines.enabled import stock_class
 from fastguard.pipelines.families import find

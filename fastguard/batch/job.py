@@ -18,13 +18,12 @@ from fastguard.batch.manifest import FORMAT, check, check_free, claim, differenc
 from fastguard.batch.options import JobOptions
 from fastguard.batch.pictures import ENDINGS
 from fastguard.batch.planning import plan
-from fastguard.batch.prompt_files import BadRows, Source
+from fastguard.batch.prompt_files import BadRows, Problem, Source
 from fastguard.batch.ray_runner import RayRunner
 from fastguard.batch.request import Request, remade
 from fastguard.batch.signals import interrupting
 from fastguard.batch.store import Directory, Made, Shards
 from fastguard.batch.summary import SHOWN, Summary, summarize, write_sheet
-from fastguard.batch.tables import Problem
 from fastguard.files import finite, short, write_atomic
 
 REJECTED = "rejected.jsonl"
@@ -109,8 +108,8 @@ class Job:
                     self.requests += todo
                     bar.total += len(todo)
         self.store.close()
-        if self.options.sheet:
-            write_sheet(self.out, manifest.latest(self.out, self.requests[:SHOWN]), self.store.read)
+        if self.options.sheet and (lines := manifest.latest(self.out, self.requests[:SHOWN])):
+            write_sheet(self.out, lines, self.store.read)
         made = len(self._done) - before
         return summarize(self.out, self.requests, self._all_settings, made=made, problems=self.problems)
 

@@ -23,8 +23,8 @@ from typing import Any
 
 from fastguard.batch.growing import Growing, json_bytes, sync_directory
 from fastguard.batch.pictures import read_record
+from fastguard.batch.prompt_files import Problem
 from fastguard.batch.request import Request
-from fastguard.batch.tables import Problem
 from fastguard.files import write_atomic
 
 logger = logging.getLogger("fastguard")
@@ -70,10 +70,8 @@ class Directory:
         path = self.out / str(line.get("file"))
         try:
             status = path.stat()
-            # It is read only if the file was touched since.
-            if status.st_size == line.get("bytes") and status.st_mtime_ns == line.get("mtime_ns"):
-                return True
-            return _sha256(path.read_bytes()) == line.get("sha256")
+            untouched = (status.st_size, status.st_mtime_ns) == (line.get("bytes"), line.get("mtime_ns"))
+            return untouched or _sha256(path.read_bytes()) == line.get("sha256")
         except OSError:
             return False
 
@@ -158,7 +156,10 @@ class Shards:
         lines = []
         for m in made:
             if self._file is None or self._count >= self.size:
-                self._file = self._next()
+                self.close()
+                self._index, self._count = self._index + 1, 0
+                self._file = Growing(self._last(), 0)
+                sync_directory(self.out)
             data = self._members(m)
             place = {"file": self._last().name, "offset": self._file.append(data), "bytes": len(data)}
             lines.append(m.record | place | {"sha256": _sha256(data)})
@@ -179,13 +180,6 @@ class Shards:
 
     def _last(self) -> Path:
         return self.out / f"shard-{self._index:06d}.tar"
-
-    def _next(self) -> Growing:
-        self.close()
-        self._index, self._count = self._index + 1, 0
-        shard = Growing(self._last(), 0)
-        sync_directory(self.out)
-        return shard
 
     def _members(self, made: Made) -> bytes:
         parts = []

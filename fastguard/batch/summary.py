@@ -13,8 +13,8 @@ from PIL import Image, ImageDraw, ImageOps
 
 from fastguard.batch import manifest
 from fastguard.batch.manifest import FORMAT
+from fastguard.batch.prompt_files import Problem
 from fastguard.batch.request import Request
-from fastguard.batch.tables import Problem
 from fastguard.files import write_atomic
 
 REPORT, SHEET = "report.json", "sheet.png"
@@ -111,9 +111,9 @@ def summarize(
 
 
 def write_sheet(out: Path, lines: Sequence[Mapping[str, Any]], read: Callable[[Mapping[str, Any]], bytes]) -> None:
-    """sheet.png of the images of these lines of the manifest, if there are any. read(line): the image's file."""
+    """sheet.png of the images of these lines of the manifest. read(line): the image's file."""
     columns = min(len(lines), 10)
-    rows = -(-len(lines) // max(columns, 1))
+    rows = -(-len(lines) // columns)
     sheet = Image.new("RGB", (columns * TILE, rows * (TILE + LABEL)), "white")
     draw = ImageDraw.Draw(sheet)
     for index, line in enumerate(lines):
@@ -126,6 +126,5 @@ def write_sheet(out: Path, lines: Sequence[Mapping[str, Any]], read: Callable[[M
         sheet.paste(small, (x + (TILE - small.width) // 2, y + (TILE - small.height) // 2))
         draw.text((x + FRAME, y + TILE), line["id"][-20:], fill="black")
     data = io.BytesIO()
-    if lines:
-        sheet.save(data, format="PNG")
-        write_atomic(out / SHEET, data.getvalue())
+    sheet.save(data, format="PNG")
+    write_atomic(out / SHEET, data.getvalue())

@@ -15,12 +15,11 @@ from fastguard.batch.fitting import check_class, check_pipeline, misfits
 from fastguard.batch.job import Job
 from fastguard.batch.local import LocalRunner
 from fastguard.batch.options import JobOptions
-from fastguard.batch.prompt_files import BadRows, Source, load
+from fastguard.batch.prompt_files import BadRows, Prompts, Source, load
 from fastguard.batch.ray_runner import RayRunner
 from fastguard.batch.request import Request, parse
 from fastguard.batch.signals import Interrupted
 from fastguard.batch.summary import Summary
-from fastguard.batch.tables import Prompts
 from fastguard.pipelines import loading as models
 from fastguard.pipelines.enabled import guard_disabled
 from fastguard.pipelines.quiet import hushed

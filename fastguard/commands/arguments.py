@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fastguard.batch.options import JobOptions
 from fastguard.pipelines.quiet import quiet as hush
 
 REFUSED = 2  # exit code
@@ -51,26 +52,20 @@ def new_file(out: Path, *endings: str) -> None:
         raise ValueError(f"out={str(out)!r}: is there already, and is not overwritten")
 
 
-def fields_of(table: type, *names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command that takes **options an option for the named fields of a dataclass, or all, with type, default and `help`."""
+def job_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command that takes **options an option for the named fields of `JobOptions`, or all, with type, default and `help`."""
+    kinds = typing.get_type_hints(JobOptions)
+    fields = [field for field in dataclasses.fields(JobOptions) if field.name in names or not names]
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = inspect.signature(command, eval_str=True).parameters.values()
         parameters = [parameter for parameter in own if parameter.kind is not parameter.VAR_KEYWORD]
-        kinds = typing.get_type_hints(table)
-        for field in dataclasses.fields(table):
-            if field.name in names or not names:
-                kind = str | None if kinds[field.name] is Any else kinds[field.name]
-                flag = "--" + field.name.replace("_", "-")  # given outright, it has no --no-flag beside it
-                option = typer.Option(flag, help=field.metadata["help"], show_default=field.default is not False)
-                parameters.append(
-                    inspect.Parameter(
-                        field.name,
-                        inspect.Parameter.KEYWORD_ONLY,
-                        default=field.default,
-                        annotation=Annotated[kind, option],
-                    )
-                )
+        for field in fields:
+            kind = str | None if kinds[field.name] is Any else kinds[field.name]
+            flag = "--" + field.name.replace("_", "-")  # given outright, it has no --no-flag beside it
+            option = typer.Option(flag, help=field.metadata["help"], show_default=field.default is not False)
+            has: Any = {"default": field.default, "annotation": Annotated[kind, option]}
+            parameters.append(inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, **has))
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {}  # typer would take the types from here, too
         return command

@@ -10,17 +10,17 @@ from typing import Annotated, Any
 import typer
 
 from fastguard import checks
+from fastguard.batch.cuts import TOKENIZERS
 from fastguard.batch.options import JobOptions
-from fastguard.batch.prompt_files import Source, load
+from fastguard.batch.prompt_files import Problem, Source, load, rows
 from fastguard.batch.request import Request
-from fastguard.batch.tables import Problem, rows
-from fastguard.commands.arguments import CALL, Model, Quiet, Verbose, fields_of, new_file, refusing, settle
+from fastguard.commands.arguments import CALL, Model, Quiet, Verbose, job_options, new_file, refusing, settle
 from fastguard.files import short
 from fastguard.policies.gate import calibrate as choose
 from fastguard.policies.gate import check_sample
 
 
-@fields_of(JobOptions, "policy", *CALL)
+@job_options("policy", *CALL)
 @refusing()
 def calibrate(
     model: Model,
@@ -116,8 +116,6 @@ def draws(path: Path, options: JobOptions) -> tuple[list[Request], list[str] | N
 
 def check_tokens(pipe: Any, prompts: list[str], path: Path) -> None:
     """ValueError if two prompts are the same to all tokenizers of the pipeline: by their case, say, or only beyond what is cut off."""
-    from fastguard.batch.cuts import TOKENIZERS
-
     present = [getattr(pipe, name, None) for name in TOKENIZERS]
     ids = [tokenizer(prompts, truncation=True).input_ids for tokenizer in present if tokenizer is not None]
     seen: dict[str, int] = {}

@@ -9,12 +9,11 @@ from typing import Annotated, Any
 import typer
 
 from fastguard import checks
-from fastguard.batch.options import JobOptions
-from fastguard.commands.arguments import Model, fields_of, refusing, settle
+from fastguard.commands.arguments import Model, job_options, refusing, settle
 from fastguard.pipelines.loading import chosen_policy, load_pipeline, skeleton
 
 
-@fields_of(JobOptions, "policy", "scheduler")
+@job_options("policy", "scheduler")
 @refusing()
 def doctor(
     model: Model,
@@ -35,12 +34,12 @@ def doctor(
     found = inspect_model(model, policy, steps=steps, scheduler=scheduler)
     if found["path"] == "refused":
         raise ValueError(f"model={model!r}: {found['reason']}")
-    if gpu and not torch.cuda.is_available():
-        raise ValueError("gpu: torch finds none here; without --gpu the loop runs on tensors that stand for a GPU's")
-    if gpu:
+    if not gpu:
+        pipe = skeleton(model, scheduler=scheduler)
+    elif torch.cuda.is_available():
         pipe = load_pipeline(model, dtype="float16", device="cuda", scheduler=scheduler)
     else:
-        pipe = skeleton(model, scheduler=scheduler)
+        raise ValueError("gpu: torch finds none here; without --gpu the loop runs on tensors that stand for a GPU's")
     reports = [find_syncs(pipe, steps=steps)]
     # Where its gate was calibrated is of no concern here: the structure's dtype is not that of a run.
     with enable(pipe, dataclasses.replace(policy, provenance={})):

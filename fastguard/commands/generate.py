@@ -8,13 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
-from fastguard.batch.options import JobOptions
-from fastguard.commands.arguments import Model, Quiet, Verbose, fields_of, refusing, settle
+from fastguard.commands.arguments import Model, Quiet, Verbose, job_options, refusing, settle
 
 REJECTIONS = 3  # exit code: done but for what rejected.jsonl lists
 
 
-@fields_of(JobOptions)
+@job_options()
 def generate(
     model: Model,
     out: Annotated[

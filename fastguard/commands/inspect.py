@@ -8,13 +8,12 @@ from typing import Annotated, Any
 import typer
 
 from fastguard import checks
-from fastguard.batch.options import JobOptions
-from fastguard.commands.arguments import Model, fields_of, refusing, settle
+from fastguard.commands.arguments import Model, job_options, refusing, settle
 from fastguard.pipelines.loading import chosen_policy, chosen_scale, facts
 from fastguard.policies.provenance import elsewhere
 
 
-@fields_of(JobOptions, "policy", "gate", "guidance_scale", "scheduler")
+@job_options("policy", "gate", "guidance_scale", "scheduler")
 @refusing()
 def inspect(
     model: Model,

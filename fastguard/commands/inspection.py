@@ -25,6 +25,8 @@ from fastguard.policies.plan import lower
 from fastguard.policies.policy import Policy
 from fastguard.schedules.compiler import compile_schedule
 
+ROW = "{row:>4} {timestep:>9.6g}  {observe:<8}  {branches:<8}  {denoiser_rows:>4}  {before:>8}  {after:>8g}{mark}"
+
 
 def inspect_model(
     model: str,
@@ -148,10 +150,7 @@ def as_text(found: dict[str, Any]) -> str:
     for row in rows:
         shown = row | {"observe": "yes" if row["observe"] else "no", "mark": f"  <- {limit}" * row["switch"]}
         shown["before"] = "-" if row["before"] is None else f"{row['before']:g}"
-        form = (
-            "{row:>4} {timestep:>9.6g}  {observe:<8}  {branches:<8}  {denoiser_rows:>4}  {before:>8}  {after:>8g}{mark}"
-        )
-        lines.append(form.format(**shown))
+        lines.append(ROW.format(**shown))
     return "\n".join(lines)
 
 

@@ -16,7 +16,7 @@ from fastguard import checks
 from fastguard.batch.options import JobOptions
 from fastguard.batch.prompt_files import load
 from fastguard.batch.request import SEEDS
-from fastguard.commands.arguments import CALL, Model, Quiet, Verbose, fields_of, new_file, refusing, settle
+from fastguard.commands.arguments import CALL, Model, Quiet, Verbose, job_options, new_file, refusing, settle
 from fastguard.files import write_atomic
 from fastguard.pipelines.loading import facts
 from fastguard.policies import provenance
@@ -26,7 +26,7 @@ from fastguard.policies.policy import Policy
 logger = logging.getLogger("fastguard")
 
 
-@fields_of(JobOptions, "policy", *CALL)
+@job_options("policy", *CALL)
 @refusing()
 def screen(
     model: Model,
