@@ -12,7 +12,6 @@ from typing import Any
 from tqdm import tqdm
 
 from fastguard.batch import manifest
-from fastguard.batch.growing import JsonLines
 from fastguard.batch.local import Failed, LocalRunner
 from fastguard.batch.manifest import FORMAT, check, check_free, claim, differences
 from fastguard.batch.options import JobOptions
@@ -24,7 +23,7 @@ from fastguard.batch.request import Request, remade
 from fastguard.batch.signals import interrupting
 from fastguard.batch.store import Directory, Made, Shards
 from fastguard.batch.summary import SHOWN, Summary, summarize, write_sheet
-from fastguard.files import finite, short, write_atomic
+from fastguard.files import JsonLines, finite, short, write_atomic
 
 REJECTED = "rejected.jsonl"
 

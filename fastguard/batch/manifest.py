@@ -12,9 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fastguard.batch.growing import whole_lines
 from fastguard.batch.request import Request
-from fastguard.files import read_json, write_json
+from fastguard.files import read_json, whole_lines, write_json
 
 NAME = "manifest.jsonl"
 SETTINGS, LOCK = "settings.json", ".lock"

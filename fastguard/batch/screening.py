@@ -13,9 +13,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from fastguard.batch.growing import JsonLines, whole_lines
 from fastguard.batch.planning import arguments
 from fastguard.batch.request import Request, ungated
+from fastguard.files import JsonLines, whole_lines
 from fastguard.pipelines.statistics import early_reports
 from fastguard.policies.policy import Policy
 from fastguard.policies.presets import PRESETS

@@ -21,11 +21,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fastguard.batch.growing import Growing, json_bytes, sync_directory
 from fastguard.batch.pictures import read_record
 from fastguard.batch.prompt_files import Problem
 from fastguard.batch.request import Request
-from fastguard.files import write_atomic
+from fastguard.files import Growing, json_bytes, sync_directory, write_atomic
 
 logger = logging.getLogger("fastguard")
 

@@ -2,31 +2,48 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import inspect
 import logging
+import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from fastguard.batch import screening
-from fastguard.batch.fitting import check_class, check_pipeline, misfits
 from fastguard.batch.job import Job
 from fastguard.batch.local import LocalRunner
 from fastguard.batch.options import JobOptions
-from fastguard.batch.prompt_files import BadRows, Prompts, Source, load
+from fastguard.batch.prompt_files import BadRows, Problem, Prompts, Source, load
 from fastguard.batch.ray_runner import RayRunner
 from fastguard.batch.request import Request, parse
 from fastguard.batch.signals import Interrupted
 from fastguard.batch.summary import Summary
+from fastguard.files import short
 from fastguard.pipelines import loading as models
-from fastguard.pipelines.enabled import guard_disabled
+from fastguard.pipelines.enabled import guard_disabled, stock_class
+from fastguard.pipelines.families import find
 from fastguard.pipelines.quiet import hushed
+from fastguard.policies.plan import limit_problem
 from fastguard.policies.policy import Policy
 from fastguard.policies.provenance import elsewhere
+from fastguard.schedules.schedule import in_training_steps
 
-__all__ = ["BadRows", "Interrupted", "JobOptions", "Summary", "generate", "model_of", "options_for", "prepare"]
+__all__ = [
+    "BadRows",
+    "Interrupted",
+    "JobOptions",
+    "Summary",
+    "generate",
+    "misfits",
+    "model_of",
+    "options_for",
+    "prepare",
+]
 
 logger = logging.getLogger("fastguard")
 
@@ -97,9 +114,9 @@ def model_of(model: Any, options: JobOptions) -> tuple[dict[str, Any], Callable[
         for name in ("engine", "dtype", "device", "scheduler", "variant"):
             if (value := getattr(options, name)) != getattr(JobOptions, name):
                 raise ValueError(f"{name}={value!r}: needs a model given by name, this one is a pipeline already")
-        check_pipeline(model)
+        _check_class(stock_class(type(model)))
         settings = models.facts(model) | {"model": str(getattr(model, "name_or_path", "") or type(model).__name__)}
-        return settings, lambda: model, model
+        return settings, lambda: model, _guardable(model)
 
     name = os.fspath(model)
     kind = None if options.scheduler is None else models.scheduler_class(options.scheduler).__name__
@@ -110,15 +127,65 @@ def model_of(model: Any, options: JobOptions) -> tuple[dict[str, Any], Callable[
         device = ("cuda" if options.gpus_per_actor else "cpu") if device == "auto" else device
         dtype = ("float16" if device.startswith("cuda") else "float32") if dtype == "auto" else dtype
     try:
-        check_class(models.pipeline_class(models.model_index(name)))
+        _check_class(models.pipeline_class(models.model_index(name)))
     except TypeError as error:
         raise ValueError(f"model={name!r}: {error}") from None
-    skeleton = models.skeleton(name, scheduler=kind)
-    check_pipeline(skeleton)
+    skeleton = _guardable(models.skeleton(name, scheduler=kind))
     # Actors have other working directories.
     where = os.path.abspath(name) if os.path.isdir(name) else name
     how: dict[str, Any] = {"dtype": dtype, "scheduler": kind, "variant": options.variant}
     return {"model": name, **how}, lambda: models.load_pipeline(where, device=device, **how), skeleton
+
+
+def _check_class(kind: type) -> None:
+    """TypeError if the guard does not know the pipeline class, ValueError if it makes no images from text alone."""
+    find(kind)
+    parameters = inspect.signature(kind.__call__).parameters  # type: ignore[operator]
+    if "prompt" not in parameters or "image" in parameters:
+        raise ValueError(f"generate needs a text-to-image pipeline, {kind.__name__} is none")
+
+
+def _guardable(pipe: Any) -> Any:
+    """A pipeline or its skeleton; ValueError if its denoiser cannot be guarded."""
+    if (reason := models.distilled(pipe)) is not None:
+        raise ValueError(f"model: {reason}")
+    return pipe
+
+
+def misfits(pipe: Any, requests: Iterable[Request]) -> Iterator[Problem]:
+    """One for each request that a pipeline, of which a skeleton is enough, cannot make."""
+    scheduler = copy.deepcopy(pipe.scheduler)
+    rows = lru_cache(maxsize=None)(lambda steps: _rows(scheduler, steps))
+    multiple = math.lcm(8, int(getattr(pipe, "vae_scale_factor", 8)) * int(getattr(pipe, "patch_size", 1) or 1))
+    in_steps = in_training_steps(scheduler)
+    for request in requests:
+        count, scale = rows(request.steps), request.policy.guidance_scale
+        told = None if in_steps else limit_problem(request.policy)
+        if isinstance(count, str):
+            told = f"steps={request.steps}: {count}"
+        elif isinstance(scale, tuple) and len(scale) != count:
+            told = (
+                f"policy {short(request.policy.name)}: guidance_scale has {len(scale)} values, must have one per denoiser row:"
+                f" {count} at steps={request.steps}"
+            )
+        for name in ("width", "height"):
+            if (getattr(request, name) or 0) % multiple:
+                told = f"{name}={getattr(request, name)}: must be a multiple of {multiple}"
+        if told is not None:
+            yield Problem.of(request, told)
+
+
+def _rows(scheduler: Any, steps: int) -> int | str:
+    """Denoiser evaluations of that many steps, or why the scheduler cannot make them."""
+    most = scheduler.config.get("num_train_timesteps")
+    if most is not None and steps > most:
+        return f"must be at most {most}, the timesteps that the model was trained with"
+    shift = {"mu": scheduler.config.get("max_shift", 1.0)} if scheduler.config.get("use_dynamic_shifting") else {}
+    try:
+        scheduler.set_timesteps(steps, **shift)
+    except Exception as error:
+        return f"{type(scheduler).__name__} refuses: {error}"
+    return len(scheduler.timesteps)
 
 
 def _warnings(requests: Sequence[Request], used: Mapping[str, Any]) -> Iterator[str]:

@@ -44,10 +44,9 @@ def calibrate(
     **options: Any,
 ) -> None:
     """Choose the gate from ordinary prompts, with a guarantee on how many of them it may catch, and write a policy file."""
-    from fastguard.batch.fitting import misfits
     from fastguard.batch.planning import arguments
     from fastguard.batch.screening import statistics
-    from fastguard.batch.task import model_of, options_for
+    from fastguard.batch.task import misfits, model_of, options_for
     from fastguard.pipelines.statistics import early_reports
 
     settle(quiet, verbose)

@@ -53,9 +53,8 @@ def screen(
     from tqdm import tqdm
 
     from fastguard.batch import screening
-    from fastguard.batch.fitting import misfits
     from fastguard.batch.planning import plan
-    from fastguard.batch.task import model_of, options_for
+    from fastguard.batch.task import misfits, model_of, options_for
 
     settle(quiet, verbose)
     new_file(out, ".jsonl", ".csv")

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from fastguard.batch import local, store
-from fastguard.batch.growing import Growing, JsonLines
 from fastguard.batch.task import Interrupted, generate
+from fastguard.files import Growing, JsonLines
 from fastguard.policies.presets import policy
 from tests.batch.jobs import OPTIONS, ROWS, check_complete, lines, pixels, stamps
 

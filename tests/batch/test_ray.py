@@ -14,9 +14,9 @@ import psutil
 import pytest
 from PIL import Image
 
-from fastguard.batch.growing import JsonLines
 from fastguard.batch.pictures import read_record
 from fastguard.batch.task import Interrupted, generate
+from fastguard.files import JsonLines
 from fastguard.policies.presets import policy
 from tests.batch.test_docs import examples
 
