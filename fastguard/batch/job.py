@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +19,22 @@ from fastguard.batch.manifest import FORMAT, check, check_free, claim, differenc
 from fastguard.batch.options import JobOptions
 from fastguard.batch.pictures import ENDINGS
 from fastguard.batch.planning import plan
-from fastguard.batch.prompt_files import BadRows, Problem, Source
+from fastguard.batch.prompt_files import BadRows, Problem, Prompts
 from fastguard.batch.ray_runner import RayRunner
 from fastguard.batch.request import Request, remade
-from fastguard.batch.signals import interrupting
 from fastguard.batch.store import Directory, Made, Shards
 from fastguard.batch.summary import SHOWN, Summary, summarize, write_sheet
 from fastguard.files import JsonLines, finite, short, write_atomic
 
 REJECTED = "rejected.jsonl"
+
+
+class Interrupted(RuntimeError):
+    """A signal ended the run; what is in the manifest is done, and the same call resumes."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        super().__init__(f"interrupted by {signal.Signals(number).name}; the same call resumes")
 
 
 @dataclass
@@ -41,7 +50,7 @@ class Job:
     problems: list[Problem]
     out: Path
     settings: dict[str, Any]
-    source: Source
+    prompts: Prompts
     options: JobOptions
     runner: LocalRunner | RayRunner
 
@@ -67,7 +76,7 @@ class Job:
     def leave_out(self, found: Sequence[Problem]) -> None:
         """BadRows for requests (`values["id"]`) that cannot be made; keeping going they are left out and reported."""
         if found and not (self.options.keep_going and len(found) < len(self.requests)):
-            raise BadRows(self.source, list(found))
+            raise BadRows(self.prompts, list(found))
         bad = {problem.values["id"] for problem in found}
         self.requests = [request for request in self.requests if request.id not in bad]
         self.problems += found
@@ -144,7 +153,7 @@ class Job:
         others = [r for r in listed if self._index[r.id].get("request") != r.digest(self.settings)]
         if others:
             found = zip(others, manifest.latest(self.out, others), strict=True)
-            raise BadRows(self.source, [self._other_values(request, line) for request, line in found])
+            raise BadRows(self.prompts, [self._other_values(request, line) for request, line in found])
         self._done = {request.id for request in listed if self.store.holds(self._index[request.id])}
 
     def _other_values(self, request: Request, line: dict[str, Any]) -> Problem:
@@ -186,3 +195,32 @@ def _rejection(problem: Problem) -> str:
         return json.dumps(line | {"row": finite(problem.values)}, default=repr)
     except (TypeError, ValueError, RecursionError):
         return json.dumps(line | {"row": short(problem.values)})
+
+
+@contextmanager
+def interrupting(stop: Callable[[], None]) -> Iterator[None]:
+    """The first signal calls `stop`, a second one does what it did before. `Interrupted` at the end if there was one.
+
+    In another thread than the main one signals cannot be caught: then they do what they did.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)} if main else {}
+    stopped: list[int] = []
+
+    def handle(number: int, frame: Any) -> None:
+        stopped.append(number)
+        restore()
+        stop()
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    for number in before:
+        signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        restore()
+    if stopped:
+        raise Interrupted(stopped[0])

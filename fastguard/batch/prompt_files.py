@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from fastguard import checks
 from fastguard.batch.options import JobOptions
@@ -34,28 +34,22 @@ class Problem:
         return cls(request.line or 0, message, {"id": request.id, "prompt": request.prompt})
 
 
-class Source(NamedTuple):
+def named(prompts: Prompts) -> tuple[str, str]:
     """What errors call the prompts, and what they count in them."""
-
-    name: str
-    unit: str
-
-    @classmethod
-    def of(cls, prompts: Prompts) -> Source:
-        if not isinstance(prompts, (str, os.PathLike)):
-            return cls("prompts", "row")
-        return cls(os.fspath(prompts), "row" if os.fspath(prompts).lower().endswith(".parquet") else "line")
+    name = os.fspath(prompts) if isinstance(prompts, (str, os.PathLike)) else "prompts"
+    return name, "row" if name == "prompts" or name.lower().endswith(".parquet") else "line"
 
 
 class BadRows(ValueError):
     """Rows that cannot be made; `problems` has all of them, the message the first ones."""
 
-    def __init__(self, source: Source, problems: list[Problem]) -> None:
+    def __init__(self, prompts: Prompts, problems: list[Problem]) -> None:
         self.problems = problems
-        told = [f"{source.unit} {p.line}: {p.message}" for p in problems[:SHOWN]]
+        name, unit = named(prompts)
+        told = [f"{unit} {p.line}: {p.message}" for p in problems[:SHOWN]]
         told += [f"... and {len(problems) - SHOWN} more"] * (len(problems) > SHOWN)
         count = f"{len(problems)} bad row{'s' * (len(problems) != 1)}"
-        super().__init__("\n  ".join([f"{source.name}: {count}, nothing was done", *told]))
+        super().__init__("\n  ".join([f"{name}: {count}, nothing was done", *told]))
 
 
 def load(prompts: Prompts, options: JobOptions, fields: Sequence[str] = FIELDS) -> tuple[list[Request], list[Problem]]:
@@ -66,7 +60,7 @@ def load(prompts: Prompts, options: JobOptions, fields: Sequence[str] = FIELDS) 
     BadRows if there are any and not `options.keep_going`, or if no good row is left; ValueError if the prompts as a whole cannot be
     read (a file's ending, its header, no rows), OSError if the file is not there.
     """
-    source = Source.of(prompts)
+    name, unit = named(prompts)
     base = Path(prompts).parent if isinstance(prompts, (str, os.PathLike)) else Path()
     named_policy.cache_clear()  # a policy file may have changed since the last job of this process
     requests: list[Request] = []
@@ -81,14 +75,14 @@ def load(prompts: Prompts, options: JobOptions, fields: Sequence[str] = FIELDS) 
             made = parse(read, options, index, line=line, base=base)
             for request in made:
                 if (first := seen.setdefault(request.id, line)) != line:
-                    raise ValueError(f"id={request.id!r}: is that of {source.unit} {first} too; must be unique")
+                    raise ValueError(f"id={request.id!r}: is that of {unit} {first} too; must be unique")
             requests += made
         except ValueError as error:
             problems.append(Problem(line, str(error), row))
     if not requests and not problems:
-        raise ValueError(f"{source.name}: there is no prompt in it")
+        raise ValueError(f"{name}: there is no prompt in it")
     if problems and (not options.keep_going or not requests):
-        raise BadRows(source, problems)
+        raise BadRows(prompts, problems)
     return requests, problems
 
 

@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from fastguard.batch import screening
-from fastguard.batch.job import Job
+from fastguard.batch.job import Interrupted, Job
 from fastguard.batch.local import LocalRunner
 from fastguard.batch.options import JobOptions
-from fastguard.batch.prompt_files import BadRows, Problem, Prompts, Source, load
+from fastguard.batch.prompt_files import BadRows, Problem, Prompts, load
 from fastguard.batch.ray_runner import RayRunner
 from fastguard.batch.request import Request, parse
-from fastguard.batch.signals import Interrupted
 from fastguard.batch.summary import Summary
 from fastguard.files import short
 from fastguard.pipelines import loading as models
@@ -79,7 +78,7 @@ def prepare(model: Any, prompts: Prompts, out: str | os.PathLike[str], **options
     if guard_disabled():
         settings["guard"] = "disabled"  # such images are not to be taken for guarded ones later
     runner = (RayRunner if wanted.engine == "ray" else LocalRunner)(loader, settings, wanted)
-    job = Job(requests, problems, Path(out), settings, Source.of(prompts), wanted, runner)
+    job = Job(requests, problems, Path(out), settings, prompts, wanted, runner)
     job.leave_out(list(misfits(skeleton, requests)))
     if wanted.screen and all(request.screen is None for request in job.requests):
         raise ValueError("screen=True: has no effect, no row has a policy that guards")

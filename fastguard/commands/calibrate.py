@@ -12,7 +12,7 @@ import typer
 from fastguard import checks
 from fastguard.batch.cuts import TOKENIZERS
 from fastguard.batch.options import JobOptions
-from fastguard.batch.prompt_files import Problem, Source, load, rows
+from fastguard.batch.prompt_files import Problem, load, named, rows
 from fastguard.batch.request import Request
 from fastguard.commands.arguments import CALL, Model, Quiet, Verbose, job_options, new_file, refusing, settle
 from fastguard.files import short
@@ -100,7 +100,7 @@ def draws(path: Path, options: JobOptions) -> tuple[list[Request], list[str] | N
     """
     requests, _ = load(path, options, ("prompt",))
     groups = [row.get("group") for _, row in rows(path, ("prompt", "group")) if not isinstance(row, Problem)]
-    unit = Source.of(path).unit
+    _, unit = named(path)
     seen: dict[str, int | None] = {}
     for request, group in zip(requests, groups, strict=True):
         where = f"prompts={str(path)!r}: {unit} {request.line}"

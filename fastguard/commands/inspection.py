@@ -8,17 +8,9 @@ from typing import Any
 import torch
 
 from fastguard.kernels.layout import NEVER, Row, Rule
+from fastguard.pipelines import loading as models
 from fastguard.pipelines.families import Family, Fused, find
 from fastguard.pipelines.guard import enable
-from fastguard.pipelines.loading import (
-    distilled,
-    load_pipeline,
-    model_index,
-    own_scheduler,
-    pipeline_class,
-    skeleton,
-    with_scheduler,
-)
 from fastguard.pipelines.probe import Probe
 from fastguard.pipelines.scheduler import expected_arguments
 from fastguard.policies.plan import lower
@@ -48,19 +40,19 @@ def inspect_model(
     ValueError names the argument if there is no such model or scheduler, or the policy does not fit the schedule or the scale; with
     `probe` no policy fits a scale at which the second branch does not run.
     """
-    index = model_index(model)
-    kind = pipeline_class(index)
+    index = models.model_index(model)
+    kind = models.pipeline_class(index)
     defaults = {name: p.default for name, p in inspect.signature(kind.__call__).parameters.items()}  # type: ignore[operator]
     known: Family | None = None
     try:
         known = find(kind)
     except TypeError as error:
         refusal: str | None = str(error)
-        made = own_scheduler(model, index)
-        made = made if scheduler is None else with_scheduler(scheduler, made.config, kind)
+        made = models.own_scheduler(model, index)
+        made = made if scheduler is None else models.with_scheduler(scheduler, made.config, kind)
     else:
-        built = skeleton(model, scheduler=scheduler)
-        made, refusal = built.scheduler, distilled(built)
+        built = models.skeleton(model, scheduler=scheduler)
+        made, refusal = built.scheduler, models.distilled(built)
 
     count = int(defaults.get("num_inference_steps", 50)) if steps is None else steps
     # A schedule that shifts with the image's size has its largest shift at 1024 x 1024, these models' default.
@@ -159,7 +151,7 @@ def probe_model(found: dict[str, Any]) -> Probe:
 
     ValueError where the model cannot be loaded or the pipeline needs more than prompts (a picture).
     """
-    pipe = load_pipeline(found["model"], scheduler=found["scheduler"], auto=False)
+    pipe = models.load_pipeline(found["model"], scheduler=found["scheduler"], auto=False)
     wanted = {"prompt": "a photograph of a house", "negative_prompt": "", "num_inference_steps": found["steps"]}
     wanted |= {found["scale"]: found["guidance_scale"]}
     names = inspect.signature(type(pipe).__call__).parameters
