@@ -30,11 +30,6 @@ def hooks(modules: Iterable[torch.nn.Module]) -> list[dict[int, Any]]:
     return [torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks, *own]
 
 
-def watched(part: Any) -> bool:
-    """Whether forward hooks see what goes into a part of a pipeline, or into something in it."""
-    return any(hooks(part.modules() if isinstance(part, torch.nn.Module) else ()))
-
-
 def obstacle(modules: Sequence[torch.nn.Module]) -> str | None:
     """Why these modules must not be recorded: hooks that move weights, count steps, or belong to the user; chance; graphs."""
     if any(hooks(())):

@@ -62,10 +62,9 @@ def _compile_arguments(compile: bool | Mapping[str, Any]) -> dict[str, Any] | No
     if compile is not True and not isinstance(compile, Mapping):
         raise ValueError(f"compile={compile!r}: must be True, False or a dictionary of torch.compile's arguments")
     given = {} if compile is True else dict(compile)
-    if unknown := [name for name in given if name not in _ARGUMENTS]:
-        raise ValueError(
-            f"compile: {unknown[0]!r} is no argument of torch.compile; allowed are {', '.join(_ARGUMENTS)}"
-        )
+    for name in given:
+        if name not in _ARGUMENTS:
+            raise ValueError(f"compile: {name!r} is no argument of torch.compile; allowed are {', '.join(_ARGUMENTS)}")
     if (mode := given.get("mode")) not in COMPILE_MODES:
         allowed = ", ".join(map(repr, COMPILE_MODES))
         raise ValueError(

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from diffusers.guiders.guider_utils import rescale_noise_cfg
 
-from fastguard.capture.obstacles import watched
+from fastguard.capture.obstacles import hooks
 from fastguard.capture.runner import BodyRunner
 from fastguard.loop.report import Report
 from fastguard.pipelines.attached import Attached
@@ -53,7 +53,8 @@ class Call(Attached):
         # Somebody may look at, keep or change the latents between two rows.
         self.open = self.scheduling.callback or family.rewrites_latents
         # Hooks may keep the model inputs that they see, of which the loop has one buffer.
-        self.watched = any(watched(part) for part in parts_of(pipe, (*family.denoisers, "controlnet")).values())
+        parts = parts_of(pipe, (*family.denoisers, "controlnet")).values()
+        self.watched = any(hooks(m for part in parts if isinstance(part, torch.nn.Module) for m in part.modules()))
         self._at = STEP
         self._cond: torch.Tensor | None = None
 

@@ -93,11 +93,9 @@ def _with_update(own: Schedule, recorded: Trace) -> Schedule:
     if not rounding <= LARGEST_ROUNDING:
         raise ValueError(f"its table would lose {rounding:.1e} to rounding in float32")
     if len(own.timesteps) >= SHORTEST_COMPARED:
-        difference = _deviation(rows, recorded, stock(recorded, torch.float32)[0], np.float32)
-        if not difference <= LARGEST_DIFFERENCE:
-            raise ValueError(
-                f"its own step loses {difference:.1e} to rounding in float32, which a table does not repeat"
-            )
+        lost = _deviation(rows, recorded, stock(recorded, torch.float32)[0], np.float32)
+        if not lost <= LARGEST_DIFFERENCE:
+            raise ValueError(f"its own step loses {lost:.1e} to rounding in float32, which a table does not repeat")
     return replace(
         own, rows=rows, history=history, draws=tuple(recorded.draws), residual=residual, rounding=rounding, form=form, linear=True,
         noise_dtype=recorded.noise_dtype, looks_back=looks_back,

@@ -37,11 +37,8 @@ def signature(scheduler: Any) -> dict[str, Any]:
     """What a row's numbers hang on, to be compared between two rows (`changed`); reads nothing from the device."""
     kind: Any = type(scheduler)
     own = _mentioned(kind)  # a caller may keep things of its own there
-    return {
-        name: _mark(value)
-        for name, value in vars(scheduler).items()
-        if name not in RUN_STATE and (name in own or hasattr(kind, name))
-    }
+    names = [name for name in vars(scheduler) if name not in RUN_STATE and (name in own or hasattr(kind, name))]
+    return {name: _mark(vars(scheduler)[name]) for name in names}
 
 
 def changed(then: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -52,12 +52,12 @@ class Lanes(TorchFunctionMode):
     def __init__(self, shape: torch.Size, noise: Callable[[], torch.Tensor]) -> None:
         super().__init__()
         self.shape, self.noise = shape, noise
-        self.dtypes: list[torch.dtype] = []  # of the draws
+        self.dtype: torch.dtype | None = None  # of the draws
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.randn and args and args[0] == self.shape:  # the form of diffusers' randn_tensor
-            self.dtypes.append(kwargs.get("dtype") or torch.get_default_dtype())
+            self.dtype = kwargs.get("dtype") or torch.get_default_dtype()
             return self.noise()
         if func in _OTHER_DRAWS:
             raise RuntimeError(f"it draws random numbers by {func.__name__}")
@@ -150,7 +150,7 @@ def stock(recorded: Trace, dtype: torch.dtype) -> tuple[np.ndarray, torch.dtype 
                 private.scale_model_input(x, t)
             after = private.step(column(recorded.probe_e[row]), t, x, **recorded.arguments, return_dict=False)[0]
             result[row] = after.reshape(-1).numpy()
-    return result, mode.dtypes[0] if mode.dtypes else None
+    return result, mode.dtype
 
 
 def _sigma(private: Any, t: torch.Tensor) -> float:

@@ -29,10 +29,8 @@ class Labelled(torch.Tensor):
 
     @staticmethod
     def __new__(cls, held: torch.Tensor) -> Labelled:
-        shape, strides, offset = held.shape, held.stride(), held.storage_offset()
-        tensor = torch.Tensor._make_wrapper_subclass(
-            cls, shape, strides=strides, storage_offset=offset, dtype=held.dtype, device=DEVICE
-        )
+        layout: dict[str, Any] = {"strides": held.stride(), "storage_offset": held.storage_offset()}
+        tensor = torch.Tensor._make_wrapper_subclass(cls, held.shape, **layout, dtype=held.dtype, device=DEVICE)
         tensor.held = held
         return tensor
 
@@ -110,8 +108,6 @@ class Pretend(Watching):
 
     def module(self, module: torch.nn.Module) -> Any:
         """A copy of the module whose parameters and buffers are fake; nothing of the original moves."""
-        memo: dict[int, Any] = {
-            id(p): torch.nn.Parameter(self.fake(p), requires_grad=False) for p in module.parameters()
-        }
-        memo |= {id(buffer): self.fake(buffer) for buffer in module.buffers()}
+        memo: dict[int, Any] = {id(buffer): self.fake(buffer) for buffer in module.buffers()}
+        memo |= {id(p): torch.nn.Parameter(self.fake(p), requires_grad=False) for p in module.parameters()}
         return copy.deepcopy(module, memo).eval()

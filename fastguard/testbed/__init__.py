@@ -19,6 +19,7 @@ from PIL import Image
 
 from fastguard import checks
 from fastguard.files import read_json
+from fastguard.pipelines.quiet import hushed
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -70,8 +71,6 @@ def load(**kwargs: Any) -> StableDiffusionPipeline:
     """The pipeline, stored in float16 and loaded in float32; `kwargs` go to from_pretrained."""
     from diffusers import StableDiffusionPipeline
 
-    from fastguard.pipelines.quiet import hushed
-
     with hushed():  # it would be said at length that AutoencoderTiny is no AutoencoderKL
         pipe = StableDiffusionPipeline.from_pretrained(path(), **kwargs)
     pipe.set_progress_bar_config(disable=True)
@@ -87,12 +86,9 @@ def concepts() -> dict[str, str]:
 @functools.cache
 def _all_prompts() -> tuple[Prompt, ...]:
     split = read_json(_HERE / "prompts.json")
-    memorized = [
-        Prompt(e["prompt"], e["concept"], e["type"], e["half"], e["factor"], i)
-        for i, e in enumerate(split["memorized"])
-    ]
-    ordinary = [Prompt(e["prompt"], e["concept"], "ordinary", e["half"], 1, None) for e in split["ordinary"]]
-    return (*memorized, *ordinary)
+    found: list[Any] = [(e, e["type"], e["factor"], i) for i, e in enumerate(split["memorized"])]
+    found += [(e, "ordinary", 1, None) for e in split["ordinary"]]
+    return tuple(Prompt(e["prompt"], e["concept"], kind, e["half"], factor, i) for e, kind, factor, i in found)
 
 
 def prompts(kind: str | None = None, half: str | None = None) -> list[Prompt]:

@@ -94,9 +94,8 @@ def run_demo(out: Path = Path("demo"), *, seeds: int = 2) -> list[Path]:
     ]  # fmt: skip
     pictures = judge.decode(latents).add(1).mul(127.5).byte().permute(0, 2, 3, 1).numpy()
     copies = np.array([bool(row["copy"]) for row in rows])
-    grid, curves, numbers, index = paths = [
-        out / name for name in ("grid.png", "curves.png", "table.json", "index.html")
-    ]
+    paths = [out / name for name in ("grid.png", "curves.png", "table.json", "index.html")]
+    grid, curves, numbers, index = paths
     first = (len(MODES), len(shown), seeds)
     draw_grid(grid, shown, pictures.reshape(*first, 32, 32, 3)[:, :, 0], copies.reshape(first)[:, :, 0])
     draw_curves(curves, rows, own)
