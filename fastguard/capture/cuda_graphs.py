@@ -168,8 +168,6 @@ def _own_draws(device: torch.device, graph: Any) -> None:
 def _end_allocation(device: torch.device, pool: Any) -> None:
     """Let the allocator leave a capture that could not be ended. Before torch 2.12 it stays in it for good, and then refuses to empty
     its cache, and asserts where memory runs short; later ones leave by themselves, and refuse to do so twice."""
-    names = ("_cuda_endAllocateToPool", "_cuda_endAllocateCurrentStreamToPool")  # the second up to torch 2.7
-    end: Any = next((getattr(torch._C, name) for name in names if hasattr(torch._C, name)), None)
-    if end is not None:
-        with suppress(RuntimeError):
-            end(device.index, pool)
+    for name in ("_cuda_endAllocateToPool", "_cuda_endAllocateCurrentStreamToPool"):  # the second up to torch 2.7
+        with suppress(AttributeError, RuntimeError):
+            getattr(torch._C, name)(device.index, pool)

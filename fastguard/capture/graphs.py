@@ -82,8 +82,7 @@ class Graphs:
     budget: int = BUDGET
     limit: int = LIMIT
     failure: str | None = None  # why nothing is recorded any more
-    clears: int = 0
-    model: Any = None  # what `runner.Model` knows of the denoiser: it goes when the graphs do
+    model: Any = None  # the `runner.Model` of the denoiser: it goes when the graphs do
     lock: Any = field(default_factory=threading.RLock)
     _bounds: tuple[int, int] = (BUDGET, LIMIT)  # the last that were applied to what is there
     _recorder: Any = None
@@ -108,7 +107,6 @@ class Graphs:
     def clear(self) -> None:
         """Forget every graph, and every failure. Calls that have begun record nothing any more: no graph is left behind them."""
         with self.lock:
-            self.clears += 1
             self.model = self.failure = None
             self.refused.clear()
             self._evict_all()

@@ -94,7 +94,7 @@ class BodyRunner:
     """
 
     def __init__(self, mode: str, graphs: Graphs, model: Model) -> None:
-        self._mode, self._graphs, self._model, self._begun = mode, graphs, model, graphs.clears
+        self._mode, self._graphs, self._model = mode, graphs, model
         self.denoiser = model.in_a_call()
         self._shape: Hashable = None
         self._content: Any = None  # what is leased under this shape
@@ -126,7 +126,7 @@ class BodyRunner:
             if self._refused(refusal or self._look(device, again=True)):
                 return None
             self._shape, self._content = key, self._graphs.lease(key, device, make)
-            self._begun = self._graphs.clears  # the graphs of another device may have gone just now
+            self._graphs.model = self._model  # the graphs of another device may have gone just now
             return self._content
 
     def run(
@@ -164,7 +164,8 @@ class BodyRunner:
         if again or self._print is None:
             self._print = self._model.fingerprint()
             self._obstacle = self._model.fingerprint.obstacle or surroundings(device)
-        return CLEARED if self._graphs.clears != self._begun else self._graphs.failure or self._obstacle
+        cleared = self._graphs.model is not self._model
+        return CLEARED if cleared else self._graphs.failure or self._obstacle
 
     def _key(self, what: Hashable, arguments: Arguments, look_again: bool) -> tuple | None:
         """What the graph of a run is kept under: its place (what is asked for) and who computes it. None where it must not be one."""

@@ -21,7 +21,6 @@ RUN_STATE: dict[str, Any] = {
 
 # What `repr` says all of. No subclasses: theirs may say anything.
 _SCALARS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
-_DEEPEST = 8
 
 # Methods that the pipeline calls on the scheduler itself, outside of step().
 OUTSIDE = ("set_timesteps", "set_begin_index", "add_noise", "scale_noise", "get_velocity")
@@ -129,17 +128,15 @@ def key_of(scheduler: Any, arguments: Mapping[str, Any], begin: int) -> tuple | 
     state = [replaced_step(scheduler), begin, *(dict(sorted(d.items())) for d in (arguments, own_state(scheduler)))]
     try:
         return type(scheduler), functions(type(scheduler)), _value(state)
-    except TypeError:
+    except (TypeError, RecursionError):  # it may hold itself
         return None
 
 
-def _value(value: Any, depth: int = 0) -> Hashable:
+def _value(value: Any) -> Hashable:
     """What it says. TypeError if nothing does: an object whose state nobody can name, or a function that reads from outside itself."""
     kind = type(value)
     if kind in _SCALARS or isinstance(value, (Enum, np.generic)):
         return kind, repr(value)
-    if depth > _DEEPEST:
-        raise TypeError("too deep, or it holds itself")
     if isinstance(value, Mapping):
         value = [part for pair in value.items() for part in pair]
     elif kind is FunctionType and not value.__closure__ and not value.__code__.co_names:
@@ -152,4 +149,4 @@ def _value(value: Any, depth: int = 0) -> Hashable:
         return value.dtype, value.shape, value.tobytes()
     elif kind not in (list, tuple):
         raise TypeError(f"nobody can name a {kind.__name__}")
-    return kind, tuple(_value(item, depth + 1) for item in value)
+    return kind, tuple(_value(item) for item in value)
