@@ -19,7 +19,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import accounts, real_size
-from fastguard.syncs import probe
 from tests import schedulers
 
 FILE = Path(__file__).with_name("ROOFLINE.md")
@@ -104,7 +103,7 @@ def lines(size: str, names: list[str]) -> Iterator[Line]:
     def pipe(name: str, dtype: torch.dtype = torch.float16) -> Any:
         return real_size.pipeline(size, schedulers.SD[name](), models[dtype], dtype)
 
-    with probe.remembering():
+    with real_size.remembering():
         for name in names:
             draws = accounts.table(schedulers.SD[name]()).draws
             yield Line(
@@ -147,7 +146,7 @@ def share(size: str, found: list[Line]) -> str:
 def compositions() -> Iterator[str]:
     """The rows of the table of what stock's launches are."""
     model = real_size.unet("SD 1.5", torch.float32)
-    with probe.remembering():
+    with real_size.remembering():
         for name, estimate in ESTIMATES.items():
             pipe = real_size.pipeline("SD 1.5", schedulers.SD[name](), model, torch.float32)
             parts = accounts.composition(pipe)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import pickle
 import random
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
 from functools import cached_property
 from typing import Any
@@ -50,7 +51,7 @@ class Model:
         # The module is not changed; its weights, LoRA scales and so on stay its own.
         self._runs: Any = denoiser if compile is None else torch.compile(denoiser, **compile)
         self._asks_unseen = False  # it asks, but its compiled form, which counts nothing, does not show it
-        self.moves: dict[Hashable, int] = {}
+        self.moves: Counter[Hashable] = Counter()
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
@@ -191,14 +192,14 @@ class BodyRunner:
             if same and fingerprint.written() == written:
                 return None
             self._print = None  # taken again before the next run
-            moves[place] = moves.get(place, 0) + 1
+            moves[place] += 1
             return self._moving(place) or "the model's first forward changed it (it may have made itself ready)"
 
         return moved
 
     def _moving(self, place: tuple) -> str | None:
         """Once may be what a model does in its first forward to make itself ready."""
-        return MOVES if self._model.moves.get(place, 0) > 1 else None
+        return MOVES if self._model.moves[place] > 1 else None
 
 
 def _drawn() -> tuple[Any, ...]:

@@ -46,16 +46,12 @@ class Labelled(torch.Tensor):
 
 
 class Pretend(Watching):
-    """While entered, `cuda` tensors exist, labelled ones: made from the host's (`tensor`) or by factories; in the denoiser fake ones.
-
-    models: those that have been put on the device, by their originals.
-    """
+    """While entered, `cuda` tensors exist, labelled ones: made from the host's (`tensor`) or by factories; in the denoiser fake ones."""
 
     def __init__(self, stream: Stream) -> None:
         super().__init__(stream)
         # Its presence also keeps torch from looking for a driver when somebody names the device.
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self.models: dict[torch.nn.Module, Any] = {}
 
     def __enter__(self) -> Pretend:
         self._fake.__enter__()

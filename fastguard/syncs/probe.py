@@ -11,7 +11,6 @@ import copy
 import functools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
@@ -27,30 +26,13 @@ from fastguard.syncs.stream import Op, Stream
 DENOISERS = ("unet", "transformer", "transformer_2")
 
 
-_device: ContextVar[Pretend | None] = ContextVar("_device", default=None)
-
-
-@contextmanager
-def remembering() -> Iterator[None]:
-    """Inside, a model that has been run is not copied again, nor run again on arguments of the same kind: do not change it."""
-    token = _device.set(Pretend(Stream()))
-    try:
-        yield
-    finally:
-        _device.reset(token)
-
-
 def run(pipe: Any, arguments: Mapping[str, Any], stream: Stream) -> None:
     """Call the pipeline on a pretended device, to which tensors among the arguments are moved before."""
-    pretend = _device.get() or Pretend(stream)
-    pretend.stream = stream
-    copied = copy_of(pipe, stream, DEVICE)
+    pretend, copied = Pretend(stream), copy_of(pipe, stream, DEVICE)
     for name in (*DENOISERS, "controlnet"):
         model = getattr(copied, name, None)
         if isinstance(model, torch.nn.Module):
-            if model not in pretend.models:
-                pretend.models[model] = _listening(model, pretend, counts=name in DENOISERS)
-            copied.__dict__[name] = pretend.models[model]
+            copied.__dict__[name] = listening(model, pretend, counts=name in DENOISERS)
     moved = tree_map_only(torch.Tensor, pretend.tensor, dict(arguments))
     with pretend, torch.no_grad():
         try:
@@ -93,14 +75,14 @@ def copy_of(pipe: Any, stream: Stream, device: torch.device | None) -> Any:
     return copied
 
 
-def _listening(model: torch.nn.Module, pretend: Pretend, *, counts: bool) -> Any:
-    """A fake copy of the model, whose forward runs once for each kind of arguments; counts: its calls are rows of the stream."""
+def listening(model: torch.nn.Module, pretend: Pretend, *, counts: bool) -> Any:
+    """A fake copy of the model, whose forward runs once for each kind of arguments; counts: its calls are rows of the device's stream."""
     copied = pretend.module(model)
     forward = copied.forward
     known: dict[str, tuple[Any, list[Op]]] = {}
 
     @functools.wraps(forward)
-    def listening(*args: Any, **kwargs: Any) -> Any:
+    def known_or_run(*args: Any, **kwargs: Any) -> Any:
         args, kwargs = tree_map_only(Labelled, pretend.fake, (args, kwargs))
         kinds = tree_map_only(torch.Tensor, lambda t: (tuple(t.shape), t.stride(), t.dtype, t.device), (args, kwargs))
         key = repr(kinds)
@@ -118,7 +100,7 @@ def _listening(model: torch.nn.Module, pretend: Pretend, *, counts: bool) -> Any
             stream.leave(counts=counts)
         return tree_map_only(torch.Tensor, pretend.drawn, result)
 
-    copied.forward = listening
+    copied.forward = known_or_run
     return copied
 
 

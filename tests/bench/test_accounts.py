@@ -10,7 +10,6 @@ import torch
 from bench import accounts, gpu, gpu_benchmarks, real_size, roofline
 from fastguard.kernels.layout import Row, Rule, State
 from fastguard.loop.loop import Loop
-from fastguard.syncs import probe
 from tests import pipelines, schedulers
 from tests.capture import simulator
 
@@ -27,7 +26,7 @@ def sized(request):
     def pipe(name, dtype=torch.float16):
         return real_size.pipeline(request.param, schedulers.SD[name](), models[dtype], dtype)
 
-    with probe.remembering():
+    with real_size.remembering():
         yield request.param, pipe
 
 

@@ -14,7 +14,6 @@ from bench import real_size
 from fastguard.capture import graphs
 from fastguard.capture.static_inputs import StaticInputs
 from fastguard.loop.loop import Loop
-from fastguard.syncs import probe
 from fastguard.syncs.stream import TO_DEVICE, WAIT
 from tests import schedulers
 
@@ -75,7 +74,7 @@ def device(monkeypatch):
 @pytest.fixture(scope="module", params=real_size.SIZES)
 def sized(request):
     model = real_size.unet(request.param)
-    with probe.remembering():
+    with real_size.remembering():
         yield lambda scheduler: real_size.pipeline(request.param, scheduler, model)
 
 
@@ -106,7 +105,7 @@ def test_a_loop_that_nothing_records_shows_all_of_its_rows(sized, monkeypatch):
 @pytest.fixture(scope="module")
 def flow():
     model = real_size.sd3(schedulers.FLOW["flow-euler"]()).transformer
-    with probe.remembering():
+    with real_size.remembering():
         yield lambda scheduler: real_size.sd3(scheduler, model)
 
 

@@ -11,7 +11,6 @@ import pytest
 
 import fastguard
 from bench import real_size
-from fastguard.syncs import probe
 from fastguard.syncs.stream import TO_DEVICE, WAIT
 from tests import schedulers
 
@@ -25,7 +24,7 @@ POLICIES = ["og+dtp", "anchored"]
 def sized(request):
     """(size, function from scheduler to pipeline); the UNet runs once for each kind of arguments."""
     model = real_size.unet(request.param)
-    with probe.remembering():
+    with real_size.remembering():
         yield request.param, lambda scheduler: real_size.pipeline(request.param, scheduler, model)
 
 
@@ -45,7 +44,7 @@ def test_guarded_loop_neither_waits_nor_copies(sized, name, policy):
 def flow():
     """From a flow scheduler to SD3 Medium's pipeline."""
     model = real_size.sd3(schedulers.FLOW["flow-euler"]()).transformer
-    with probe.remembering():
+    with real_size.remembering():
         yield lambda scheduler: real_size.sd3(scheduler, model)
 
 
