@@ -129,9 +129,9 @@ def test_changed_options_are_recorded_anew(sd, plant, blind, monkeypatch):
         lend = options.Options.lend
 
         def without_options(self, *args):
-            runs, runner = lend(self, *args)
+            runner = lend(self, *args)
             runner._model.decides = None
-            return runs, runner
+            return runner
 
         monkeypatch.setattr(options.Options, "lend", without_options)
     with fastguard.enable(sd, "cfg", capture="step", **first) as guard:
