@@ -203,24 +203,18 @@ def interrupting(stop: Callable[[], None]) -> Iterator[None]:
 
     In another thread than the main one signals cannot be caught: then they do what they did.
     """
-    main = threading.current_thread() is threading.main_thread()
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)} if main else {}
     stopped: list[int] = []
+    with ExitStack() as restoring:
 
-    def handle(number: int, frame: Any) -> None:
-        stopped.append(number)
-        restore()
-        stop()
+        def handle(number: int, frame: Any) -> None:
+            stopped.append(number)
+            restoring.close()
+            stop()
 
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    for number in before:
-        signal.signal(number, handle)
-    try:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                restoring.callback(signal.signal, number, signal.getsignal(number))
+                signal.signal(number, handle)
         yield
-    finally:
-        restore()
     if stopped:
         raise Interrupted(stopped[0])

@@ -16,7 +16,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -92,7 +92,8 @@ class RayRunner:
         self.actors, self.gpus = options.actors or 1, options.gpus_per_actor or 0.0
         self.cpus = 1.0 if options.cpus_per_actor is None else options.cpus_per_actor
         self.phase = f"starting {self.actors} actor{'s' * (self.actors != 1)}"
-        self._owned = self._waiting = self._stopped = False
+        self._ending = ExitStack()
+        self._waiting = self._stopped = False
 
     def start(self) -> None:
         """Connect to the cluster, or start a local one. ConnectionError if there is none at the address, ValueError if it is too small."""
@@ -113,7 +114,7 @@ class RayRunner:
             finally:
                 if threading.current_thread() is threading.main_thread():
                     signal.signal(signal.SIGTERM, handler)  # Ray puts its own, which exits
-            self._owned = True
+            self._ending.callback(ray.shutdown)
         check_resources(ray.nodes(), self.actors, self.cpus, self.gpus)
 
     def run(self, batches: Sequence[Batch], prepare: Prepare) -> Generator[list[Result], None, None]:
@@ -155,9 +156,7 @@ class RayRunner:
             raise _Stop
 
     def close(self) -> None:
-        if self._owned:
-            _ray().shutdown()
-            self._owned = False
+        self._ending.close()
 
 
 def check_resources(nodes: Sequence[dict[str, Any]], actors: int, cpus: float, gpus: float) -> None:
@@ -193,15 +192,12 @@ def _ray() -> Any:
 def _quiet_context() -> Iterator[Any]:
     """ray.data without its own progress bars, and with groups that leave an actor one by one instead of by 128 MB."""
     data, log = _ray().data, logging.getLogger("ray.data")
-    context, level = data.DataContext.get_current(), log.level
+    context = data.DataContext.get_current()
     wanted = {"enable_progress_bars": False, "print_on_execution_start": False, "target_max_block_size": 1}
-    before = {name: getattr(context, name) for name in wanted if hasattr(context, name)}
-    try:
+    with ExitStack() as restoring:
+        restoring.callback(log.setLevel, log.level)
         log.setLevel(logging.ERROR)
-        for name in before:
+        for name in wanted.keys() & dir(context):
+            restoring.callback(setattr, context, name, getattr(context, name))
             setattr(context, name, wanted[name])
         yield data
-    finally:
-        log.setLevel(level)
-        for name, value in before.items():
-            setattr(context, name, value)

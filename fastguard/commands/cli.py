@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from fastguard import checks
+from fastguard.commands.arguments import refusing, settle
 from fastguard.commands.calibrate import calibrate
-from fastguard.commands.demo import demo
 from fastguard.commands.doctor import doctor
 from fastguard.commands.generate import generate
 from fastguard.commands.inspect import inspect
@@ -36,6 +38,17 @@ def main(
     ] = False,
 ) -> None:
     pass
+
+
+@refusing()
+def demo(out: Annotated[Path, typer.Option(help="Directory for the pictures and the page.")] = Path("demo")) -> None:
+    """Memorized and ordinary prompts with and without the guard, on the embedded model: a page with pictures and curves."""
+    checks.extra("matplotlib", "plot", "demo")
+    from fastguard.testbed.demo import run_demo
+
+    settle()
+    for path in run_demo(out=out):
+        typer.echo(path)
 
 
 for verb in (generate, inspect, calibrate, screen, demo, doctor):
