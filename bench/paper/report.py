@@ -19,7 +19,7 @@ from bench.paper.tables import Table
 from bench.paper.tradeoff import tradeoff
 from bench.paper.work import PLAIN_CURVES, WATCHED, Amount
 from fastguard.files import finite, write_atomic, write_json
-from fastguard.testbed.page import page
+from fastguard.testbed.page import PAGE
 
 SHOWN = 8  # prompts of the picture grid
 NOT_ASKED = "not asked for"  # why a method that --methods leaves out is not there
@@ -134,7 +134,7 @@ def write(
         *(markdown(one) for one in [*shown, sources]),
     ]
     write_atomic(store.out / "tables.md", "\n".join(parts))
-    html = page(
+    html = PAGE.render(
         title="The paper's tables: memorization guards compared",
         lead=" ".join(lead),
         figures=figures,

@@ -109,7 +109,8 @@ class Graphs:
         with self.lock:
             self.model = self.failure = None
             self.refused.clear()
-            self._evict_all()
+            for key in list(self._graphs):
+                self._evict(key)
             if self._recorder is not None:
                 self._recorder.new_pool()  # whatever a failed capture left in the old one
 
@@ -187,7 +188,8 @@ class Graphs:
             # Blocks of graphs that are gone stay in the pool while a graph is left in it: once more, in an empty pool.
             if not before:
                 break
-        return self._refuse(key, f"a graph would need {own:,} bytes or more, guard.graphs.budget is {self.budget:,}")
+        self.refused[key] = f"a graph would need {own:,} bytes or more, guard.graphs.budget is {self.budget:,}"
+        return self.refused[key]
 
     def _make_room(self, *, graphs: int = 0, nbytes: int = 0) -> None:
         """Let the least recently used go until so much more is within the bounds, or nothing is left."""
@@ -199,18 +201,12 @@ class Graphs:
         if isinstance(_first(error), torch.OutOfMemoryError):
             if not self._graphs:
                 self._recorder.new_pool()  # whatever the failed capture left in the old one
-            return self._refuse(key, f"a graph could not be recorded: {error_text(error)}")
+            self.refused[key] = f"a graph could not be recorded: {error_text(error)}"
+            return self.refused[key]
         self.failure = f"capture failed, everything runs eagerly from here on: {error_text(error)}"
-        self._evict_all()  # nobody would replay them
+        for kept in list(self._graphs):  # nobody would replay them
+            self._evict(kept)
         return self.failure
-
-    def _refuse(self, key: tuple, reason: str) -> str:
-        self.refused[key] = reason
-        return reason
-
-    def _evict_all(self) -> None:
-        while self._graphs:
-            self._evict(next(iter(self._graphs)))
 
     def _evict(self, key: tuple) -> None:
         self._recorder.release(self._graphs.pop(key).recorded)

@@ -12,15 +12,13 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-WATCHES = "watches_only"  # an attribute of modes that change nothing of what a model computes
-
 
 def surroundings(device: torch.device) -> str | None:
     """What around the call forbids recording: things that change what the model's functions do, and that no key can name."""
     if torch.is_autocast_enabled(device.type):
         return "autocast keeps converted weights, which a graph would outlive"
     modes = [*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()]
-    foreign = [m for m in modes if not (isinstance(m, (DeviceContext, FakeTensorMode)) or getattr(m, WATCHES, False))]
+    foreign = [m for m in modes if not (isinstance(m, (DeviceContext, FakeTensorMode)) or hasattr(m, "watches_only"))]
     return f"the call runs under a {type(foreign[-1]).__name__}, which a replay would not ask" if foreign else None
 
 
@@ -55,7 +53,6 @@ def own_graphs(modules: Iterable[torch.nn.Module]) -> str | None:
         for form in (module, getattr(module, "_compiled_call_impl", None), vars(module).get("forward")):
             ask = getattr(form, "get_compiler_config", None)
             if ask is not None and (ask() or {}).get("triton.cudagraphs"):
-                return (
-                    f"{type(module).__name__} is compiled with CUDA graphs of its own (reduce-overhead or max-autotune)"
-                )
+                how = "with CUDA graphs of its own (reduce-overhead or max-autotune)"
+                return f"{type(module).__name__} is compiled {how}"
     return None

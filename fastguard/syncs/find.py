@@ -114,8 +114,7 @@ def assert_sync_free(pipe: Any, *, steps: int = 4, **arguments: Any) -> SyncRepo
 
 def _on_gpu(pipe: Any, arguments: Mapping[str, Any], stream: Stream) -> None:
     """The call on the GPU that the pipeline is on; a first call, unwatched, compiles and allocates."""
-    device = torch.device(pipe.device)
-    moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+    moved = {k: v.to(pipe.device) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
     copied = probe.copy_of(pipe, stream, None)
     copied(**moved)
     denoiser = next(model for name in probe.DENOISERS if (model := getattr(pipe, name, None)) is not None)

@@ -94,7 +94,7 @@ class Stream:
 class Watching(TorchDispatchMode):
     """Shows every operation to a stream."""
 
-    watches_only = True
+    watches_only = True  # nothing of what a model computes changes under it: it is no obstacle to a recording
 
     def __init__(self, stream: Stream) -> None:
         super().__init__()

@@ -22,7 +22,7 @@ from fastguard.policies.presets import policy
 
 from . import Prompt, load, policy_path, prompts, training_images
 from .measures import COPY, Judge
-from .page import page
+from .page import PAGE
 from .sampling import Sample, generate
 
 FREE, SHIPPED = "no guard", "shipped policy"
@@ -101,7 +101,7 @@ def run_demo(out: Path = Path("demo"), *, seeds: int = 2) -> list[Path]:
     draw_curves(curves, rows, own)
     lines = summary(rows)
     numbers.write_text(json.dumps(lines, indent=1) + "\n")
-    html = page(
+    html = PAGE.render(
         title="fastguard on a model that really memorizes",
         lead=lead(lines),
         figures=[(GRID, grid), (CURVES, curves)],

@@ -64,9 +64,8 @@ class Judge:
     @torch.no_grad()
     def __call__(self, z: torch.Tensor, prompts: list[Prompt]) -> dict[str, list]:
         """Every measure, one value a sample; None where a prompt has no training image."""
-        z = z.float()
-        finite = z.flatten(1).isfinite().all(1)
-        z = torch.where(finite[:, None, None, None], z, torch.full_like(z, 10.0))
+        z = z.float().clone()
+        z[~z.flatten(1).isfinite().all(1)] = 10.0
         pictures = self.decode(z)
         logits = torch.cat([self.classifier(part) for part in pictures.split(256)])
         label = torch.tensor([self.names[p.concept] for p in prompts])

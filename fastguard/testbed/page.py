@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import base64
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
-
-_FORMS = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
 
 
 def data_uri(path: Path) -> str:
@@ -17,6 +14,6 @@ def data_uri(path: Path) -> str:
     return f"data:image/{kind};base64," + base64.b64encode(path.read_bytes()).decode()
 
 
-def page(**parts: Any) -> str:
-    """Of a title, lead, figures (caption, path), further (lines), tables (title, head, rows, notes) and a foot; all texts are escaped."""
-    return _FORMS.get_template("page.html").render(data_uri=data_uri, **parts)
+_FORMS = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
+# Renders a title, lead, figures (caption, path), further (lines), tables (title, head, rows, notes) and a foot; all texts are escaped.
+PAGE = _FORMS.get_template("page.html", globals={"data_uri": data_uri})
