@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from fastguard.batch.request import Request
 from fastguard.files import read_json, whole_lines, write_json
@@ -44,8 +44,7 @@ def check(out: Path, settings: dict[str, Any]) -> None:
 def check_free(out: Path) -> None:
     """ValueError if another process works in `out`."""
     if (out / LOCK).exists():
-        with _locked(out / LOCK):
-            pass
+        _locked(out / LOCK).close()
 
 
 @contextmanager
@@ -59,20 +58,18 @@ def claim(out: Path, settings: dict[str, Any]) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold `path` against other processes. The system lets go of it when this process ends, however it ends."""
-    try:
+def _locked(path: Path) -> TextIO:
+    """Hold `path` against other processes until it is closed: by the system when this process ends, however it ends."""
+    file = path.open("w")
+    with suppress(ImportError):  # Windows: two runs into one directory are the user's own risk
         import fcntl
-    except ImportError:  # Windows: two runs into one directory are the user's own risk
-        yield
-        return
-    with path.open("w") as file:
+
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
+            file.close()
             raise ValueError(f"out={path.parent}: another process is writing there") from None
-        yield
+    return file
 
 
 def differences(there: Any, here: Any, name: str = "") -> Iterator[str]:

@@ -32,17 +32,7 @@ from fastguard.policies.policy import Policy
 from fastguard.policies.provenance import elsewhere
 from fastguard.schedules.schedule import in_training_steps
 
-__all__ = [
-    "BadRows",
-    "Interrupted",
-    "JobOptions",
-    "Summary",
-    "generate",
-    "misfits",
-    "model_of",
-    "options_for",
-    "prepare",
-]
+__all__ = ["BadRows", "Interrupted", "generate", "misfits", "model_of", "options_for", "prepare"]
 
 logger = logging.getLogger("fastguard")
 

@@ -104,13 +104,13 @@ def draws(path: Path, options: JobOptions) -> tuple[list[Request], list[str] | N
     seen: dict[str, int | None] = {}
     for request, group in zip(requests, groups, strict=True):
         where = f"prompts={str(path)!r}: {unit} {request.line}"
-        if (first := seen.setdefault(_spaced(request.prompt), request.line)) != request.line:
+        if (first := seen.setdefault(" ".join(request.prompt.split()), request.line)) != request.line:
             raise ValueError(f"{where} repeats {unit} {first}: it is no further draw")
         if group is not None and (not isinstance(group, str) or not group.strip()):
             raise ValueError(f"{where} has group={group!r}: must be a text")
         if (group is None) != (groups[0] is None):
             raise ValueError(f"{where}: either every row has a group, or none")
-    return requests, None if groups[0] is None else [_spaced(str(group)) for group in groups]
+    return requests, None if groups[0] is None else [" ".join(str(group).split()) for group in groups]
 
 
 def check_tokens(pipe: Any, prompts: list[str], path: Path) -> None:
@@ -123,7 +123,3 @@ def check_tokens(pipe: Any, prompts: list[str], path: Path) -> None:
             raise ValueError(
                 f"prompts={str(path)!r}: prompt {number} has the tokens of prompt {first}: it is no further draw"
             )
-
-
-def _spaced(text: str) -> str:
-    return " ".join(text.split())
