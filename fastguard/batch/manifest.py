@@ -7,7 +7,7 @@ speaks of is safe; an image whose line a crash tore off is found again by its fi
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -100,8 +100,8 @@ def index(found: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return {line["id"]: {key: line[key] for key in INDEXED if key in line} for line in found}
 
 
-def latest(out: Path, requests: Sequence[Request]) -> list[dict[str, Any]]:
-    """The last line of each of these images, in their order, as far as they are there."""
+def latest(out: Path, requests: Sequence[Request], read: Callable[[dict[str, Any]], Any] = dict) -> list[Any]:
+    """The last line of each of these images, or what `read` makes of it, in their order, as far as they are there."""
     wanted = {request.id for request in requests}
-    last = {line["id"]: line for line in lines(out) if line["id"] in wanted}
+    last = {line["id"]: read(line) for line in lines(out) if line["id"] in wanted}
     return [last[request.id] for request in requests if request.id in last]

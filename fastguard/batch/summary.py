@@ -83,18 +83,14 @@ def summarize(
     out: Path, requests: Sequence[Request], settings: Mapping[str, Any], *, made: int, problems: Sequence[Problem]
 ) -> Summary:
     """Write report.json: the settings, the counts and, of small jobs, the manifest's lines in the order of the requests."""
-    wanted = {request.id for request in requests}
-    last: dict[str, list[bool]] = {}  # what is counted of an image
-    for line in manifest.lines(out):
-        if line["id"] in wanted:
-            last[line["id"]] = [bool(holds(line)) for _, holds in COUNTS.values()]
-    counts = {name: sum(flags[i] for flags in last.values()) for i, name in enumerate(COUNTS)}
+    found = manifest.latest(out, requests, lambda line: [bool(holds(line)) for _, holds in COUNTS.values()])
+    counts = {name: sum(flags[i] for flags in found) for i, name in enumerate(COUNTS)}
     values = [problem.values for problem in problems]
     ids = tuple(str(row["id"]) for row in values if isinstance(row, Mapping) and row.get("id") is not None)
     report = {
         FORMAT: 2,
         "settings": dict(settings),
-        "total": len(last),
+        "total": len(found),
         "rejected": len(problems),
         "rejected_ids": list(ids[:LISTED]),
         **counts,
@@ -103,11 +99,11 @@ def summarize(
     # Indented, but with a line an image.
     head = json.dumps(report, indent=2, allow_nan=False, ensure_ascii=False).removesuffix("\n}")
     images = "null"
-    if len(wanted) <= LISTED:
-        rows = [json.dumps(line, ensure_ascii=False) for line in manifest.latest(out, requests)]
+    if len(requests) <= LISTED:
+        rows = manifest.latest(out, requests, lambda line: json.dumps(line, ensure_ascii=False))
         images = "[\n    {}\n  ]".format(",\n    ".join(rows))
     written = write_atomic(out / REPORT, f'{head},\n  "images": {images}\n}}\n')
-    return Summary(len(last), made, counts, len(problems), ids, written)
+    return Summary(len(found), made, counts, len(problems), ids, written)
 
 
 def write_sheet(out: Path, lines: Sequence[Mapping[str, Any]], read: Callable[[Mapping[str, Any]], bytes]) -> None:
@@ -119,11 +115,9 @@ def write_sheet(out: Path, lines: Sequence[Mapping[str, Any]], read: Callable[[M
     for index, line in enumerate(lines):
         x, y = index % columns * TILE, index // columns * (TILE + LABEL)
         colour = SUSPECT if line.get("suspect") else CAUGHT if caught(line) else PLAIN
-        draw.rectangle((x, y, x + TILE - 1, y + TILE - 1), fill=colour)
         with Image.open(io.BytesIO(read(line))) as image:
-            side = TILE - 2 * FRAME
-            small = ImageOps.contain(image.convert("RGB"), (side, side), Image.Resampling.BICUBIC)
-        sheet.paste(small, (x + (TILE - small.width) // 2, y + (TILE - small.height) // 2))
+            small = ImageOps.pad(image.convert("RGB"), (TILE - 2 * FRAME, TILE - 2 * FRAME), color=colour)
+        sheet.paste(ImageOps.expand(small, FRAME, colour), (x, y))
         draw.text((x + FRAME, y + TILE), line["id"][-20:], fill="black")
     data = io.BytesIO()
     sheet.save(data, format="PNG")
