@@ -46,7 +46,7 @@ class Labelled(torch.Tensor):
 
 
 class Pretend(Watching):
-    """While entered, `cuda` tensors exist, labelled ones: made from the host's (`tensor`) or by factories; in the denoiser fake ones."""
+    """While entered, `cuda` tensors exist, labelled ones: made from the host's or by factories; in the denoiser fake ones."""
 
     def __init__(self, stream: Stream) -> None:
         super().__init__(stream)
@@ -85,11 +85,6 @@ class Pretend(Watching):
             return tensor if id(tensor) in given or not on_device else Labelled(tensor)
 
         return tree_map_only(torch.Tensor, outward, result)
-
-    def tensor(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor on the device."""
-        with nobody_watching():
-            return Labelled(tensor.detach())
 
     def fake(self, tensor: torch.Tensor) -> torch.Tensor:
         """A fake tensor of the same shape, strides and dtype."""

@@ -33,7 +33,7 @@ def run(pipe: Any, arguments: Mapping[str, Any], stream: Stream) -> None:
         model = getattr(copied, name, None)
         if isinstance(model, torch.nn.Module):
             copied.__dict__[name] = listening(model, pretend, counts=name in DENOISERS)
-    moved = tree_map_only(torch.Tensor, pretend.tensor, dict(arguments))
+    moved = tree_map_only(torch.Tensor, lambda tensor: Labelled(tensor.detach()), dict(arguments))
     with pretend, torch.no_grad():
         try:
             copied(**moved)
@@ -68,10 +68,10 @@ def copy_of(pipe: Any, stream: Stream, device: torch.device | None) -> Any:
     copied.__class__ = type(base)(base.__name__, (base,), namespace)
     copied.__dict__.update(scheduler=copy.copy(pipe.scheduler), _progress_bar_config={"disable": True}, _all_hooks=[])
     if guard is not None:
-        options, real = guard.options, dict[str, Any]()
-        if device is None:  # one that is not there cannot be compiled for, nor an attention kernel tried on it
-            real = {"attention_backend": options.attention_backend, "compile": options.compile or False}
-        enable(copied, guard.policy, unguided=guard.unguided, capture=options.capture, **real)
+        options = {**vars(guard.options), "compile": guard.options.compile or False}
+        if device is not None:  # one that is not there cannot be compiled for, nor an attention kernel tried on it
+            options |= {"attention_backend": None, "compile": False}
+        enable(copied, guard.policy, unguided=guard.unguided, **options)
     return copied
 
 
