@@ -99,31 +99,34 @@ def model_of(model: Any, options: JobOptions) -> tuple[dict[str, Any], Callable[
 
     ValueError if there is none, or it makes no images from text alone.
     """
-    if not isinstance(model, (str, os.PathLike)):
+    if isinstance(model, (str, os.PathLike)):
+        name = os.fspath(model)
+        kind = None if options.scheduler is None else models.scheduler_class(options.scheduler).__name__
+        device, dtype = options.device, options.dtype
+        if options.engine == "local":
+            device, dtype = models.prepare(device, dtype)
+        else:  # the actors have the devices, this machine may have none
+            device = ("cuda" if options.gpus_per_actor else "cpu") if device == "auto" else device
+            dtype = ("float16" if device.startswith("cuda") else "float32") if dtype == "auto" else dtype
+        try:
+            _check_class(models.pipeline_class(models.model_index(name)))
+        except TypeError as error:
+            raise ValueError(f"model={name!r}: {error}") from None
+        skeleton = models.skeleton(name, scheduler=kind)
+        # Actors have other working directories.
+        where = os.path.abspath(name) if os.path.isdir(name) else name
+        how: dict[str, Any] = {"dtype": dtype, "scheduler": kind, "variant": options.variant}
+        settings, loader = {"model": name, **how}, lambda: models.load_pipeline(where, device=device, **how)
+    else:
         for name in ("engine", "dtype", "device", "scheduler", "variant"):
             if (value := getattr(options, name)) != getattr(JobOptions, name):
                 raise ValueError(f"{name}={value!r}: needs a model given by name, this one is a pipeline already")
         _check_class(stock_class(type(model)))
         settings = models.facts(model) | {"model": str(getattr(model, "name_or_path", "") or type(model).__name__)}
-        return settings, lambda: model, _guardable(model)
-
-    name = os.fspath(model)
-    kind = None if options.scheduler is None else models.scheduler_class(options.scheduler).__name__
-    device, dtype = options.device, options.dtype
-    if options.engine == "local":
-        device, dtype = models.prepare(device, dtype)
-    else:  # the actors have the devices, this machine may have none
-        device = ("cuda" if options.gpus_per_actor else "cpu") if device == "auto" else device
-        dtype = ("float16" if device.startswith("cuda") else "float32") if dtype == "auto" else dtype
-    try:
-        _check_class(models.pipeline_class(models.model_index(name)))
-    except TypeError as error:
-        raise ValueError(f"model={name!r}: {error}") from None
-    skeleton = _guardable(models.skeleton(name, scheduler=kind))
-    # Actors have other working directories.
-    where = os.path.abspath(name) if os.path.isdir(name) else name
-    how: dict[str, Any] = {"dtype": dtype, "scheduler": kind, "variant": options.variant}
-    return {"model": name, **how}, lambda: models.load_pipeline(where, device=device, **how), skeleton
+        loader, skeleton = lambda: model, model
+    if (reason := models.distilled(skeleton)) is not None:
+        raise ValueError(f"model: {reason}")
+    return settings, loader, skeleton
 
 
 def _check_class(kind: type) -> None:
@@ -132,13 +135,6 @@ def _check_class(kind: type) -> None:
     parameters = inspect.signature(kind.__call__).parameters  # type: ignore[operator]
     if "prompt" not in parameters or "image" in parameters:
         raise ValueError(f"generate needs a text-to-image pipeline, {kind.__name__} is none")
-
-
-def _guardable(pipe: Any) -> Any:
-    """A pipeline or its skeleton; ValueError if its denoiser cannot be guarded."""
-    if (reason := models.distilled(pipe)) is not None:
-        raise ValueError(f"model: {reason}")
-    return pipe
 
 
 def misfits(pipe: Any, requests: Iterable[Request]) -> Iterator[Problem]:
