@@ -110,11 +110,10 @@ class GuardedGuidance(ClassifierFreeGuidance):
         if self.scheduler is not None:
             return Guide(policies, compile_schedule(self.scheduler), guidance_scale=scale, latents=pred)
         for one in policies:
-            what = "is anchored" if one.anchored else f"has magnitude={one.magnitude!r}"
             if one.anchored or one.magnitude != "output":
-                raise ValueError(
-                    f"policy {one.name!r} {what}, which needs noise levels: set guider.scheduler = pipe.scheduler"
-                )
+                what = "is anchored" if one.anchored else f"has magnitude={one.magnitude!r}"
+                remedy = "which needs noise levels: set guider.scheduler = pipe.scheduler"
+                raise ValueError(f"policy {one.name!r} {what}, {remedy}")
             if self._timestep is None and (last := limit(one)) is not None:
                 raise ValueError(f"policy {one.name!r} ends at timestep {last:g}: call set_state before the first row")
         return Stepwise(policies, guidance_scale=scale, latents=pred)

@@ -53,10 +53,8 @@ class Attached:
         self.scheduling = Scheduling(pipe.scheduler, arguments)
         self._latents: Any = None  # the first, as the pipeline prepares them
         self.denoisers = parts_of(pipe, family.denoisers)
-        parts = {
-            name: shadow(part, {"__call__": functools.partial(self.denoise, name)})
-            for name, part in self.denoisers.items()
-        }
+        calls = {name: {"__call__": functools.partial(self.denoise, name)} for name in self.denoisers}
+        parts = {name: shadow(part, calls[name]) for name, part in self.denoisers.items()}
         of_scheduler = {"step": self.step, "set_timesteps": self.scheduling.set_timesteps}
         parts["scheduler"] = shadow(pipe.scheduler, of_scheduler, {"scale_model_input": self.scale_model_input})
         own = {"prepare_latents": self.prepare_latents, "progress_bar": self.progress_bar}

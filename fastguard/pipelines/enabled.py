@@ -30,9 +30,7 @@ def enabled_class(base: Any) -> type:
     """A subclass of `base` with its very name and module: model_index.json, isinstance and AutoPipeline see no difference."""
 
     def without_no_grad(self, *args, **kwargs):
-        raise RuntimeError(
-            "gradients through a guarded call are not supported; disable the guard to call what it wraps"
-        )
+        raise RuntimeError("gradients through a guarded call are not supported; disable the guard to call without it")
 
     class Enabled(base):
         __module__, __qualname__, __doc__ = base.__module__, base.__qualname__, base.__doc__

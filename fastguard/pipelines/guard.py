@@ -123,9 +123,8 @@ class Guard:
         self._stock: Any = stock_class(type(pipe))
         self._signature = inspect.signature(self._stock.__call__)
         self._replaced: tuple[Policy, Options, str] | None = None  # by the last `enable`
-        self._outer: list[
-            tuple[Policy, Options, str] | None
-        ] = []  # what each `with` goes back to; None: the stock pipeline
+        # What each `with` goes back to; None: the stock pipeline.
+        self._outer: list[tuple[Policy, Options, str] | None] = []
         self._last: Report | None = None
         self._thread = threading.local()
 
@@ -138,10 +137,8 @@ class Guard:
 
     def __repr__(self) -> str:
         attached = "" if Guard.of(self._pipe) is self else ", disabled"
-        options = f"capture={self.options.capture!r}, unguided={self.unguided!r}"
-        return (
-            f"Guard of a {self._stock.__name__} ({self.family.name}){attached}: policy {self.policy.name!r}, {options}"
-        )
+        settings = f"policy {self.policy.name!r}, capture={self.options.capture!r}, unguided={self.unguided!r}"
+        return f"Guard of a {self._stock.__name__} ({self.family.name}){attached}: {settings}"
 
     def _repr_html_(self) -> str:
         report = self.report

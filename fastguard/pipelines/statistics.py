@@ -35,10 +35,8 @@ def collect_gate_statistics(
     work = [prompt for prompt in prompts for _ in range(seeds)]
     if "negative_prompt" in call:
         call["negative_prompt"] = [call["negative_prompt"]] * len(work)
-    numbers = range(seed, seed + len(work))
-    found = list(
-        early_reports(pipe, work, numbers, gate_steps=gate_steps, batch_size=batch_size, progress=progress, **call)
-    )
+    call |= {"gate_steps": gate_steps, "batch_size": batch_size, "progress": progress}
+    found = list(early_reports(pipe, work, range(seed, seed + len(work)), **call))
     return [max(image.gate["rms"] for image in found[i : i + seeds]) for i in range(0, len(work), seeds)]
 
 

@@ -17,15 +17,13 @@ class MemorizationGuard:
     """MODEL -> MODEL. `policy_file`, if given, replaces `policy`; `gate`, if above 0, replaces the policy's gate."""
 
     CATEGORY, FUNCTION, RETURN_TYPES = CATEGORY, "patch", ("MODEL",)
-    DESCRIPTION = (
-        "Keeps a diffusion model from copying its training images: per-image guidance that begins when it is safe."
-    )
+    DESCRIPTION = "Keeps a diffusion model from copying its training images: guidance per image, begun when it is safe."
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         gate: dict[str, Any] = {"default": 0.0, "min": 0.0, "max": LARGEST_SCALE, "step": 0.0001, "round": False}
         gate["tooltip"] = (
-            "RMS of (cond - uncond) from which a prompt is guarded, in epsilon (flow models: velocity); 0: every prompt"
+            "RMS(cond - uncond) from which a prompt is guarded, of epsilon (flow: velocity); 0: every prompt"
         )
         file = {"default": "", "tooltip": "path to a policy file (.json), as `fastguard calibrate` writes it"}
         return {

@@ -83,10 +83,9 @@ class Guarded:
         guide, clock = self._guide, self._clock
         assert guide is not None
         guide.follow(args["cond_scale"])
+        timestep = clock.timestep(args["sigma"].flatten()[:1])
         # x0(e) = 0 x - sigma e, as the guard's e leaves x out.
-        guide.at(
-            self._level(sigma), clock.timestep(args["sigma"].flatten()[:1]), *clock.weights(sigma), x0=(0.0, -sigma)
-        )
+        guide.at(self._level(sigma), timestep, *clock.weights(sigma), x0=(0.0, -sigma))
         u, c, own = (args[name] / -sigma for name in ("uncond_denoised", "cond_denoised", "denoised"))
         e = guide(u, c, combined=own)
         return torch.where(e == own, denoised, e * -sigma)

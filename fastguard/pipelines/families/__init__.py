@@ -23,9 +23,7 @@ REASONS: dict[str, str] = {  # why a class is not guarded, by name
     for name in names
 }
 _NAMED: dict[str, Family] = {name: family for family in (*FAMILIES, *OWN_FAMILIES) for name in family.pipelines}
-_UNKNOWN = (
-    "its guidance is not known (family='probe' takes it if it combines u + g (c - u) with one g above 1 in every row)"
-)
+_UNKNOWN = "its guidance is not known (family='probe' takes it if it is u + g (c - u), g above 1 in every row)"
 
 
 def find(pipeline_class: Any) -> Any:

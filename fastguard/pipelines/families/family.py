@@ -83,10 +83,8 @@ class Family:
         for name, facts in json.loads(Path(__file__).with_name(file).read_text()).items():
             if "to_step" in facts:
                 facts["to_step"] = TO_STEP[facts["to_step"]]
-            fields: dict[str, Any] = {
-                key: tuple(value) if isinstance(value, list) else value for key, value in facts.items()
-            }
-            found.append(cls(name=name, **fields))
+            tuples = {key: tuple(value) for key, value in facts.items() if isinstance(value, list)}
+            found.append(cls(name=name, **facts | tuples))
         return tuple(found)
 
     def refusal(self, pipe: Any, arguments: Arguments) -> str | None:
