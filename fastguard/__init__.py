@@ -4,8 +4,6 @@ Four concepts, four places: `policies` (what guidance when), `schedules` (a sche
 the body of a row, around the fused op `kernels.guided_step`), `pipelines` (attaching all of it to a pipeline: `enable`).
 """
 
-from __future__ import annotations
-
 import importlib
 from typing import TYPE_CHECKING, Any
 

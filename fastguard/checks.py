@@ -1,7 +1,5 @@
 """Validation of values: every error names the argument, the value and what is allowed."""
 
-from __future__ import annotations
-
 import difflib
 import importlib
 import math

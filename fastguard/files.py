@@ -3,8 +3,6 @@
 Files that only grow: after an error they are as long as before, and what was appended is on the disk. How errors show values.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

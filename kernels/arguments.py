@@ -1,7 +1,5 @@
 """What `guided_step` works on, and the copies of what lies in memory otherwise than its kernels read it."""
 
-from __future__ import annotations
-
 from typing import NamedTuple, NoReturn
 
 import torch

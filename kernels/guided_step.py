@@ -17,8 +17,6 @@ order that depends on the latent's size (and memory format) alone, and every ele
 the sample lies, so a sample's bits do not depend on its batch. A sample whose row has ACTIVE = 0 is not touched at all.
 """
 
-from __future__ import annotations
-
 import os
 
 import torch

@@ -4,8 +4,6 @@ All three tables are float64: they hold a few scalars per sample, float64 keeps 
 with a float64 reference. Latents, model outputs and the update itself are float32 or narrower.
 """
 
-from __future__ import annotations
-
 from enum import IntEnum
 
 NEVER = 2**30  # a row that no schedule reaches

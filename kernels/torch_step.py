@@ -1,7 +1,5 @@
 """`guided_step` in plain torch, one sample after the other: the CPU's backend, and what the other is compared with."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

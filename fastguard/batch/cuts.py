@@ -1,7 +1,5 @@
 """What of a text no encoder of a pipeline reads: stock only logs it, and two prompts that differ there make one picture."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Iterable
 from typing import Any

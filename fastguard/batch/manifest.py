@@ -4,8 +4,6 @@ The manifest is append-only, a line per finished image, and the only thing that 
 speaks of is safe; an image whose line a crash tore off is found again by its file or made again.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress

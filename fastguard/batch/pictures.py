@@ -1,7 +1,5 @@
 """Image files that say how they were made: the record is in the PNG's text, or in the EXIF comment of JPEG and WebP."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

@@ -1,7 +1,5 @@
 """Requests to batches: full, of one shape, and in the same company after a crash wherever that is possible."""
 
-from __future__ import annotations
-
 from collections.abc import Container, Sequence
 from typing import Any
 

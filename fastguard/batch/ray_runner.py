@@ -4,8 +4,6 @@ An actor that dies is started anew and its task done again; an image that had al
 encoded to the driver, so the machines need no file system in common.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import os

@@ -1,7 +1,5 @@
 """One image to make: the fields of a prompt file, checked. Every error names the field, its value and what is allowed."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import hashlib

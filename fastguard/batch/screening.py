@@ -5,8 +5,6 @@ of the denoiser each. Noise k of every prompt is that of the generator seeded wi
 prompt, a size and a number of steps; the guidance scale has no part in it.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Iterable, Sequence

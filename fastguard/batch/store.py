@@ -9,8 +9,6 @@ prepare   write what can be written from any thread; the manifest does not speak
 commit    make it safe, and return the manifest's lines
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import logging

@@ -1,7 +1,5 @@
 """What a finished job tells: report.json, the summary's text, and sheet.png, small pictures in frames whose colour says what the guard says."""
 
-from __future__ import annotations
-
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence

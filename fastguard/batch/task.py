@@ -1,7 +1,5 @@
 """`fastguard.generate`: images from prompts into a directory, on one device or many, resumable (docs/generate.md, docs/ray.md)."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import inspect

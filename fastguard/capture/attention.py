@@ -5,8 +5,6 @@ question goes to diffusers' dispatcher with the chosen backend instead. Nothing 
 pipelines and threads) or in diffusers' registry, so there is nothing to restore, and LoRA, IP-Adapter and other processors stay.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

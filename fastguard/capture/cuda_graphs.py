@@ -5,8 +5,6 @@ nothing. So no tensor of the pool is ever looked at after a replay, and graphs c
 run, as long as no two of them run at the same time: per device, a lock orders their launches and an event their streams.
 """
 
-from __future__ import annotations
-
 import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence

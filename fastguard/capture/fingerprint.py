@@ -10,8 +10,6 @@ Reading all that takes SDXL's UNet some tenths of a second; so it is read once, 
 and a call only compares: the same objects in the same places at the same addresses mean the same key.
 """
 
-from __future__ import annotations
-
 import hashlib
 import operator
 from collections import deque

@@ -5,8 +5,6 @@ It is kept under a key that must name all that a replay cannot notice: whoever m
 for it.
 """
 
-from __future__ import annotations
-
 import hashlib
 import threading
 import time

@@ -1,7 +1,5 @@
 """What must not be recorded: Python that a replay would skip, conversions and graphs that a graph must not hold."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from typing import Any
 

@@ -5,8 +5,6 @@ what was asked for, the arguments' layout and plain values, the model's fingerpr
 from run to run has to be read from tensors.
 """
 
-from __future__ import annotations
-
 import os
 import pickle
 import random

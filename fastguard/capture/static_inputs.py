@@ -1,7 +1,5 @@
 """The arguments of a call as tensors at fixed addresses, into which every run's arguments are copied."""
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Torch's and diffusers' switches, which have a say in a model's kernels while a graph is recorded."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

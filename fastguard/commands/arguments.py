@@ -1,7 +1,5 @@
 """What the verbs have in common: their arguments, how bad input ends, and where log messages go."""
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 import logging

@@ -1,7 +1,5 @@
 """`fastguard calibrate`: a gate from ordinary prompts, with a guarantee, and the bounds of `suspect` and of screening."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The command line. Bad input is refused before any model is loaded, with exit code 2 and the argument's name."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

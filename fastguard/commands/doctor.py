@@ -1,7 +1,5 @@
 """`fastguard doctor`: where a model's denoising loop waits for the device, stock and guarded. No GPU needed, no weights loaded."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from typing import Annotated, Any

@@ -1,7 +1,5 @@
 """`fastguard generate`: the images of prompts under a policy, each once."""
 
-from __future__ import annotations
-
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any

@@ -1,7 +1,5 @@
 """`fastguard inspect`: what would run on a model, and why."""
 
-from __future__ import annotations
-
 import json
 from typing import Annotated, Any
 

@@ -1,7 +1,5 @@
 """What a policy would do with a model, and why, from its configuration alone: no weights are loaded."""
 
-from __future__ import annotations
-
 import inspect
 from typing import Any
 

@@ -1,7 +1,5 @@
 """`fastguard screen`: which prompts of a file a model has memorized."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json
@@ -115,8 +113,8 @@ def _bound(policy: Policy, noises: int | None, bound: float | None) -> tuple[int
     noises = noises or own
     if known and noises == own:
         return own, limit
-    text = "the policy has no bound on the mean of %d noises: its gate, one for a single image, is taken"
-    logger.warning(text, noises)
+    instead = "its gate, one for a single image, is taken" if policy.gate else "nothing is flagged without --bound"
+    logger.warning("the policy has no bound on the mean of %d noises: %s", noises, instead)
     return noises, policy.gate  # type: ignore[return-value]  # of one image, no list
 
 

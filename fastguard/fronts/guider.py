@@ -1,7 +1,5 @@
 """The guard as a diffusers guider: for modular pipelines, and for any loop of one's own that asks a guider."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -3,8 +3,6 @@
 `Guide` runs over a schedule, `Stepwise` over noise levels that become known one at a time.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any

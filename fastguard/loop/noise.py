@@ -1,7 +1,5 @@
 """The noise of one generation: the same draws from the same generators as the stock scheduler makes."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

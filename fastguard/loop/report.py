@@ -1,7 +1,5 @@
 """What happened, image by image: the curve of d, the gate's verdict, the transition, and what it cost."""
 
-from __future__ import annotations
-
 import functools
 import json
 import math

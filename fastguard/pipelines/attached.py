@@ -1,7 +1,5 @@
 """What both kinds of attaching share: the stand-in on which the stock loop runs, and where that loop begins."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any

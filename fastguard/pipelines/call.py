@@ -9,8 +9,6 @@ The stock `__call__` runs unchanged on a stand-in of the pipeline that holds sha
 What the loop needs is on the device before its first row (`begin`); in it the host neither waits nor copies.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

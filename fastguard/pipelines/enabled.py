@@ -1,7 +1,5 @@
 """The class that an enabled pipeline object has: its own, but for what asks the guard."""
 
-from __future__ import annotations
-
 import functools
 import inspect
 import logging

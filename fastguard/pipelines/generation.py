@@ -1,7 +1,5 @@
 """One generation of the fused kind: the guidance of its images, the buffers they lie in, and the body of its rows."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any

@@ -1,7 +1,5 @@
 """Models by name: checked without their weights, then loaded; and the policy and scale of one that has its own."""
 
-from __future__ import annotations
-
 import inspect
 import os
 from collections.abc import Iterator, Mapping

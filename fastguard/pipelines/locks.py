@@ -1,7 +1,5 @@
 """Pipelines and schedulers keep the state of a loop on themselves, so they serve one guarded call at a time."""
 
-from __future__ import annotations
-
 import threading
 import weakref
 from collections.abc import Iterator

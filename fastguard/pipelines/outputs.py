@@ -4,8 +4,6 @@ Pipelines of the fused kind hand the denoiser a batch of 2B rows, [unconditional
 that one branch will not be used, only its B rows are run, if the denoiser treats its rows alike.
 """
 
-from __future__ import annotations
-
 import functools
 import types
 from collections.abc import Iterator, Mapping

@@ -9,8 +9,6 @@ either order, two calls, lists, two networks) and at `scheduler.step` the fused 
 The scheduler's own step() follows. Nothing is deferred and nothing is read from the device.
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 from collections.abc import Mapping

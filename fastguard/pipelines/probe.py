@@ -5,8 +5,6 @@ reaches `scheduler.step` is fitted by the two branches p, q, for each image:  e 
 and linearity. A family is held against it, or made of it where a class is on no list.
 """
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import functools

@@ -1,7 +1,5 @@
 """What other libraries say while a model is loaded: nothing, for what goes wrong there raises, and we tell it."""
 
-from __future__ import annotations
-
 import logging
 import warnings
 from collections.abc import Iterator

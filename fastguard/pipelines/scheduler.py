@@ -1,7 +1,5 @@
 """The scheduler of one call: the table of the rows that its loop will run, and what the stock loop expects of a scheduler besides."""
 
-from __future__ import annotations
-
 import copy
 import inspect
 from collections.abc import Mapping

@@ -7,8 +7,6 @@ original's, whose class bears the same name, and whose replaced methods talk to 
 what a callback changes on it or on the original is seen by both.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """RMS(c - u) of prompts on a pipeline, as the gate compares it: what a gate is calibrated on, and what screening looks at."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any
 

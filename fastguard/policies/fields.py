@@ -1,7 +1,5 @@
 """The fields of a policy: what each may be, and which combinations would have no effect. Errors name the field, its value and what is allowed."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

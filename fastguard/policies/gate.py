@@ -15,8 +15,6 @@ then on the units of which ANY image is caught that is made as those of the samp
 images, more units have one that is caught). The share of images that are caught is smaller.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass

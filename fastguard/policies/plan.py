@@ -1,7 +1,5 @@
 """Policies as numbers: the rule table, the guidance of every row, the initial state, and which branches have to run."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Policies by name, and `policy`, which takes whatever names one."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 from collections.abc import Sequence

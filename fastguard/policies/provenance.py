@@ -6,8 +6,6 @@ Names of a model are compared by their last part, in any case: a hub id moves to
 name are not told apart, for a folder may be called anything; the embedded model ("testbed") is itself alone. What either side does not say is not compared.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -9,8 +9,6 @@ arithmetic loses more than a table would repeat, gets a table that passes the gu
 (docs/schedulers.md lists them).
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress

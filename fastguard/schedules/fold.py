@@ -6,8 +6,6 @@ older sample (Heun's and KDPM2's second stage, PNDM's second row, single-step DP
 made of that sample too, so row k equals row k + c (x_k - row_{k-1}) for every c, and one c removes all of it or the form does not fit.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 

@@ -16,8 +16,6 @@ NaN where it is unknown or infinite (epsilon at a = 0, a scheduler that is not d
 anchored policy is refused.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

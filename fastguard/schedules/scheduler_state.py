@@ -1,7 +1,5 @@
 """What a diffusers scheduler holds: its configuration, what somebody set on it, and what it remembers of a run; a cache's key of it."""
 
-from __future__ import annotations
-
 import functools
 import inspect
 from collections.abc import Hashable, Mapping

@@ -10,8 +10,6 @@ coefficients hold stock's own rounding of log, exp and linalg.solve and no furth
 cast down and answers `torch.randn`; its stack is per thread, the global generator is never touched.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any

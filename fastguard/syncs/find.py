@@ -8,8 +8,6 @@ program is watched as it runs, under torch's sync debug mode. Without one it run
 (`pretend`), and the model costs no memory, whatever its size.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping

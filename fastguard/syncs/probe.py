@@ -5,8 +5,6 @@ no memory; its forward is run once for each kind of arguments. The loop is what 
 from before the first `scheduler.scale_model_input` to after the last `scheduler.step`.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 from collections.abc import Iterator, Mapping
@@ -71,7 +69,8 @@ def copy_of(pipe: Any, stream: Stream, device: torch.device | None) -> Any:
         options = {**vars(guard.options), "compile": guard.options.compile or False}
         if device is not None:  # one that is not there cannot be compiled for, nor an attention kernel tried on it
             options |= {"attention_backend": None, "compile": False}
-        enable(copied, guard.policy, unguided=guard.unguided, **options)
+        own = enable(copied, guard.policy, unguided=guard.unguided, family="probe", **options)
+        own.family, own.probed = guard.family, guard.probed
     return copied
 
 

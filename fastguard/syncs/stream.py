@@ -1,7 +1,5 @@
 """The operations of a denoising loop that wait for the device, or copy from or to it."""
 
-from __future__ import annotations
-
 import contextlib
 import linecache
 import sys

@@ -4,8 +4,6 @@ Input: pictures [B, 3, 32, 32] in -1..1. It was trained on drawings alone, by `p
 never saw a generated or a memorized picture.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

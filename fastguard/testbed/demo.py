@@ -5,8 +5,6 @@ embedded model's gate, and under the policy that ships with the embedded model. 
 index.html.
 """
 
-from __future__ import annotations
-
 import json
 import textwrap
 from collections.abc import Sequence

@@ -14,8 +14,6 @@ docs/testbed/README.md lists what random pairs, other drawings of the same capti
 augmented again and real pictures measure, from which the thresholds were taken.
 """
 
-from __future__ import annotations
-
 import torch
 from diffusers import StableDiffusionPipeline
 

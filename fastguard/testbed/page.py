@@ -1,7 +1,5 @@
 """One self-contained HTML page (page.html): pictures as data URIs, no script, nothing fetched."""
 
-from __future__ import annotations
-
 import base64
 from pathlib import Path
 

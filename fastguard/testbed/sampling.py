@@ -1,7 +1,5 @@
 """Images of the embedded model under a guard, the same noise for the same prompt and seed whatever the guard."""
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass

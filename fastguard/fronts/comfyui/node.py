@@ -1,7 +1,5 @@
 """The nodes: a patch of the model that guides under a policy, image by image, with any sampler; and its report as text."""
 
-from __future__ import annotations
-
 import logging
 from typing import Any, ClassVar
 

@@ -12,8 +12,6 @@ the report have the units of the diffusers pipelines. Only differences of predic
 and ComfyUI's own x0, bit for bit, for every other, whatever other nodes have done to it.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

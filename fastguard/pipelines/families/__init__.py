@@ -5,8 +5,6 @@ batch ordered [unconditional, conditional]. Any other `Family`: the pipeline com
 A pipeline qualifies by its `__call__`: a subclass that overrides `__call__` does not inherit its parent's place.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

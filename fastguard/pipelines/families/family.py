@@ -1,7 +1,5 @@
 """What the guard has to know about a pipeline class, as data."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field

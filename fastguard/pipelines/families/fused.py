@@ -1,7 +1,5 @@
 """The fused kind: Stable Diffusion 1.x, 2.x (epsilon and v), SDXL and 3, with image-to-image, inpaint and ControlNet; PixArt."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """Kind G: the calls and the combination of a row are those of a diffusers guider, `pipe.guider`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Whether a pipeline's loop is still the one that its family was written for: loops.json has a hash of the source of every `__call__`."""
 
-from __future__ import annotations
-
 import hashlib
 import inspect
 import json
