@@ -36,8 +36,9 @@ class Problem:
 
 def named(prompts: Prompts) -> tuple[str, str]:
     """What errors call the prompts, and what they count in them."""
-    name = os.fspath(prompts) if isinstance(prompts, (str, os.PathLike)) else "prompts"
-    return name, "row" if name == "prompts" or name.lower().endswith(".parquet") else "line"
+    if not isinstance(prompts, (str, os.PathLike)):
+        return "prompts", "row"
+    return os.fspath(prompts), "row" if os.fspath(prompts).lower().endswith(".parquet") else "line"
 
 
 class BadRows(ValueError):

@@ -112,7 +112,7 @@ def parse(
         if key not in FIELDS:
             told = f"unknown field {short(key)}: allowed are {', '.join(FIELDS)}{checks.meant(key, FIELDS)}"
             raise ValueError(told)
-    given = {key: _plain(value) for key, value in row.items() if value is not None}
+    given = {key: plain for key, value in row.items() if (plain := _plain(value)) is not None}
     values = {name: getattr(options, name, None) for name in FIELDS} | given
     first = checks.integer("seed", _numeric(values["seed"]), 0, SEEDS - options.images_per_prompt)
     given_sides = [name for name in ("width", "height") if values[name] is not None]

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map_with_path
 
 from fastguard.capture.obstacles import hooks
 from fastguard.capture.static_inputs import tensors_of
@@ -34,24 +33,26 @@ class Output(tuple):
         return self[0]
 
 
-def select_branch(tree: Any, branch: str, batch: int) -> Any:
+def select_branch(tree: Any, branch: str, batch: int, *, several: bool = False) -> Any:
     """Keep one half of every tensor in `tree` whose leading size is 2 * batch; everything else passes through unchanged.
 
-    `tree` may nest tuples, lists and dictionaries: ControlNet residuals, `added_cond_kwargs`, IP-Adapter embeddings. Tensors of
-    another leading size (timestep) belong to no branch, nor does what is called by a name in UNBRANCHED. Those called by one in
-    IMAGES may hold several rows an image, which attention folds into the images' own.
+    `tree` may nest tuples, lists and mappings of any kind: ControlNet residuals, `added_cond_kwargs`, IP-Adapter embeddings. Tensors
+    of another leading size (timestep) belong to no branch, nor does what is called by a name in UNBRANCHED.
+
+    several: tensors may hold several rows an image, as those called by a name in IMAGES do, which attention folds into the images' own.
     """
-
-    def half(path: tuple, leaf: Any) -> Any:
-        names = {getattr(step, "key", None) for step in path}
-        if not isinstance(leaf, torch.Tensor) or leaf.ndim == 0 or names.intersection(UNBRANCHED):
-            return leaf
-        rows = len(leaf)
-        if rows == 0 or (rows % (2 * batch) if names.intersection(IMAGES) else rows != 2 * batch):
-            return leaf
-        return leaf[: rows // 2] if branch == "uncond" else leaf[rows // 2 :]
-
-    return tree_map_with_path(half, tree)
+    if isinstance(tree, torch.Tensor):
+        rows = len(tree) if tree.ndim else 0
+        if rows == 0 or (rows % (2 * batch) if several else rows != 2 * batch):
+            return tree
+        return tree[: rows // 2] if branch == "uncond" else tree[rows // 2 :]
+    if isinstance(tree, Mapping):
+        cut = {k: select_branch(v, branch, batch, several=several or k in IMAGES) for k, v in tree.items()}
+        return {k: tree[k] if k in UNBRANCHED else v for k, v in cut.items()}
+    if isinstance(tree, (tuple, list)):  # torch's pytree would take a subclass for a leaf
+        items = [select_branch(value, branch, batch, several=several) for value in tree]
+        return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
+    return tree
 
 
 def needs_both(denoiser: Any, arguments: Mapping[str, Any]) -> str | None:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map_only
 
 from fastguard.capture.static_inputs import tensors_of
 from fastguard.pipelines.enabled import stock_class
@@ -141,10 +140,16 @@ class _Probing(OwnCombination):
         key = (name, *(tuple(t.shape) for t in tensors_of((args, kwargs))))
         if key not in self._outputs_of:
             self._outputs_of[key] = denoiser(*args, **kwargs)
-        return tree_map_only(torch.Tensor, self._random, self._outputs_of[key])
+        return self._random(self._outputs_of[key])
 
-    def _random(self, like: torch.Tensor) -> torch.Tensor:
-        return torch.randn(like.shape, generator=self._generator).to(like.device)
+    def _random(self, tree: Any) -> Any:
+        if isinstance(tree, torch.Tensor):
+            return torch.randn(tree.shape, generator=self._generator).to(tree.device)
+        if isinstance(tree, (tuple, list)):  # torch's pytree would take a subclass for a leaf
+            return type(tree)([self._random(one) for one in tree])
+        if isinstance(tree, dict):
+            return type(tree)(**{name: self._random(one) for name, one in tree.items()})
+        return tree
 
     def _guided(self, output: torch.Tensor, sample: torch.Tensor, timestep: Any) -> torch.Tensor:
         combined = output[:, : sample.shape[1]] if output.shape[1] > sample.shape[1] else output
@@ -185,8 +190,7 @@ def probe(pipe: Any, arguments: Mapping[str, Any], family: Family) -> Probe:
         return infer(pipe, arguments)
     stock_call: Any = stock_class(type(pipe)).__call__
     signature = inspect.signature(stock_call)
-    called_with = {name: value for name, value in arguments.items() if "callback" not in name}
-    given = tree_map_only(torch.Generator, torch.Generator.clone_state, called_with)
+    given = {name: _cloned(value) for name, value in arguments.items() if "callback" not in name}
     if "output_type" in signature.parameters:
         given["output_type"] = "latent"
     values = by_name(signature, pipe, **given)
@@ -273,3 +277,10 @@ def infer(pipe: Any, arguments: Mapping[str, Any]) -> Probe:
     raise TypeError(
         f"pipe: {stock.__name__} cannot be guarded: {problem}, which is not u + g (c - u) of two branches with one g above 1"
     )
+
+
+def _cloned(value: Any) -> Any:
+    """Generators of one's own, at the same place."""
+    if isinstance(value, torch.Generator):
+        return value.clone_state()
+    return [_cloned(one) for one in value] if isinstance(value, list) else value

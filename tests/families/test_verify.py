@@ -42,6 +42,18 @@ def test_verify_probes_the_first_call(flux, monkeypatch):
         run(tiny, flux, tiny.guided())
 
 
+def test_a_denoiser_whose_output_is_a_tuple_of_its_own_kind(monkeypatch):
+    class Kind(tuple):
+        pass
+
+    tiny, pipe = CASES["flux"], CASES["flux"].make()
+    forward = pipe.transformer.forward
+    pipe.transformer.forward = lambda *args, **kwargs: Kind(forward(*args, **kwargs))
+    with fastguard.enable(pipe, "cfg", verify=True) as guard:
+        run(tiny, pipe, tiny.guided())
+    assert guard.probed
+
+
 def test_verify_takes_the_fused_kind(monkeypatch):
     pipe = pipelines.sd()
     with fastguard.enable(pipe, "cfg", verify=True) as guard:

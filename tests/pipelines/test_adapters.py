@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections import namedtuple
+from collections import UserDict, namedtuple
 
+import pytest
 import torch
+from diffusers.configuration_utils import FrozenDict
 
 import fastguard
 from fastguard.pipelines.outputs import select_branch
@@ -74,6 +76,17 @@ def test_branches_of_named_tuples():
     assert (
         type(half).__name__ == "Pair" and half.u.tolist() == [2, 3] and half.c[0].tolist() == [2, 3] and half.c[1] == 3
     )
+
+
+class Residuals(list):
+    """As hooks and custom ControlNets may hand them over; torch's pytree takes it for a leaf."""
+
+
+@pytest.mark.parametrize("kind", [Residuals, UserDict, FrozenDict])
+def test_branches_of_containers_of_any_kind(kind):
+    held = kind([torch.arange(4)]) if kind is Residuals else kind({"a": torch.arange(4)})
+    half = select_branch(((held,), {}), "uncond", 2)[0][0]
+    assert (half[0] if kind is Residuals else half["a"]).tolist() == [0, 1]
 
 
 def test_masks_of_ip_adapters_belong_to_no_branch():
