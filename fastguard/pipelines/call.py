@@ -187,8 +187,6 @@ class Call(Attached):
             scheduling.scheduler._step_index = scheduling.first_row + run.row
         return (latents,) if not kwargs.get("return_dict", True) else Step(prev_sample=latents)
 
-    # After it --------------------------------------------------------------------------------------------------------------
-
     def report(self) -> Report | None:
         if self.guide is not None:
             graph = f", {'loop' if self.guide.whole else 'step'} graph" if self.runner.replayed else ""
