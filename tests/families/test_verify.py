@@ -72,8 +72,6 @@ def test_an_unknown_class_is_taken_at_the_users_word(flux):
         assert str(guard.probe(**arguments, num_inference_steps=2)).startswith("probe: two calls c, u, true_cfg_scale")
         assert torch.equal(run(tiny, pipe, arguments), stock)
         assert guard.family.calls == 2 and guard.family.order == ("cond", "uncond")
-        searched = fastguard.find_syncs(pipe, steps=2, **arguments)  # on a copy of it
-        assert searched.guarded and searched.broke_off is None
     with fastguard.enable(pipe, "stp", t_star=0, family="probe"):
         assert torch.equal(run(tiny, pipe, arguments), zero)
 

@@ -10,7 +10,8 @@ import fastguard
 from fastguard.loop.guide import Guide
 from fastguard.syncs.stream import TO_DEVICE
 from tests.families import tiny
-from tests.families.tiny import CASES
+from tests.families.test_verify import Unknown
+from tests.families.tiny import CASES, parts, run
 
 
 def lines(pipe, arguments):
@@ -34,6 +35,15 @@ def test_the_same_waits_as_stock(name, policy):
     gate = {} if policy == "cfg" else {"gate": 0.02}
     with fastguard.enable(pipe, policy, **gate):
         assert lines(pipe, arguments) == stock
+
+
+def test_a_class_that_nobody_declared_is_searched_as_it_was_probed():
+    case = CASES["flux"]
+    known = case.make()
+    pipe, arguments = parts(Unknown, transformer=known.transformer, scheduler=known.scheduler), case.guided()
+    with fastguard.enable(pipe, "cfg", family="probe"):
+        run(case, pipe, case.guided())
+        assert lines(pipe, arguments) == lines(known, arguments)
 
 
 def test_a_scale_that_changes_with_the_network_is_brought_to_the_device_once():
