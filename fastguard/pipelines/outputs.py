@@ -47,8 +47,10 @@ def select_branch(tree: Any, branch: str, batch: int, *, several: bool = False) 
             return tree
         return tree[: rows // 2] if branch == "uncond" else tree[rows // 2 :]
     if isinstance(tree, Mapping):
-        cut = {k: select_branch(v, branch, batch, several=several or k in IMAGES) for k, v in tree.items()}
-        return {k: tree[k] if k in UNBRANCHED else v for k, v in cut.items()}
+        return {
+            k: v if k in UNBRANCHED else select_branch(v, branch, batch, several=several or k in IMAGES)
+            for k, v in tree.items()
+        }
     if isinstance(tree, (tuple, list)):  # torch's pytree would take a subclass for a leaf
         items = [select_branch(value, branch, batch, several=several) for value in tree]
         return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
